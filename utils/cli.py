@@ -1,0 +1,225 @@
+"""명령줄 한 줄을 단계 함수 호출 하나로 바꾸고, 사용자의 잘못을 한국어 한 줄로 알린다.
+
+fire는 알지 못하는 플래그를 함수를 실행한 뒤에야 거절하고, `--flag=false`를 참인 문자열로 넘긴다. 그래서 fire에게는
+플래그를 모으는 일만 맡긴다. 모인 글자를 서명의 타입에 맞춘 다음에 단계 함수를 부른다.
+"""
+
+import ast
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+
+import fire
+
+from utils.errors import UsageError
+
+TRUE_WORDS = {"true", "yes", "on", "1", "참"}
+FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
+EXIT_USAGE = 2
+
+
+def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
+    """명령줄을 읽어 `stage`를 부르고, `UsageError`를 한 줄로 알린 뒤 종료 코드 2로 끝낸다.
+
+    Args:
+        stage: 키워드 인자만 받는 단계 함수. 서명이 설정이고 docstring이 `--help`다.
+        retired: 더는 쓰지 않는 플래그 -> 그것을 대신하는 것. 만나면 한 줄로 알리고 무시한다.
+        argv: 명령줄. 없으면 `sys.argv[1:]`.
+    """
+    use_utf8()
+    try:
+        flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
+        if flags is not None:
+            stage(**flags)
+    except UsageError as error:
+        print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | None:
+    """명령줄을 `stage`의 인자로 바꾼다. `--help`를 보여 주었으면 None이다.
+
+    Raises:
+        UsageError: 모르는 플래그나 타입에 맞지 않는 값. 잘못된 것을 모두 말한다.
+    """
+    parameters = inspect.signature(stage).parameters
+    argv = _drop_retired(argv, retired)
+    if {"--help", "-h"} & set(argv):
+        argv = ["--help"]
+    else:
+        _refuse_unknown(argv, parameters)
+    texts: dict[str, str] = {}
+
+    @functools.wraps(stage)
+    def collect(**flags):
+        texts.update(flags)
+
+    os.environ.setdefault("PAGER", "-")
+    complaint = io.StringIO()
+    try:
+        with contextlib.nullcontext() if argv == ["--help"] else contextlib.redirect_stderr(complaint):
+            fire.Fire(collect, command=[_as_literal(token) for token in argv], name=os.path.basename(sys.argv[0]))
+    except fire.core.FireExit as stop:
+        if stop.code == 0:
+            return None
+        raise UsageError(f"명령줄을 읽지 못했다: {' '.join(argv)} (도움말: --help)") from None
+    return _fit_all(texts, parameters)
+
+
+def check(rules: Iterable[tuple[bool, str]]) -> None:
+    """(지켜졌는가, 어겼을 때 할 말)을 모두 보고, 어긴 것을 한 번에 말한다.
+
+    Raises:
+        UsageError: 하나라도 어겼다.
+    """
+    broken = [message for kept, message in rules if not kept]
+    if broken:
+        raise UsageError(" / ".join(broken))
+
+
+def say(text: str = "") -> None:
+    """한 줄을 출력한다. 여러 프로세스로 실행하면 rank 0만 말한다."""
+    if is_main_process():
+        print(printable(text), flush=True)
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def printable(text: str) -> str:
+    """터미널을 조종하는 제어 문자를 뺀다. 줄바꿈과 탭은 남긴다."""
+    return "".join(char for char in text if char in "\n\t" or (ord(char) >= 32 and not 127 <= ord(char) < 160))
+
+
+def use_utf8() -> None:
+    """cp949 콘솔에서도 한글과 모든 글자를 내보낼 수 있게 한다."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _drop_retired(argv: list[str], retired: dict[str, str]) -> list[str]:
+    kept, skip = [], False
+    for token in argv:
+        name = _flag_name(token)
+        if name in retired:
+            say(f"알림: 더 쓰지 않는 플래그 --{name}을 무시한다. {retired[name]}")
+            skip = "=" not in token
+        elif not (skip and name is None):
+            kept.append(token)
+            skip = False
+        else:
+            skip = False
+    return kept
+
+
+def _as_literal(token: str) -> str:
+    """값을 파이썬 문자열 리터럴로 감싼다. 그러지 않으면 fire가 007을 7로, 1e-3을 실수로 바꾸어 버린다."""
+    if _flag_name(token) is None:
+        return repr(token)
+    name, equals, value = token.partition("=")
+    return f"{name}={value!r}" if equals else token
+
+
+def _flag_name(token: str) -> str | None:
+    if not token.startswith("-") or token.lstrip("-")[:1].isdigit() or not token.strip("-"):
+        return None
+    return token.lstrip("-").split("=", 1)[0].replace("-", "_")
+
+
+def _refuse_unknown(argv: list[str], parameters: typing.Mapping[str, inspect.Parameter]) -> None:
+    problems = []
+    previous = None
+    seen = set()
+    for token in argv:
+        name = _flag_name(token)
+        if name is None:
+            if previous is None:
+                problems.append(f"어느 플래그의 값인지 알 수 없는 '{token}'(모든 값은 --이름 값 으로 적는다)")
+            previous = None
+            continue
+        base = name[2:] if name.startswith("no") and name not in parameters else name
+        if base not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"혹시 --{near[0]}?" if near else "쓸 수 있는 플래그는 --help로 본다"
+            problems.append(f"없는 플래그 --{name}({hint})")
+        elif base in seen:
+            problems.append(f"두 번 적은 플래그 --{base}")
+        seen.add(base)
+        previous = None if "=" in token else name
+    if problems:
+        raise UsageError(" / ".join(problems))
+
+
+def _fit_all(texts: dict[str, str], parameters: typing.Mapping[str, inspect.Parameter]) -> dict:
+    values, problems = {}, []
+    for name, text in texts.items():
+        if name not in parameters:
+            continue
+        try:
+            values[name] = _fit(str(text), parameters[name].annotation)
+        except ValueError as expected:
+            problems.append(f"--{name}에는 {expected}: '{text}'")
+    if problems:
+        raise UsageError(" / ".join(problems))
+    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in values]
+    if missing:
+        raise UsageError(f"꼭 필요한 값이 없다: {', '.join(f'--{name}' for name in missing)}")
+    return values
+
+
+def _fit(text: str, annotation) -> object:
+    """글자를 타입에 맞춘다. 맞지 않으면 기대한 것을 담은 ValueError를 올린다."""
+    choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    word = text.strip().lower()
+    if type(None) in choices and word in ("none", "null", ""):
+        return None
+    if bool in choices:
+        if word in TRUE_WORDS | FALSE_WORDS:
+            return word in TRUE_WORDS
+        if str not in choices:
+            raise ValueError("True나 False를 적는다")
+    if int in choices or float in choices:
+        return _fit_number(word, int in choices)
+    if any(typing.get_origin(choice) is tuple for choice in choices):
+        return _fit_words(text)
+    if not text.strip():
+        raise ValueError("빈 값을 적을 수 없다")
+    return text
+
+
+def _fit_number(word: str, whole: bool) -> int | float:
+    expected = "정수를 적는다" if whole else "숫자를 적는다"
+    try:
+        number = float(word)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not math.isfinite(number) or (whole and number != int(number)):
+        raise ValueError(expected)
+    return int(number) if whole else number
+
+
+def _fit_words(text: str) -> tuple[str, ...]:
+    """`"['a','b']"`, `a,b`, `a`를 모두 문자열의 tuple로 읽는다."""
+    inner = text.strip()
+    if inner[:1] in "[(":
+        try:
+            words = ast.literal_eval(inner)
+        except (ValueError, SyntaxError):
+            words = inner.strip("[]()").split(",")  # Windows의 cmd는 따옴표를 지우기도 한다: [query_key_value]
+        words = (words,) if isinstance(words, str) else tuple(words)
+    else:
+        words = tuple(inner.split(","))
+    words = tuple(str(word).strip().strip("'\"") for word in words)
+    if not words or not all(words):
+        raise ValueError("이름을 쉼표로 이어 적는다(예: query_key_value,dense)")
+    return words

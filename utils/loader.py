@@ -1,0 +1,209 @@
+"""장치와 dtype, 토크나이저, 기반 모델, 어댑터를 고르고 올리는 일을 맡는다."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint import newest_valid
+from utils.errors import UsageError
+from utils.modelfolder import open_model_folder, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE_DEMO = ROOT / "resources" / "polyglot-ko-demo"
+PROMPT_FILE = "prompt.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Device:
+    """고른 장치와 계산 dtype, 그리고 고른 까닭."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """어댑터나 병합 모델이 스스로를 설명하는 정보. `prompt.json`에 담긴다.
+
+    Attributes:
+        template: 학습에 쓴 템플릿 전체.
+        end_token: 답의 끝을 뜻하는 토큰의 글자.
+        end_token_id: 그 토큰의 번호.
+        cutoff_len: 학습한 블록의 길이(토큰).
+    """
+
+    template: dict
+    end_token: str
+    end_token_id: int
+    cutoff_len: int
+
+
+def choose_device() -> Device:
+    """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        if major >= 8:
+            return Device(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16,
+                          f"{name}(compute capability {major}.{minor})는 bf16을 직접 계산한다")
+        return Device(torch.device("cuda", torch.cuda.current_device()), torch.float16,
+                      f"{name}(compute capability {major}.{minor})는 bf16이 없어 fp16을 쓴다")
+    if torch.backends.mps.is_available():
+        return Device(torch.device("mps"), torch.float16, "Apple GPU(MPS)는 fp16을 쓴다. bitsandbytes는 쓸 수 없다")
+    return Device(torch.device("cpu"), torch.float32, "쓸 수 있는 GPU가 없어 CPU에서 fp32를 쓴다")
+
+
+def load_tokenizer(model: str | Path, cache_dir: str | None = None):
+    """토크나이저를 읽는다. pad 토큰이 없으면 끝 토큰으로 정한다.
+
+    Raises:
+        UsageError: 토크나이저가 없거나 끝 토큰을 모른다.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), cache_dir=cache_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"토크나이저에 끝 토큰(eos_token)이 없다: {model}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_id(tokenizer) -> int:
+    """답의 끝을 뜻하는 토큰. 설정 파일의 eos가 아니라 토크나이저의 eos를 믿는다.
+
+    polyglot-ko의 config.json은 eos를 0이라 하지만 `<|endoftext|>`는 2다.
+    """
+    return int(tokenizer.eos_token_id)
+
+
+def require_base(base_model: str | Path) -> dict | None:
+    """기반 모델이 로컬 폴더면 온전한지 검사해 config를 돌려준다. hub id면 None이다.
+
+    Raises:
+        UsageError: 폴더가 없거나 온전하지 않다. 받는 명령을 함께 말한다.
+    """
+    path = Path(base_model)
+    if path.is_dir():
+        return open_model_folder(path).config
+    if looks_like_hub_id(base_model):
+        return None
+    raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")
+
+
+def looks_like_hub_id(name: str | Path) -> bool:
+    """`소유자/이름`이고, 앞부분이 로컬 폴더가 아니면 hub id로 본다."""
+    parts = str(name).replace("\\", "/").split("/")
+    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~")) and not Path(parts[0]).is_dir()
+
+
+def download_command(path: Path) -> str:
+    name = path.name if path.name.startswith("polyglot-ko") else "polyglot-ko-1.3b"
+    return f"hf download EleutherAI/{name} --local-dir {path.as_posix()}"
+
+
+def load_base(base_model: str | Path, device: Device, quantize: str | None = None, cache_dir: str | None = None):
+    """기반 모델을 올린다. safetensors만 읽고 원격 코드는 실행하지 않는다.
+
+    Args:
+        quantize: None(장치의 dtype 그대로), "4bit"(NF4, 이중 양자화), "8bit".
+
+    Raises:
+        UsageError: 모델이 없거나 온전하지 않거나 NaN이 들어 있다.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    require_base(base_model)
+    if quantize and device.device.type == "mps":
+        raise UsageError("Apple GPU에서는 4비트와 8비트를 쓸 수 없다. --load_4bit와 --load_8bit를 빼고 실행한다")
+    settings = {
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                 "bnb_4bit_compute_dtype": device.dtype},
+        "8bit": {"load_in_8bit": True},
+    }
+    quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(base_model), dtype=device.dtype, quantization_config=quantization, device_map={"": device.device},
+            cache_dir=cache_dir, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+    keep_nf4_layout(model)
+    _refuse_nan(model, base_model)
+    return model
+
+
+def keep_nf4_layout(model) -> None:
+    """bitsandbytes가 avx512_bf16 CPU에서 4비트 가중치를 제자리에서 바꾸어 놓지 못하게 한다.
+
+    바뀌면 그 뒤의 학습은 죽고, 재개는 정확하지 않고, 병합은 쓰레기가 된다.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_adapter(model, adapter: Path):
+    """`find_adapter`가 찾은 어댑터를 모델에 얹는다. 병합하지 않는다."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+
+
+def find_adapter(peft_root: str | Path) -> Path:
+    """어댑터를 찾는 단 하나의 규칙: `peft_root` 안의 완성된 어댑터, 없으면 온전한 `checkpoint-N` 가운데 가장 새것.
+
+    Raises:
+        UsageError: 폴더가 없거나 어댑터가 없다.
+    """
+    root = Path(peft_root)
+    if not root.is_dir():
+        raise UsageError(f"어댑터 폴더가 없다: {root}")
+    if all((root / name).is_file() for name in ADAPTER_FILES):
+        return root
+    checkpoint = newest_valid(root)
+    if checkpoint is not None:
+        return checkpoint
+    if (root / ADAPTER_FILES[0]).is_file():
+        raise UsageError(f"어댑터에 가중치({ADAPTER_FILES[1]})가 없다: {root}")
+    raise UsageError(f"어댑터가 없다: {root} (finetune-lora.py의 --output_dir를 적는다)")
+
+
+def read_adapter_config(adapter: Path) -> dict:
+    return read_json(adapter / ADAPTER_FILES[0], f"어댑터 설정이 없다: {adapter / ADAPTER_FILES[0]}")
+
+
+def read_prompt_info(folder: str | Path) -> PromptInfo | None:
+    """폴더에 담긴 템플릿과 끝 토큰을 읽는다. 이 도구가 만든 폴더가 아니면 None이다."""
+    file = Path(folder) / PROMPT_FILE
+    if not file.is_file():
+        return None
+    content = read_json(file, "")
+    try:
+        return PromptInfo(**content)
+    except TypeError:
+        raise UsageError(f"{file}의 항목이 맞지 않는다") from None
+
+
+def write_prompt_info(folder: str | Path, info: PromptInfo) -> None:
+    text = json.dumps(asdict(info), ensure_ascii=False, indent=2)
+    (Path(folder) / PROMPT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _refuse_nan(model, base_model: str | Path) -> None:
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        values = parameter if state is None else (state.state2.absmax if state.nested else state.absmax)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
