@@ -16,6 +16,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import fire
 
@@ -66,7 +67,7 @@ def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | N
     complaint = io.StringIO()
     try:
         with contextlib.nullcontext() if argv == ["--help"] else contextlib.redirect_stderr(complaint):
-            fire.Fire(collect, command=[_as_literal(token) for token in argv], name=os.path.basename(sys.argv[0]))
+            fire.Fire(collect, command=[_as_literal(token) for token in argv], name=Path(sys.argv[0]).name)
     except fire.core.FireExit as stop:
         if stop.code == 0:
             return None

@@ -95,7 +95,8 @@ class Kernel:
         gx, gy, gz = (*grid, 1, 1)[:3]
         bx, by, bz = (*block, 1, 1)[:3]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(_driver().cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, stream, pointers, None), self.name)
+        code = _driver().cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, stream, pointers, None)
+        _check(code, self.name)
 
 
 def load_kernels(source: str, names: list[str], defines: dict[str, int | float | str]) -> dict[str, Kernel]:

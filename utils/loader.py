@@ -8,7 +8,7 @@ import torch
 
 from utils.checkpoint import newest_valid
 from utils.errors import UsageError
-from utils.modelfolder import open_model_folder, read_json
+from utils.modelfolder import read_json, require_base
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_DEMO = ROOT / "resources" / "polyglot-ko-demo"
@@ -82,31 +82,6 @@ def end_token_id(tokenizer) -> int:
     polyglot-ko의 config.json은 eos를 0이라 하지만 `<|endoftext|>`는 2다.
     """
     return int(tokenizer.eos_token_id)
-
-
-def require_base(base_model: str | Path) -> dict | None:
-    """기반 모델이 로컬 폴더면 온전한지 검사해 config를 돌려준다. hub id면 None이다.
-
-    Raises:
-        UsageError: 폴더가 없거나 온전하지 않다. 받는 명령을 함께 말한다.
-    """
-    path = Path(base_model)
-    if path.is_dir():
-        return open_model_folder(path).config
-    if looks_like_hub_id(base_model):
-        return None
-    raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")
-
-
-def looks_like_hub_id(name: str | Path) -> bool:
-    """`소유자/이름`이고, 앞부분이 로컬 폴더가 아니면 hub id로 본다."""
-    parts = str(name).replace("\\", "/").split("/")
-    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~")) and not Path(parts[0]).is_dir()
-
-
-def download_command(path: Path) -> str:
-    name = path.name if path.name.startswith("polyglot-ko") else "polyglot-ko-1.3b"
-    return f"hf download EleutherAI/{name} --local-dir {path.as_posix()}"
 
 
 def load_base(base_model: str | Path, device: Device, quantize: str | None = None, cache_dir: str | None = None):

@@ -67,6 +67,31 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     return ModelFolder(path, config, tensors)
 
 
+def require_base(base_model: str | Path) -> dict | None:
+    """기반 모델이 로컬 폴더면 온전한지 검사해 config를 돌려준다. hub id면 None이다.
+
+    Raises:
+        UsageError: 폴더가 없거나 온전하지 않다. 받는 명령을 함께 말한다.
+    """
+    path = Path(base_model)
+    if path.is_dir():
+        return open_model_folder(path).config
+    if looks_like_hub_id(base_model):
+        return None
+    raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")
+
+
+def looks_like_hub_id(name: str | Path) -> bool:
+    """`소유자/이름`이고, 앞부분이 로컬 폴더가 아니면 hub id로 본다."""
+    parts = str(name).replace("\\", "/").split("/")
+    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~")) and not Path(parts[0]).is_dir()
+
+
+def download_command(path: Path) -> str:
+    name = path.name if path.name.startswith("polyglot-ko") else "polyglot-ko-1.3b"
+    return f"hf download EleutherAI/{name} --local-dir {path.as_posix()}"
+
+
 def read_config(path: Path) -> dict:
     """config.json을 읽고, 원격 코드를 요구하는 모델을 거절한다."""
     config = read_json(path / "config.json", f"모델 폴더가 아니다(config.json이 없다): {path}")
@@ -119,7 +144,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
             count = 1
             for side in entry.shape:
                 count *= side
-            whole = end - start == count * _BYTES.get(entry.dtype, 1) and 0 <= start and entry.end <= size
+            whole = end - start == count * _BYTES.get(entry.dtype, 1) and start >= 0 and entry.end <= size
         except (KeyError, TypeError, ValueError):
             raise broken from None
         if not whole:
@@ -145,5 +170,6 @@ def _expected_shards(path: Path) -> dict[str, str]:
             raise UsageError(f"{path / INDEX_FILE}이 폴더 밖을 가리킨다: {name!r}. 안전하지 않아 읽지 않는다")
     gone = sorted({name for name in weight_map.values() if not (path / name).is_file()})
     if gone:
-        raise UsageError(f"{path}의 모델이 덜 받아졌다. 없는 파일: {', '.join(gone[:3])}(모두 {len(gone)}개). 다시 받는다")
+        names = ", ".join(gone[:3])
+        raise UsageError(f"{path}의 모델이 덜 받아졌다. 없는 파일: {names}(모두 {len(gone)}개). 다시 받는다")
     return weight_map

@@ -126,5 +126,6 @@ def _check_template(template: dict) -> None:
     for form, slots in (("prompt_no_input", {"instruction"}), ("prompt_input", {"instruction", "input"})):
         if set(_SLOT.findall(template[form])) != slots:
             raise UsageError(f"템플릿 '{name}'의 {form}에는 {{{'}, {'.join(sorted(slots))}}}가 있어야 한다")
-        if not template[form].rstrip(" ").endswith(template["answer_marker"].rstrip(" ")) or not template["answer_marker"]:
+        marker = template["answer_marker"].rstrip(" ")
+        if not marker or not template[form].rstrip(" ").endswith(marker):
             raise UsageError(f"템플릿 '{name}'의 {form}은 answer_marker로 끝나야 한다")
