@@ -1,0 +1,210 @@
+"""Decoder의 약속: `generate`와 같은 답, 답에만 걸리는 벌점, 길이의 한계, 한 토큰 안의 멈춤."""
+
+import threading
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from utils.decoder import Decoder
+from utils.errors import UsageError
+from utils.sampling import Sampling, penalize, pick, probabilities
+
+END = 0
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocab = {"<|endoftext|>": END} | {letter: 1 + index for index, letter in
+                                      enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def neox(vocab=257, context=256, **changes):
+    """로짓의 차이가 뚜렷하도록 가중치를 키운 작은 모델."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = GPTNeoXConfig(vocab_size=vocab, max_position_embeddings=context, rotary_pct=0.5, bos_token_id=None,
+                           eos_token_id=None, **(sizes | changes))
+    model = GPTNeoXForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    return model
+
+
+def llama(vocab=257, context=256):
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=context, bos_token_id=None, eos_token_id=None)).eval()
+
+
+def prompts(count, length=16):
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(1, 257, (count, length), generator=generator).tolist()
+
+
+def generate(model, ids, **settings):
+    output = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                            pad_token_id=END, **settings)
+    return output[0, len(ids):].tolist()
+
+
+@pytest.mark.parametrize("build", [neox, llama])
+def test_greedy_equals_generate(build, tokenizer):
+    model = build()
+    decoder = Decoder(model, tokenizer, end_id=10_000)
+    for ids in prompts(20):
+        expected = generate(model, ids, do_sample=False, max_new_tokens=128, eos_token_id=None)
+        assert list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=128))) == expected
+        assert decoder.finish_reason == "length" and decoder.stats.tokens == 128
+
+
+def test_stops_at_the_end_token_without_yielding_it(tokenizer):
+    model, ids = neox(), prompts(1)[0]
+    full = list(Decoder(model, tokenizer, end_id=10_000).stream(ids, Sampling(**GREEDY, max_new_tokens=60)))
+    decoder = Decoder(model, tokenizer, end_id=full[20])
+    assert list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=60))) == full[: full.index(full[20])]
+    assert decoder.finish_reason == "stop"
+
+
+def test_stop_event_ends_within_one_token(tokenizer):
+    decoder, stop = Decoder(neox(), tokenizer, END + 10_000), threading.Event()
+    stream = decoder.stream(prompts(1)[0], Sampling(**GREEDY, max_new_tokens=100), stop)
+    for _ in range(5):
+        next(stream)
+    stop.set()
+    assert len(list(stream)) == 0 and decoder.finish_reason == "cancelled" and decoder.stats.tokens == 5
+
+
+def test_closing_the_stream_cancels_and_the_next_answer_works(tokenizer):
+    decoder, ids, settings = Decoder(neox(), tokenizer, 10_000), prompts(1)[0], Sampling(**GREEDY, max_new_tokens=9)
+    stream = decoder.stream(ids, settings)
+    first = next(stream)
+    stream.close()
+    assert decoder.finish_reason == "cancelled"
+    assert list(decoder.stream(ids, settings))[0] == first and decoder.finish_reason == "length"
+
+
+def test_prompt_and_answer_never_pass_the_context(tokenizer):
+    decoder = Decoder(neox(context=32), tokenizer, 10_000)
+    assert len(list(decoder.stream([5] * 30, Sampling(**GREEDY, max_new_tokens=100)))) == 2
+    assert decoder.finish_reason == "length"
+    for bad in ([5] * 32, [5] * 500, []):
+        with pytest.raises(UsageError):
+            decoder.stream(bad, Sampling(**GREEDY))
+
+
+def test_ids_without_text_are_never_chosen(tokenizer):
+    decoder = Decoder(neox(vocab=400), tokenizer, 10_000)
+    chosen = [token for ids in prompts(6) for token in
+              decoder.stream(ids, Sampling(temperature=5.0, top_p=1.0, top_k=0, max_new_tokens=100, seed=1))]
+    assert max(chosen) < len(tokenizer)
+
+
+def test_adapter_off_answers_like_the_base(tokenizer):
+    ids, settings = prompts(1)[0], Sampling(**GREEDY, max_new_tokens=40)
+    base = list(Decoder(neox(), tokenizer, 10_000).stream(ids, settings))
+    tuned = get_peft_model(neox(), LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    decoder = Decoder(tuned, tokenizer, 10_000)
+    with_adapter = list(decoder.stream(ids, settings))
+    decoder.use_adapter(False)
+    assert list(decoder.stream(ids, settings)) == base != with_adapter
+    decoder.use_adapter(True)
+    assert list(decoder.stream(ids, settings)) == with_adapter
+
+
+def test_same_seed_same_answer(tokenizer):
+    decoder, ids = Decoder(neox(), tokenizer, 10_000), prompts(1)[0]
+    answers = [list(decoder.stream(ids, Sampling(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=30, seed=seed)))
+               for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_penalties_touch_the_answer_only():
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    settings = Sampling(**GREEDY, repetition_penalty=2.0)
+    assert penalize(logits, [0, 1, 1], settings).tolist() == [1.0, -4.0, 1.0, 0.5]
+    assert penalize(logits, [], settings).tolist() == logits.tolist()
+    blocked = penalize(logits, [3, 0, 2, 3], Sampling(**GREEDY, no_repeat_ngram_size=2))
+    assert blocked.tolist() == [-torch.inf, -2.0, 1.0, 0.5]
+
+
+def test_penalties_equal_generate_on_an_empty_question(tokenizer):
+    """질문이 벌점에 들어가지 않으므로, `generate`의 벌점과 같아지는 것은 질문이 답의 첫 토큰 하나일 때다."""
+    model = neox()
+    decoder = Decoder(model, tokenizer, 10_000)
+    settings = Sampling(**GREEDY, max_new_tokens=50, repetition_penalty=1.3, no_repeat_ngram_size=3)
+    ours = list(decoder.stream([7], settings))
+    from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+    answer, rules = [], LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), NoRepeatNGramLogitsProcessor(3)])
+    with torch.inference_mode():
+        for _ in range(50):
+            logits = model(torch.tensor([[7, *answer]])).logits[:, -1]
+            logits = rules(torch.tensor([answer]), logits) if answer else logits
+            answer.append(int(logits.argmax()))
+    assert ours == answer
+
+
+@pytest.mark.parametrize("settings", [
+    Sampling(temperature=0.8, top_p=1.0, top_k=0), Sampling(temperature=1.3, top_p=0.8, top_k=0),
+    Sampling(temperature=1.0, top_p=0.9, top_k=12)])
+def test_probabilities_equal_the_warpers_of_generate(settings):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(50):
+        logits = torch.randn(1, 200, generator=generator) * 3
+        expected = TemperatureLogitsWarper(settings.temperature)(None, logits)
+        if settings.top_k:
+            expected = TopKLogitsWarper(settings.top_k)(None, expected)
+        if settings.top_p < 1:
+            expected = TopPLogitsWarper(settings.top_p)(None, expected)
+        assert torch.allclose(probabilities(logits[0], settings), expected.softmax(-1)[0], atol=1e-6)
+
+
+def test_sampling_follows_the_distribution():
+    """20,000번 뽑은 도수의 카이제곱 값이 자유도에 맞는다(p > 0.001)."""
+    generator, settings = torch.Generator().manual_seed(2), Sampling(temperature=0.9, top_p=0.95, top_k=20)
+    logits = torch.randn(64, generator=generator) * 2
+    expected = probabilities(logits, settings) * 20_000
+    counts = torch.bincount(torch.tensor([pick(logits, [], settings, generator) for _ in range(20_000)]), minlength=64)
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    statistic = float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    freedom = int(kept.sum()) - 1
+    assert statistic < freedom + 3.1 * (2 * freedom) ** 0.5 + 4
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
+                                 {"max_new_tokens": 0}, {"repetition_penalty": 0}, {"no_repeat_ngram_size": -1}])
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(UsageError):
+        Sampling(**bad)
+
+
+def test_at_least_as_fast_as_generate_on_the_cpu(tokenizer):
+    """번갈아 재어 가장 빠른 것끼리 견준다. 여유 10 %는 시계와 이웃의 몫이다."""
+    model, ids = neox(), prompts(1)[0]
+    decoder = Decoder(model, tokenizer, 10_000)
+    ours, theirs = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=64)))
+        middle = time.perf_counter()
+        generate(model, ids, do_sample=False, max_new_tokens=64, eos_token_id=None)
+        ours.append(middle - start)
+        theirs.append(time.perf_counter() - middle)
+    assert min(ours) < 1.1 * min(theirs)

@@ -1,0 +1,90 @@
+"""모델 하나로 답을 한 토큰씩 만드는 일을 맡는다: 길이의 한계, 멈춤, 통계."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from utils.errors import UsageError
+from utils.forward_decode import ForwardDecode
+from utils.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Stats:
+    """마지막 답의 통계.
+
+    Attributes:
+        tokens: 만든 토큰 수. 끝 토큰은 빼고 센다.
+        first_token_seconds: 부른 때부터 첫 토큰까지.
+        tokens_per_second: 첫 토큰 뒤의 속도. 토큰이 하나 이하면 0이다.
+    """
+
+    tokens: int = 0
+    first_token_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+class Decoder:
+    """모델 하나와 KV cache를 쥐고 답을 만든다. 한 번에 답 하나만 만든다.
+
+    Attributes:
+        path: 고른 길과 그 까닭 한 줄.
+        finish_reason: 마지막 답이 끝난 까닭. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
+        stats: 마지막 답의 통계.
+        context: 질문과 답을 합친 길이의 한계(토큰).
+    """
+
+    def __init__(self, model, tokenizer, end_id: int):
+        self.end_id = end_id
+        self.context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        self.finish_reason = "length"
+        self.stats = Stats()
+        model.eval()
+        self._engine = ForwardDecode(model, self.context, min(len(tokenizer), model.config.vocab_size))
+        self.path = self._engine.path
+
+    def use_adapter(self, on: bool) -> None:
+        """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다."""
+        self._engine.use_adapter(on)
+
+    def stream(self, input_ids: list[int], settings: Sampling, stop: threading.Event | None = None) -> Iterator[int]:
+        """답의 토큰을 하나씩 내놓는다. 끝 토큰은 내놓지 않는다.
+
+        Args:
+            input_ids: 질문의 토큰.
+            settings: 고르는 설정. `max_new_tokens`가 남은 자리보다 크면 남은 자리까지만 만든다.
+            stop: 켜지면 한 토큰 안에 멈춘다.
+
+        Raises:
+            UsageError: 질문이 비었거나 모델이 읽을 수 있는 길이를 넘는다.
+        """
+        if not input_ids:
+            raise UsageError("질문이 비어 있다")
+        room = self.context - len(input_ids)
+        if room < 1:
+            raise UsageError(f"질문이 너무 길다: {len(input_ids)}토큰. "
+                             f"이 모델은 질문과 답을 합쳐 {self.context}토큰까지 읽는다. 질문을 줄인다")
+        return self._answer(input_ids, settings, min(settings.max_new_tokens, room), stop or threading.Event())
+
+    @torch.inference_mode()
+    def _answer(self, input_ids: list[int], settings: Sampling, limit: int, stop: threading.Event) -> Iterator[int]:
+        self.finish_reason, self.stats = "cancelled", Stats()
+        started, first, count = time.perf_counter(), 0.0, 0
+        if stop.is_set():
+            return
+        for token in self._engine.tokens(input_ids, settings, limit):
+            now = time.perf_counter()
+            if token == self.end_id:
+                self.finish_reason = "stop"
+                return
+            first = first or now
+            count += 1
+            speed = (count - 1) / (now - first) if count > 1 else 0.0
+            self.stats = Stats(count, first - started, speed)
+            self.finish_reason = "length" if count == limit else "cancelled"
+            yield token
+            if stop.is_set() and count < limit:
+                return

@@ -1,0 +1,44 @@
+"""토큰 번호의 흐름을 글자의 흐름으로 바꾸는 일을 맡는다. 완성된 글자는 바로 내보내고 반쪽 글자는 기다린다."""
+
+import codecs
+import json
+
+from tokenizers.decoders import DecodeStream
+
+
+def byte_alphabet() -> dict[str, int]:
+    """바이트 수준 BPE가 바이트를 적는 글자 256개. GPT-2의 `bytes_to_unicode`를 뒤집은 표다."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+class TextStream:
+    """답 하나의 토큰을 글자로 바꾼다.
+
+    바이트 수준 BPE에서는 토큰의 바이트를 UTF-8로 조금씩 푼다. 한 음절이 두 토큰에 나뉘어 있으면 뒤의 토큰이 왔을 때
+    나오고, 끝내 완성되지 못한 바이트는 버려지므로 U+FFFD가 보이지 않는다. 다른 토크나이저는 `DecodeStream`에 맡긴다.
+    특수 토큰과 어휘에 없는 번호는 글자가 없다.
+    """
+
+    def __init__(self, tokenizer):
+        self._backend = tokenizer.backend_tokenizer
+        self._added = {number: "" if token.special else token.content
+                       for number, token in tokenizer.added_tokens_decoder.items()}
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        self._bytes = byte_alphabet() if decoder.get("type") == "ByteLevel" else None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """토큰 하나를 넣고 그 사이 완성된 글자를 돌려준다."""
+        if self._bytes is None:
+            return self._stream.step(self._backend, token_id) or ""
+        if token_id in self._added:
+            return self._utf8.decode(self._added[token_id].encode("utf-8"))
+        token = self._backend.id_to_token(token_id)
+        return "" if token is None else self._utf8.decode(bytes(self._bytes[letter] for letter in token))
+
+    def flush(self) -> str:
+        """답이 끝났을 때 남은 글자를 돌려준다. 완성되지 못한 바이트는 버린다."""
+        return self._utf8.decode(b"", final=True)
