@@ -10,8 +10,6 @@ from utils.checkpoint import newest_valid
 from utils.errors import UsageError
 from utils.modelfolder import read_json, require_base
 
-ROOT = Path(__file__).resolve().parents[1]
-BASE_DEMO = ROOT / "resources" / "polyglot-ko-demo"
 PROMPT_FILE = "prompt.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -55,6 +53,16 @@ def choose_device() -> Device:
     if torch.backends.mps.is_available():
         return Device(torch.device("mps"), torch.float16, "Apple GPU(MPS)는 fp16을 쓴다. bitsandbytes는 쓸 수 없다")
     return Device(torch.device("cpu"), torch.float32, "쓸 수 있는 GPU가 없어 CPU에서 fp32를 쓴다")
+
+
+def load_config(base_model: str, cache_dir: str | None = None) -> dict:
+    """hub에 있는 모델의 config.json을 dict로 읽는다."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base_model, cache_dir=cache_dir, trust_remote_code=False).to_dict()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
 
 
 def load_tokenizer(model: str | Path, cache_dir: str | None = None):

@@ -1,0 +1,134 @@
+"""한국어 언어 모델을 QLoRA 4비트로 미세조정한다."""
+
+from utils import cli
+from utils.paths import BASE_DEMO, DATA_DEMO, find_input, shown
+
+RETIRED = {
+    "gpt2_datasets": "열 이름을 보고 형식을 스스로 안다.",
+    "keep_linebreaks": "줄바꿈은 언제나 그대로 둔다.",
+    "block_size": "--cutoff_len이 블록의 길이다.",
+    "add_eos_token": "끝 토큰은 언제나 한 번 붙는다.",
+    "group_by_length": "문서를 블록에 빈틈없이 채우므로 필요 없다.",
+}
+
+
+def train(
+    *,
+    # 모델과 데이터
+    base_model: str = str(BASE_DEMO),
+    data_path: str = str(DATA_DEMO),
+    output_dir: str = "train/lora-demo",
+    cache_dir: str | None = None,
+    # 학습
+    num_train_epochs: float = 5,
+    batch_size: int = 16,
+    micro_batch_size: int | None = None,
+    learning_rate: float = 1e-3,
+    cutoff_len: int = 1024,
+    val_set_size: float = 5,
+    train_on_inputs: bool = True,
+    early_stopping_patience: int | None = None,
+    seed: int = 42,
+    # LoRA
+    lora_r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.05,
+    lora_target_modules: tuple[str, ...] = ("query_key_value",),
+    # 템플릿, 메모리, 재개
+    prompt_template: str = "default",
+    vram_gb: float | None = None,
+    resume_from_checkpoint: bool | str | None = None,
+    check_data: bool = False,
+    # 기록
+    report_to: str = "none",
+    wandb_project: str | None = None,
+    wandb_run_name: str | None = None,
+    wandb_watch: str | None = None,
+    wandb_log_model: str | None = None,
+):
+    """한국어 언어 모델을 QLoRA 4비트로 미세조정한다.
+
+    가장 좋은 어댑터를 output_dir에, 학습의 기록을 run.json, curves.png, samples.md에 남긴다.
+
+    Args:
+        base_model: 기반 모델의 폴더나 hub id. 기본은 함께 든 데모 모델이다.
+        data_path: 데이터 파일(.json .jsonl .csv .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
+        output_dir: 결과를 쓸 폴더.
+        cache_dir: 받은 모델과 데이터를 둘 폴더.
+        num_train_epochs: 데이터를 몇 번 볼지.
+        batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다.
+        micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
+        learning_rate: 가장 높을 때의 학습률.
+        cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
+        val_set_size: 검증에 쓸 행의 비율(퍼센트). 0이면 검증하지 않는다.
+        train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다).
+        early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
+        seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.
+        lora_r: LoRA의 rank.
+        lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
+        lora_dropout: LoRA 입력의 드롭아웃 확률.
+        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적고, auto면 구조에 맞게 고른다.
+        prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
+        vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
+        resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.
+        check_data: 데이터만 검사하고 끝낸다.
+        report_to: none, tensorboard, wandb 가운데 하나.
+        wandb_project: 적으면 이 프로젝트로 wandb에 기록한다. 적지 않으면 wandb를 부르지 않는다.
+        wandb_run_name: wandb에서 보일 이름.
+        wandb_watch: wandb의 watch(false, gradients, all).
+        wandb_log_model: wandb에 모델도 올린다(false, checkpoint, end).
+    """
+    flags = dict(locals())
+    base_model, data_path = find_input(base_model), find_input(data_path)
+    check_flags(flags)
+
+    from types import SimpleNamespace
+
+    from utils import finetune, results
+
+    settings = SimpleNamespace(**{**flags, "base_model": base_model, "data_path": data_path})
+    inputs = finetune.prepare(settings, cli.say)
+    plan = finetune.plan(settings, inputs, cli.say)
+    model = finetune.build_model(settings, inputs, cli.say)
+    result = finetune.fit(settings, inputs, plan, model, cli.say)
+    results.write(settings, inputs, plan, result, cli.say)
+    say_next(base_model, output_dir)
+
+
+def check_flags(flags: dict) -> None:
+    """모델을 올리기 전에 값의 범위를 모두 본다."""
+    batch, micro = flags["batch_size"], flags["micro_batch_size"]
+    divisors = [n for n in range(1, max(batch, 0) + 1) if batch % n == 0]
+    near = sorted(divisors, key=lambda n: abs(n - (micro or 1)))[:2]
+    cli.check(
+        [
+            (flags["num_train_epochs"] > 0, f"num_train_epochs는 0보다 커야 한다: {flags['num_train_epochs']}"),
+            (batch >= 1, f"batch_size는 1 이상이어야 한다: {batch}"),
+            (micro is None or (micro >= 1 and batch >= 1 and batch % micro == 0),
+             f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {sorted(near)}"),
+            (flags["learning_rate"] > 0, f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
+            (8 <= flags["cutoff_len"] <= 1 << 17, f"cutoff_len은 8 이상이어야 한다: {flags['cutoff_len']}"),
+            (0 <= flags["val_set_size"] < 100, f"val_set_size는 0 이상 100 미만의 퍼센트다: {flags['val_set_size']}"),
+            (flags["lora_r"] >= 1, f"lora_r은 1 이상이어야 한다: {flags['lora_r']}"),
+            (flags["lora_alpha"] > 0, f"lora_alpha는 0보다 커야 한다: {flags['lora_alpha']}"),
+            (0 <= flags["lora_dropout"] < 1, f"lora_dropout은 0 이상 1 미만이다: {flags['lora_dropout']}"),
+            (flags["vram_gb"] is None or flags["vram_gb"] > 0, f"vram_gb는 0보다 커야 한다: {flags['vram_gb']}"),
+            (0 <= flags["seed"] < 2**32, f"seed는 0 이상 2^32 미만이다: {flags['seed']}"),
+            (flags["early_stopping_patience"] is None or flags["val_set_size"] > 0,
+             "early_stopping_patience에는 검증이 필요하다. val_set_size를 0보다 크게 한다"),
+            (flags["report_to"] in ("none", "tensorboard", "wandb"),
+             f"report_to는 none, tensorboard, wandb 가운데 하나다: {flags['report_to']}"),
+        ]
+    )
+
+
+def say_next(base_model: str, output_dir: str) -> None:
+    merged = f"{output_dir.rstrip('/')}-merged"
+    cli.say("\n다음 명령:")
+    cli.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
+    cli.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
+    cli.say(f"어댑터: {shown(output_dir)}  (기반 모델: {shown(base_model)})")
+
+
+if __name__ == "__main__":
+    cli.run(train, RETIRED)

@@ -1,0 +1,85 @@
+"""테스트가 함께 쓰는 것들: 무작위 가중치의 작은 GPT-NeoX 폴더와, 끝까지 학습한 작은 실행."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TEXT = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8") + (ROOT / "utils" / "cli.py").read_text(encoding="utf-8")
+SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
+
+
+def build_tokenizer(folder: Path, vocab_size: int = 800):
+    """polyglot처럼 끝 토큰이 2번이고 pad가 없는 byte-level BPE 토크나이저를 학습해 폴더에 쓴다."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|endoftext|>",
+                                        unk_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 2, context: int = 256,
+               dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
+    """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    size = len(build_tokenizer(folder))
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(vocab_size=size + 13, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                           intermediate_size=hidden * 4, rotary_pct=0.5, max_position_embeddings=context,
+                           use_parallel_residual=True, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+    GPTNeoXForCausalLM(config).to(dtype).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def write_rows(path: Path, n: int = 40) -> Path:
+    """textonly 형식의 짧은 행 n개."""
+    lines = [json.dumps({"text": f"### 질문: {i} 더하기 {i}는?\n\n### 답변: {i}에 {i}를 더하면 {2 * i}입니다.<|endoftext|>"},
+                        ensure_ascii=False) for i in range(n)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run_script(name: str, *flags: str, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
+    """스크립트를 새 프로세스로 실행한다. 출력은 UTF-8로 읽는다."""
+    return subprocess.run([sys.executable, str(ROOT / name), *flags], cwd=cwd, capture_output=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def tiny_neox(tmp_path_factory) -> Path:
+    return build_neox(tmp_path_factory.mktemp("models") / "tiny-neox")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.json")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_neox, tiny_data, tmp_path_factory) -> Path:
+    """작은 모델을 실제로 4비트로 학습한 실행의 output_dir."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    done = run_script("finetune-lora.py", "--base_model", str(tiny_neox), "--data_path", str(tiny_data),
+                      "--output_dir", str(output), "--cutoff_len", "64", "--batch_size", "4", "--num_train_epochs", "2",
+                      "--val_set_size", "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output

@@ -1,0 +1,228 @@
+"""미세조정 한 번의 준비, 계획, 실행을 맡는다. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from utils import dataset, loader, planner
+from utils.errors import UsageError
+from utils.modelfolder import require_base
+from utils.prompter import CHAT, make_prompter
+from utils.rows import require_data
+
+AUTO_TARGETS = {
+    "gpt_neox": ("query_key_value",),
+    "gpt2": ("c_attn",),
+    "bloom": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "phi3": ("qkv_proj",),
+}
+COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass
+class Inputs:
+    """모델을 올리기 전에 갖추어지는 것들."""
+
+    device: loader.Device
+    config: dict
+    tokenizer: object
+    end_id: int
+    prompter: object
+    encoder: dataset.Encoder
+    documents: dataset.Documents
+    held_out: np.ndarray
+    train_set: dataset.PackedDataset
+    eval_set: dataset.PackedDataset | None
+    data_sha256: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다."""
+
+    steps: int
+    warmup: int
+    interval: int
+
+    @classmethod
+    def from_blocks(cls, n_blocks: int, batch_size: int, epochs: float) -> "Schedule":
+        steps = max(1, math.ceil(math.ceil(n_blocks / batch_size) * epochs))
+        return cls(steps, max(1, min(100, round(steps * 0.06))), max(1, steps // 10))
+
+
+def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
+    """장치, 토크나이저, 데이터를 갖춘다. 모델은 아직 올리지 않는다.
+
+    Raises:
+        UsageError: 기반 모델이나 데이터가 잘못되었다.
+    """
+    require_data(settings.data_path)
+    local_config = require_base(settings.base_model)
+    device = loader.choose_device()
+    say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    config = local_config or loader.load_config(settings.base_model, settings.cache_dir)
+    tokenizer = loader.load_tokenizer(settings.base_model, settings.cache_dir)
+    end_id = loader.end_token_id(tokenizer)
+    check_block_fits(settings.cutoff_len, config)
+    prompter = make_prompter(settings.prompt_template, tokenizer)
+    encoder = dataset.Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT)
+    documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
+                                       settings.cache_dir)
+    chosen, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
+
+    def packed(members: np.ndarray) -> dataset.PackedDataset:
+        return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, settings.train_on_inputs,
+                                     settings.seed)
+
+    return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, packed(chosen),
+                  packed(held_out) if len(held_out) else None, file_sha256(settings.data_path),
+                  choose_targets(settings.lora_target_modules, config))
+
+
+def check_block_fits(cutoff_len: int, config: dict) -> None:
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if limit and cutoff_len > limit:
+        raise UsageError(f"cutoff_len {cutoff_len}이 모델의 문맥 {limit}보다 길다. --cutoff_len {limit} 이하로 적는다")
+
+
+def choose_targets(asked: tuple[str, ...], config: dict) -> tuple[str, ...]:
+    """`auto`면 구조의 attention 층을 고른다. 기본값도 GPT-NeoX가 아니면 auto와 같다."""
+    kind = config["model_type"]
+    if asked == ("auto",) or (asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon")):
+        return AUTO_TARGETS.get(kind, COMMON_TARGETS)
+    return asked
+
+
+def file_sha256(path: str | Path) -> str:
+    """데이터 파일의 sha256. hub의 데이터면 이름의 해시다."""
+    digest = hashlib.sha256()
+    if not Path(path).is_file():
+        return hashlib.sha256(str(path).encode()).hexdigest()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def plan(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]) -> tuple[Schedule, planner.MemoryPlan]:
+    """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
+    schedule = Schedule.from_blocks(len(inputs.train_set), settings.batch_size, settings.num_train_epochs)
+    memory = planner.make_plan(
+        inputs.config, device=inputs.device, cutoff_len=settings.cutoff_len, batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
+        vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents)
+    documents, lengths = inputs.documents, inputs.documents.lengths()
+    n_train = len(documents) - len(inputs.held_out)
+    filled = inputs.train_set.n_tokens / (len(inputs.train_set) * settings.cutoff_len)
+    say(f"데이터: {len(documents):,}행(학습 {n_train:,}, 검증 {len(inputs.held_out):,}), "
+        f"토큰 {int(lengths.sum()):,}개, 행의 가운데 길이 {int(np.median(lengths))}")
+    if documents.n_cut:
+        say(f"  잘린 행: {documents.n_cut:,}개({documents.n_cut / len(documents):.1%}). 끝 토큰은 남겼다. "
+            f"99%가 들어가는 길이는 {int(np.quantile(lengths, 0.99))}이다")
+    accumulation = settings.batch_size // memory.micro_batch_size
+    say(f"블록: {len(inputs.train_set):,}개 x {settings.cutoff_len} 토큰(채움 {filled:.1%}). "
+        "한 블록의 문서들은 서로 보지 않는다")
+    say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
+        f"batch {settings.batch_size} = micro {memory.micro_batch_size} x {accumulation}")
+    for line in memory.lines():
+        say(line)
+    return schedule, memory
+
+
+def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]):
+    """기반 모델을 4비트로 올리고 LoRA를 붙인다.
+
+    Raises:
+        UsageError: 모델을 읽지 못하거나 LoRA를 붙일 층이 없다.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    quantize = None if inputs.device.device.type == "mps" else "4bit"
+    base = loader.load_base(settings.base_model, inputs.device, quantize, settings.cache_dir)
+    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+    unknown = [target for target in inputs.targets if target not in names]
+    if unknown:
+        linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if hasattr(m, "in_features")} - {"lm_head"}
+        raise UsageError(f"모델에 없는 층이다: {', '.join(unknown)}. 쓸 수 있는 이름: {', '.join(sorted(linear))}")
+    torch.manual_seed(settings.seed)
+    model = get_peft_model(base, LoraConfig(
+        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        target_modules=list(inputs.targets), task_type="CAUSAL_LM", base_model_name_or_path=str(settings.base_model)))
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
+    return model
+
+
+def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner.MemoryPlan], model,
+        say: Callable[[str], None]) -> SimpleNamespace:
+    """학습하고, 가장 좋은 어댑터를 `output_dir`에 남긴다.
+
+    Returns:
+        trainer, 학습 전후의 검증 loss(before, after), 걸린 시간(seconds).
+    """
+    from utils.trainer import LeanTrainer
+
+    schedule, memory = plan
+    torch.manual_seed(settings.seed)
+    trainer = LeanTrainer(model=model, args=training_arguments(settings, inputs, schedule, memory),
+                          train_dataset=inputs.train_set, eval_dataset=inputs.eval_set, plan=memory,
+                          processing_class=inputs.tokenizer, callbacks=[])
+    say(f"학습 길: {trainer.path}")
+    before = trainer.evaluate()["eval_loss"] if inputs.eval_set else None
+    if before is not None:
+        say(f"학습 전 검증 loss {before:.4f}")
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    after = trainer.state.best_metric
+    if before is not None:
+        say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {1 - after / before:.1%} 줄었다)")
+    output = Path(settings.output_dir)
+    model.save_pretrained(output, safe_serialization=True)
+    loader.write_prompt_info(output, loader.PromptInfo(
+        inputs.prompter.template, inputs.tokenizer.convert_ids_to_tokens(inputs.end_id), inputs.end_id,
+        settings.cutoff_len))
+    return SimpleNamespace(trainer=trainer, model=model, before=before, after=after, seconds=seconds)
+
+
+def training_arguments(settings: SimpleNamespace, inputs: Inputs, schedule: Schedule, memory: planner.MemoryPlan):
+    """`transformers.TrainingArguments`로 옮긴 설정."""
+    from transformers import TrainingArguments
+
+    evaluates = inputs.eval_set is not None
+    return TrainingArguments(
+        output_dir=settings.output_dir,
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=memory.micro_batch_size,
+        per_device_eval_batch_size=memory.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // memory.micro_batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=schedule.warmup,
+        logging_steps=1,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=schedule.interval if evaluates else None,
+        save_strategy="steps",
+        save_steps=schedule.interval,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=inputs.device.dtype is torch.bfloat16,
+        fp16=inputs.device.dtype is torch.float16 and inputs.device.device.type == "cuda",
+        use_cpu=inputs.device.device.type == "cpu",
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )

@@ -1,0 +1,88 @@
+"""학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, samples.md."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import torch
+
+from utils import report
+from utils.decoder import Decoder
+from utils.finetune import Inputs, Schedule
+from utils.planner import MemoryPlan
+from utils.sampling import Sampling
+
+N_SAMPLES = 5
+SAMPLE_TOKENS = 160
+
+
+def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
+                  result: SimpleNamespace, say: Callable[[str], None]) -> None:
+    """run.json, curves.png, samples.md를 쓰고 예시 답을 보여 준다."""
+    run = describe_run(settings, inputs, plan, result)
+    samples = answer_samples(inputs, result.model)
+    report.write_run(settings.output_dir, run)
+    report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
+    report.write_samples(settings.output_dir, samples)
+
+
+def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
+                 result: SimpleNamespace) -> dict:
+    """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
+    schedule, memory = plan
+    tokens = inputs.train_set.n_tokens * settings.num_train_epochs
+    return {
+        "settings": vars(settings),
+        "versions": versions(),
+        "device": {"name": str(inputs.device.device), "dtype": str(inputs.device.dtype), "why": inputs.device.reason},
+        "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents), "cut": inputs.documents.n_cut,
+                 "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
+                 "validation_rows": len(inputs.held_out)},
+        "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
+                 "micro_batch_size": memory.micro_batch_size},
+        "path": result.trainer.path,
+        "eval_loss_before": result.before,
+        "eval_loss_after": result.after,
+        "train_seconds": result.seconds,
+        "tokens_per_second": tokens / result.seconds,
+        "peak_vram_gb": torch.cuda.max_memory_reserved() / 1e9 if inputs.device.device.type == "cuda" else None,
+        "peak_ram_gb": peak_ram_bytes() / 1e9,
+        "history": result.trainer.state.log_history,
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def peak_ram_bytes() -> int:
+    """이 프로세스가 지금까지 쓴 RAM의 최댓값(바이트)."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return memory.peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def answer_samples(inputs: Inputs, model) -> list[dict]:
+    """검증 질문 다섯 개의 기준 답, 기반 모델의 답, 조정한 모델의 답. 탐욕적으로 고르므로 늘 같다."""
+    samples, decoder = [], Decoder(model, inputs.tokenizer, inputs.end_id)
+    for member in inputs.held_out[:N_SAMPLES]:
+        tokens, is_answer = inputs.documents.document(member)
+        start = int(np.argmax(is_answer))
+        sample = {"question": inputs.tokenizer.decode(tokens[:start]),
+                  "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}
+        for name, tuned in (("base", False), ("tuned", True)):
+            decoder.use_adapter(tuned)
+            ids = list(decoder.stream(tokens[:start].tolist(), Sampling(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)))
+            sample[name] = inputs.tokenizer.decode(ids).strip()
+            sample[f"{name}_finish"] = decoder.finish_reason
+        samples.append(sample)
+    decoder.use_adapter(True)
+    return samples
