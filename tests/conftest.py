@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-TEXT = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8") + (ROOT / "utils" / "cli.py").read_text(encoding="utf-8")
+TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("tests/conftest.py", "utils/cli.py"))
 SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
 
 
@@ -27,8 +27,9 @@ def build_tokenizer(folder: Path, vocab_size: int = 800):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator([TEXT], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|endoftext|>",
                                         unk_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
@@ -43,17 +44,18 @@ def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 
     folder.mkdir(parents=True, exist_ok=True)
     size = len(build_tokenizer(folder))
     torch.manual_seed(seed)
-    config = GPTNeoXConfig(vocab_size=size + 13, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                           intermediate_size=hidden * 4, rotary_pct=0.5, max_position_embeddings=context,
-                           use_parallel_residual=True, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+    config = GPTNeoXConfig(vocab_size=size + 13, hidden_size=hidden, num_hidden_layers=layers,
+                           num_attention_heads=heads, intermediate_size=hidden * 4, rotary_pct=0.5,
+                           max_position_embeddings=context, use_parallel_residual=True, bos_token_id=0,
+                           eos_token_id=0, tie_word_embeddings=False)
     GPTNeoXForCausalLM(config).to(dtype).save_pretrained(folder, safe_serialization=True)
     return folder
 
 
 def write_rows(path: Path, n: int = 40) -> Path:
     """textonly 형식의 짧은 행 n개."""
-    lines = [json.dumps({"text": f"### 질문: {i} 더하기 {i}는?\n\n### 답변: {i}에 {i}를 더하면 {2 * i}입니다.<|endoftext|>"},
-                        ensure_ascii=False) for i in range(n)]
+    texts = [f"### 질문: {i} 더하기 {i}는?\n\n### 답변: {i}에 {i}를 더하면 {2 * i}입니다.<|endoftext|>" for i in range(n)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
