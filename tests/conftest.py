@@ -54,7 +54,8 @@ def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 
 
 def write_rows(path: Path, n: int = 40) -> Path:
     """textonly 형식의 짧은 행 n개."""
-    texts = [f"### 질문: {i} 더하기 {i}는?\n\n### 답변: {i}에 {i}를 더하면 {2 * i}입니다.<|endoftext|>" for i in range(n)]
+    form = "### 질문: {0} 더하기 {0}는?\n\n### 답변: {0}에 {0}를 더하면 {1}입니다.<|endoftext|>"
+    texts = [form.format(i, 2 * i) for i in range(n)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
