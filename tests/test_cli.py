@@ -1,0 +1,94 @@
+"""명령줄은 단계의 서명에 정확히 맞추어지고, 잘못은 모두 한 줄로 알려진다."""
+
+import pytest
+
+from utils import cli
+from utils.errors import UsageError
+
+
+def stage(*, count: int = 3, rate: float = 1e-3, wide: bool = True, names: tuple[str, ...] = ("x",),
+          folder: str | None = None, resume: bool | str | None = None):
+    """단계 하나."""
+
+
+def parse(*argv: str, retired: dict | None = None) -> dict:
+    return cli.parse(stage, list(argv), retired or {})
+
+
+@pytest.mark.parametrize("word, expected", [("false", False), ("False", False), ("0", False), ("no", False),
+                                            ("거짓", False), ("true", True), ("참", True), ("1", True)])
+def test_bool_words_mean_what_they_say(word, expected):
+    assert parse(f"--wide={word}") == {"wide": expected} == parse("--wide", word)
+
+
+def test_bare_flag_is_true_and_no_prefix_is_false():
+    assert parse("--wide") == {"wide": True}
+    assert parse("--nowide") == {"wide": False}
+
+
+@pytest.mark.parametrize("text", ["007", "True", "1e-3", "it's", 'say "hi"', "back\\slash", "{x}", "학습/폴더 둘",
+                                  "[1,2]"])
+def test_strings_arrive_letter_by_letter(text):
+    assert parse("--folder", text) == {"folder": text} == parse(f"--folder={text}")
+
+
+@pytest.mark.parametrize("text", ["['a','b']", "a,b", "[a,b]", "('a', 'b')", '["a","b"]'])
+def test_names_in_every_spelling(text):
+    assert parse("--names", text) == {"names": ("a", "b")}
+
+
+def test_numbers():
+    assert parse("--count", "16", "--rate", "1e-3") == {"count": 16, "rate": 0.001}
+    assert parse("--rate=-3") == {"rate": -3.0}
+    assert parse("--count", "2.0") == {"count": 2}
+
+
+def test_flag_or_text_keeps_both():
+    assert parse("--resume") == {"resume": True}
+    assert parse("--resume", "train/checkpoint-3") == {"resume": "train/checkpoint-3"}
+    assert parse("--resume", "none") == {"resume": None}
+
+
+def test_all_wrong_values_are_named_at_once():
+    with pytest.raises(UsageError, match="--count.*--rate.*--wide"):
+        parse("--count", "x", "--rate", "nan", "--wide", "maybe")
+
+
+def test_unknown_flags_are_named_with_the_nearest():
+    with pytest.raises(UsageError, match="--cuont.*--count"):
+        parse("--cuont", "3")
+
+
+@pytest.mark.parametrize("argv", [["free"], ["--count", "3", "4"], ["--count=3", "--count=4"], ["--count"],
+                                  ["-c", "3"]])
+def test_loose_and_repeated_values_are_refused(argv):
+    with pytest.raises(UsageError):
+        parse(*argv)
+
+
+def test_stage_is_not_called_when_a_flag_is_wrong(capsys):
+    called = []
+
+    def train(*, count: int = 3):
+        called.append(count)
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train, argv=["--count", "3", "--other", "1"])
+    assert stop.value.code == 2 and not called
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("오류: ")
+
+
+def test_retired_flag_says_what_replaces_it(capsys):
+    assert parse("--block_size", "512", "--count", "4", retired={"block_size": "길이는 --cutoff_len"}) == {"count": 4}
+    assert "--cutoff_len" in capsys.readouterr().out
+
+
+def test_check_reports_every_broken_rule():
+    with pytest.raises(UsageError, match="하나.*셋"):
+        cli.check([(False, "하나"), (True, "둘"), (False, "셋")])
+
+
+def test_terminal_escapes_do_not_reach_the_console(capsys):
+    cli.say("안녕\x1b[31m\x07\x9b하세요\n")
+    assert capsys.readouterr().out == "안녕[31m하세요\n\n"
