@@ -10,11 +10,13 @@ import difflib
 import functools
 import inspect
 import io
+import logging
 import math
 import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         argv: 명령줄. 없으면 `sys.argv[1:]`.
     """
     use_utf8()
+    hush_libraries()
     try:
         flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
         if flags is not None:
@@ -106,6 +109,14 @@ def use_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def hush_libraries() -> None:
+    """사용자가 어찌할 수 없는 라이브러리의 알림과 진행 막대를 끈다. 라이브러리를 부르기 전에 불러야 한다."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _drop_retired(argv: list[str], retired: dict[str, str]) -> list[str]:
