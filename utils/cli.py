@@ -115,6 +115,7 @@ def hush_libraries() -> None:
     """사용자가 어찌할 수 없는 라이브러리의 알림과 진행 막대를 끈다. 라이브러리를 부르기 전에 불러야 한다."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

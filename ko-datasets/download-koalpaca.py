@@ -1,0 +1,45 @@
+"""KoAlpaca v1.1a를 받아(또는 이미 받은 파일을 읽어) textonly 형식으로 바꾼다."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+from utils.errors import UsageError
+
+HUB_ID = "beomi/KoAlpaca-v1.1a"
+TARGET = Path(__file__).resolve().parent / "KoAlpaca_v1.1a_textonly.json"
+
+
+def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str | None = None):
+    """KoAlpaca v1.1a를 받아 학습이 읽는 textonly 형식(한 줄에 {"text": ...} 하나)으로 쓴다.
+
+    Args:
+        source: hub id, 또는 이미 받은 .jsonl .json .parquet 파일. instruction과 output 열이 있어야 한다.
+        output: 쓸 파일. 다 쓴 뒤에야 이 이름으로 나타난다.
+        cache_dir: 받은 원본을 둘 폴더.
+    """
+    from utils.prompter import Prompter
+    from utils.rows import END_TOKEN, read_rows, segmenter
+
+    target, prompter, to_pieces, count = Path(output), Prompter(), None, 0
+    staged = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", encoding="utf-8", newline="\n") as stream:
+            for count, row in read_rows(source, cache_dir):
+                to_pieces = to_pieces or segmenter(set(row), prompter, source)
+                text = "".join(prompt + answer + END_TOKEN for prompt, answer in to_pieces(count, row))
+                stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        staged.replace(target)
+    except OSError as error:
+        raise UsageError(f"쓰지 못했다: {target} ({error.strerror})") from None
+    finally:
+        staged.unlink(missing_ok=True)
+    cli.say(f"{count:,}행을 썼다: {target}")
+
+
+if __name__ == "__main__":
+    cli.run(download)
