@@ -99,13 +99,14 @@ def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값의 범위를 모두 본다."""
     batch, micro = flags["batch_size"], flags["micro_batch_size"]
     divisors = [n for n in range(1, max(batch, 0) + 1) if batch % n == 0]
-    near = sorted(divisors, key=lambda n: abs(n - (micro or 1)))[:2]
+    below = max((n for n in divisors if n <= (micro or 1)), default=1)
+    above = min((n for n in divisors if n >= (micro or 1)), default=max(batch, 1))
     cli.check(
         [
             (flags["num_train_epochs"] > 0, f"num_train_epochs는 0보다 커야 한다: {flags['num_train_epochs']}"),
             (batch >= 1, f"batch_size는 1 이상이어야 한다: {batch}"),
             (micro is None or (micro >= 1 and batch >= 1 and batch % micro == 0),
-             f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {sorted(near)}"),
+             f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
             (flags["learning_rate"] > 0, f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
             (8 <= flags["cutoff_len"] <= 1 << 17, f"cutoff_len은 8 이상이어야 한다: {flags['cutoff_len']}"),
             (0 <= flags["val_set_size"] < 100, f"val_set_size는 0 이상 100 미만의 퍼센트다: {flags['val_set_size']}"),

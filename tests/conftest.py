@@ -86,3 +86,13 @@ def tiny_run(tiny_neox, tiny_data, tmp_path_factory) -> Path:
                       "--val_set_size", "20")
     assert done.returncode == 0, done.stdout + done.stderr
     return output
+
+
+def load_script(name: str):
+    """이름에 붙임표가 든 스크립트를 모듈로 읽는다."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py").replace("-", "_"), ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,101 @@
+"""학습 단계는 잘못된 입력을 모델을 올리기 전에 한 줄로 거절하고, 좋은 입력으로는 어댑터와 기록을 남긴다."""
+
+import json
+
+import pytest
+from conftest import load_script, run_script
+
+from utils import cli, loader
+from utils.finetune import Schedule, choose_targets
+
+finetune_lora = load_script("finetune-lora.py")
+
+
+def refuse(capsys, *flags: str) -> str:
+    """단계를 부르고, 종료 코드 2와 한 줄짜리 오류를 확인해 그 줄을 돌려준다."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(finetune_lora.train, finetune_lora.RETIRED, list(flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("오류: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--num_epoch", "3"], "--num_train_epochs"),
+    (["--batch_size", "0", "--lora_dropout", "1", "--val_set_size", "100"], "lora_dropout"),
+    (["--batch_size", "16", "--micro_batch_size", "5"], "4, 8"),
+    (["--learning_rate", "fast"], "숫자"),
+    (["--report_to", "mlflow"], "tensorboard"),
+    (["--early_stopping_patience", "2", "--val_set_size", "0"], "검증"),
+])
+def test_bad_flags(capsys, flags, named):
+    assert named in refuse(capsys, *flags)
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("rows.json", '{"text": "가"}\n{"text": \n', "2번째 줄"),
+    ("rows.json", "", "비었다"),
+    ("rows.json", '{"text": "가"}\n{"글": "나"}\n', "2번째 행"),
+    ("rows.json", '{"question": "가"}\n', "question"),
+    ("rows.json", '[{"text": "가"}, {"text": ', "2번째 행"),
+    ("rows.json", "3\n", "1번째 행"),
+    ("rows.xlsx", "가", "xlsx"),
+    ("rows.csv", "text\n\n", "비었다"),
+])
+def test_bad_data_is_named_and_nothing_is_written(capsys, tmp_path, tiny_neox, name, content, named):
+    data = tmp_path / name
+    data.write_text(content, encoding="utf-8")
+    error = refuse(capsys, "--base_model", str(tiny_neox), "--data_path", str(data), "--cutoff_len", "64",
+                   "--output_dir", str(tmp_path / "out"))
+    assert named in error
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_missing_data_names_the_command_that_fetches_it(capsys, tiny_neox):
+    assert "download-koalpaca.py" in refuse(capsys, "--base_model", str(tiny_neox), "--data_path", "none.json")
+
+
+def test_missing_base_names_the_command_that_fetches_it(capsys, tiny_data):
+    error = refuse(capsys, "--base_model", "resources/polyglot-ko-1.3b-none", "--data_path", str(tiny_data))
+    assert "hf download EleutherAI/polyglot-ko-1.3b" in error
+
+
+def test_folder_that_is_no_model(capsys, tmp_path, tiny_data):
+    assert "config.json" in refuse(capsys, "--base_model", str(tmp_path), "--data_path", str(tiny_data))
+
+
+def test_block_longer_than_the_context(capsys, tiny_neox, tiny_data):
+    error = refuse(capsys, "--base_model", str(tiny_neox), "--data_path", str(tiny_data), "--cutoff_len", "512")
+    assert "256" in error
+
+
+def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
+    run = json.loads((tiny_run / "run.json").read_text(encoding="utf-8"))
+    info = loader.read_prompt_info(tiny_run)
+    assert run["eval_loss_after"] < run["eval_loss_before"]
+    assert info.end_token == "<|endoftext|>" and info.end_token_id == 2 and info.template["name"] == "default"
+    assert loader.find_adapter(tiny_run) == tiny_run
+    assert loader.read_adapter_config(tiny_run)["base_model_name_or_path"] == str(tiny_neox)
+    for name in ("curves.png", "samples.md", "adapter_model.safetensors"):
+        assert (tiny_run / name).stat().st_size > 0
+
+
+def test_three_step_run_still_evaluates_and_saves():
+    schedule = Schedule.from_blocks(n_blocks=3, batch_size=1, epochs=1)
+    assert (schedule.steps, schedule.warmup, schedule.interval) == (3, 1, 1)
+
+
+def test_auto_targets_follow_the_architecture():
+    assert choose_targets(("auto",), {"model_type": "gpt_neox"}) == ("query_key_value",)
+    assert choose_targets(("auto",), {"model_type": "llama"}) == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert choose_targets(("query_key_value", "dense"), {"model_type": "gpt_neox"}) == ("query_key_value", "dense")
+
+
+def test_console_run_ends_with_the_next_commands(tiny_neox, tiny_data, tmp_path):
+    output = tmp_path / "한글 폴더" / "run"
+    done = run_script("finetune-lora.py", "--base_model", str(tiny_neox), "--data_path", str(tiny_data), "--output_dir",
+                      str(output), "--cutoff_len", "64", "--num_train_epochs", "1", "--val_set_size", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f'--peft_root "{output}"' in done.stdout and "merge-lora.py" in done.stdout
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
