@@ -1,6 +1,7 @@
 """장치와 dtype, 토크나이저, 기반 모델, 어댑터를 고르고 올리는 일을 맡는다."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,13 +44,13 @@ class PromptInfo:
 def choose_device() -> Device:
     """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""
     if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
         major, minor = torch.cuda.get_device_capability()
-        name = torch.cuda.get_device_name()
+        card = f"{torch.cuda.get_device_name()}(compute capability {major}.{minor})"
         if major >= 8:
-            return Device(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16,
-                          f"{name}(compute capability {major}.{minor})는 bf16을 직접 계산한다")
-        return Device(torch.device("cuda", torch.cuda.current_device()), torch.float16,
-                      f"{name}(compute capability {major}.{minor})는 bf16이 없어 fp16을 쓴다")
+            return Device(device, torch.bfloat16, f"{card}는 bf16을 직접 계산한다")
+        return Device(device, torch.float16, f"{card}는 bf16이 없어 fp16을 쓴다")
     if torch.backends.mps.is_available():
         return Device(torch.device("mps"), torch.float16, "Apple GPU(MPS)는 fp16을 쓴다. bitsandbytes는 쓸 수 없다")
     return Device(torch.device("cpu"), torch.float32, "쓸 수 있는 GPU가 없어 CPU에서 fp32를 쓴다")
