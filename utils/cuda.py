@@ -74,6 +74,18 @@ def compile_to_cubin(source: str, capability: tuple[int, int], defines: dict[str
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")] + [
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)), ("count", ctypes.c_uint)]
+
+
+_OVERLAP = _LaunchAttribute(id=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class Kernel:
     """컴파일된 커널 하나. `kernel(grid, block, *args)`로 지금의 stream에서 실행한다.
 
@@ -89,13 +101,22 @@ class Kernel:
         """블록 하나가 48 KB보다 큰 동적 공유 메모리(바이트)를 쓸 수 있게 한다."""
         _check(_driver().cuFuncSetAttribute(self._function, 8, size), self.name)
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], *args, shared: int = 0) -> None:
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], *args, shared: int = 0,
+                 overlap: bool = False) -> None:
+        """overlap이면 앞 커널이 끝나기 전에 시작할 수 있다(programmatic dependent launch, compute capability 9.0부터).
+
+        그런 커널은 앞 커널의 결과를 읽기 전에 `griddepcontrol.wait`를 불러야 한다.
+        """
         values = [_argument(argument) for argument in args]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         gx, gy, gz = (*grid, 1, 1)[:3]
         bx, by, bz = (*block, 1, 1)[:3]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = _driver().cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, stream, pointers, None)
+        if overlap:
+            config = _LaunchConfig(gx, gy, gz, bx, by, bz, shared, stream, ctypes.pointer(_OVERLAP), 1)
+            code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        else:
+            code = _driver().cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, stream, pointers, None)
         _check(code, self.name)
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.cuda import CompileError
 from utils.errors import UsageError
 from utils.forward_decode import ForwardDecode
+from utils.neox_decode import NeoxDecode
+from utils.neox_weights import why_not
 from utils.sampling import Sampling
 
 
@@ -43,8 +46,7 @@ class Decoder:
         self.finish_reason = "length"
         self.stats = Stats()
         model.eval()
-        self._engine = ForwardDecode(model, self.context, min(len(tokenizer), model.config.vocab_size))
-        self.path = self._engine.path
+        self._engine, self.path = _engine(model, self.context, min(len(tokenizer), model.config.vocab_size))
 
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다."""
@@ -88,3 +90,16 @@ class Decoder:
             yield token
             if stop.is_set() and count < limit:
                 return
+
+
+def _engine(model, context: int, vocab: int) -> tuple[NeoxDecode | ForwardDecode, str]:
+    """쓸 수 있는 가장 빠른 길과 그것을 고른 까닭."""
+    reason = why_not(model)
+    if reason is None:
+        try:
+            engine = NeoxDecode(model, vocab)
+            return engine, engine.path
+        except CompileError as error:
+            reason = f"커널을 컴파일하지 못함: {str(error).splitlines()[0][:100]}"
+    engine = ForwardDecode(model, context, vocab)
+    return engine, f"{engine.path} - 전용 커널을 쓰지 않은 까닭: {reason}"

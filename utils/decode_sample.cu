@@ -1,0 +1,145 @@
+// 다음 토큰을 GPU에서 고른다: 벌점, 온도, top-k, top-p, 뽑기. 블록 하나가 어휘 전체를 레지스터에 쥔다.
+// state: [0] 위치 [1] 답의 길이 [2] top_k [3] n-gram의 크기 [4], [5] 씨앗. settings: 온도, top_p, 벌점.
+
+#define CHOOSERS 1024
+#define NEVER __uint_as_float(0xff800000u)  // -inf
+#define HELD ((VOCAB + CHOOSERS - 1) / CHOOSERS)
+#define WORDS ((VOCAB + 31) / 32)
+
+// 세는 이(counter)로 만드는 난수: Philox 4x32-10 (Salmon 외, 2011). 같은 씨앗의 같은 순번은 늘 같은 수다.
+__device__ __forceinline__ u32 philox(u32 counter, u32 key0, u32 key1) {
+    u32 c0 = counter, c1 = 0, c2 = 0, c3 = 0;
+    for (int round = 0; round < 10; round++) {
+        u32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        u32 high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+    return c0;
+}
+
+// float의 크기 차례를 지키는 정수.
+__device__ __forceinline__ u32 order_key(float value) {
+    u32 bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// 무게의 합이 target 이상인 가장 큰 문턱 key. 위의 비트부터 정한다. weight가 1이면 top-k, 확률이면 top-p다.
+template <class Weight>
+__device__ __forceinline__ u32 threshold(const float (&value)[HELD], Weight weight, float target, float (*scratch)[32]) {
+    u32 key = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+        u32 trial = key | 1u << bit;
+        float sum = 0.f;
+        #pragma unroll
+        for (int j = 0; j < HELD; j++)
+            if (order_key(value[j]) >= trial) sum += weight(value[j]);
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+        float* line = scratch[bit & 1];
+        if ((threadIdx.x & 31) == 0) line[threadIdx.x >> 5] = sum;
+        __syncthreads();
+        sum = line[threadIdx.x & 31];
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+        if (sum >= target) key = trial;
+    }
+    return key;
+}
+
+extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
+    const float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x) {
+    __shared__ u32 used[WORDS], banned[WORDS];
+    __shared__ float lines[2][32];
+    __shared__ unsigned long long best;
+    __shared__ int chosen;
+    int tid = threadIdx.x, count = state[1], top_k = state[2], size = state[3];
+    float temperature = settings[0], top_p = settings[1], penalty = settings[2];
+    for (int i = tid; i < WORDS; i += CHOOSERS) used[i] = banned[i] = 0;
+    if (tid == 0) best = 0;
+    __syncthreads();
+    for (int i = tid; i < count; i += CHOOSERS) {
+        if (penalty != 1.f) atomicOr(used + answer[i] / 32, 1u << answer[i] % 32);
+        if (size < 1 || i < size - 1) continue;
+        bool same = true;
+        for (int j = 1; j < size; j++) same &= answer[i - j] == answer[count - j];
+        if (same) atomicOr(banned + answer[i] / 32, 1u << answer[i] % 32);
+    }
+    wait_for_previous_kernel();
+    __syncthreads();
+
+    float value[HELD];
+    unsigned long long mine = 0;
+    #pragma unroll
+    for (int j = 0; j < HELD; j++) {
+        int i = tid + j * CHOOSERS;
+        value[j] = i < VOCAB ? __ldcg(logits + i) : NEVER;
+        if (i < VOCAB) {
+            if (used[i / 32] >> i % 32 & 1) value[j] = value[j] < 0.f ? value[j] * penalty : value[j] / penalty;
+            if (banned[i / 32] >> i % 32 & 1) value[j] = NEVER;
+            unsigned long long rank = (unsigned long long)order_key(value[j]) << 32 | (u32)~i;  // 같으면 앞의 번호
+            mine = rank > mine ? rank : mine;
+        }
+    }
+    for (int step = 16; step; step >>= 1) {
+        unsigned long long other = __shfl_xor_sync(~0u, mine, step);
+        mine = other > mine ? other : mine;
+    }
+    if ((tid & 31) == 0) atomicMax(&best, mine);
+    __syncthreads();
+    u32 top_key = best >> 32;
+    if (tid == 0) chosen = (int)~(u32)best;
+    float largest = __uint_as_float(top_key & 0x80000000u ? top_key & 0x7fffffffu : ~top_key);
+
+    if (temperature > 0.f) {
+        if (top_k > 0 && top_k < VOCAB) {
+            u32 cut = threshold(value, [](float) { return 1.f; }, (float)top_k, lines);
+            #pragma unroll
+            for (int j = 0; j < HELD; j++)
+                if (order_key(value[j]) < cut) value[j] = NEVER;
+            __syncthreads();
+        }
+        float inverse = 1.f / temperature, sum = 0.f;
+        #pragma unroll
+        for (int j = 0; j < HELD; j++) sum += value[j] = expf((value[j] - largest) * inverse);
+        if (top_p < 1.f) {
+            float total = block_sum(sum, lines[0]);
+            __syncthreads();
+            u32 cut = threshold(value, [](float v) { return v; }, top_p * total, lines);
+            sum = 0.f;
+            #pragma unroll
+            for (int j = 0; j < HELD; j++) sum += value[j] = order_key(value[j]) < cut ? 0.f : value[j];
+            __syncthreads();
+        }
+        float before = sum;  // 스레드 차례대로 쌓은 확률
+        for (int step = 1; step < 32; step <<= 1) {
+            float other = __shfl_up_sync(~0u, before, step);
+            if ((tid & 31) >= step) before += other;
+        }
+        if ((tid & 31) == 31) lines[1][tid >> 5] = before;
+        __syncthreads();
+        float ahead = 0.f, total = 0.f;
+        for (int w = 0; w < CHOOSERS / 32; w++) {
+            if (w == tid >> 5) ahead = total;
+            total += lines[1][w];
+        }
+        float drawn = (philox(count, state[4], state[5]) >> 8) * 5.9604645e-8f * total;
+        float low = ahead + before - sum, high = ahead + before;
+        if (sum > 0.f && drawn >= low && drawn < high) {
+            int pick = -1;
+            #pragma unroll
+            for (int j = 0; j < HELD; j++) {
+                if (value[j] > 0.f && (pick < 0 || drawn >= low)) pick = tid + j * CHOOSERS;
+                low += value[j];
+            }
+            chosen = pick;
+        }
+    }
+    __syncthreads();
+    int token = chosen;
+    for (int i = tid; i < HIDDEN; i += CHOOSERS) x[i] = widen<BF16>(embedding[(size_t)token * HIDDEN + i]);
+    if (tid == 0) {
+        answer[count] = token;
+        told[count] = token;
+        state[0] += 1;
+        state[1] = count + 1;
+    }
+}
