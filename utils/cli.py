@@ -22,6 +22,7 @@ from pathlib import Path
 
 import fire
 
+from utils import doctor
 from utils.errors import UsageError
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
@@ -42,6 +43,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     try:
         flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
         if flags is not None:
+            doctor.quick(say)
             stage(**flags)
     except UsageError as error:
         print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)

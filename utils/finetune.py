@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from utils import dataset, loader, planner
+from utils import dataset, loader, planner, tracking
 from utils.errors import UsageError
 from utils.modelfolder import require_base
 from utils.prompter import CHAT, make_prompter
@@ -43,6 +43,7 @@ class Inputs:
     eval_set: dataset.PackedDataset | None
     data_sha256: str
     targets: tuple[str, ...]
+    trackers: list[str]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
         UsageError: 기반 모델이나 데이터가 잘못되었다.
     """
     require_data(settings.data_path)
+    trackers = tracking.choose_trackers(settings)
     local_config = require_base(settings.base_model)
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
@@ -85,7 +87,7 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
 
     return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, packed(chosen),
                   packed(held_out) if len(held_out) else None, file_sha256(settings.data_path),
-                  choose_targets(settings.lora_target_modules, config))
+                  choose_targets(settings.lora_target_modules, config), trackers)
 
 
 def check_block_fits(cutoff_len: int, config: dict) -> None:
@@ -169,6 +171,7 @@ def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner
     Returns:
         trainer, 학습 전후의 검증 loss(before, after), 걸린 시간(seconds).
     """
+    from utils import progress
     from utils.trainer import LeanTrainer
 
     schedule, memory = plan
@@ -176,6 +179,7 @@ def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner
     trainer = LeanTrainer(model=model, args=training_arguments(settings, inputs, schedule, memory),
                           train_dataset=inputs.train_set, eval_dataset=inputs.eval_set, plan=memory,
                           processing_class=inputs.tokenizer, callbacks=[])
+    progress.attach(trainer, say, inputs.train_set.n_tokens * settings.num_train_epochs / schedule.steps)
     say(f"학습 길: {trainer.path}")
     before = trainer.evaluate()["eval_loss"] if inputs.eval_set else None
     if before is not None:
@@ -222,7 +226,8 @@ def training_arguments(settings: SimpleNamespace, inputs: Inputs, schedule: Sche
         bf16=inputs.device.dtype is torch.bfloat16,
         fp16=inputs.device.dtype is torch.float16 and inputs.device.device.type == "cuda",
         use_cpu=inputs.device.device.type == "cpu",
-        report_to=[],
+        report_to=inputs.trackers,
+        run_name=settings.wandb_run_name,
         remove_unused_columns=False,
         disable_tqdm=True,
     )

@@ -105,7 +105,7 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: str | Path) -> Path:
         for axis, (key, title, english, log) in zip(axes, PANELS, strict=False):
             axis.set_title(title if korean else english, fontsize=14)
             axis.set_xlabel("step")
-            _draw_panel(axis, key, [run["history"] for _, run in runs], log, "기록 없음" if korean else "no record")
+            _draw_panel(axis, key, [_with_start(run) for _, run in runs], log, "기록 없음" if korean else "no record")
         _draw_figures(axes[-1], names, [run for _, run in runs], korean)
         if len(runs) > 1:
             figure.legend(axes[0].get_lines()[: len(runs)], names, loc="outside lower center", ncols=min(len(runs), 3),
@@ -135,6 +135,11 @@ def points(history: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
     """history에서 `key`가 유한한 숫자인 줄만 골라 (step들, 값들)로 돌려준다."""
     rows = [row for row in history if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
     return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _with_start(run: dict) -> list[dict]:
+    """학습하기 전의 검증 loss를 0번째 step으로 앞에 붙인 history."""
+    return [{"step": 0, "eval_loss": run.get("eval_loss_before")}, *run["history"]]
 
 
 def _draw_panel(axis, key: str, histories: list[list[dict]], log: bool, empty: str) -> None:

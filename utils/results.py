@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import torch
 
-from utils import report
+from utils import progress, report
 from utils.decoder import Decoder
 from utils.finetune import Inputs, Schedule
 from utils.planner import MemoryPlan
@@ -28,6 +28,9 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
     report.write_run(settings.output_dir, run)
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
     report.write_samples(settings.output_dir, samples)
+    say("\n결과")
+    for line in progress.summary_lines(run):
+        say(line)
 
 
 def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
