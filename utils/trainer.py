@@ -1,40 +1,254 @@
-"""학습 한 step을 맡는다: 토큰 평균 loss, 토막 낸 cross entropy, 토큰 평균 검증 loss."""
+"""`transformers.Trainer`의 겉모습을 지키는 가벼운 학습기를 맡는다: 토큰 평균 손실, 배치, 메모리 부족에서의 회복."""
+
+import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
-IGNORE = -100
+from utils.errors import UsageError
+from utils.microstep import IGNORE, AutogradStep, CapturedStep, check_isolation
+
+
+class GradientBuffer:
+    """학습하는 모든 매개변수의 gradient를 이어 붙인 fp32 tensor 하나. `.grad`는 그 조각이다.
+
+    0으로 지우기, 크기 재기, 여러 프로세스의 합이 저마다 연산 하나로 끝나고, CUDA graph가 가리키는 주소가 변하지 않는다.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=self.parameters[0].device)
+        start = 0
+        for parameter in self.parameters:
+            parameter.data = parameter.data.float()  # 16비트로는 작은 갱신이 사라지므로 LoRA 가중치는 fp32로 둔다
+            parameter.grad = self.flat[start:start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """gradient의 크기를 `limit` 아래로 줄이고 줄이기 전의 크기를 돌려준다."""
+        norm = self.flat.norm()
+        if math.isfinite(limit):
+            self.flat.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+class MicroBatches(Sampler):
+    """한 epoch의 블록을 섞어 이 프로세스의 micro-batch로 나눈다. 순서는 seed와 epoch만으로 정해진다.
+
+    모자라는 자리는 -1로 채운다. 학습은 그 자리를 정답이 없는 블록으로 읽으므로 손실과 gradient가 변하지 않는다.
+    """
+
+    def __init__(self, trainer: "LeanTrainer", size: int, rows: int):
+        self.trainer, self.size, self.rows = trainer, size, rows
+        self.rank, self.world = trainer.args.process_index, trainer.args.world_size
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / (self.rows * self.world))
+
+    def __iter__(self):
+        args = self.trainer.args
+        steps_per_epoch = math.ceil(len(self) / args.gradient_accumulation_steps)
+        epoch = self.trainer.state.global_step // steps_per_epoch
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        stride = self.rows * self.world
+        order += [-1] * (len(self) * stride - self.size)
+        for start in range(self.rank * self.rows, len(order), stride):
+            yield order[start:start + self.rows]
+
+
+class _Blocks(Dataset):
+    """-1번 블록을 정답이 없는 블록으로 읽어 주는 dataset."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        block = self.dataset[max(index, 0)]
+        return block if index >= 0 else {**block, "labels": torch.full_like(block["labels"], IGNORE)}
+
+
+def stack_blocks(blocks: list[dict]) -> dict:
+    """묶인 블록들을 [rows, block] 모양의 tensor로 쌓는다."""
+    return {name: torch.stack([block[name] for block in blocks]) for name in ("input_ids", "labels", "position_ids")}
+
+
+def block_key(*parts: int) -> tuple[int, int]:
+    """정수들로 정해지는 두 32비트 수(부호 있음). splitmix64로 섞는다."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    low, high = state & 0xFFFFFFFF, state >> 32
+    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
+
+
+def split_rows(batch: dict, rows: int) -> list[dict]:
+    """블록의 묶음을 `rows` 블록씩 나눈다."""
+    size = len(batch["input_ids"])
+    return [{name: value[at:at + rows] for name, value in batch.items()} for at in range(0, size, rows)]
 
 
 class LeanTrainer(Trainer):
-    """블록을 배우는 Trainer. loss는 optimizer step 전체의 토큰 평균이다."""
+    """묶인 블록으로 QLoRA를 학습한다. 손실은 effective batch 전체의 토큰 평균이다.
 
-    def __init__(self, *args, plan=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.plan = plan
-        self.model_accepts_loss_kwargs = True
-        self.path = "eager"
+    `per_device_train_batch_size`가 micro batch(블록)이고, 거기에 `gradient_accumulation_steps`와 프로세스 수를 곱한
+    것이 effective batch다. 메모리가 모자라면 micro batch를 반으로 나누어 같은 것을 다시 계산하므로 effective batch는
+    변하지 않는다. FSDP와 DeepSpeed로 모델을 나눌 때는 Trainer의 길을 그대로 따른다.
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total, count = self._sum_nll(model, inputs)
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else count)
-        return (loss, None) if return_outputs else loss
+    Args:
+        plan: `utils.planner.MemoryPlan`. 재계산할 층의 수를 정한다. None이면 재계산하지 않는다.
+        say: 학습 도중의 일을 한 줄로 알리는 함수.
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self.model.eval()
-        total, count = 0.0, 0
-        for batch in self.get_eval_dataloader(eval_dataset):
-            nll, tokens = self._sum_nll(self.model, self._prepare_inputs(batch))
-            total, count = total + float(nll), count + int(tokens)
-        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    Attributes:
+        path: 어느 길로 학습하는지 설명하는 한 줄.
+    """
 
-    def _sum_nll(self, model, inputs):
-        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
-        targets = inputs["labels"][:, 1:].flatten()
-        nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
-        return nll, (targets != IGNORE).sum()
+    def __init__(self, model, args, train_dataset=None, eval_dataset=None, plan=None, callbacks=None,
+                 say: Callable[[str], None] = lambda line: None, **kwargs):
+        args.logging_nan_inf_filter = False  # NaN을 숨기지 않는다
+        args.remove_unused_columns = False
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # 한 프로세스는 카드 하나만 쓴다
+        kwargs.setdefault("data_collator", stack_blocks)
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
+                         **kwargs)
+        self.plan, self.say = plan, say
+        self.model_accepts_loss_kwargs = True  # 손실은 이미 effective batch의 토큰 수로 나뉘어 있다
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.sharded:
+            return
+        self.gradients = GradientBuffer(model)
+        model.zero_grad = lambda set_to_none=True: self.gradients.flat.zero_()  # `.grad`의 주소를 지킨다
+        self.accelerator.prepare_model = lambda model, **_: model  # DDP로 감싸지 않는다. 합은 step마다 한 번 낸다
+        self.step = CapturedStep(self._choose_step(), args.device)
+        self.rows = args.per_device_train_batch_size
+        self._micro_step = 0
+        self._flops_per_token = 6 * sum(p.numel() for p in model.parameters())
+        if train_dataset is not None:
+            block = len(train_dataset[0]["input_ids"])
+            vocab = model.get_input_embeddings().weight.shape[0]
+            check_isolation(self.step, vocab, self.rows, block, self._keys(self.rows))
+
+    @property
+    def path(self) -> str:
+        return "Trainer의 길(모델을 여러 프로세스에 나눈다)" if self.sharded else self.step.path
+
+    def _choose_step(self):
+        return AutogradStep(self.model, bool(getattr(self.plan, "recompute_layers", 0)))
+
+    def _keys(self, rows: int, first: int = 0) -> dict:
+        """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""
+        keys = [block_key(self.args.seed, self.state.global_step, first + row) for row in range(rows)]
+        return {"keys": torch.tensor(keys, dtype=torch.int32)}
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.sharded:
+            return super().get_train_dataloader()
+        batches = MicroBatches(self, len(self.train_dataset), self.args.per_device_train_batch_size)
+        return self._loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """이 프로세스가 맡은 평가 블록. 모자라는 자리는 정답이 없는 블록으로 채운다."""
+        if self.sharded:
+            return super().get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        mine = list(range(self.args.process_index, len(dataset), self.args.world_size))
+        mine += [-1] * (-len(mine) % self.rows)
+        return self._loader(dataset, [mine[at:at + self.rows] for at in range(0, len(mine), self.rows)])
+
+    def _loader(self, dataset, batches) -> DataLoader:
+        return DataLoader(_Blocks(dataset), batch_sampler=batches, collate_fn=self.data_collator,
+                          pin_memory=self.args.device.type == "cuda")
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """effective batch에서 정답이 있는 토큰의 수. 모든 프로세스의 합이다."""
+        count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
+        count = torch.as_tensor(count).to(device, torch.float32, non_blocking=True)
+        if self.args.world_size > 1:
+            dist.all_reduce(count)
+        return count.clamp(min=1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """micro batch 하나의 gradient를 더한다. effective batch의 마지막이면 프로세스들의 합을 낸다."""
+        if self.sharded:
+            return super().training_step(model, inputs, num_items_in_batch)
+        scaler = self.accelerator.scaler
+        factor = 1 / num_items_in_batch
+        scale = scaler.scale(torch.ones_like(factor)) if scaler is not None else None
+        rows = len(inputs["input_ids"])
+        first = (self._micro_step * self.args.world_size + self.args.process_index) * rows
+        batch = {**inputs, **self._keys(rows, first)}
+        loss = self._train_rows(batch, factor if scale is None else factor * scale)
+        if scale is not None:
+            loss = loss / scale
+        self._micro_step += 1
+        if self.accelerator.sync_gradients:
+            self._micro_step = 0
+            if self.args.world_size > 1:
+                dist.all_reduce(self.gradients.flat)
+        return loss * self.args.world_size  # Trainer는 프로세스들의 평균을 적는다
+
+    def _train_rows(self, batch: dict, factor: torch.Tensor) -> torch.Tensor:
+        """micro batch를 `self.rows` 블록씩 계산한다. 메모리가 모자라면 반으로 줄여 처음부터 다시 한다.
+
+        Raises:
+            UsageError: 블록 하나도 계산할 수 없다.
+        """
+        before = None if self.step.captured else self.gradients.flat.clone()
+        while True:
+            try:
+                parts = split_rows(batch, self.rows)
+                return sum(self.step.train({**part, "factor": factor}) for part in parts)
+            except torch.OutOfMemoryError:
+                if before is None:
+                    raise
+                reason = None if self.rows > 1 else batch["input_ids"].shape[1]
+            self.step.release()
+            self.gradients.flat.copy_(before)
+            if reason:
+                raise UsageError(f"메모리가 모자라 {reason} 토큰 블록 하나도 학습할 수 없다. "
+                                 f"--cutoff_len {reason // 2} 또는 더 작은 모델을 쓴다")
+            self.rows //= 2
+            self.say(f"메모리가 모자라 micro batch를 {self.rows}로 줄여 같은 batch를 다시 계산한다. "
+                     "effective batch는 그대로다")
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        if self.sharded:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return self.gradients.clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor:
+        return self.gradients.clip(math.inf) if grad_norm is None else grad_norm
+
+    def floating_point_ops(self, inputs) -> int:
+        return self._flops_per_token * inputs["input_ids"].numel()
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval") -> EvalLoopOutput:
+        """손실의 합을 토큰 수로 나눈다. 학습과 같은 모양으로 계산하므로 메모리를 더 쓰지 않는다."""
+        if self.sharded:
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys,
+                                           metric_key_prefix)
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            for part in split_rows(batch, self.rows):
+                total[0] += self.step.evaluate({**part, **self._keys(len(part["input_ids"]))})
+            total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.args.world_size > 1:
+            dist.all_reduce(total)
+        nll, tokens = total.tolist()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": nll / max(tokens, 1)},
+                              len(dataloader.dataset))

@@ -1,0 +1,256 @@
+"""한 micro-step(forward + backward)을 맡는다: 조각으로 나눈 손실, 문서의 격리, CUDA graph로 되풀이하기.
+
+micro-step은 `[rows, block]` 모양의 블록 몇 개를 받아 gradient를 `.grad`에 더하고 손실을 돌려준다. GPT-NeoX는
+`utils/neox.py`의 손으로 쓴 길을, 다른 구조는 여기의 `AutogradStep`을 쓴다. `CapturedStep`은 둘 가운데 하나를
+CUDA graph 하나로 찍어 두고 되풀이한다.
+"""
+
+import torch
+from torch import nn
+
+from utils.errors import UsageError
+
+IGNORE = -100
+HEAD_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수. logits는 [HEAD_CHUNK, 어휘] 크기로만 존재한다
+
+
+def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
+    """`labels`를 한 칸 당긴 다음 토큰의 정답. 블록의 마지막 자리는 정답이 없다. 모양 [rows, block]."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
+    """자리 번호가 0으로 돌아가는 곳마다 하나씩 커지는 문서 번호. 모양 [rows, block]."""
+    return (position_ids == 0).long().cumsum(-1)
+
+
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """같은 문서의 앞쪽 토큰만 보이는 bool mask. 모양 [rows, 1, block, block]."""
+    ids = document_ids(position_ids)
+    same = ids[:, :, None] == ids[:, None, :]
+    return same.tril()[:, None]
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """토큰마다의 음의 로그 가능도를 fp32로 돌려주고, `factor`가 있으면 logits를 그 gradient로 덮어쓴다.
+
+    Args:
+        logits: [tokens, vocab]. 제자리에서 `factor * (softmax - onehot)`이 된다.
+        targets: [tokens]. -100은 세지 않는다.
+        factor: 손실에 곱하는 스칼라 tensor. None이면 gradient를 구하지 않는다.
+    """
+    counted = targets != IGNORE
+    index = targets.clamp(min=0)[:, None]
+    scores = logits.float()
+    log_sum = scores.logsumexp(-1)
+    nll = torch.where(counted, log_sum - scores.gather(1, index)[:, 0], 0.0)
+    if factor is not None:
+        gradient = scores.sub_(log_sum[:, None]).exp_()
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+        logits.copy_(gradient.mul_((factor * counted)[:, None]))
+    return nll
+
+
+def head_loss(hidden, weight, targets, factor=None, gradient=None, chunk=HEAD_CHUNK, cross_entropy=cross_entropy_):
+    """마지막 은닉값에서 손실을 `chunk` 토큰씩 구한다. 전체 logits는 어느 때에도 만들어지지 않는다.
+
+    Args:
+        hidden: [tokens, hidden].
+        weight: 얼어 있는 출력 행렬 [vocab, hidden].
+        targets: [tokens], 한 칸 당겨진 정답.
+        factor: 손실에 곱하는 스칼라. `gradient`와 함께 준다.
+        gradient: [tokens, hidden]. `factor * 손실`의 hidden에 대한 gradient가 적힌다.
+
+    Returns:
+        토큰마다의 음의 로그 가능도 [tokens], fp32.
+    """
+    nll = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits = hidden[part] @ weight.t()
+        nll[part] = cross_entropy(logits, targets[part], factor)
+        if gradient is not None:
+            torch.mm(logits, weight, out=gradient[part])
+    return nll
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, factor):
+        gradient = torch.empty_like(hidden)
+        loss = head_loss(hidden.detach(), weight, targets, factor, gradient).sum() * factor
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_output), None, None, None
+
+
+class AutogradStep:
+    """어떤 causal LM이든 자동미분으로 도는 micro-step. 출력 행렬이 평범하면 손실을 조각으로 구한다."""
+
+    def __init__(self, model: nn.Module, recompute: bool = False):
+        self.model = model
+        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = self.causal.get_output_embeddings()
+        config = self.causal.config
+        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+        plain = plain and getattr(config, "final_logit_softcapping", None) is None
+        plain = plain and getattr(config, "logit_scale", None) is None
+        self.backbone = getattr(self.causal, self.causal.base_model_prefix, None) if plain else None
+        self.head = head
+        uniform = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        self.explicit_mask = config._attn_implementation == "sdpa" and uniform and not getattr(
+            config, "sliding_window", None)
+        if recompute:
+            if hasattr(self.causal, "enable_input_require_grads"):
+                self.causal.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = "손실은 조각으로" if self.backbone is not None else "손실은 한 번에"
+        self.path = f"자동미분({type(self.causal).__name__}, {loss})"
+
+    def _nll(self, batch: dict, factor: torch.Tensor | None) -> torch.Tensor:
+        # 다른 문서를 가리는 mask를 직접 주면 모양이 고정되어 CUDA graph로 찍을 수 있다. 2차원 mask는 절대 주지 않는다
+        mask = document_mask(batch["position_ids"]) if self.explicit_mask else None
+        call = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask,
+                "use_cache": False}
+        targets = shifted_targets(batch["labels"]).flatten()
+        if self.backbone is not None:
+            hidden = self.backbone(**call).last_hidden_state.flatten(0, 1)
+            if factor is None:
+                return head_loss(hidden, self.head.weight, targets).sum()
+            return _HeadLoss.apply(hidden, self.head.weight, targets, factor)
+        logits = self.causal(**call).logits.flatten(0, 1)
+        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
+        return nll if factor is None else nll * factor
+
+    def train(self, batch: dict) -> torch.Tensor:
+        """gradient를 `.grad`에 더하고 `factor * 손실`을 돌려준다."""
+        if not self.model.training:
+            self.model.train()
+        with torch.enable_grad():
+            loss = self._nll(batch, batch["factor"])
+            loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict) -> torch.Tensor:
+        """dropout 없이 구한 음의 로그 가능도의 합."""
+        if self.model.training:
+            self.model.eval()
+        return self._nll(batch, None)
+
+    def release(self) -> None:
+        """미리 잡아 둔 메모리가 없다."""
+
+
+class CapturedStep:
+    """micro-step을 CUDA graph로 찍어 되풀이한다. 찍을 수 없으면 그대로 실행하고 까닭을 `path`에 남긴다.
+
+    입력은 늘 같은 자리(static tensor)에 복사되고, 첫 번째는 그대로 실행해 준비 운동을 삼는다. 학습과 평가를 따로
+    찍지만 메모리 풀은 함께 쓴다.
+    """
+
+    def __init__(self, step, device: torch.device):
+        self.step = step
+        self.device = device
+        self.enabled = device.type == "cuda"
+        self._failure = None
+        self.release()
+
+    def release(self) -> None:
+        """찍은 graph와 입력을 버린다. 모양이 바뀌거나 메모리가 모자랄 때 부른다."""
+        self._inputs, self._graphs, self._outputs, self._warm, self._pool = {}, {}, {}, set(), None
+        self.step.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def path(self) -> str:
+        if self._failure:
+            return f"{self.step.path}, graph 없이({self._failure})"
+        return self.step.path + (", CUDA graph" if self.enabled else ", graph 없이(CUDA가 아니다)")
+
+    def train(self, batch: dict) -> torch.Tensor:
+        return self._run("train", batch)
+
+    def evaluate(self, batch: dict) -> torch.Tensor:
+        return self._run("evaluate", batch)
+
+    @property
+    def captured(self) -> bool:
+        """학습 graph가 이미 찍혔는지. 찍힌 뒤의 실행은 메모리를 새로 잡지 않는다."""
+        return "train" in self._graphs
+
+    def _run(self, kind: str, batch: dict) -> torch.Tensor:
+        function = getattr(self.step, kind)
+        if not self.enabled:
+            return function({name: value.to(self.device) for name, value in batch.items()})
+        batch = self._copy_inputs(batch)
+        if kind not in self._graphs:
+            if kind not in self._warm:
+                self._warm.add(kind)
+                return function(batch)
+            if not self._capture(kind, function, batch):
+                return function(batch)  # 찍다가 그만둔 것은 실행되지 않았다
+        self._graphs[kind].replay()
+        return self._outputs[kind].clone()
+
+    def _copy_inputs(self, batch: dict) -> dict:
+        """입력을 static tensor에 복사한다. CPU의 입력도 그대로 받는다."""
+        same = all(self._inputs[name].shape == value.shape for name, value in batch.items() if name in self._inputs)
+        if not same:
+            self.release()
+        for name, value in batch.items():
+            if name not in self._inputs:
+                self._inputs[name] = torch.empty_like(value, device=self.device)
+            self._inputs[name].copy_(value, non_blocking=True)
+        return self._inputs
+
+    def _capture(self, kind: str, function, batch: dict) -> bool:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._outputs[kind] = function(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.enabled = False
+            self._graphs.clear()
+            self._failure = str(error).strip().splitlines()[0][:120]
+            torch.cuda.synchronize()
+            return False
+        self._graphs[kind] = graph
+        return True
+
+
+def check_isolation(step, vocab: int, rows: int, block: int, extra: dict) -> None:
+    """한 블록에 든 두 문서가 서로를 보지 못함을 실제 micro-step으로 확인한다.
+
+    첫 문서의 내용을 바꾸어도 둘째 문서의 손실은 그대로여야 하고, 둘째 문서의 첫 토큰을 바꾸면 달라져야 한다.
+
+    Raises:
+        UsageError: 문서가 서로를 본다. 조용히 틀린 학습이 되므로 시작하지 않는다.
+    """
+    cut = block // 2
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (rows, block), generator=generator)
+    labels = tokens.clone()
+    labels[:, :cut + 1] = IGNORE
+    positions = torch.cat([torch.arange(cut), torch.arange(block - cut)]).expand(rows, block).contiguous()
+    other_first, other_own = tokens.clone(), tokens.clone()
+    other_first[:, :cut] = (other_first[:, :cut] + 1) % vocab
+    other_own[:, cut] = (other_own[:, cut] + 1) % vocab
+    losses = []
+    for variant in (tokens, other_first, other_own):
+        batch = {"input_ids": variant, "labels": labels, "position_ids": positions, **extra}
+        losses.append(float(step.evaluate(batch)))
+    if abs(losses[1] - losses[0]) > 1e-5 * abs(losses[0]) or losses[2] == losses[0]:
+        raise UsageError(f"이 모델({step.path})은 한 블록에 든 문서들을 떼어 놓지 못해 묶어서 학습할 수 없다: "
+                         f"앞 문서를 바꾸자 손실이 {losses[0]:.4f}에서 {losses[1]:.4f}로, 제 첫 토큰을 바꾸자 "
+                         f"{losses[2]:.4f}로 바뀌었다")
