@@ -20,6 +20,7 @@ from utils.paths import BASE_DEMO, ROOT
 PAGE_PORT = 7860
 REAL_BASE = ROOT / "resources" / "polyglot-ko-1.3b"
 SMI_SECONDS = 10
+MAX_NF4_ERROR = 0.25  # 정상이면 0.1쯤이다
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,21 @@ def proxy_for_localhost() -> str:
 
 
 def multiply_4bit(device: str, dtype) -> str:
-    """NF4 선형층을 앞뒤로 실제로 계산해, 풀어 놓은 가중치의 답과 견준다. 맞으면 빈 글자, 아니면 까닭이다."""
+    """NF4 선형층을 앞뒤로 실제로 계산해, 줄이기 전의 가중치로 계산한 답과 견준다. 맞으면 빈 글자, 아니면 까닭이다."""
     import bitsandbytes as bnb
     import torch
 
     try:
         layer = bnb.nn.Linear4bit(256, 256, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
         layer.support_avx512bf16_for_cpu = False
+        weight = layer.weight.data.to(device, dtype)
         layer = layer.to(device)
         inputs = torch.randn(8, 256, device=device, dtype=dtype, requires_grad=True)
-        layer(inputs).sum().backward()
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
-        wanted = weight.sum(0).expand_as(inputs)
-        error = (inputs.grad - wanted).abs().max() / wanted.abs().max()
-        return "" if error < 0.05 else f"기울기가 {error:.0%} 어긋난다"
+        outputs = layer(inputs)
+        outputs.sum().backward()
+        pairs = ((outputs.detach(), inputs.detach() @ weight.T), (inputs.grad, weight.sum(0).expand_as(inputs)))
+        error = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
+        return "" if error < MAX_NF4_ERROR else f"답이 {error:.0%} 어긋난다"
     except Exception as error:  # 드라이버, 라이브러리, 메모리의 어떤 잘못이든 그대로 보여 준다
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 

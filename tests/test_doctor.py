@@ -1,0 +1,137 @@
+"""환경 검사: 검사마다 흠 하나를 넣으면 그 검사만 알아채고 고치는 법을 말한다."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, build_neox
+
+from utils import doctor, machine
+from utils.doctor import BAD, OK, WARN
+from utils.errors import UsageError
+
+VERSIONS = {name: spec.split(",")[0].lstrip(">=") for name, spec in machine.required_versions().items()}
+GOOD = machine.Full(
+    python=(3, 12), system="linux", versions=VERSIONS, torch_cuda="13.0", nvidia="NVIDIA RTX 3060, 581.10",
+    free_disk_gb=50, gpu="NVIDIA RTX 3060", capability=(8, 6), free_vram_gb=11, total_vram_gb=12,
+    attention=("flash", "efficient", "math"), free_ram_gb=16, swap_gb=8, paths=("/home/me/pgko",), base_error="")
+
+FAULTS = [
+    (doctor.check_python, {"python": (3, 10)}, BAD),
+    (doctor.check_versions, {"versions": {**VERSIONS, "gradio": None}}, BAD),
+    (doctor.check_versions, {"versions": {**VERSIONS, "transformers": "4.57.0"}}, WARN),
+    (doctor.check_torch_build, {"torch_cuda": None}, BAD),
+    (doctor.check_disk, {"free_disk_gb": 0.5}, WARN),
+    (doctor.check_torch_loads, {"torch_error": "OSError: libcudart.so.13"}, BAD),
+    (doctor.check_driver, {"nvidia": "NVIDIA RTX 3060, 551.23"}, BAD),
+    (doctor.check_driver, {"gpu": "", "capability": None}, BAD),
+    (doctor.check_bf16, {"capability": (7, 5)}, WARN),
+    (doctor.check_attention, {"attention": ("math",)}, WARN),
+    (doctor.check_4bit, {"matmul_4bit_error": "RuntimeError: no kernel"}, BAD),
+    (doctor.check_vram, {"free_vram_gb": 1.0}, WARN),
+    (doctor.check_spill, {"system": "win32"}, WARN),
+    (doctor.check_memory, {"free_ram_gb": 1, "swap_gb": 0}, WARN),
+    (doctor.check_paths, {"system": "win32", "paths": ("C:\\Users\\홍 길동\\pgko",), "nvidia": "RTX, 531.0"}, WARN),
+    (doctor.check_console, {"code_page": 949}, WARN),
+    (doctor.check_console, {"encoding": "ascii"}, WARN),
+    (doctor.check_proxy, {"proxy": "http://proxy:8080"}, WARN),
+    (doctor.check_port, {"port_taken": True}, WARN),
+    (doctor.check_demo, {"demo_error": "덜 받아졌다"}, BAD),
+    (doctor.check_base, {"base_error": "덜 받아졌다"}, BAD),
+]
+
+
+def test_a_good_machine_has_no_finding():
+    assert [(f.text, f.fix) for f in doctor.diagnose(GOOD) if f.level != OK] == []
+
+
+def test_every_check_has_a_fault_here():
+    assert {check for check, _, _ in FAULTS} == set(doctor.FULL_CHECKS)
+
+
+@pytest.mark.parametrize(("check", "fault", "level"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+def test_each_fault_is_found_with_one_line_and_one_fix(check, fault, level):
+    finding = check(replace(GOOD, **fault))
+    assert finding.level == level
+    assert finding.fix
+    assert "\n" not in finding.text + finding.fix
+
+
+@pytest.mark.parametrize(("check", "fault", "level"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+def test_quick_part_says_faults_or_stops(check, fault, level):
+    facts, said = replace(GOOD, **fault), []
+    if level == BAD and check in (doctor.check_python, doctor.check_versions):
+        with pytest.raises(UsageError, match="고치는 법"):
+            doctor.quick(said.append, facts)
+    else:
+        doctor.quick(said.append, facts)
+        assert len(said) == (check in doctor.QUICK_CHECKS)
+
+
+def test_quick_part_is_quick_and_imports_no_torch():
+    code = ("import sys, time; began = time.perf_counter(); from utils import doctor; doctor.quick(print);"
+            "assert 'torch' not in sys.modules; print(time.perf_counter() - began)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 2
+
+
+def test_a_missing_torch_is_told_before_anything_is_computed():
+    levels = [finding.level for finding in doctor.diagnose(replace(GOOD, torch_error="ImportError: libtorch"))]
+    assert levels == [OK, OK, OK, OK, BAD]
+
+
+def test_real_facts_of_this_machine():
+    began = time.perf_counter()
+    facts = machine.look_full()
+    assert time.perf_counter() - began < 60
+    assert facts.python == sys.version_info[:2]
+    assert facts.matmul_4bit_error == ""
+    assert facts.torch_cuda == torch.version.cuda
+    assert set(facts.versions) >= {"torch", "transformers", "peft", "bitsandbytes", "gradio"}
+
+
+def test_4bit_product_notices_a_wrong_result(monkeypatch):
+    import bitsandbytes as bnb
+
+    right = bnb.functional.dequantize_4bit
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *args, **kwargs: right(*args, **kwargs) * 2)
+    assert machine.multiply_4bit("cpu", torch.float32) != ""
+
+
+def test_half_downloaded_model_is_named(tmp_path):
+    folder = build_neox(tmp_path / "model")
+    assert machine.folder_error(folder) == ""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in machine.folder_error(folder)
+    assert "없다" in machine.folder_error(tmp_path / "nothing")
+
+
+def test_proxy_and_port_are_seen(monkeypatch):
+    import socket
+
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert machine.proxy_for_localhost() == "http://127.0.0.1:9"
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    assert machine.proxy_for_localhost() == ""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert machine._is_taken(port)
+    assert not machine._is_taken(port)
+
+
+def test_command_prints_a_line_for_each_finding():
+    done = subprocess.run([sys.executable, "-m", "utils.doctor"], cwd=ROOT, capture_output=True, encoding="utf-8",
+                          timeout=120)
+    findings = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(findings) == len(doctor.FULL_CHECKS), done.stdout + done.stderr
+    assert done.returncode == any(line.startswith(f"[{BAD}]") for line in findings)
+    assert done.stderr == ""

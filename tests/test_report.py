@@ -1,0 +1,88 @@
+"""학습의 기록: run.json, samples.md, curves.png."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from utils import report
+from utils.errors import UsageError
+
+
+def history(n: int = 30) -> list[dict]:
+    rows = []
+    for step in range(1, n + 1):
+        rows.append({"step": step, "loss": 3 / step, "learning_rate": 1e-3, "grad_norm": 0.1 * step})
+        if step % 10 == 0:
+            rows.append({"step": step, "eval_loss": 3.1 / step, "eval_samples_per_second": 7.0})
+    return rows
+
+
+def test_run_is_valid_json_whatever_the_values(tmp_path):
+    run = {"history": history(), "nan": math.nan, "inf": [np.float32(np.inf)], "tensor": torch.tensor(1.5),
+           "path": Path("가/나"), "names": ("a", "b"), "flag": True, "nothing": None}
+    report.write_run(tmp_path, run)
+    text = (tmp_path / "run.json").read_text(encoding="utf-8")
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"JSON이 아닌 값: {name}"))
+    assert (read["nan"], read["inf"], read["tensor"], read["flag"], read["nothing"]) == (None, [None], 1.5, True, None)
+    assert read["path"] == str(Path("가/나"))
+    assert "가" in text
+    assert report.read_run(tmp_path)["history"] == history()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"history": 3}', '{"history": [{"loss": 1}]}'])
+def test_a_folder_without_a_run_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"run\.json"):
+        report.read_run(tmp_path)
+
+
+def test_samples_keep_every_line_and_show_no_html(tmp_path):
+    answer = "### 1. 개요\n\n- 가\n- 나 <b>굵게</b>"
+    report.write_samples(tmp_path, [{"question": "질문?", "reference": answer, "base": "", "tuned": "답"}])
+    text = (tmp_path / "samples.md").read_text(encoding="utf-8")
+    for line in ("> ### 1. 개요", "> - 나 \\<b>굵게\\</b>", "> (빈 답)", "> 답"):
+        assert line in text
+
+
+@pytest.mark.parametrize("rows", [history(), [], history(1), [{"step": 1, "loss": None, "grad_norm": 0.0}]])
+def test_curves_are_drawn_from_any_history(tmp_path, rows):
+    png = report.draw_curves([("e3/b16", {"history": rows, "eval_loss_before": 3.2})], tmp_path / "curves.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_character_is_drawn_as_a_box(tmp_path, monkeypatch, recwarn):
+    """글꼴에 없는 글자를 그리면 matplotlib이 경고한다. 한글 글꼴이 없어도 경고가 없어야 한다."""
+    runs = [("학습 e3 漢字 ก 🙂 $x$", {"history": history()}), ("e5", {"history": history(50), "peak_vram_gb": 2.0})]
+    report.draw_curves(runs, tmp_path / "with.png")
+    monkeypatch.setattr(report, "KOREAN_FONTS", ())
+    assert report.korean_fonts() == ["DejaVu Sans"]
+    report.draw_curves(runs, tmp_path / "without.png")
+    assert [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)] == []
+
+
+def test_points_skip_what_cannot_be_drawn():
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3}, {"step": 4, "loss": None}]
+    assert report.points(rows, "loss") == ([1], [2.0])
+
+
+def test_overlay_command(tmp_path):
+    for name in ("e3", "한글 e5"):
+        (tmp_path / name).mkdir()
+        report.write_run(tmp_path / name, {"history": history()})
+    command = [sys.executable, "-m", "utils.report", str(tmp_path / "e3"), str(tmp_path / "한글 e5"), "--output",
+               str(tmp_path / "둘.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "둘.png").stat().st_size > 20_000
+    missing = subprocess.run([*command[:3], str(tmp_path / "없다")], cwd=ROOT, capture_output=True, encoding="utf-8",
+                             timeout=120)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("오류: run.json이 없다")
