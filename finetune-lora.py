@@ -84,14 +84,16 @@ def train(
 
     from types import SimpleNamespace
 
-    from utils import finetune, results
+    from utils import finetune, results, rundir
 
     settings = SimpleNamespace(**{**flags, "base_model": base_model, "data_path": data_path})
     inputs = finetune.prepare(settings, cli.say)
     plan = finetune.plan(settings, inputs, cli.say)
-    model = finetune.build_model(settings, inputs, cli.say)
-    result = finetune.fit(settings, inputs, plan, model, cli.say)
-    results.write(settings, inputs, plan, result, cli.say)
+    with rundir.open_run(settings, inputs, cli.say) as run:
+        model = finetune.build_model(settings, inputs, cli.say)
+        result = finetune.fit(settings, inputs, plan, model, run, cli.say)
+        with run.saving():
+            results.write(settings, inputs, plan, result, cli.say)
     say_next(base_model, output_dir)
 
 

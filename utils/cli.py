@@ -28,6 +28,7 @@ from utils.errors import UsageError
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
 FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
@@ -48,6 +49,8 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     except UsageError as error:
         print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | None:
@@ -195,6 +198,8 @@ def _fit_all(texts: dict[str, str], parameters: typing.Mapping[str, inspect.Para
 def _fit(text: str, annotation) -> object:
     """글자를 타입에 맞춘다. 맞지 않으면 기대한 것을 담은 ValueError를 올린다."""
     choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if len(text) > 1 and text[0] == text[-1] == "'":
+        text = text[1:-1]  # Windows의 cmd는 작은따옴표를 떼지 않고 넘긴다
     word = text.strip().lower()
     if type(None) in choices and word in ("none", "null", ""):
         return None

@@ -15,6 +15,7 @@ from utils import dataset, loader, planner, tracking
 from utils.errors import UsageError
 from utils.modelfolder import require_base
 from utils.prompter import CHAT, make_prompter
+from utils.rundir import Run
 from utils.rows import require_data
 
 AUTO_TARGETS = {
@@ -164,37 +165,47 @@ def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], 
     return model
 
 
-def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner.MemoryPlan], model,
+def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner.MemoryPlan], model, run: Run,
         say: Callable[[str], None]) -> SimpleNamespace:
     """학습하고, 가장 좋은 어댑터를 `output_dir`에 남긴다.
 
     Returns:
         trainer, 학습 전후의 검증 loss(before, after), 걸린 시간(seconds).
+
+    Raises:
+        SystemExit: 멈추라는 신호를 받아 저장하고 멈추었다. 이어 가는 명령을 말한 뒤다.
     """
+    from transformers import EarlyStoppingCallback
+
     from utils import progress
-    from utils.trainer import LeanTrainer
+    from utils.interrupt import Interrupt, StopAtStepEnd
+    from utils.resumable import ResumableTrainer
 
     schedule, memory = plan
+    run.require_space(model.get_nb_trainable_parameters()[0])
     torch.manual_seed(settings.seed)
-    trainer = LeanTrainer(model=model, args=training_arguments(settings, inputs, schedule, memory),
-                          train_dataset=inputs.train_set, eval_dataset=inputs.eval_set, plan=memory,
-                          processing_class=inputs.tokenizer, callbacks=[])
+    patience = settings.early_stopping_patience
+    trainer = ResumableTrainer(model=model, args=training_arguments(settings, inputs, schedule, memory), run=run,
+                               train_dataset=inputs.train_set, eval_dataset=inputs.eval_set, plan=memory, say=say,
+                               processing_class=inputs.tokenizer,
+                               callbacks=[] if patience is None else [EarlyStoppingCallback(patience)])
     progress.attach(trainer, say, inputs.train_set.n_tokens * settings.num_train_epochs / schedule.steps)
     say(f"학습 길: {trainer.path}")
     before = trainer.evaluate()["eval_loss"] if inputs.eval_set else None
     if before is not None:
         say(f"학습 전 검증 loss {before:.4f}")
     began = time.perf_counter()
-    trainer.train()
+    with Interrupt(say) as interrupt:
+        trainer.add_callback(StopAtStepEnd(interrupt))
+        trainer.resume()
+    if interrupt.code is not None:
+        say(f"checkpoint-{trainer.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
+        raise SystemExit(interrupt.code)
     seconds = time.perf_counter() - began
     after = trainer.state.best_metric
     if before is not None:
         say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {1 - after / before:.1%} 줄었다)")
-    output = Path(settings.output_dir)
-    model.save_pretrained(output, safe_serialization=True)
-    loader.write_prompt_info(output, loader.PromptInfo(
-        inputs.prompter.template, inputs.tokenizer.convert_ids_to_tokens(inputs.end_id), inputs.end_id,
-        settings.cutoff_len))
+    trainer.save_adapter()
     return SimpleNamespace(trainer=trainer, model=model, before=before, after=after, seconds=seconds)
 
 
@@ -216,7 +227,7 @@ def training_arguments(settings: SimpleNamespace, inputs: Inputs, schedule: Sche
         eval_steps=schedule.interval if evaluates else None,
         save_strategy="steps",
         save_steps=schedule.interval,
-        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=evaluates,
         metric_for_best_model="eval_loss" if evaluates else None,
         greater_is_better=False if evaluates else None,

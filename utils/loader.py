@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import newest_valid
+from utils.checkpoint import MANIFEST, damage, newest_valid
 from utils.errors import UsageError
 from utils.modelfolder import read_json, require_base
 
@@ -151,7 +151,10 @@ def find_adapter(peft_root: str | Path) -> Path:
     if not root.is_dir():
         raise UsageError(f"어댑터 폴더가 없다: {root}")
     if all((root / name).is_file() for name in ADAPTER_FILES):
-        return root
+        found = damage(root, ADAPTER_FILES) if (root / MANIFEST).exists() else None
+        if found is None:
+            return root
+        raise UsageError(f"어댑터가 손상되었다. {root}: {found}. 체크포인트가 남아 있으면 그 폴더를 --peft_root로 적는다")
     checkpoint = newest_valid(root)
     if checkpoint is not None:
         return checkpoint

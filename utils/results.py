@@ -23,11 +23,13 @@ SAMPLE_TOKENS = 160
 def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
                   result: SimpleNamespace, say: Callable[[str], None]) -> None:
     """run.json, curves.png, samples.md를 쓰고 예시 답을 보여 준다."""
+    if not result.trainer.args.should_save:
+        return
     run = describe_run(settings, inputs, plan, result)
     samples = answer_samples(inputs, result.model)
-    report.write_run(settings.output_dir, run)
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
     report.write_samples(settings.output_dir, samples)
+    report.write_run(settings.output_dir, run)  # 맨 끝에 쓴다: run.json이 있으면 끝난 실행이다
     say("\n결과")
     for line in progress.summary_lines(run):
         say(line)
