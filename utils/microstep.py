@@ -91,7 +91,7 @@ class _HeadLoss(torch.autograd.Function):
 class AutogradStep:
     """어떤 causal LM이든 자동미분으로 도는 micro-step. 출력 행렬이 평범하면 손실을 조각으로 구한다."""
 
-    def __init__(self, model: nn.Module, recompute: bool = False):
+    def __init__(self, model: nn.Module, recompute: bool = False, reason: str = ""):
         self.model = model
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = self.causal.get_output_embeddings()
@@ -109,7 +109,7 @@ class AutogradStep:
                 self.causal.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         loss = "손실은 조각으로" if self.backbone is not None else "손실은 한 번에"
-        self.path = f"자동미분({type(self.causal).__name__}, {loss})"
+        self.path = f"자동미분({loss}; {reason})" if reason else f"자동미분({loss})"
 
     def _nll(self, batch: dict, factor: torch.Tensor | None) -> torch.Tensor:
         # 다른 문서를 가리는 mask를 직접 주면 모양이 고정되어 CUDA graph로 찍을 수 있다. 2차원 mask는 절대 주지 않는다

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from utils import neox
 from utils.errors import UsageError
 from utils.microstep import IGNORE, AutogradStep, CapturedStep, check_isolation
 
@@ -99,6 +100,15 @@ def split_rows(batch: dict, rows: int) -> list[dict]:
     return [{name: value[at:at + rows] for name, value in batch.items()} for at in range(0, size, rows)]
 
 
+def count_documents(dataset) -> int:
+    """한 블록에 든 문서의 최대 수. dataset이 `max_documents`를 알면 그것을 쓴다."""
+    if dataset is None:
+        return 1
+    if hasattr(dataset, "max_documents"):
+        return dataset.max_documents
+    return max(int((block["position_ids"] == 0).sum()) for block in dataset)
+
+
 class LeanTrainer(Trainer):
     """묶인 블록으로 QLoRA를 학습한다. 손실은 effective batch 전체의 토큰 평균이다.
 
@@ -145,7 +155,12 @@ class LeanTrainer(Trainer):
         return "Trainer의 길(모델을 여러 프로세스에 나눈다)" if self.sharded else self.step.path
 
     def _choose_step(self):
-        return AutogradStep(self.model, bool(getattr(self.plan, "recompute_layers", 0)))
+        recompute = getattr(self.plan, "recompute_layers", 0)
+        reason = neox.why_not(self.model)
+        if reason is not None:
+            return AutogradStep(self.model, recompute > 0, reason)
+        documents = max(count_documents(data) for data in (self.train_dataset, self.eval_dataset))
+        return neox.NeoxStep(self.model, recompute, documents)
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""

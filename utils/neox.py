@@ -1,0 +1,234 @@
+"""GPT-NeoX의 micro-step을 손으로 쓴 forward와 backward로 계산하는 일을 맡는다.
+
+기반 가중치는 얼어 있고 LoRA는 query_key_value에만 있으므로, 자동미분 없이 필요한 것만 남기고 필요한 gradient만
+구한다. 층마다 남기는 것은 입력 x, 회전한 q·k·v, attention의 출력, gelu 앞의 값이다. 재계산하는 층은 x만 남긴다.
+4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS, 나머지는 `neox_ops`의 몫이다.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from utils.attention import Documents, choose_attention
+from utils.cuda import CompileError
+from utils.microstep import head_loss, shifted_targets
+from utils.neox_ops import NF4_BLOCK, CudaOps, TorchOps, pad_rank
+
+
+def why_not(model: nn.Module) -> str | None:
+    """이 모델을 손으로 쓴 길로 계산할 수 없는 까닭. 계산할 수 있으면 None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config
+    if config.model_type != "gpt_neox":
+        return f"구조가 GPT-NeoX가 아니라 {config.model_type}"
+    if not config.use_parallel_residual or config.hidden_act != "gelu" or not config.attention_bias:
+        return "병렬 잔차, gelu, bias가 있는 GPT-NeoX가 아니다"
+    if config.hidden_dropout or config.attention_dropout or config.rope_parameters["rope_type"] != "default":
+        return "은닉 dropout이나 늘린 rotary가 있다"
+    head_dim = config.hidden_size // config.num_attention_heads
+    if config.hidden_size % 8 or config.hidden_size > 8192 or head_dim % 8 or config.intermediate_size % 8:
+        return "크기가 8의 배수가 아니다"
+    if int(head_dim * config.rope_parameters["partial_rotary_factor"]) % 16:
+        return "회전하는 차원이 16의 배수가 아니다"
+    for layer in base.gpt_neox.layers:
+        qkv = layer.attention.query_key_value
+        if not hasattr(qkv, "lora_A") or list(qkv.active_adapters) != ["default"] or qkv.merged:
+            return "query_key_value에 LoRA 하나가 있어야 한다"
+        plain = type(qkv.lora_A["default"]) is nn.Linear and not qkv.use_dora.get("default", False)
+        if not plain or qkv.lora_B["default"].bias is not None:
+            return "LoRA의 변형(DoRA, bias)을 쓴다"
+        for linear in (qkv.base_layer, layer.attention.dense, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h):
+            state = getattr(linear.weight, "quant_state", None)
+            four_bit = state is not None and state.quant_type == "nf4" and state.blocksize == NF4_BLOCK
+            if type(linear) is not nn.Linear and not four_bit:
+                return "LoRA가 다른 층에도 있거나 NF4가 아닌 양자화를 쓴다"
+    expected = 2 * len(base.gpt_neox.layers)
+    if sum(parameter.requires_grad for parameter in model.parameters()) != expected:
+        return "LoRA 말고도 배우는 가중치가 있다"
+    if type(base.lm_head) is not nn.Linear or base.lm_head.bias is not None:
+        return "출력 행렬이 평범한 선형층이 아니다"
+    return None
+
+
+class Layer:
+    """층 하나의 가중치와 상수."""
+
+    def __init__(self, index: int, module: nn.Module, dtype: torch.dtype):
+        attention, mlp = module.attention, module.mlp
+        lora = attention.query_key_value
+        first, second = module.input_layernorm, module.post_attention_layernorm
+        self.index, self.eps = index, float(first.eps)
+        self.w1, self.b1, self.w2, self.b2 = (
+            part.detach().to(dtype) for part in (first.weight, first.bias, second.weight, second.bias))
+        self.qkv, self.dense, self.up, self.down = (
+            lora.base_layer, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+        self.bias = (self.dense.bias.detach().float() + self.down.bias.detach().float()).to(dtype)
+        self.qkv_bias, self.up_bias = (linear.bias.detach().to(dtype) for linear in (self.qkv, self.up))
+        self.lora_a, self.lora_b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+        self.a, self.b = self.lora_a.detach(), self.lora_b.detach()
+        self.rank, self.scale = self.a.shape[0], float(lora.scaling["default"])
+        self.dropout = float(getattr(lora.lora_dropout["default"], "p", 0.0))
+
+
+@dataclass
+class Saved:
+    """한 층의 backward가 쓰려고 forward가 남기는 것. tokens는 micro batch의 토큰 수다."""
+
+    qkv: torch.Tensor  # [tokens, heads, 3, head_dim], 회전한 뒤
+    h: torch.Tensor  # [tokens, intermediate], gelu의 앞
+    z: torch.Tensor  # [tokens, padded_rank]
+    attended: torch.Tensor | None = None  # [tokens, heads, head_dim]
+    attention: list = field(default_factory=list)
+
+
+class NeoxStep:
+    """GPT-NeoX + LoRA의 micro-step.
+
+    Args:
+        model: PEFT로 감싼 GPTNeoXForCausalLM. 가중치는 그 안의 것을 그대로 쓴다.
+        recompute_layers: backward에서 다시 계산할 층의 수. 앞의 층부터 센다.
+        max_documents: 블록 하나에 든 문서의 최대 수.
+        loss_chunk: 손실을 한 번에 계산하는 토큰 수.
+        embedding: 입력 embedding [vocab, hidden]. 핀 고정된 CPU 메모리여도 된다. None이면 모델의 것을 쓴다.
+    """
+
+    def __init__(self, model, recompute_layers: int = 0, max_documents: int = 1, loss_chunk: int = 512, embedding=None):
+        base = model.get_base_model()
+        config, self.body = base.config, base.gpt_neox
+        self.head = base.lm_head.weight.detach()
+        self.dtype, self.device = self.head.dtype, self.head.device
+        self.embedding = self.body.embed_in.weight.detach() if embedding is None else embedding
+        self.layers = [Layer(index, layer, self.dtype) for index, layer in enumerate(self.body.layers)]
+        self.hidden, self.heads, self.inner = (
+            config.hidden_size, config.num_attention_heads, config.intermediate_size)
+        self.recompute_layers = min(recompute_layers, len(self.layers) - 1)
+        self.max_documents, self.loss_chunk = max_documents, loss_chunk
+        norm = self.body.final_layer_norm
+        self.norm = (norm.weight.detach().to(self.dtype), norm.bias.detach().to(self.dtype), float(norm.eps))
+        self.padded_rank = pad_rank(self.layers[0].rank)
+        self.ops = self._choose_ops(config)
+        self.attention = choose_attention(self.heads, self.hidden // self.heads, self.dtype, self.device)
+        self.release()
+
+    @property
+    def path(self) -> str:
+        return (f"손으로 쓴 GPT-NeoX({self.ops.name}, attention: {self.attention.name}, "
+                f"재계산 {self.recompute_layers}/{len(self.layers)}층)")
+
+    def _choose_ops(self, config):
+        positions = torch.arange(config.max_position_embeddings, device=self.device)[None]
+        cos, sin = self.body.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions)
+        half = cos.shape[-1] // 2
+        table = torch.cat([cos[0, :, :half], sin[0, :, :half]], -1).float().contiguous()
+        if self.device.type == "cuda" and self.dtype is not torch.float32:
+            try:
+                return CudaOps(table, self.hidden, self.heads, self.layers[0].rank, self.dtype)
+            except CompileError:
+                pass
+        return TorchOps(table)
+
+    def release(self) -> None:
+        """잡아 둔 메모리를 놓는다."""
+        self._tokens = 0
+        self._buffers = None
+
+    def _prepare(self, tokens: int) -> None:
+        if tokens == self._tokens:
+            return
+        self.release()
+        heads = (self.heads, 3, self.hidden // self.heads)
+        kept = len(self.layers) - self.recompute_layers
+
+        def empty(*shape):
+            return torch.empty(*shape, dtype=self.dtype, device=self.device)
+
+        inner = max(self.inner * self.hidden, 3 * self.hidden * (self.hidden + self.padded_rank))
+        shared = Saved(empty(tokens, *heads), empty(tokens, self.inner), empty(tokens, self.padded_rank))
+        self.x = empty(len(self.layers) + 1, tokens, self.hidden)
+        qkv, h, z = (empty(max(kept - 1, 0), tokens, *size) for size in (heads, (self.inner,), (self.padded_rank,)))
+        # 재계산하는 층과, backward가 곧바로 이어지는 마지막 층은 함께 쓰는 자리를 쓴다
+        self.saved = [shared] * self.recompute_layers + [Saved(*parts) for parts in zip(qkv, h, z, strict=True)]
+        self.saved += [shared] * (len(self.layers) - len(self.saved))
+        self.n1, self.n2 = empty(tokens, self.hidden + self.padded_rank), empty(tokens, self.hidden)
+        self.t, self.g = empty(tokens, self.hidden), empty(tokens, self.inner)
+        self.dqkv, self.scratch = empty(tokens, *heads), empty(inner)
+        self._tokens = tokens
+
+    @torch.no_grad()
+    def train(self, batch: dict) -> torch.Tensor:
+        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`을 돌려준다."""
+        documents, keys = self._begin(batch), batch["keys"]
+        for layer in self.layers:
+            self._forward_layer(layer, documents, keys)
+        targets = shifted_targets(batch["labels"]).flatten()
+        gradient = self.t.new_empty(self.t.shape)
+        weight, bias, eps = self.norm
+        hidden, mean, deviation = torch.native_layer_norm(self.x[-1], (self.hidden,), weight, bias, eps)
+        nll = head_loss(hidden, self.head, targets, batch["factor"], gradient, self.loss_chunk, self.ops.cross_entropy)
+        gradient = torch.ops.aten.native_layer_norm_backward(
+            gradient, self.x[-1], (self.hidden,), mean, deviation, weight, bias, (True, False, False))[0]
+        del hidden
+        for layer in reversed(self.layers):
+            if layer.index < self.recompute_layers:
+                self._compute_activations(layer, self.saved[layer.index], None, documents, keys)
+            self._backward_layer(layer, gradient, documents, keys)
+        return nll.sum() * batch["factor"]
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict) -> torch.Tensor:
+        """dropout 없이 구한 음의 로그 가능도의 합."""
+        documents = self._begin(batch)
+        for layer in self.layers:
+            self._forward_layer(layer, documents, None)
+        weight, bias, eps = self.norm
+        hidden = torch.nn.functional.layer_norm(self.x[-1], (self.hidden,), weight, bias, eps)
+        targets = shifted_targets(batch["labels"]).flatten()
+        return head_loss(hidden, self.head, targets, chunk=self.loss_chunk, cross_entropy=self.ops.cross_entropy).sum()
+
+    def _begin(self, batch: dict) -> Documents:
+        self._prepare(batch["input_ids"].numel())
+        self.ops.embed(self.embedding, batch["input_ids"], self.x[0])
+        return Documents.find(batch["position_ids"], self.max_documents * len(batch["position_ids"]))
+
+    def _forward_layer(self, layer: Layer, documents: Documents, keys) -> None:
+        """`x[index]`에서 `x[index + 1]`을 구한다."""
+        out, saved, ops = self.x[layer.index + 1], self.saved[layer.index], self.ops
+        self._compute_activations(layer, saved, out, documents, keys)
+        out.addmm_(saved.attended.flatten(1), ops.weight(layer.dense, self.scratch).t())
+        ops.gelu(saved.h, self.g)
+        out.addmm_(self.g, ops.weight(layer.down, self.scratch).t())
+
+    def _compute_activations(self, layer: Layer, saved: Saved, residual, documents: Documents, keys) -> None:
+        """backward에 필요한 것들을 `saved`에 적는다. forward와 재계산이 함께 쓴다."""
+        ops = self.ops
+        ops.norms(layer, self.x[layer.index], keys, self.n1, self.n2, residual, saved.z)
+        weight = ops.weight(layer.qkv, self.scratch, layer)
+        torch.addmm(layer.qkv_bias, self.n1, weight.t(), out=saved.qkv.flatten(1))
+        ops.rotate(saved.qkv, documents.positions)
+        saved.attended, saved.attention = self.attention.forward(*saved.qkv.unbind(2), documents)
+        if residual is not None or layer.index > 0:
+            torch.addmm(layer.up_bias, self.n2, ops.weight(layer.up, self.scratch).t(), out=saved.h)
+
+    def _backward_layer(self, layer: Layer, gradient, documents: Documents, keys) -> None:
+        """출력의 `gradient`를 제자리에서 입력의 gradient로 바꾸고 LoRA의 gradient를 더한다.
+
+        첫 층의 입력은 얼어 있는 embedding이므로 거기서는 LoRA까지만 되돌아간다.
+        """
+        saved, ops, first = self.saved[layer.index], self.ops, layer.index == 0
+        if not first:
+            torch.mm(gradient, ops.weight(layer.down, self.scratch), out=self.g)
+            ops.gelu_backward(saved.h, self.g)
+            torch.mm(self.g, ops.weight(layer.up, self.scratch), out=self.n2)
+        torch.mm(gradient, ops.weight(layer.dense, self.scratch), out=self.t)
+        parts = self.attention.backward(self.t.view_as(saved.attended), *saved.qkv.unbind(2), saved.attended,
+                                        saved.attention, documents)
+        ops.unrotate(*parts, documents.positions, self.dqkv)
+        dqkv = self.dqkv.flatten(1)
+        weight = ops.weight(layer.qkv, self.scratch, layer)
+        torch.mm(dqkv, weight, out=self.n1)
+        up = torch.mm(dqkv.t(), saved.z)[:, :layer.rank]
+        layer.lora_b.grad.add_(up, alpha=layer.scale)
+        ops.norms_backward(layer, self.x[layer.index], keys, self.n1, self.n2, None if first else gradient, self.t)
+        down = torch.mm(self.n1[:, self.hidden:].t(), self.t)[:layer.rank]
+        layer.lora_a.grad.add_(down)
