@@ -1,0 +1,160 @@
+"""글에 적힌 명령은 모두 지금의 서명으로 읽히고, 적힌 파일과 플래그는 모두 있다."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import time
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_script, run_script
+
+from utils import cli, machine, modelfolder, report
+
+DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md")),
+        *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
+STAGES = {"finetune-lora.py": "train", "merge-lora.py": "merge", "generate.py": "serve",
+          "ko-datasets/download-koalpaca.py": "download"}
+SYSTEM_COMMANDS = {"conda", "nvidia-smi", "wsl", "sudo", "source", "ln", "set", "export", "chcp", "git", "python3"}
+FENCE = re.compile(r"^```(?:sh|bat|powershell)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# 다른 도구(pip, torchrun, accelerate, hf)의 플래그
+FOREIGN_FLAGS = {"index-url", "local-dir", "nproc_per_node", "standalone", "nnodes", "node_rank", "rdzv_endpoint",
+                 "rdzv_backend", "cpu", "num_processes", "multi_gpu", "help"}
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCS:
+        for block in FENCE.findall(document.read_text(encoding="utf-8")):
+            found += [(document.relative_to(ROOT).as_posix(), part.strip()) for line in block.splitlines() for part in line.split("&&")]
+    return [(name, command) for name, command in found if command and not command.startswith("#")]
+
+
+@cache
+def stage_of(script: str):
+    module = load_script(script)
+    return getattr(module, STAGES[script]), getattr(module, "RETIRED", {})
+
+
+def parse_script(words: list[str]) -> None:
+    stage, retired = stage_of(words[0])
+    assert cli.parse(stage, words[1:], retired) is not None
+
+
+def parse_pip(words: list[str]) -> None:
+    for flag, value in pairwise(words):
+        assert flag != "-r" or (ROOT / value).is_file()
+    torch_range = machine.required_versions()["torch"]
+    assert all(word == f"torch{torch_range}" for word in words if word.startswith("torch"))
+
+
+def check_python(words: list[str]) -> None:
+    if words[:2] == ["-m", "pip"]:
+        parse_pip(words[2:])
+    elif words[:2] == ["-m", "utils.report"]:
+        assert not any(word.startswith("-") for word in words[2:])
+    elif words[:2] in (["-m", "utils.doctor"], ["-m", "pytest"]):
+        assert len(words) == 2
+    elif words[0] == "-c":
+        compile(words[1], "문서", "exec")
+    elif words != ["--version"]:
+        parse_script(words)
+
+
+def check_launcher(words: list[str]) -> None:
+    at = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        assert get_args_parser().parse_args(words[1:]).training_script == words[at]
+    else:
+        from accelerate.commands.launch import launch_command_parser
+
+        assert launch_command_parser().parse_args(words[2:]).training_script == words[at]
+    parse_script(words[at:])
+
+
+@pytest.mark.parametrize(("document", "command"), commands(), ids=lambda value: value[:70])
+def test_command_in_the_documents_is_valid(document, command):
+    words = shlex.split(command)
+    if words[0] == "python":
+        check_python(words[1:])
+    elif words[0] in ("torchrun", "accelerate"):
+        check_launcher(words)
+    elif words[0] == "hf":
+        assert command == modelfolder.download_command(Path(words[-1]))
+    else:
+        assert words[0] in SYSTEM_COMMANDS, f"알 수 없는 명령: {command}"
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_every_flag_has_its_line_of_help(script):
+    stage, retired = stage_of(script)
+    flags = set(inspect.signature(stage).parameters)
+    described = set(re.findall(r"^    (\w+): ", inspect.getdoc(stage), re.MULTILINE))
+    assert described == flags
+    assert not flags & set(retired)
+    assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(stage).parameters.values())
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_flags_and_files_named_in_the_text_exist(document):
+    text = document.read_text(encoding="utf-8")
+    known = FOREIGN_FLAGS.union(*(inspect.signature(stage_of(script)[0]).parameters for script in STAGES))
+    known |= {"output"} if "utils.report" in text else set()
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) <= known
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert "://" in target or (document.parent / target).exists(), target
+
+
+def test_readme_opens_with_one_sentence_and_two_commands():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert lines[2].count("다.") == 1
+    assert lines[4:8] == ["```sh", "python -m pip install -r requirements.txt && python finetune-lora.py",
+                          "python -m pip install -r tests/requirements.txt && python -m pytest", "```"]
+
+
+def test_readme_names_every_top_level_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines()
+    top = {path.split("/")[0] for path in tracked}
+    hidden_and_shown = {".create-symbolic-links.bat", *(name for name in top if not name.startswith("."))}
+    assert {name for name in hidden_and_shown - {"README.md"} if name not in text} == set()
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_is_quick(script):
+    seconds = []
+    for _ in range(3):  # 다른 프로세스가 CPU를 쓰는 순간을 피한다
+        began = time.perf_counter()
+        done = run_script(script, "--help")
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+        assert "FLAGS" in done.stdout + done.stderr
+    assert min(seconds) < 1.5
+
+
+def test_quick_commands_run(tmp_path):
+    checked = run_script("finetune-lora.py", "--data_path", "ko-datasets/polyglot-ko-lite_textonly.json",
+                         "--check_data", "True")
+    assert checked.returncode == 0, checked.stderr
+    version = subprocess.run([sys.executable, "--version"], capture_output=True, text=True)
+    assert version.stdout.startswith("Python 3")
+    assert report.main.__module__ == "utils.report"
+
+
+def test_link_tool_has_windows_line_ends_and_ascii_until_utf8():
+    content = (ROOT / ".create-symbolic-links.bat").read_bytes()
+    assert content.count(b"\n") == content.count(b"\r\n")
+    head = content[:content.index(b"chcp 65001")]
+    assert head.isascii()
+    assert b"/s " not in content.lower() and b"del " not in content.lower()
+
+
+def test_single_quotes_that_cmd_leaves_are_taken_off():
+    stage, retired = stage_of("finetune-lora.py")
+    assert cli.parse(stage, ["--base_model", "'resources/a b'"], retired) == {"base_model": "resources/a b"}
