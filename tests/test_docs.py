@@ -30,8 +30,9 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for document in DOCS:
         for block in FENCE.findall(document.read_text(encoding="utf-8")):
-            found += [(document.relative_to(ROOT).as_posix(), part.strip()) for line in block.splitlines() for part in line.split("&&")]
-    return [(name, command) for name, command in found if command and not command.startswith("#")]
+            parts = (part.strip() for line in block.splitlines() for part in line.split("&&"))
+            found += [(document.relative_to(ROOT).as_posix(), part) for part in parts if part and part[0] != "#"]
+    return found
 
 
 @cache
