@@ -2,16 +2,22 @@
 
 import bisect
 import hashlib
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.rows import read_rows, segmenter
+from utils import datacheck, datafile, rows
+from utils import prompter as prompter_module
+from utils.errors import UsageError
+from utils.paths import ROOT
+from utils.tokencache import CacheWriter, open_cache
 
 IGNORE = -100
+CACHE_FOLDER = "tokens"
 _BATCH = 512
 
 
@@ -19,30 +25,56 @@ _BATCH = 512
 class Documents:
     """토큰으로 바꾼 문서들. 모두 한 줄로 이어 두고 자리만 기억한다.
 
+    `cutoff_len`보다 긴 문서는 꺼낼 때 토큰 경계에서 잘리고 끝 토큰은 남는다.
+
     Attributes:
-        tokens: 모든 문서의 토큰. [n_tokens] int32.
+        tokens: 모든 문서의 토큰. [n_tokens] int32. 디스크에 둔 배열일 수 있다.
         answer: 답(끝 토큰 포함)에 속하면 True. [n_tokens] bool.
-        offsets: 문서 i는 tokens[offsets[i]:offsets[i+1]]이다. [n_documents + 1] int64.
+        offsets: 자르기 전의 문서 i는 tokens[offsets[i]:offsets[i+1]]이다. [n_documents + 1] int64.
         digests: 문서 내용의 해시. [n_documents] uint64.
-        n_cut: 블록보다 길어 잘린 문서의 수.
+        questions: 질문의 해시. 질문이 따로 없으면 내용의 해시다. [n_documents] uint64.
+        numbers: 파일에서의 행 번호. [n_documents] int64.
+        cutoff_len: 문서의 가장 긴 길이(토큰). None이면 자르지 않는다.
+        end_id: 끝 토큰의 번호.
+        sha256: 데이터 파일의 해시.
+        found: 읽으면서 본 것들(`datacheck.Inspector.found`).
     """
 
     tokens: np.ndarray
     answer: np.ndarray
     offsets: np.ndarray
     digests: np.ndarray
-    n_cut: int = 0
+    questions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    cutoff_len: int | None = None
+    end_id: int = 0
+    sha256: str = ""
+    found: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def lengths(self) -> np.ndarray:
+    def full_lengths(self) -> np.ndarray:
+        """자르기 전의 길이. [n_documents]"""
         return np.diff(self.offsets)
+
+    def lengths(self) -> np.ndarray:
+        """자른 뒤의 길이. [n_documents]"""
+        full = self.full_lengths()
+        return full if self.cutoff_len is None else np.minimum(full, self.cutoff_len)
+
+    @property
+    def n_cut(self) -> int:
+        """블록보다 길어 잘리는 문서의 수."""
+        return int((self.full_lengths() > self.lengths()).sum())
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """문서 하나의 (토큰, 답 여부)."""
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[span], self.answer[span]
+        start, end = self.offsets[index], self.offsets[index + 1]
+        if self.cutoff_len is None or end - start <= self.cutoff_len:
+            return self.tokens[start:end], self.answer[start:end]
+        kept = slice(start, start + self.cutoff_len - 1)
+        return np.append(self.tokens[kept], np.int32(self.end_id)), np.append(self.answer[kept], True)
 
 
 class Encoder:
@@ -75,6 +107,13 @@ class Encoder:
             encoded.append((tokens, is_answer))
         return encoded
 
+    def fingerprint(self) -> str:
+        """같은 글에서 같은 토큰이 나오는지를 가리는 해시."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        chat = getattr(self._tokenizer, "chat_template", None)
+        return _sha256(content, str(chat), str(self._end_id), str(self._special_in_prompt))
+
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
@@ -83,38 +122,93 @@ class Encoder:
 
 
 def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len: int, end_id: int,
-                   cache_dir: str | None = None, on_row: Callable[[int], None] | None = None) -> Documents:
-    """데이터 파일을 읽어 토큰으로 바꾼다. 블록보다 긴 문서는 토큰 경계에서 자르고 끝 토큰을 남긴다.
+                   cache_dir: str | None = None, on_row: Callable[[int], None] | None = None,
+                   skip_bad: bool = False) -> Documents:
+    """데이터 파일을 읽어 토큰으로 바꾼다. 같은 파일과 설정이면 디스크에 둔 것을 다시 쓴다.
+
+    Args:
+        cache_dir: 토큰을 둘 폴더(그 아래 `tokens/`). 없으면 저장소의 `data`다.
+        on_row: 지금까지 읽은 행의 수를 때때로 받는다.
+        skip_bad: True면 잘못된 행을 세기만 하고 건너뛴다.
 
     Raises:
-        UsageError: 파일이나 행이 잘못되었다.
+        UsageError: 파일이나 행이 잘못되었다. 쓸 수 있는 행이 하나도 없다.
     """
-    to_pieces, batch = None, []
-    tokens, answer, lengths, digests, n_cut = [], [], [], [], 0
+    sha256 = source_sha256(data_path, cache_dir)
+    key = _sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(), str(skip_bad),
+                  Path(data_path).suffix.lower(), _code_sha256())
+    folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
+    cached = open_cache(folder)
+    if cached is None:
+        _fill_cache(folder, data_path, prompter, encoder, cache_dir, on_row, skip_bad)
+        cached = open_cache(folder)
+    arrays, meta = cached
+    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])]).astype(np.int64)
+    return Documents(arrays["tokens"], arrays["answer"], offsets, arrays["digests"], arrays["questions"],
+                     arrays["numbers"], cutoff_len, end_id, sha256, meta["found"])
+
+
+def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
+    """데이터의 해시. 파일이면 내용의, hub의 데이터면 받은 판(revision)이 이름에 든 파일들의 해시다."""
+    if Path(data_path).is_file():
+        return datafile.file_sha256(data_path)
+    received = rows.load_hub(str(data_path), cache_dir)
+    return _sha256(str(data_path), *(file["filename"] for file in received.cache_files))
+
+
+def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cache_dir: str | None,
+                on_row: Callable[[int], None] | None, skip_bad: bool) -> None:
+    inspector, writer = datacheck.Inspector(prompter, data_path), CacheWriter(folder)
+    to_pieces, columns, batch, n_rows = None, (), [], 0
 
     def flush() -> None:
-        nonlocal n_cut
-        for pieces, (ids, is_answer) in zip(batch, encoder.encode_batch(batch), strict=True):
-            if len(ids) > cutoff_len:
-                ids, is_answer = [*ids[: cutoff_len - 1], end_id], [*is_answer[: cutoff_len - 1], True]
-                n_cut += 1
-            tokens.append(np.asarray(ids, np.int32))
-            answer.append(np.asarray(is_answer, bool))
-            lengths.append(len(ids))
-            digests.append(content_digest(pieces))
+        encoded = encoder.encode_batch([pieces for _, pieces in batch])
+        writer.append({
+            "tokens": [token for ids, _ in encoded for token in ids],
+            "answer": [flag for _, is_answer in encoded for flag in is_answer],
+            "lengths": [len(ids) for ids, _ in encoded],
+            "digests": [content_digest(pieces) for _, pieces in batch],
+            "questions": [content_digest([(p, "" if p else a) for p, a in pieces]) for _, pieces in batch],
+            "numbers": [number for number, _ in batch],
+        })
         batch.clear()
-
-    for number, row in read_rows(data_path, cache_dir):
-        if to_pieces is None:
-            to_pieces = segmenter(set(row), prompter, data_path)
-        batch.append(to_pieces(number, row))
-        if len(batch) == _BATCH:
-            flush()
         if on_row is not None:
-            on_row(number)
-    flush()
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Documents(np.concatenate(tokens), np.concatenate(answer), offsets, np.asarray(digests, np.uint64), n_cut)
+            on_row(n_rows)
+
+    try:
+        for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
+            n_rows += 1
+            if to_pieces is None:
+                to_pieces, columns = rows.segmenter(set(row), prompter, data_path), rows.choose_columns(set(row))
+            try:
+                pieces = to_pieces(number, row)
+            except UsageError:
+                if not skip_bad:
+                    raise
+                inspector.unusable(number, row, columns)
+                continue
+            inspector.look(number, row, columns, pieces)
+            batch.append((number, pieces))
+            if len(batch) == _BATCH:
+                flush()
+        if batch:
+            flush()
+        if not inspector.n_rows:
+            raise UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
+        writer.commit({"found": inspector.finish()})
+    finally:
+        writer.discard()
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _code_sha256() -> str:
+    """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
+    modules = (datafile, rows, prompter_module, datacheck)
+    return _sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
+                   Path(__file__).read_text(encoding="utf-8"))
 
 
 def content_digest(pieces: Iterable[tuple[str, str]]) -> int:
@@ -125,7 +219,7 @@ def content_digest(pieces: Iterable[tuple[str, str]]) -> int:
 
 def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(학습 문서 번호, 검증 문서 번호). 내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다."""
-    if percent <= 0 or len(documents) < 2:
+    if percent <= 0 or len(np.unique(documents.digests)) < 2:  # 모두 같은 행이면 나눌 수 없다
         return np.arange(len(documents)), np.arange(0)
     scrambled = documents.digests ^ np.uint64(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little"))
     scrambled = scrambled * np.uint64(0x9E3779B97F4A7C15)
