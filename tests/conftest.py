@@ -96,3 +96,7 @@ def load_script(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: CUDA GPU가 있어야 도는 테스트")

@@ -29,7 +29,7 @@ def why_not(model: nn.Module) -> str | None:
     head_dim = config.hidden_size // config.num_attention_heads
     if config.hidden_size % 8 or config.hidden_size > 8192 or head_dim % 8 or config.intermediate_size % 8:
         return "크기가 8의 배수가 아니다"
-    if int(head_dim * config.rope_parameters["partial_rotary_factor"]) % 16:
+    if int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) % 16:
         return "회전하는 차원이 16의 배수가 아니다"
     for layer in base.gpt_neox.layers:
         qkv = layer.attention.query_key_value
@@ -49,6 +49,25 @@ def why_not(model: nn.Module) -> str | None:
     if type(base.lm_head) is not nn.Linear or base.lm_head.bias is not None:
         return "출력 행렬이 평범한 선형층이 아니다"
     return None
+
+
+class HostEmbedding(nn.Module):
+    """핀 고정된 CPU 메모리에 두고 필요한 행만 PCIe로 읽는 입력 embedding. VRAM을 쓰지 않는다.
+
+    표를 매개변수로 두지 않으므로 모델의 장치를 묻는 코드는 여전히 GPU라고 답을 얻는다.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.device = weight.device
+        self.table = weight.detach().cpu().pin_memory()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.table
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table[input_ids.cpu()].to(self.device)
 
 
 class Layer:
@@ -90,15 +109,18 @@ class NeoxStep:
         recompute_layers: backward에서 다시 계산할 층의 수. 앞의 층부터 센다.
         max_documents: 블록 하나에 든 문서의 최대 수.
         loss_chunk: 손실을 한 번에 계산하는 토큰 수.
-        embedding: 입력 embedding [vocab, hidden]. 핀 고정된 CPU 메모리여도 된다. None이면 모델의 것을 쓴다.
+        host_embedding: 모델의 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
     """
 
-    def __init__(self, model, recompute_layers: int = 0, max_documents: int = 1, loss_chunk: int = 512, embedding=None):
+    def __init__(self, model, recompute_layers: int = 0, max_documents: int = 1, loss_chunk: int = 512,
+                 host_embedding: bool = False):
         base = model.get_base_model()
         config, self.body = base.config, base.gpt_neox
         self.head = base.lm_head.weight.detach()
         self.dtype, self.device = self.head.dtype, self.head.device
-        self.embedding = self.body.embed_in.weight.detach() if embedding is None else embedding
+        if host_embedding:
+            self.body.embed_in = HostEmbedding(self.body.embed_in.weight)
+        self.embedding = self.body.embed_in.weight.detach()
         self.layers = [Layer(index, layer, self.dtype) for index, layer in enumerate(self.body.layers)]
         self.hidden, self.heads, self.inner = (
             config.hidden_size, config.num_attention_heads, config.intermediate_size)

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from utils import neox
 from utils.errors import UsageError
 from utils.microstep import IGNORE, AutogradStep, CapturedStep, check_isolation
+from utils.planner import MemoryPlan
 
 
 class GradientBuffer:
@@ -155,12 +156,12 @@ class LeanTrainer(Trainer):
         return "Trainer의 길(모델을 여러 프로세스에 나눈다)" if self.sharded else self.step.path
 
     def _choose_step(self):
-        recompute = getattr(self.plan, "recompute_layers", 0)
+        plan = self.plan or MemoryPlan(self.args.per_device_train_batch_size)
         reason = neox.why_not(self.model)
         if reason is not None:
-            return AutogradStep(self.model, recompute > 0, reason)
+            return AutogradStep(self.model, plan.recompute_layers > 0, reason)
         documents = max(count_documents(data) for data in (self.train_dataset, self.eval_dataset))
-        return neox.NeoxStep(self.model, recompute, documents)
+        return neox.NeoxStep(self.model, plan.recompute_layers, documents, plan.loss_chunk, plan.host_embedding)
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""
