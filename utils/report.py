@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.errors import UsageError
 from utils.modelfolder import read_json
@@ -83,13 +84,14 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
     return file
 
 
-def draw_curves(runs: Sequence[tuple[str, dict]], png_path: str | Path) -> Path:
+def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> Path | BinaryIO:
     """학습 곡선을 PNG로 그린다. 여러 학습이면 한 축에 겹친다.
 
     한글 글꼴이 있으면 한글로, 없으면 영어로 적는다. 글꼴에 없는 글자는 네모 대신 물음표가 된다.
 
     Args:
         runs: (이름, `write_run`에 준 dict)들.
+        png_path: 쓸 파일이나 메모리의 흐름. 그대로 돌려준다.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -113,7 +115,7 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: str | Path) -> Path:
         else:
             figure.suptitle(names[0], fontsize=15)
         figure.savefig(png_path)
-    return Path(png_path)
+    return png_path
 
 
 def korean_fonts() -> list[str]:
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = parser.parse_args(argv)
     runs = [(Path(folder).as_posix(), read_run(folder)) for folder in options.run_dirs]
     default = Path(options.run_dirs[0]) / CURVES_FILE if len(runs) == 1 else Path(CURVES_FILE)
-    return draw_curves(runs, options.output or default)
+    return draw_curves(runs, Path(options.output or default))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""학습하거나 병합한 모델과 웹 페이지나 콘솔에서 대화한다."""
+
+import time
+
+from utils import cli
+from utils.paths import BASE_DEMO, find_input, shown
+
+
+def serve(
+    *,
+    # 모델
+    base_model: str | None = None,
+    peft_root: str | None = None,
+    cache_dir: str | None = None,
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+    prompt_template: str | None = None,
+    # 페이지
+    server_name: str = "127.0.0.1",
+    server_port: int = 7860,
+    share_gradio: bool = False,
+    auth: str | None = None,
+    api: bool = False,
+    run_dirs: tuple[str, ...] = (),
+    # 콘솔
+    ask: str | None = None,
+    input: str = "",
+    eval: int | None = None,
+):
+    """웹 페이지를 연다. --ask나 --eval을 적으면 페이지 없이 콘솔에 답하고 끝낸다.
+
+    Args:
+        base_model: 모델 폴더나 hub id. 적지 않으면 어댑터가 이름 댄 모델, 어댑터도 없으면 함께 든 데모 모델이다.
+        peft_root: finetune-lora.py의 output_dir. 적지 않으면 base_model만 쓴다.
+        cache_dir: 받은 모델을 둘 폴더.
+        load_4bit: 가중치를 4비트(NF4)로 올린다. 둘 다 적지 않으면 남은 메모리를 보고 고른다.
+        load_8bit: 가중치를 8비트로 올린다.
+        prompt_template: 쓸 템플릿. 적지 않으면 어댑터나 모델에 저장된 것을 쓴다.
+        server_name: 페이지를 열 주소. 127.0.0.1은 이 컴퓨터에서만, 0.0.0.0은 다른 컴퓨터에서도 들어온다(auth 필요).
+        server_port: 페이지를 열 포트. 이미 쓰이고 있으면 다음 빈 포트를 쓴다.
+        share_gradio: 인터넷에서 들어올 수 있는 임시 링크를 만든다(auth 필요).
+        auth: 들어올 때 물을 사용자:암호. api에서는 이것이 api_key다.
+        api: OpenAI 형식의 /v1/chat/completions와 /v1/completions도 연다.
+        run_dirs: 학습 기록 탭에서 겹쳐 볼 학습 폴더들. 쉼표로 잇는다.
+        ask: 콘솔에서 물을 질문 하나.
+        input: ask의 {x} 자리에 넣을 글.
+        eval: 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 재어 표로 보여 준다. peft_root가 있어야 한다.
+    """
+    check_flags(server_name, server_port, share_gradio, auth, load_4bit and load_8bit, ask, eval, peft_root)
+    source = find_source(base_model, peft_root)
+    answerer, model_name = load(source, cache_dir, load_4bit, load_8bit, prompt_template)
+    if ask is not None:
+        print_answer(answerer, ask, input)
+    elif eval is not None:
+        print_scores(answerer, find_results(source, (), answerer, cache_dir), eval)
+    else:
+        from utils.page import Access
+
+        results = find_results(source, run_dirs, answerer, cache_dir)
+        open_page(answerer, model_name, results, Access(server_name, server_port, share_gradio, auth, api))
+
+
+def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
+                n_eval: int | None, peft_root: str | None) -> None:
+    """모델을 올리기 전에 값을 모두 본다."""
+    from utils.guard import exposure_problem
+
+    problem = exposure_problem(server_name, share, auth)
+    cli.check(
+        [
+            (not problem, problem),
+            (1 <= server_port <= 65535, f"server_port는 1에서 65535까지다: {server_port}"),
+            (not both_bits, "--load_4bit와 --load_8bit 가운데 하나만 쓴다"),
+            (ask is None or n_eval is None, "--ask와 --eval 가운데 하나만 쓴다"),
+            (n_eval is None or n_eval >= 1, f"eval은 1 이상의 질문 수다: {n_eval}"),
+            (n_eval is None or peft_root is not None, "--eval에는 학습한 폴더가 있어야 한다. --peft_root를 적는다"),
+        ]
+    )
+
+
+def find_source(base_model: str | None, peft_root: str | None):
+    """쓸 기반 모델, 어댑터, 학습 폴더. 가중치를 올리기 전에 온전하고 안전한지 본다."""
+    from types import SimpleNamespace
+
+    from utils import loader
+    from utils.modelfolder import read_safetensors_header, require_base
+
+    adapter = None
+    if peft_root is not None:
+        adapter = loader.find_adapter(find_input(peft_root))
+        read_safetensors_header(adapter / loader.ADAPTER_FILES[1])
+        base_model = base_model or loader.read_adapter_config(adapter).get("base_model_name_or_path")
+        cli.say(f"어댑터: {shown(adapter)}")
+    base_model = find_input(base_model or str(BASE_DEMO))
+    require_base(base_model)
+    return SimpleNamespace(base_model=base_model, adapter=adapter, run_dir=peft_root and find_input(peft_root))
+
+
+def load(source, cache_dir: str | None, load_4bit: bool, load_8bit: bool, prompt_template: str | None):
+    """(모델을 올린 Answerer, 보여 줄 이름)."""
+    from pathlib import Path
+
+    from utils import loader
+    from utils.answerer import Answerer
+    from utils.decoder import Decoder
+    from utils.precision import choose_precision
+
+    device = loader.choose_device()
+    cli.say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    quantize, reason = choose_precision(source.base_model, device, load_4bit, load_8bit)
+    cli.say(f"가중치: {reason}")
+    tokenizer = loader.load_tokenizer(source.base_model, cache_dir)
+    end_id = loader.end_token_id(tokenizer)
+    prompter = choose_prompter(source, prompt_template, tokenizer)
+    model = loader.load_base(source.base_model, device, quantize, cache_dir)
+    if source.adapter:
+        model = loader.load_adapter(model, source.adapter)
+    decoder = Decoder(model, tokenizer, end_id)
+    cli.say(f"계산: {decoder.path}")
+    answerer = Answerer(decoder, tokenizer, prompter, end_id, cli.say, can_compare=source.adapter is not None)
+    return answerer, Path(source.run_dir or source.base_model).name
+
+
+def choose_prompter(source, prompt_template: str | None, tokenizer):
+    """저장된 템플릿을 쓴다. 다른 것을 고르면 알린다."""
+    from utils import loader
+    from utils.prompter import make_prompter
+
+    info = loader.read_prompt_info(source.adapter or source.base_model)
+    prompter = make_prompter(prompt_template or (info.template if info else "default"), tokenizer)
+    if info and prompt_template and prompter.template != info.template:
+        cli.say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
+    if info and info.end_token_id != tokenizer.eos_token_id:
+        cli.say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 토크나이저의 것은 {tokenizer.eos_token_id}번이다")
+    cli.say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
+    return prompter
+
+
+def find_results(source, run_dirs: tuple[str, ...], answerer, cache_dir: str | None):
+    """페이지에서 보여 줄 학습들과 검증 질문."""
+    from pathlib import Path
+
+    from utils import evaluator, report
+    from utils.page_results import Results
+
+    folders = [Path(find_input(folder)) for folder in run_dirs]
+    own = Path(source.run_dir) if source.run_dir else None
+    if own and (own / report.RUN_FILE).is_file() and own not in folders:
+        folders.insert(0, own)
+    runs = {shown(folder): report.read_run(folder) for folder in folders}
+    can_learn = own is not None and (own / report.RUN_FILE).is_file()
+    return Results(runs, (lambda: evaluator.load_validation(own, answerer, cache_dir)) if can_learn else None)
+
+
+def print_answer(answerer, ask: str, input: str) -> None:
+    """질문 하나에 콘솔에서 답한다."""
+    from utils.answerer import Answer, describe
+    from utils.guard import check_text
+    from utils.sampling import Sampling
+
+    check_text(ask=ask, input=input)
+    answer = Answer(answerer.ask(ask, input), Sampling())
+    print()
+    for piece in answerer.pieces(answer):
+        print(cli.printable(piece), end="", flush=True)
+    cli.say(f"\n\n[{describe(answer)}]")
+
+
+def print_scores(answerer, results, n: int) -> None:
+    """검증 질문 n개로 기반 모델과 학습한 모델을 재어 표로 보여 준다."""
+    from utils import evaluator
+    from utils.errors import UsageError
+
+    if results.load is None:
+        raise UsageError("어댑터에 run.json이 없어 검증 질문을 알 수 없다. finetune-lora.py의 --output_dir를 적는다")
+    questions = results.validation().questions[:n]
+    rows = []
+    for row in evaluator.evaluate(answerer, questions):
+        rows.append(row)
+        cli.say(f"[{len(rows)}/{len(questions)}] {row['question'][:60]}\n  기반: {row['base_text'][:100]}\n"
+                f"  학습: {row['tuned_text'][:100]}")
+    cli.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
+    for title, base, tuned, change in evaluator.table(rows):
+        cli.say(f"  {title}: 기반 {base}, 학습 후 {tuned} ({change})")
+
+
+def open_page(answerer, model_name: str, results, access) -> None:
+    """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
+    from utils import page
+
+    blocks = page.build(answerer, "Polyglot-ko-1.3b-lite", f"모델: {model_name}", results)
+    local, shared = page.launch(blocks, answerer, model_name, access)
+    cli.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
+    if shared:
+        cli.say(f"공유 링크: {shared}")
+    if access.api:
+        cli.say(f"API: {local.rstrip('/')}/v1")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        cli.say("\n페이지를 닫는다")
+        blocks.close(verbose=False)
+
+
+if __name__ == "__main__":
+    cli.run(serve)
