@@ -1,7 +1,7 @@
 """미세조정 한 번의 준비, 계획, 실행을 맡는다. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
 
-import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from utils import dataset, loader, planner, tracking
+from utils import datacheck, dataset, loader, planner, tracking
 from utils.errors import UsageError
 from utils.modelfolder import require_base
 from utils.prompter import CHAT, make_prompter
-from utils.rundir import Run
 from utils.rows import require_data
+from utils.rundir import Run
 
 AUTO_TARGETS = {
     "gpt_neox": ("query_key_value",),
@@ -73,22 +74,47 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
     config = local_config or loader.load_config(settings.base_model, settings.cache_dir)
-    tokenizer = loader.load_tokenizer(settings.base_model, settings.cache_dir)
-    end_id = loader.end_token_id(tokenizer)
     check_block_fits(settings.cutoff_len, config)
-    prompter = make_prompter(settings.prompt_template, tokenizer)
-    encoder = dataset.Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT)
-    documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
-                                       settings.cache_dir)
+    tokenizer, end_id, prompter, encoder, documents = read_data(settings, say)
     chosen, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
+    report_data(documents, chosen, held_out, say)
 
     def packed(members: np.ndarray) -> dataset.PackedDataset:
         return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, settings.train_on_inputs,
                                      settings.seed)
 
     return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, packed(chosen),
-                  packed(held_out) if len(held_out) else None, file_sha256(settings.data_path),
+                  packed(held_out) if len(held_out) else None, documents.sha256,
                   choose_targets(settings.lora_target_modules, config), trackers)
+
+
+def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: bool = False) -> tuple:
+    """(토크나이저, 끝 토큰, Prompter, Encoder, 문서들). 오래 걸리면 터미널에 막대를 그린다.
+
+    Args:
+        skip_bad: True면 잘못된 행에서 멈추지 않고 센다.
+
+    Raises:
+        UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다.
+    """
+    tokenizer = loader.load_tokenizer(settings.base_model, settings.cache_dir)
+    end_id = loader.end_token_id(tokenizer)
+    prompter = make_prompter(settings.prompt_template, tokenizer)
+    encoder = dataset.Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT)
+    with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
+        documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
+                                           settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)
+    return tokenizer, end_id, prompter, encoder, documents
+
+
+def report_data(documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
+                say: Callable[[str], None]) -> None:
+    """데이터에서 이상한 것을 찾았으면 몇 줄로 말한다."""
+    lines = datacheck.short_lines({**documents.found, **datacheck.document_faults(documents, chosen, held_out)})
+    if lines:
+        say("데이터에서 찾은 것(자세히 보려면 --check_data True):")
+    for line in lines:
+        say(line)
 
 
 def check_block_fits(cutoff_len: int, config: dict) -> None:
@@ -105,22 +131,31 @@ def choose_targets(asked: tuple[str, ...], config: dict) -> tuple[str, ...]:
     return asked
 
 
-def file_sha256(path: str | Path) -> str:
-    """데이터 파일의 sha256. hub의 데이터면 이름의 해시다."""
-    digest = hashlib.sha256()
-    if not Path(path).is_file():
-        return hashlib.sha256(str(path).encode()).hexdigest()
-    with Path(path).open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def n_processes() -> int:
+    """함께 배우는 프로세스의 수. torchrun과 accelerate가 알려 준다."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share_of_batch(settings: SimpleNamespace) -> int:
+    """프로세스 하나가 optimizer step마다 계산하는 블록의 수.
+
+    Raises:
+        UsageError: batch_size를 프로세스들에 똑같이 나눌 수 없다.
+    """
+    share, rest = divmod(settings.batch_size, n_processes())
+    if rest or not share or (settings.micro_batch_size and share % settings.micro_batch_size):
+        unit = n_processes() * (settings.micro_batch_size or 1)
+        raise UsageError(f"batch_size {settings.batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
+                         f"{settings.micro_batch_size or 1}로 나누어지지 않는다. --batch_size {unit}의 배수로 적는다")
+    return share
 
 
 def plan(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]) -> tuple[Schedule, planner.MemoryPlan]:
     """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
+    share = share_of_batch(settings)
     schedule = Schedule.from_blocks(len(inputs.train_set), settings.batch_size, settings.num_train_epochs)
     memory = planner.make_plan(
-        inputs.config, device=inputs.device, cutoff_len=settings.cutoff_len, batch_size=settings.batch_size,
+        inputs.config, device=inputs.device, cutoff_len=settings.cutoff_len, batch_size=share,
         micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
         vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents)
     documents, lengths = inputs.documents, inputs.documents.lengths()
@@ -128,14 +163,12 @@ def plan(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]) 
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * settings.cutoff_len)
     say(f"데이터: {len(documents):,}행(학습 {n_train:,}, 검증 {len(inputs.held_out):,}), "
         f"토큰 {int(lengths.sum()):,}개, 행의 가운데 길이 {int(np.median(lengths))}")
-    if documents.n_cut:
-        say(f"  잘린 행: {documents.n_cut:,}개({documents.n_cut / len(documents):.1%}). 끝 토큰은 남겼다. "
-            f"99%가 들어가는 길이는 {int(np.quantile(lengths, 0.99))}이다")
-    accumulation = settings.batch_size // memory.micro_batch_size
+    parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
+    parts += f" x 프로세스 {n_processes()}" if n_processes() > 1 else ""
     say(f"블록: {len(inputs.train_set):,}개 x {settings.cutoff_len} 토큰(채움 {filled:.1%}). "
         "한 블록의 문서들은 서로 보지 않는다")
     say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
-        f"batch {settings.batch_size} = micro {memory.micro_batch_size} x {accumulation}")
+        f"batch {settings.batch_size} = micro {parts}")
     for line in memory.lines():
         say(line)
     return schedule, memory
@@ -159,7 +192,8 @@ def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], 
     torch.manual_seed(settings.seed)
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        target_modules=list(inputs.targets), task_type="CAUSAL_LM", base_model_name_or_path=str(settings.base_model)))
+        target_modules=list(inputs.targets), task_type="CAUSAL_LM", base_model_name_or_path=str(settings.base_model)),
+        autocast_adapter_dtype=not loader.is_sharded())  # FSDP는 한 묶음의 dtype이 같아야 나눈다
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
     return model
@@ -191,7 +225,7 @@ def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner
                                callbacks=[] if patience is None else [EarlyStoppingCallback(patience)])
     progress.attach(trainer, say, inputs.train_set.n_tokens * settings.num_train_epochs / schedule.steps)
     say(f"학습 길: {trainer.path}")
-    before = trainer.evaluate()["eval_loss"] if inputs.eval_set else None
+    before = trainer.evaluate()["eval_loss"] if inputs.eval_set and not loader.is_sharded() else None
     if before is not None:
         say(f"학습 전 검증 loss {before:.4f}")
     began = time.perf_counter()
@@ -219,7 +253,7 @@ def training_arguments(settings: SimpleNamespace, inputs: Inputs, schedule: Sche
         num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=memory.micro_batch_size,
         per_device_eval_batch_size=memory.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // memory.micro_batch_size,
+        gradient_accumulation_steps=share_of_batch(settings) // memory.micro_batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=schedule.warmup,
         logging_steps=1,

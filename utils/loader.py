@@ -109,19 +109,28 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
         raise UsageError("Apple GPU에서는 4비트와 8비트를 쓸 수 없다. --load_4bit와 --load_8bit를 빼고 실행한다")
     settings = {
         "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-                 "bnb_4bit_compute_dtype": device.dtype},
+                 "bnb_4bit_compute_dtype": device.dtype,
+                 "bnb_4bit_quant_storage": device.dtype if is_sharded() else torch.uint8},
         "8bit": {"load_in_8bit": True},
     }
     quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(base_model), dtype=device.dtype, quantization_config=quantization, device_map={"": device.device},
+            str(base_model), dtype=device.dtype, quantization_config=quantization, device_map={"": "cpu" if is_sharded() else device.device},
             cache_dir=cache_dir, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
     keep_nf4_layout(model)
     _refuse_nan(model, base_model)
     return model
+
+
+def is_sharded() -> bool:
+    """모델을 여러 카드에 나누어 담는가(`accelerate launch --use_fsdp`).
+
+    FSDP는 정수 가중치를 나누지 못하므로 4비트를 계산 dtype의 그릇에 담고, 카드 하나에 다 올리지 않도록 RAM에 올린다.
+    """
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def keep_nf4_layout(model) -> None:

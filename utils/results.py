@@ -21,12 +21,12 @@ SAMPLE_TOKENS = 160
 
 
 def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
-                  result: SimpleNamespace, say: Callable[[str], None]) -> None:
+          result: SimpleNamespace, say: Callable[[str], None]) -> None:
     """run.json, curves.png, samples.md를 쓰고 예시 답을 보여 준다."""
     if not result.trainer.args.should_save:
         return
     run = describe_run(settings, inputs, plan, result)
-    samples = answer_samples(inputs, result.model)
+    samples = [] if result.trainer.sharded else answer_samples(inputs, result.model)  # 나뉜 모델로는 답하지 않는다
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
     report.write_samples(settings.output_dir, samples)
     report.write_run(settings.output_dir, run)  # 맨 끝에 쓴다: run.json이 있으면 끝난 실행이다
@@ -48,7 +48,7 @@ def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule
                  "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
                  "validation_rows": len(inputs.held_out)},
         "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
-                 "micro_batch_size": memory.micro_batch_size},
+                 "micro_batch_size": memory.micro_batch_size, "processes": result.trainer.args.world_size},
         "path": result.trainer.path,
         "eval_loss_before": result.before,
         "eval_loss_after": result.after,

@@ -31,11 +31,12 @@ class ResumableTrainer(LeanTrainer):
 
     def save_adapter(self) -> None:
         """지금의 어댑터를 `output_dir`에 남긴다."""
+        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
         if not self.args.should_save:
             return
         with self.run.saving():
             staging = checkpoint.stage(self.run.folder / "adapter")
-            self.model.save_pretrained(staging, safe_serialization=True)
+            self.model.save_pretrained(staging, safe_serialization=True, state_dict=state)
             loader.write_prompt_info(staging, self.run.prompt_info)
             checkpoint.publish_files(staging, self.run.folder, self._facts())
 
