@@ -35,7 +35,7 @@ def neox(vocab=257, context=256, **changes):
                            eos_token_id=None, **(sizes | changes))
     model = GPTNeoXForCausalLM(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(6)
     return model
@@ -92,7 +92,8 @@ def test_closing_the_stream_cancels_and_the_next_answer_works(tokenizer):
     first = next(stream)
     stream.close()
     assert decoder.finish_reason == "cancelled"
-    assert list(decoder.stream(ids, settings))[0] == first and decoder.finish_reason == "length"
+    answer = list(decoder.stream(ids, settings))
+    assert answer[0] == first and decoder.finish_reason == "length"
 
 
 def test_prompt_and_answer_never_pass_the_context(tokenizer):

@@ -1,5 +1,5 @@
 // 토큰 하나를 만드는 커널들이 함께 쓰는 것: 16비트 변환, 블록 합, 행렬-벡터 곱.
-// 컴파일할 때 정하는 상수: HIDDEN FF HEADS HEAD_DIM ROTARY CONTEXT VOCAB RANK NF4 DOUBLE_QUANT BF16
+// 컴파일할 때 정하는 상수: HIDDEN FF HEADS HEAD_DIM ROTARY CONTEXT VOCAB RANK NF4 DOUBLE_QUANT BF16 GROUP
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -92,8 +92,10 @@ __constant__ float NF4_CODE[16] = {
 
 // NF4 바이트 하나(가중치 둘)를 fp16 둘로 바꾸는 표. 레인마다 사본을 두어 은행 충돌이 없다. 32 KB.
 __device__ __forceinline__ void build_table(u32* table) {
-    for (int i = threadIdx.x; i < 256 * 32; i += THREADS)
-        table[i] = narrow<false>(NF4_CODE[i >> 9]) | (u32)narrow<false>(NF4_CODE[i >> 5 & 15]) << 16;
+    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
+        u32 pair = narrow<false>(NF4_CODE[i >> 7]) | (u32)narrow<false>(NF4_CODE[i >> 3 & 15]) << 16;
+        ((uint4*)table)[i] = {pair, pair, pair, pair};
+    }
 }
 
 // 행렬 하나. 16비트 가중치면 weight만 쓴다. scale: 64칸마다의 절댓값(이중 양자화면 8비트), group: 그 절댓값의 절댓값.
@@ -104,59 +106,78 @@ struct Matrix {
     float offset;
 };
 
-// 활성값 [칸]의 위, 아래 절반. 텐서 코어의 열 여덟 가운데 몇만 쓴다.
-struct Activation {
+// 공유 메모리에 둔 것들. 활성값 [칸]은 위, 아래 절반으로 나누어 둔다(low가 없으면 위 절반뿐이다).
+struct Inputs {
     const u16* high;
     const u16* low;
+    const u32* table;
+    const float* code;
 };
 
-template <bool BF> struct WideItem {
-    enum { STEP = WIDE_K };
+// 조각(행 16개 x STEP칸) 하나. 레인은 행 lane/4와 그 아래 여덟째 행의 16바이트씩을 맡는다.
+// 텐서 코어의 열 여덟 가운데 몇만 쓴다. 16비트 가중치에서는 열 0이 활성값의 위 절반, 열 1이 아래 절반이다.
+template <bool BF, int K> struct WidePiece {
+    enum { STEP = WIDE_K, ROW_BYTES = K * 2, STEP_BYTES = STEP * 2, QUADS = 2 };
     uint4 top[2], low[2];
 
-    __device__ __forceinline__ void load(const Matrix& m, int columns, int row, int last_row, int segment) {
-        int lane = threadIdx.x & 31, group = lane >> 2, k = segment * STEP + (lane & 3) * 8;
-        const u16* weight = (const u16*)m.weight;
-        const u16* upper = weight + (size_t)min(row + group, last_row) * columns + k;
-        const u16* lower = weight + (size_t)min(row + group + 8, last_row) * columns + k;
-        for (int u = 0; u < 2; u++) top[u] = load_weight(upper + u * 32), low[u] = load_weight(lower + u * 32);
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        const u8* source = m.weight + at + (threadIdx.x & 3) * 16;
+        for (int u = 0; u < 2; u++) top[u] = load_weight(source + u * 64);
+        for (int u = 0; u < 2; u++) low[u] = load_weight(source + 8 * ROW_BYTES + u * 64);
     }
 
-    // 열 0은 위 절반, 열 1은 아래 절반이다.
-    template <bool CACHED>
-    __device__ __forceinline__ void add(const Matrix&, const Activation& act, int segment, const u32*, const float*,
-                                        float& upper, float& lower) {
-        int lane = threadIdx.x & 31, column = lane >> 2;
-        const u16* source = (column ? act.low : act.high) + segment * STEP + (lane & 3) * 8;
+    __device__ __forceinline__ static void input(const Inputs& in, int segment, uint4 (&b)[QUADS]) {
+        int column = threadIdx.x >> 2 & 7;
+        const u16* source = (column ? in.low : in.high) + segment * STEP + (threadIdx.x & 3) * 8;
+        for (int u = 0; u < 2; u++) {
+            b[u] = {0, 0, 0, 0};
+            if (column < 2) b[u] = *(const uint4*)(source + u * 32);
+        }
+    }
+
+    __device__ __forceinline__ void add(const Matrix&, const Inputs&, const uint4 (&b)[QUADS], float& upper,
+                                        float& lower) {
         float c[4] = {0.f, 0.f, 0.f, 0.f};
         for (int u = 0; u < 2; u++) {
-            uint4 b = {0, 0, 0, 0};
-            if (column < 2) b = CACHED ? __ldcg((const uint4*)(source + u * 32)) : *(const uint4*)(source + u * 32);
-            mma<BF>(c, top[u].x, low[u].x, top[u].y, low[u].y, b.x, b.y);
-            mma<BF>(c, top[u].z, low[u].z, top[u].w, low[u].w, b.z, b.w);
+            mma<BF>(c, top[u].x, low[u].x, top[u].y, low[u].y, b[u].x, b[u].y);
+            mma<BF>(c, top[u].z, low[u].z, top[u].w, low[u].w, b[u].z, b[u].w);
         }
         upper += c[0] + c[1];
         lower += c[2] + c[3];
     }
 };
 
-struct Nf4Item {
-    enum { STEP = NF4_K };
+template <int K> struct Nf4Piece {
+    enum { STEP = NF4_K, ROW_BYTES = K / 2, STEP_BYTES = STEP / 2, QUADS = 4 };
     uint4 top, low;
     float2 top_scale, low_scale;  // 이중 양자화면 x에 8비트 절댓값 둘, y에 그 묶음의 절댓값
 
-    __device__ __forceinline__ void load(const Matrix& m, int columns, int row, int, int segment) {
-        int lane = threadIdx.x & 31;
-        size_t upper = (size_t)(row + (lane >> 2)) * columns + segment * STEP, lower = upper + 8 * (size_t)columns;
-        top = load_weight(m.weight + (upper + (lane & 3) * 32) / 2);
-        low = load_weight(m.weight + (lower + (lane & 3) * 32) / 2);
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        const u8* source = m.weight + at + (threadIdx.x & 3) * 16;
+        top = load_weight(source);
+        low = load_weight(source + 8 * ROW_BYTES);
 #if DOUBLE_QUANT
-        top_scale = {__uint_as_float(__ldg((const u16*)m.scale + upper / 128)), __ldg(m.group + (upper >> 14))};
-        low_scale = {__uint_as_float(__ldg((const u16*)m.scale + lower / 128)), __ldg(m.group + (lower >> 14))};
+        const u8* scale = (const u8*)m.scale + (at >> 5);
+        top_scale = {__uint_as_float(__ldg((const u16*)scale)), __ldg(m.group + (at >> 13))};
+        low_scale = {__uint_as_float(__ldg((const u16*)(scale + ROW_BYTES / 4))),
+                     __ldg(m.group + (at + 8 * ROW_BYTES >> 13))};
 #else
-        top_scale = __ldg((const float2*)m.scale + upper / 128);
-        low_scale = __ldg((const float2*)m.scale + lower / 128);
+        const float2* scale = (const float2*)m.scale + (at >> 6);
+        top_scale = __ldg(scale);
+        low_scale = __ldg(scale + ROW_BYTES / 8);
 #endif
+    }
+
+    // 한 레인의 32칸은 절댓값 블록 하나에 든다. 블록마다 열을 달리하면(열 0, 1은 위 절반, 2, 3은 아래 절반) 블록별
+    // 합이 따로 나오므로 절댓값은 합에 한 번만 곱한다.
+    __device__ __forceinline__ static void input(const Inputs& in, int segment, uint4 (&b)[QUADS]) {
+        int column = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
+        bool mine = column < (in.low ? 4 : 2) && (column & 1) == quarter >> 1;
+        const u16* source = (column & 2 ? in.low : in.high) + segment * STEP + quarter * 32;
+        for (int q = 0; q < QUADS; q++) {
+            b[q] = {0, 0, 0, 0};
+            if (mine) b[q] = *(const uint4*)(source + q * 8);
+        }
     }
 
     __device__ __forceinline__ static float2 decode(float2 scale, const float* code, float offset) {
@@ -168,100 +189,94 @@ struct Nf4Item {
 #endif
     }
 
-    // 한 레인의 32칸은 절댓값 블록 하나에 든다. 블록마다 열을 달리하면(열 0, 1은 위 절반, 2, 3은 아래 절반) 블록별
-    // 합이 따로 나오므로 절댓값은 합에 한 번만 곱한다.
-    template <bool CACHED>
-    __device__ __forceinline__ void add(const Matrix& m, const Activation& act, int segment, const u32* table,
-                                        const float* code, float& upper, float& lower) {
-        int lane = threadIdx.x & 31, column = lane >> 2, quarter = lane & 3, lane_bits = lane * 4;
-        bool mine = column < 4 && (column & 1) == quarter >> 1;
-        const u16* source = (column & 2 ? act.low : act.high) + segment * STEP + quarter * 32;
-        u32 upper_words[4] = {top.x, top.y, top.z, top.w}, lower_words[4] = {low.x, low.y, low.z, low.w};
-        float c[4] = {0.f, 0.f, 0.f, 0.f};
-        #define PAIR(moved) (*(const u32*)((const char*)table + ((moved) & 0x7f80 | lane_bits)))
+    __device__ __forceinline__ void add(const Matrix& m, const Inputs& in, const uint4 (&b)[QUADS], float& upper,
+                                        float& lower) {
+        u32 lane_bits = (threadIdx.x & 31) * 4;
+        u32 a[4] = {top.x, top.y, top.z, top.w}, d[4] = {low.x, low.y, low.z, low.w};
+        float c[2][4] = {};
+        #define PAIR(moved) (*(const u32*)((const char*)in.table + ((moved) & 0x7f80 | lane_bits)))
+        #pragma unroll
         for (int q = 0; q < 4; q++) {
-            uint4 b = {0, 0, 0, 0};
-            if (mine) b = CACHED ? __ldcg((const uint4*)(source + q * 8)) : *(const uint4*)(source + q * 8);
-            u32 a = upper_words[q], d = lower_words[q];
-            mma<false>(c, PAIR(a << 7), PAIR(d << 7), PAIR(a >> 1), PAIR(d >> 1), b.x, b.y);
-            mma<false>(c, PAIR(a >> 9), PAIR(d >> 9), PAIR(a >> 17), PAIR(d >> 17), b.z, b.w);
+            mma<false>(c[0], PAIR(a[q] << 7), PAIR(d[q] << 7), PAIR(a[q] >> 1), PAIR(d[q] >> 1), b[q].x, b[q].y);
+            mma<false>(c[1], PAIR(a[q] >> 9), PAIR(d[q] >> 9), PAIR(a[q] >> 17), PAIR(d[q] >> 17), b[q].z, b[q].w);
         }
         #undef PAIR
-        float2 s = decode(top_scale, code, m.offset), z = decode(low_scale, code, m.offset);
-        upper += c[0] * s.x + c[1] * s.y;
-        lower += c[2] * z.x + c[3] * z.y;
+        float2 s = decode(top_scale, in.code, m.offset), z = decode(low_scale, in.code, m.offset);
+        upper += (c[0][0] + c[1][0]) * s.x + (c[0][1] + c[1][1]) * s.y;
+        lower += (c[0][2] + c[1][2]) * z.x + (c[0][3] + c[1][3]) * z.y;
     }
 };
 
 #if NF4
-typedef Nf4Item Item;
+template <int K> using Piece = Nf4Piece<K>;
 #else
-typedef WideItem<BF16> Item;
+template <int K> using Piece = WidePiece<BF16, K>;
 #endif
 
-// 블록이 맡은 행 묶음들과 행렬의 칸을 워프들이 나누어 곱한다. 행렬 하나(K2 = 0) 또는 둘을 잇는다.
-// partial[묶음][워프][16]에 워프마다의 합을 더한다. 블록의 동기화가 없어 읽기가 끊기지 않는다.
-template <class T, int K, int K2, int AHEAD> struct Product {
-    enum { FIRST = K / T::STEP, SECOND = K2 / T::STEP };
-    T items[AHEAD];
-    Matrix a, b;
-    int tile, split, count, last_row;
+// 조각의 수와 워프의 수의 최대공약수.
+__device__ constexpr int split_across(int segments, int warps = WARPS) {
+    return segments % warps == 0 ? warps : split_across(segments, warps / 2);
+}
 
-    __device__ __forceinline__ Product(Matrix a, Matrix b, int tile, int tiles, int rows)
-        : a(a), b(b), tile(tile), split(tiles * FIRST), count(tiles * (FIRST + SECOND)), last_row(rows - 1) {}
+// 블록이 맡은 행 묶음(16행)들과 활성값의 곱. 워프 ACROSS개가 한 묶음의 칸을 나누어 맡고, 워프마다의 합을
+// partial[묶음][ACROSS][16]에 적는다. 도는 동안 블록의 동기화가 없어 읽기가 끊기지 않는다.
+template <class T, int K, int AHEAD> struct Product {
+    enum { SEGMENTS = K / T::STEP, ACROSS = split_across(SEGMENTS), PER = SEGMENTS / ACROSS, GROUPS = WARPS / ACROSS,
+           STATIC = AHEAD % PER == 0, HELD = STATIC && PER * T::QUADS <= 8, FLOATS = ACROSS * ROWS };
+    T pieces[AHEAD];
+    Matrix matrix;
+    u32 at;
+    int count, next;
 
-    __device__ __forceinline__ void load(T& item, int i) {
-        if (K2 == 0 || i < split) item.load(a, K, (tile + i / FIRST) * ROWS, last_row, i % FIRST);
-        else item.load(b, K2, (tile + (i - split) / max(SECOND, 1)) * ROWS, last_row, (i - split) % max(SECOND, 1));
+    __device__ __forceinline__ Product(Matrix matrix, int first_tile, int tiles) : matrix(matrix), next(0) {
+        int warp = threadIdx.x >> 5, group = warp / ACROSS;
+        count = tiles > group ? ((tiles - group - 1) / GROUPS + 1) * PER : 0;
+        at = ((first_tile + group) * ROWS + (threadIdx.x >> 2 & 7)) * T::ROW_BYTES + warp % ACROSS * PER * T::STEP_BYTES;
+    }
+
+    __device__ __forceinline__ void load(int d) {
+        pieces[d].load(matrix, at);
+        at += T::STEP_BYTES;
+        bool wrap = STATIC ? d % PER == PER - 1 : ++next == PER;
+        if (wrap) at += GROUPS * ROWS * T::ROW_BYTES - PER * T::STEP_BYTES, next = 0;
     }
 
     __device__ __forceinline__ void prime() {
         #pragma unroll
-        for (int d = 0; d < AHEAD; d++) {
-            int i = (threadIdx.x >> 5) + d * WARPS;
-            if (i < count) load(items[d], i);
-        }
+        for (int d = 0; d < AHEAD; d++)
+            if (d < count) load(d);
     }
 
-    __device__ __forceinline__ void flush(float* partial, int slot, float upper, float lower) {
-        for (int step = 1; step < 4; step <<= 1) {
-            upper += __shfl_xor_sync(~0u, upper, step);
-            lower += __shfl_xor_sync(~0u, lower, step);
-        }
-        float* out = partial + (slot * WARPS + (threadIdx.x >> 5)) * ROWS + (threadIdx.x >> 2 & 7);
-        if ((threadIdx.x & 3) == 0) out[0] += upper, out[8] += lower;
-    }
-
-    // CACHED면 활성값을 L2에서 읽는다. 두 번째 행렬의 활성값은 앞의 커널이 끝나야 있다.
-    template <bool CACHED>
-    __device__ __forceinline__ void run(Activation act, Activation act2, const u32* table, const float* code,
-                                        float* partial) {
-        int slot = -1;
-        bool waited = false;
+    __device__ __forceinline__ void run(const Inputs& in, float* partial) {
+        int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = warp % ACROSS * PER, step = 0;
         float upper = 0.f, lower = 0.f;
-        for (int base = threadIdx.x >> 5; base < count; base += AHEAD * WARPS) {
+        float* out = partial + (warp / ACROSS * ACROSS + warp % ACROSS) * ROWS + (lane >> 2);
+        uint4 held[HELD ? PER : 1][T::QUADS];
+        if (HELD)
+            #pragma unroll
+            for (int s = 0; s < PER; s++) T::input(in, first + s, held[s]);
+        for (int base = 0; base < count; base += AHEAD) {
             #pragma unroll
             for (int d = 0; d < AHEAD; d++) {
-                int i = base + d * WARPS;
-                if (i >= count) break;
-                bool first = K2 == 0 || i < split;
-                if (!first && !waited) wait_for_previous_kernel(), waited = true;
-                int now = first ? i / FIRST : (i - split) / max(SECOND, 1);
-                if (now != slot) {
-                    if (slot >= 0) flush(partial, slot, upper, lower);
-                    slot = now, upper = lower = 0.f;
-                }
-                if (first) items[d].template add<CACHED>(a, act, i % FIRST, table, code, upper, lower);
-                else items[d].template add<CACHED>(b, act2, (i - split) % max(SECOND, 1), table, code, upper, lower);
-                if (i + AHEAD * WARPS < count) load(items[d], i + AHEAD * WARPS);
+                if (base + d >= count) break;
+                if (!HELD) T::input(in, first + (STATIC ? d % PER : step), held[0]);
+                pieces[d].add(matrix, in, held[HELD ? d % PER : 0], upper, lower);
+                if (base + d + AHEAD < count) load(d);
+                if (STATIC ? d % PER != PER - 1 : ++step != PER) continue;
+                step = 0;
+                upper += __shfl_xor_sync(~0u, upper, 1);
+                lower += __shfl_xor_sync(~0u, lower, 1);
+                if ((lane & 3) == 0) out[0] = upper, out[8] = lower;
+                out += GROUPS * ACROSS * ROWS;
+                upper = lower = 0.f;
             }
         }
-        if (slot >= 0) flush(partial, slot, upper, lower);
+    }
+
+    __device__ __forceinline__ static float row(const float* partial, int row) {
+        float sum = 0.f;
+        #pragma unroll
+        for (int i = 0; i < ACROSS; i++) sum += partial[(row / ROWS * ACROSS + i) * ROWS + row % ROWS];
+        return sum;
     }
 };
-
-__device__ __forceinline__ float row_sum(const float* partial, int row) {
-    float sum = 0.f;
-    for (int warp = 0; warp < WARPS; warp++) sum += partial[((row / ROWS) * WARPS + warp) * ROWS + row % ROWS];
-    return sum;
-}

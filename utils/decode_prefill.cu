@@ -1,27 +1,26 @@
 // 질문을 읽을 때 쓰는 커널들. 행렬 곱과 attention은 torch가 하고 여기서는 그 사이를 잇는다.
 
-// NF4 행렬의 행 몇 개를 16비트로 푼다. 스레드 하나가 32칸을 맡는다. first: 첫 칸의 번호.
+// NF4 행렬의 행 몇 개를 16비트로 푼다. 스레드 하나가 8칸을 맡는다. count: 8칸짜리 조각의 수.
 extern "C" __global__ void dequantize(const u8* weight, const void* scale, const float* group, float offset,
                                       const float* code, u16* out, int first_row, int columns, int count) {
+    __shared__ float table[16];
+    if (threadIdx.x < 16) table[threadIdx.x] = NF4_CODE[threadIdx.x];
+    __syncthreads();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    size_t at = (size_t)first_row * columns + (size_t)i * 32;
-    uint4 packed = load_weight(weight + at / 2);
-    u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+    size_t at = (size_t)first_row * columns + (size_t)i * 8;
+    u32 packed = __ldg((const u32*)(weight + at / 2)), pairs[4];
 #if DOUBLE_QUANT
     float largest = __ldg(code + ((const u8*)scale)[at / 64]) * __ldg(group + (at >> 14)) + offset;
 #else
     float largest = ((const float*)scale)[at / 64];
 #endif
-    u32 pairs[16];
     #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        u32 byte = words[j / 4] >> j % 4 * 8 & 255;
-        pairs[j] = narrow<BF16>(NF4_CODE[byte >> 4] * largest) | (u32)narrow<BF16>(NF4_CODE[byte & 15] * largest) << 16;
+    for (int j = 0; j < 4; j++) {
+        u32 byte = packed >> j * 8 & 255;
+        pairs[j] = narrow<BF16>(table[byte >> 4] * largest) | (u32)narrow<BF16>(table[byte & 15] * largest) << 16;
     }
-    #pragma unroll
-    for (int j = 0; j < 4; j++)
-        ((uint4*)(out + (size_t)i * 32))[j] = {pairs[4 * j], pairs[4 * j + 1], pairs[4 * j + 2], pairs[4 * j + 3]};
+    ((uint4*)out)[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
 // 토큰마다 두 layer norm을 함께 센다. x: [T][HIDDEN] fp32.

@@ -3,6 +3,7 @@
 
 #define CHOOSERS 1024
 #define NEVER __uint_as_float(0xff800000u)  // -inf
+#define MOST_K 256
 #define HELD ((VOCAB + CHOOSERS - 1) / CHOOSERS)
 #define WORDS ((VOCAB + 31) / 32)
 
@@ -43,6 +44,98 @@ __device__ __forceinline__ u32 threshold(const float (&value)[HELD], Weight weig
         if (sum >= target) key = trial;
     }
     return key;
+}
+
+// 앞 스레드들의 합(자기 포함)과 전체의 합.
+__device__ __forceinline__ float2 running_sum(float value, float* scratch) {
+    for (int step = 1; step < 32; step <<= 1) {
+        float other = __shfl_up_sync(~0u, value, step);
+        if ((threadIdx.x & 31) >= step) value += other;
+    }
+    __syncthreads();
+    if ((threadIdx.x & 31) == 31) scratch[threadIdx.x >> 5] = value;
+    __syncthreads();
+    float ahead = 0.f, total = 0.f;
+    for (int w = 0; w < CHOOSERS / 32; w++) {
+        if (w == threadIdx.x >> 5) ahead = total;
+        total += scratch[w];
+    }
+    return {ahead + value, total};
+}
+
+// top-k가 작을 때. 스레드마다의 최댓값 가운데 k번째는 전체의 k번째 이하이므로, 그 이상인 후보만 모아 줄 세운다.
+__device__ __forceinline__ bool choose_few(const float (&value)[HELD], int top_k, float top_p, float inverse,
+                                           float largest, float luck, float (*lines)[32], int* chosen) {
+    __shared__ float found[CHOOSERS], ranked[CHOOSERS];
+    __shared__ int found_id[CHOOSERS], ranked_id[CHOOSERS], amount;
+    int tid = threadIdx.x;
+    float most = NEVER;
+    #pragma unroll
+    for (int j = 0; j < HELD; j++) most = fmaxf(most, value[j]);
+    u32 mine = order_key(most), cut = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+        u32 trial = cut | 1u << bit;
+        if (__syncthreads_count(mine >= trial) >= top_k) cut = trial;
+    }
+    if (tid == 0) amount = 0;
+    __syncthreads();
+    #pragma unroll
+    for (int j = 0; j < HELD; j++) {
+        if (order_key(value[j]) < cut || tid + j * CHOOSERS >= VOCAB) continue;
+        int place = atomicAdd(&amount, 1);
+        if (place < CHOOSERS) found[place] = value[j], found_id[place] = tid + j * CHOOSERS;
+    }
+    __syncthreads();
+    if (amount > CHOOSERS) return false;
+    if (tid < amount) {
+        float own = found[tid];
+        int id = found_id[tid], rank = 0;
+        for (int i = 0; i < amount; i++) rank += found[i] > own || found[i] == own && found_id[i] < id;
+        ranked[rank] = own, ranked_id[rank] = id;
+    }
+    __syncthreads();
+    bool kept = tid < amount && ranked[tid] >= ranked[min(top_k, amount) - 1];
+    float weight = kept ? expf((ranked[tid] - largest) * inverse) : 0.f;
+    float2 sum = running_sum(weight, lines[0]);
+    weight = sum.x - weight < top_p * sum.y ? weight : 0.f;
+    sum = running_sum(weight, lines[1]);
+    float drawn = luck * sum.y;
+    if (weight > 0.f && drawn >= sum.x - weight && drawn < sum.x) *chosen = ranked_id[tid];
+    return true;
+}
+
+__device__ __forceinline__ void choose_many(float (&value)[HELD], int top_k, float top_p, float inverse, float largest,
+                                            float luck, float (*lines)[32], int* chosen) {
+    int tid = threadIdx.x;
+    float sum = 0.f;
+    if (top_k > 0 && top_k < VOCAB) {
+        u32 cut = threshold(value, [](float) { return 1.f; }, (float)top_k, lines);
+        #pragma unroll
+        for (int j = 0; j < HELD; j++)
+            if (order_key(value[j]) < cut) value[j] = NEVER;
+        __syncthreads();
+    }
+    #pragma unroll
+    for (int j = 0; j < HELD; j++) sum += value[j] = expf((value[j] - largest) * inverse);
+    if (top_p < 1.f) {
+        float total = block_sum(sum, lines[0]);
+        __syncthreads();
+        u32 cut = threshold(value, [](float v) { return v; }, top_p * total, lines);
+        sum = 0.f;
+        #pragma unroll
+        for (int j = 0; j < HELD; j++) sum += value[j] = order_key(value[j]) < cut ? 0.f : value[j];
+    }
+    float2 running = running_sum(sum, lines[1]);
+    float drawn = luck * running.y, low = running.x - sum;
+    if (sum > 0.f && drawn >= low && drawn < running.x) {
+        int pick = -1;
+        #pragma unroll
+        for (int j = 0; j < HELD; j++) {
+            if (value[j] > 0.f && (pick < 0 || drawn >= low)) pick = tid + j * CHOOSERS;
+            low += value[j];
+        }
+        *chosen = pick;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
@@ -90,48 +183,9 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     float largest = __uint_as_float(top_key & 0x80000000u ? top_key & 0x7fffffffu : ~top_key);
 
     if (temperature > 0.f) {
-        if (top_k > 0 && top_k < VOCAB) {
-            u32 cut = threshold(value, [](float) { return 1.f; }, (float)top_k, lines);
-            #pragma unroll
-            for (int j = 0; j < HELD; j++)
-                if (order_key(value[j]) < cut) value[j] = NEVER;
-            __syncthreads();
-        }
-        float inverse = 1.f / temperature, sum = 0.f;
-        #pragma unroll
-        for (int j = 0; j < HELD; j++) sum += value[j] = expf((value[j] - largest) * inverse);
-        if (top_p < 1.f) {
-            float total = block_sum(sum, lines[0]);
-            __syncthreads();
-            u32 cut = threshold(value, [](float v) { return v; }, top_p * total, lines);
-            sum = 0.f;
-            #pragma unroll
-            for (int j = 0; j < HELD; j++) sum += value[j] = order_key(value[j]) < cut ? 0.f : value[j];
-            __syncthreads();
-        }
-        float before = sum;  // 스레드 차례대로 쌓은 확률
-        for (int step = 1; step < 32; step <<= 1) {
-            float other = __shfl_up_sync(~0u, before, step);
-            if ((tid & 31) >= step) before += other;
-        }
-        if ((tid & 31) == 31) lines[1][tid >> 5] = before;
-        __syncthreads();
-        float ahead = 0.f, total = 0.f;
-        for (int w = 0; w < CHOOSERS / 32; w++) {
-            if (w == tid >> 5) ahead = total;
-            total += lines[1][w];
-        }
-        float drawn = (philox(count, state[4], state[5]) >> 8) * 5.9604645e-8f * total;
-        float low = ahead + before - sum, high = ahead + before;
-        if (sum > 0.f && drawn >= low && drawn < high) {
-            int pick = -1;
-            #pragma unroll
-            for (int j = 0; j < HELD; j++) {
-                if (value[j] > 0.f && (pick < 0 || drawn >= low)) pick = tid + j * CHOOSERS;
-                low += value[j];
-            }
-            chosen = pick;
-        }
+        float inverse = 1.f / temperature, luck = (philox(count, state[4], state[5]) >> 8) * 5.9604645e-8f;
+        if (top_k == 0 || top_k > MOST_K || !choose_few(value, top_k, top_p, inverse, largest, luck, lines, &chosen))
+            choose_many(value, top_k, top_p, inverse, largest, luck, lines, &chosen);
     }
     __syncthreads();
     int token = chosen;

@@ -74,16 +74,15 @@ class Decoder:
     @torch.inference_mode()
     def _answer(self, input_ids: list[int], settings: Sampling, limit: int, stop: threading.Event) -> Iterator[int]:
         self.finish_reason, self.stats = "cancelled", Stats()
-        started, first, count = time.perf_counter(), 0.0, 0
+        started, first = time.perf_counter(), 0.0
         if stop.is_set():
             return
-        for token in self._engine.tokens(input_ids, settings, limit):
+        for count, token in enumerate(self._engine.tokens(input_ids, settings, limit), start=1):
             now = time.perf_counter()
             if token == self.end_id:
                 self.finish_reason = "stop"
                 return
             first = first or now
-            count += 1
             speed = (count - 1) / (now - first) if count > 1 else 0.0
             self.stats = Stats(count, first - started, speed)
             self.finish_reason = "length" if count == limit else "cancelled"

@@ -96,7 +96,7 @@ class ForwardDecode:
         self.path = "transformers forward(cuda, CUDA graph)"
 
     def _forward(self, input_ids: torch.Tensor, cache, past: int | torch.Tensor) -> torch.Tensor:
-        positions = past if torch.is_tensor(past) else past + torch.arange(input_ids.shape[1], device=self._device)[None]
+        positions = past + torch.arange(input_ids.shape[1], device=self._device)[None]
         output = self._model(input_ids=input_ids, position_ids=positions, use_cache=True, logits_to_keep=1,
                              **{self._cache_name: cache})
         return output.logits[0, -1, : self._vocab]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cuda import load_kernels
+from utils.cuda import CompileError, load_kernels
 from utils.neox_prefill import Prefill
 from utils.neox_weights import ROWS, Weights
 from utils.sampling import Sampling
@@ -14,8 +14,8 @@ SOURCES = ("decode_math.cu", "decode.cu", "decode_sample.cu", "decode_prefill.cu
 KERNELS = ["project", "attend", "contract", "head", "choose", "dequantize", "both_norms", "split_heads", "read_cache"]
 WARPS = 16
 THREADS = WARPS * 32
-CHUNK = 128
-GROUP = 16
+CHUNK = 64
+ATTENDERS = 256
 TABLE = 32768  # NF4 표의 바이트
 
 
@@ -30,16 +30,16 @@ def kernel_defines(config, vocab: int, rank: int, nf4: bool, double_quant: bool,
     return {"HIDDEN": config.hidden_size, "FF": config.intermediate_size, "HEADS": config.num_attention_heads,
             "HEAD_DIM": head, "ROTARY": int(head * config.rope_parameters.get("partial_rotary_factor", 1.0)),
             "CONTEXT": config.max_position_embeddings, "VOCAB": vocab, "RANK": rank, "NF4": int(nf4),
-            "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16)}
+            "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16), "GROUP": 16 if head % 32 else 32}
 
 
 class KvCache:
-    """층마다의 K, V. 16칸마다 fp16 scale을 둔 int8이다. values, scales: [2][층][머리][위치][칸]."""
+    """층마다의 K, V. GROUP칸마다 fp16 scale을 둔 int8이다. values, scales: [2][층][머리][위치][칸]."""
 
     def __init__(self, sizes: dict[str, int], layers: int, device: torch.device):
         shape = 2, layers, sizes["HEADS"], sizes["CONTEXT"], sizes["HEAD_DIM"]
         values = torch.zeros(shape, dtype=torch.int8, device=device)
-        scales = torch.zeros(*shape[:-1], shape[-1] // GROUP, dtype=torch.float16, device=device)
+        scales = torch.zeros(*shape[:-1], shape[-1] // sizes["GROUP"], dtype=torch.float16, device=device)
         self.layers = [(values[0, i], scales[0, i], values[1, i], scales[1, i]) for i in range(layers)]
 
 
@@ -125,27 +125,34 @@ class NeoxDecode:
     def _plan_grids(self) -> None:
         sizes, table = self._sizes, TABLE if self._weights.nf4 else 0
         hidden, rank = sizes["HIDDEN"], sizes["RANK"]
-        qkv, up = 3 * hidden // ROWS, sizes["FF"] // ROWS
-        lora_rows = -(-2 * rank // ROWS) * ROWS
-        extra = table + lora_rows * WARPS * 4 + (256 + 32 + -(-rank // 4) * 4) * 4 + hidden * 4
-        blocks, slots, self._project_shared = self._grid(qkv + up, extra)
+        qkv, up, slot = 3 * hidden // ROWS, sizes["FF"] // ROWS, ROWS * WARPS * 4
+        norm = WARPS * 8 + hidden * 4
+        lora = -(-2 * rank // ROWS) * slot + -(-rank // 4) * 16
+        blocks, _ = self._grid(qkv + up, table + lora + 1024 + norm + slot, slot)
         self._qkv_blocks = max(1, round(blocks * qkv / (qkv + up)))
         up_blocks = max(1, blocks - self._qkv_blocks)
         self._project_slots = max(-(-qkv // self._qkv_blocks), -(-up // up_blocks))
-        self._project_shared += (self._project_slots - slots) * ROWS * WARPS * 4
         self._project_grid = self._qkv_blocks + up_blocks
-        self._contract_grid, self._contract_slots, self._contract_shared = self._grid(hidden // ROWS, table + 1024)
-        self._head_grid, self._head_slots, self._head_shared = self._grid(-(-sizes["VOCAB"] // ROWS), 128 + hidden * 4)
+        self._project_shared = table + lora + 1024 + norm + self._project_slots * slot
+        inputs = (sizes["FF"] + hidden) * (2 if self._weights.nf4 else 4)
+        self._contract_grid, self._contract_slots = self._grid(hidden // ROWS, table + 1024 + inputs, 2 * slot)
+        self._contract_shared = table + 1024 + inputs + self._contract_slots * 2 * slot
+        self._head_grid, self._head_slots = self._grid(-(-sizes["VOCAB"] // ROWS), norm, slot)
+        self._head_shared = norm + self._head_slots * slot
         for name in ("project", "contract", "head"):
             self._kernels[name].allow_shared(getattr(self, f"_{name}_shared"))
 
-    def _grid(self, tiles: int, extra: int) -> tuple[int, int, int]:
-        """(블록 수, 블록 하나의 최대 행 묶음, 공유 메모리 바이트). 블록 수는 되도록 multiprocessor 수의 배수다."""
-        most = min(THREADS // ROWS - 1, (self._shared_limit - extra) // (ROWS * WARPS * 4) - 1)
-        blocks = self._multiprocessors * -(-tiles // (self._multiprocessors * most))
-        blocks = min(blocks, tiles)
-        slots = -(-tiles // blocks)
-        return blocks, slots, extra + slots * ROWS * WARPS * 4
+    def _grid(self, tiles: int, extra: int, slot: int) -> tuple[int, int]:
+        """(블록 수, 블록 하나의 최대 행 묶음). extra와 slot은 블록 하나와 묶음 하나의 공유 메모리(바이트)다.
+
+        Raises:
+            CompileError: 이 GPU의 공유 메모리에 들어가지 않는다.
+        """
+        most = min(THREADS // ROWS, (self._shared_limit - extra) // slot)
+        if most < 1:
+            raise CompileError(f"공유 메모리가 모자란다: {self._shared_limit}바이트")
+        blocks = min(tiles, self._multiprocessors * -(-tiles // (self._multiprocessors * most)))
+        return blocks, -(-tiles // blocks)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -166,7 +173,7 @@ class NeoxDecode:
                 self._qkv_blocks, self._project_slots, *layer.norm1, *layer.qkv.pointers(), layer.qkv.bias, *lora,
                 self._qkv, *layer.norm2, *layer.up.pointers(), layer.up.bias, self._act,
                 shared=self._project_shared, overlap=overlap and index > 0)
-            kernels["attend"]((self._sizes["HEADS"], self._splits), (128,), self._qkv, weights.turns, self._state,
+            kernels["attend"]((self._sizes["HEADS"], self._splits), (ATTENDERS,), self._qkv, weights.turns, self._state,
                               *self._cache.layers[index], self._partial, self._done, self._act, overlap=overlap)
             kernels["contract"]((self._contract_grid,), (THREADS,), self._x, self._act, weights.code,
                                 self._bias[index], self._contract_slots, *layer.down.pointers(),

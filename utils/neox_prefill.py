@@ -5,12 +5,16 @@ import torch.nn.functional as F
 
 from utils.neox_weights import Layer, Matrix, Weights
 
-PIECE = 512             # 질문을 이만큼씩 나누어 읽어 메모리를 묶어 둔다
-BUFFER = 8 * 1024 ** 2  # NF4를 풀어 두는 자리(16비트 수의 개수)
+PIECE = 128             # 질문을 이만큼씩 나누어 읽어 메모리를 묶어 둔다
+BUCKETS = 32, 64, 128   # 첫 조각은 이 길이까지 채워 CUDA graph로 읽는다
+BUFFER = 4 * 1024 ** 2  # NF4를 풀어 두는 자리(16비트 수의 개수)
 
 
 class Prefill:
     """질문의 토큰을 읽어 cache를 채우고 마지막 토큰의 residual [hidden] fp32를 돌려준다.
+
+    첫 조각은 길이별로 캡처해 둔 graph로 읽는다. 커널을 하나씩 부르는 시간이 계산보다 길기 때문이다. 채운 자리의 K, V는
+    뒤의 토큰이 덮어쓰기 전에는 읽히지 않는다.
 
     Attributes:
         adapter_on: 어댑터를 더할지.
@@ -21,19 +25,52 @@ class Prefill:
         self._weights, self._kernels, self._sizes, self._cache = weights, kernels, sizes, cache
         device = weights.embedding.device
         self._buffer = torch.empty(BUFFER, dtype=weights.dtype, device=device) if weights.nf4 else None
+        self._stream = torch.cuda.Stream(device)  # 캡처와 같은 stream을 써야 cuBLAS의 작업 공간이 하나다
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, bool], tuple] = {}
+        for size in BUCKETS:
+            self._graph(min(size, sizes["CONTEXT"]))
 
     def __call__(self, input_ids: list[int]) -> torch.Tensor:
-        ids = torch.tensor(input_ids, device=self._weights.embedding.device)
-        for past in range(0, len(input_ids), PIECE):
-            x = F.embedding(ids[past : past + PIECE], self._weights.embedding).float()
-            for layer, cache in zip(self._weights.layers, self._cache.layers, strict=True):
-                self._layer(x, layer, cache, past)
-        return x[-1]
+        graph, ids, x = self._graph(next((size for size in BUCKETS if size >= len(input_ids)), PIECE))
+        first = input_ids[:PIECE]
+        ids[: len(first)].copy_(torch.tensor(first))
+        graph.replay()
+        last = x[len(first) - 1]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for past in range(PIECE, len(input_ids), PIECE):
+                last = self._piece(torch.tensor(input_ids[past : past + PIECE], device=ids.device), past)[-1]
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return last
+
+    @torch.inference_mode()
+    def _graph(self, size: int) -> tuple:
+        """(graph, 토큰을 넣는 자리 [size], residual이 나오는 자리 [size, hidden])."""
+        size = min(size, self._sizes["CONTEXT"])
+        key = size, self.adapter_on
+        if key not in self._graphs:
+            ids = torch.zeros(size, dtype=torch.long, device=self._weights.embedding.device)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._piece(ids, 0)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                x = self._piece(ids, 0)
+            self._graphs[key] = graph, ids, x
+        return self._graphs[key]
+
+    def _piece(self, ids: torch.Tensor, past: int) -> torch.Tensor:
+        x = F.embedding(ids, self._weights.embedding).float()
+        for layer, cache in zip(self._weights.layers, self._cache.layers, strict=True):
+            self._layer(x, layer, cache, past)
+        return x
 
     def _layer(self, x: torch.Tensor, layer: Layer, cache: tuple, past: int) -> None:
         """x [T, hidden]에 층 하나를 더한다."""
         tokens, heads, head_dim = len(x), self._sizes["HEADS"], self._sizes["HEAD_DIM"]
-        total, grid_block = past + tokens, (-(-head_dim // 32) * 32,)
+        total, block = past + tokens, (-(-head_dim // 32) * 32,)
         first, second = (torch.empty_like(x, dtype=self._weights.dtype) for _ in range(2))
         self._kernels["both_norms"]((tokens,), (512,), x, self._weights.eps, *layer.norm1, *layer.norm2, first, second)
         qkv = self._product(first, layer.qkv)
@@ -42,8 +79,8 @@ class Prefill:
         query = qkv.new_empty(1, heads, tokens, head_dim)
         keys, values = qkv.new_empty(2, 1, heads, total, head_dim)
         if past:
-            self._kernels["read_cache"]((past, heads), grid_block, *cache, keys, values, total)
-        self._kernels["split_heads"]((tokens, heads), grid_block, qkv, self._weights.turns, past, tokens, query, keys,
+            self._kernels["read_cache"]((past, heads), block, *cache, keys, values, total)
+        self._kernels["split_heads"]((tokens, heads), block, qkv, self._weights.turns, past, tokens, query, keys,
                                      values, *cache)
         mask = torch.ones(tokens, total, dtype=torch.bool, device=x.device).tril(past) if past else None
         attention = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=not past)
@@ -60,7 +97,7 @@ class Prefill:
         at_once = max(1, BUFFER // columns)
         for begin in range(0, rows, at_once):
             end = min(begin + at_once, rows)
-            count = (end - begin) * columns // 32
+            count = (end - begin) * columns // 8
             part = self._buffer[: (end - begin) * columns].view(end - begin, columns)
             self._kernels["dequantize"]((-(-count // 256),), (256,), *matrix.pointers(), self._weights.code, part,
                                         begin, columns, count)

@@ -86,13 +86,13 @@ def why_not(model) -> str | None:
     kinds = set()
     for layer in base.gpt_neox.layers:
         for name, module in _linears(layer).items():
-            linear, adapter = _unwrap(module)
+            linear = getattr(module, "base_layer", module)
             if hasattr(module, "base_layer") and (name != "query_key_value" or _odd_adapter(module)):
                 return f"{name}의 어댑터"
             state = getattr(linear.weight, "quant_state", None)
             if state is None and linear.weight.dtype != dtype:
                 return f"{type(linear).__name__} 가중치"
-            if state and (state.quant_type != "nf4" or state.blocksize != NF4_BLOCK or linear.weight.dtype != torch.uint8):
+            if state and (state.quant_type, state.blocksize, linear.weight.dtype) != ("nf4", NF4_BLOCK, torch.uint8):
                 return "NF4가 아닌 4비트"
             kinds.add("plain" if state is None else f"nested={state.nested}")
     return None if len(kinds) == 1 else "층마다 다른 가중치"
@@ -112,7 +112,7 @@ class Weights:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         body = base.gpt_neox
         self.embedding = base.get_input_embeddings().weight.detach()
-        self.head = base.get_output_embeddings().weight.detach()
+        self.head = _whole_rows(base.get_output_embeddings().weight.detach())
         self.final_norm = _norm(body.final_layer_norm)
         self.eps = float(base.config.layer_norm_eps)
         self.dtype = self.embedding.dtype
@@ -130,6 +130,11 @@ class Weights:
         return Layer(_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm), matrices["query_key_value"],
                      matrices["dense"], matrices["dense_h_to_4h"], matrices["dense_4h_to_h"],
                      adapter and _adapter(*adapter, torch.float16 if self.nf4 else self.dtype, self.dtype))
+
+
+def _whole_rows(weight: torch.Tensor) -> torch.Tensor:
+    """행을 16의 배수까지 0으로 채운다. 알려진 모델은 이미 배수이므로 베끼지 않는다."""
+    return torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROWS))
 
 
 def _linears(layer) -> dict:

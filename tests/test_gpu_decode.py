@@ -1,0 +1,201 @@
+"""GPU가 있는 사람이 `pytest -m gpu tests/test_gpu_decode.py` 하나로 확인한다: 커널의 정확도, 같은 답, 뽑기의 분포."""
+
+import copy
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+from standin import SHAPES, add_lora, build
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from utils.decoder import Decoder
+from utils.neox_decode import NeoxDecode
+from utils.neox_weights import why_not
+from utils.sampling import Sampling, penalize, probabilities
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
+VOCAB = 30_003
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+
+
+def half() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def plain(dtype, vocab=512, **sizes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512,
+             "max_position_embeddings": 512, "rotary_pct": 0.5} | sizes
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab, bos_token_id=None, eos_token_id=None, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.dim() == 2 else parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.to(dtype).cuda().eval()
+
+
+def quantized(double, head=128, heads=2, layers=2, rotary=0.5):
+    SHAPES["tiny"] = {"num_hidden_layers": layers, "hidden_size": head * heads, "num_attention_heads": heads,
+                      "rotary_pct": rotary}
+    return build("tiny", half(), double, half()).eval()
+
+
+def exact(model):
+    """4비트를 풀어 fp32로 만든 사본. 정답으로 쓴다."""
+    import bitsandbytes as bnb
+
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Linear4bit":
+                child.weight.quant_state.dtype = torch.float32
+                linear = torch.nn.Linear(child.in_features, child.out_features, device="meta")
+                linear.weight = torch.nn.Parameter(
+                    bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state))
+                linear.bias = torch.nn.Parameter(child.bias.data.float())
+                setattr(parent, name, linear)
+    return model.float()
+
+
+@torch.inference_mode()
+def errors(model, vocab, prompt=40, answer=30):
+    """정답과의 상대 오차: (우리, transformers)."""
+    ids = torch.randint(0, vocab, (prompt + answer,), generator=torch.Generator().manual_seed(1)).tolist()
+    ours = NeoxDecode(model, vocab).logits(ids[:prompt], ids[prompt:])
+    batch = torch.tensor([ids[:-1]], device="cuda")
+    theirs, truth = (side(batch).logits[0, prompt - 1 :, :vocab].float() for side in (model, exact(model)))
+    assert not ours.isnan().any()
+    return float((ours - truth).norm() / truth.norm()), float((theirs - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_attention_heads": 8, "rotary_pct": 0.25}, {"num_attention_heads": 1},
+                                   {"hidden_size": 640, "num_attention_heads": 8, "rotary_pct": 1.0},
+                                   {"hidden_size": 384, "intermediate_size": 640, "num_attention_heads": 3}])
+@pytest.mark.parametrize("lora", [0, 8])
+def test_plain_weights(sizes, lora):
+    model = plain(half(), **sizes)
+    ours, theirs = errors(add_lora(model, up=0.05) if lora else model, 500)
+    assert ours < max(theirs, 0.008)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("head", "heads", "rank"), [(128, 2, 8), (64, 4, 20), (256, 1, 3), (128, 1, 0), (96, 4, 8)])
+def test_nf4_weights(double, head, heads, rank):
+    model = quantized(double, head, heads)
+    ours, theirs = errors(add_lora(model, up=0.05, rank=rank) if rank else model, VOCAB)
+    assert ours < max(theirs, 0.008)
+
+
+@pytest.mark.parametrize("prompt", [1, 31, 64, 127, 128, 129, 400, 1500])
+def test_every_prompt_length(prompt):
+    ours, theirs = errors(add_lora(quantized(True), up=0.05), VOCAB, prompt=prompt, answer=70)
+    assert ours < max(theirs, 0.008)
+
+
+def trained():
+    """무작위 토큰 열 20개를 외운 모델. 로짓의 차이가 뚜렷해서 반올림이 답을 바꾸지 못한다."""
+    model = plain(torch.float32, num_hidden_layers=2, max_position_embeddings=256)
+    rows = torch.randint(1, 512, (20, 160), generator=torch.Generator().manual_seed(3)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(1000):
+        loss = model(rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    return model.eval(), rows
+
+
+def test_greedy_equals_generate():
+    model, rows = trained()
+    model = model.to(half())
+    decoder = Decoder(model, range(512), end_id=-1)
+    assert "전용 CUDA 커널" in decoder.path
+    for row in rows.tolist():
+        ids = torch.tensor([row[:24]], device="cuda")
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=128,
+                                  pad_token_id=0)[0, 24:].tolist()
+        assert list(decoder.stream(row[:24], Sampling(**GREEDY, max_new_tokens=128))) == expected
+
+
+def test_adapter_switch_stop_and_seed():
+    base, ids = quantized(True), list(range(100, 150))
+    settings = Sampling(**GREEDY, max_new_tokens=40)
+    answer = list(Decoder(base, range(VOCAB), -1).stream(ids, settings))
+    decoder = Decoder(add_lora(base, up=0.3), range(VOCAB), -1)
+    tuned = list(decoder.stream(ids, settings))
+    decoder.use_adapter(False)
+    assert list(decoder.stream(ids, settings)) == answer != tuned
+    decoder.use_adapter(True)
+    assert list(decoder.stream(ids, settings)) == tuned
+    stop = threading.Event()
+    stream = decoder.stream(ids, settings, stop)
+    assert [next(stream), next(stream)] == tuned[:2]
+    stop.set()
+    assert not list(stream) and decoder.finish_reason == "cancelled"
+    drawn = [list(decoder.stream(ids, Sampling(1.0, 1.0, top_k, 40, seed=seed)))
+             for top_k, seed in ((0, 1), (0, 1), (0, 2), (40, 1), (40, 1))]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[3] == drawn[4]
+    assert len(list(decoder.stream([5] * 2040, Sampling(**GREEDY)))) == 8
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return NeoxDecode(plain(half()), 500)
+
+
+def draw(engine, logits, answer, settings, times):
+    """뽑기 커널만 여러 번 부른 결과."""
+    engine._settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
+    engine._logits.copy_(logits)
+    engine._answer[: len(answer)] = torch.tensor(answer, dtype=torch.int32)
+    states = torch.tensor([[0, len(answer), settings.top_k, settings.no_repeat_ngram_size, seed, 77]
+                           for seed in range(times)], dtype=torch.int32, device="cuda")
+    drawn = torch.empty(times, dtype=torch.int32, device="cuda")
+    for index in range(times):
+        engine._state.copy_(states[index])
+        engine._kernels["choose"]((1,), (1024,), engine._logits, engine._state, engine._settings, engine._answer,
+                                  engine._told, engine._weights.embedding, engine._x)
+        drawn[index] = engine._answer[len(answer)]
+    return drawn.cpu().long()
+
+
+@pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (3.0, 0), (1.0, 1), (1.0, 2), (1.5, 3)])
+def test_penalties(engine, penalty, ngram):
+    settings = Sampling(**GREEDY, repetition_penalty=penalty, no_repeat_ngram_size=ngram)
+    answer = [5, 6, 7, 5, 6, 9, 5, 6]
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(4))
+    logits[[5, 7, 9]] = torch.tensor([20.0, 19.0, 18.0])
+    assert draw(engine, logits.cuda(), answer, settings, 1).item() == int(penalize(logits, answer, settings).argmax())
+
+
+@pytest.mark.parametrize("settings", [
+    Sampling(0.9, 1.0, 0), Sampling(0.9, 0.8, 0), Sampling(1.2, 1.0, 20), Sampling(1.2, 0.9, 400),
+    Sampling(0.8, 0.9, 40, repetition_penalty=1.3), Sampling(1.0, 0.5, 1), Sampling(1.0, 1.0, 256)])
+def test_sampling_follows_the_distribution(engine, settings):
+    """20,000번 뽑은 도수의 카이제곱 값이 자유도에 맞는다."""
+    answer, logits = [5, 6, 7, 5, 6, 9], torch.randn(500, generator=torch.Generator().manual_seed(9)) * 2
+    expected = probabilities(penalize(logits, answer, settings), settings) * 20_000
+    counts = torch.bincount(draw(engine, logits.cuda(), answer, settings, 20_000), minlength=500).float()
+    assert counts[expected == 0].sum() == 0
+    big = expected >= 5
+    statistic, freedom = float(((counts - expected) ** 2 / expected)[big].sum()), int(big.sum()) - 1
+    assert statistic < freedom + 3.1 * (2 * max(freedom, 1)) ** 0.5 + 4
+
+
+def test_other_models_take_the_captured_forward():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
+                                         eos_token_id=None)).cuda().eval()
+    decoder, ids = Decoder(model, range(300), -1), torch.arange(1, 30, device="cuda")[None]
+    assert "CUDA graph" in decoder.path and "llama" in decoder.path
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=50,
+                              pad_token_id=0)[0, 29:].tolist()
+    assert list(decoder.stream(ids[0].tolist(), Sampling(**GREEDY, max_new_tokens=50))) == expected
+    assert why_not(plain(torch.float32)) is not None
