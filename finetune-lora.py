@@ -39,6 +39,7 @@ def train(
     vram_gb: float | None = None,
     resume_from_checkpoint: bool | str | None = None,
     check_data: bool = False,
+    repair_data: str | None = None,
     # 기록
     report_to: str = "none",
     wandb_project: str | None = None,
@@ -71,7 +72,8 @@ def train(
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
         resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.
-        check_data: 데이터만 검사하고 끝낸다.
+        check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리를 보인다.
+        repair_data: 데이터를 검사하고, 고친 데이터를 쓸 .jsonl 파일. 입력 파일은 그대로 둔다.
         report_to: none, tensorboard, wandb 가운데 하나.
         wandb_project: 적으면 이 프로젝트로 wandb에 기록한다. 적지 않으면 wandb를 부르지 않는다.
         wandb_run_name: wandb에서 보일 이름.
@@ -84,9 +86,12 @@ def train(
 
     from types import SimpleNamespace
 
-    from utils import finetune, results, rundir
+    from utils import datareport, finetune, results, rundir
 
     settings = SimpleNamespace(**{**flags, "base_model": base_model, "data_path": data_path})
+    if check_data or repair_data is not None:
+        datareport.check(settings, cli.say)
+        return
     inputs = finetune.prepare(settings, cli.say)
     plan = finetune.plan(settings, inputs, cli.say)
     with rundir.open_run(settings, inputs, cli.say) as run:

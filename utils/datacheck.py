@@ -33,12 +33,11 @@ KINDS = {
     "mojibake": "글자가 깨진 것 같은 행",
     "control": "보이지 않는 제어 문자가 든 행",
     "escaped": "줄바꿈이 \\n이라는 두 글자로 적힌 행",
-    "long": "블록보다 길어 잘리는 행",
+    "long": "블록보다 길어 잘리는 행(끝 토큰은 남긴다)",
     "answer_cut": "질문만으로 블록이 차서 답이 남지 않는 행",
 }
-# 고치거나 버려야 학습에 쓸 만해지는 것. 나머지는 스스로 고치고 읽거나 사람이 판단한다.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-_FOREIGN_END = re.compile(r"(?:</s>|<\|(?:im_end|eot_id|end|end_of_text)\|>|<eos>|<pad>|<end_of_turn>|\[EOS\])\s*$")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+FOREIGN_END = re.compile(r"(?:</s>|<\|(?:im_end|eot_id|end|end_of_text)\|>|<eos>|<pad>|<end_of_turn>|\[EOS\])\s*$")
 _CONTINUATION = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
 _MOJIBAKE = re.compile(f"\ufffd|占쏙옙|[\xea-\xed][{_CONTINUATION}]{{2}}|[\xa1-\xfe]{{6}}")
 _QUESTION_MARKS = re.compile(r"\?[가-힣]")
@@ -150,10 +149,10 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
                        in zip(pieces, answers, strict=True))),
         ("placeholder", any(answer.lower() in _PLACEHOLDERS for answer in answers)),
         ("end_inside", inside),
-        ("foreign_end", any(_FOREIGN_END.search(answer) for answer in answers)),
+        ("foreign_end", any(FOREIGN_END.search(answer[-20:]) for answer in answers)),
         ("nfd", any(compose(text) is not text for text in raw)),
-        ("mojibake", _is_garbled(whole)),
-        ("control", _CONTROL.search(whole.replace("\x1e", ""))),
+        ("mojibake", is_garbled(whole)),
+        ("control", CONTROL.search(whole.replace("\x1e", ""))),
         ("escaped", any("\n" not in answer and answer.count("\\n") >= 2 for answer in answers)),
     ) if wrong]
 
@@ -205,7 +204,8 @@ def rendered_lines(documents, tokenizer, train_on_inputs: bool, n: int = 2) -> l
     return lines
 
 
-def _is_garbled(text: str) -> bool:
+def is_garbled(text: str) -> bool:
+    """다른 인코딩으로 잘못 읽은 글처럼 보이는가."""
     if _MOJIBAKE.search(text):
         return True
     marks = _QUESTION_MARKS.findall(text) if text.count("?") >= 3 else []

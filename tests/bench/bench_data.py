@@ -38,7 +38,7 @@ def main() -> None:
         result = {"rows": arguments.rows, "gb": data.stat().st_size / 1e9, "cpu_cores": os.cpu_count()}
         for name in ("first", "second"):
             command = [sys.executable, __file__, "--phase", "load", "--folder", str(arguments.folder)]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
             result |= {f"{name}_{key}": value for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
         result["rows_per_second"] = arguments.rows / result["first_seconds"]
         print(json.dumps(result))

@@ -1,0 +1,135 @@
+"""데이터 검사의 긴 보고와, 고쳐 쓴 파일을 맡는다. 입력 파일은 건드리지 않는다."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from utils import datacheck, dataset, rows
+from utils.datafile import END_TOKEN
+from utils.errors import UsageError
+from utils.finetune import read_data
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """고쳐 쓴 행의 수: 쓴 행, 그 가운데 고친 행, 버린 행."""
+
+    written: int
+    changed: int
+    dropped: int
+
+
+def check(settings: SimpleNamespace, say: Callable[[str], None]) -> None:
+    """데이터를 끝까지 검사해 찾은 것과 두 행의 loss 자리를 보인다. `repair_data`가 있으면 고친 파일도 쓴다.
+
+    Raises:
+        UsageError: 데이터를 읽을 수 없거나 고친 파일을 쓸 수 없다.
+    """
+    if settings.repair_data is not None:
+        check_target(settings.data_path, settings.repair_data)
+    tokenizer, _, prompter, _, documents = read_data(settings, say, skip_bad=True)
+    train, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
+    found = {**documents.found, **datacheck.document_faults(documents, train, held_out)}
+    lengths = documents.full_lengths()
+    say(f"데이터: {len(documents):,}행(학습 {len(train):,}, 검증 {len(held_out):,}), 토큰 {int(lengths.sum()):,}개, "
+        f"행의 길이는 가운데 {int(sorted(lengths)[len(lengths) // 2])}, 가장 긴 것 {int(lengths.max())}")
+    say("찾은 것:" if found else "찾은 것: 없다")
+    for line in datacheck.short_lines(found):
+        say(line)
+    say("두 행의 보기(⟦ ⟧ 안을 배운다):")
+    for line in datacheck.rendered_lines(documents, tokenizer, settings.train_on_inputs):
+        say(line)
+    if settings.repair_data is not None:
+        done = repair(settings.data_path, settings.repair_data, prompter, settings.cache_dir)
+        say(f"고친 파일: {settings.repair_data} ({done.written:,}행을 썼다. 그 가운데 {done.changed:,}행을 고쳤고, "
+            f"{done.dropped:,}행은 버렸다)")
+
+
+def check_target(source: str | Path, target: str | Path) -> None:
+    """고친 파일을 쓸 자리가 비었는지 본다. 있는 파일 위에는 쓰지 않는다."""
+    if Path(target).suffix.lower() != ".jsonl":
+        raise UsageError(f"repair_data는 .jsonl로 끝나야 한다: {target}")
+    if Path(target).exists():
+        same = Path(source).exists() and Path(target).samefile(source)
+        why = "입력 파일 위에는 쓰지 않는다" if same else "이미 있는 파일이다"
+        raise UsageError(f"repair_data에 쓸 수 없다. {why}: {target}. 다른 이름을 적는다")
+
+
+def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | None = None) -> Repaired:
+    """고칠 수 있는 행은 고치고, 쓸 수 없는 행과 되풀이된 행은 빼고 .jsonl로 쓴다. 다 쓴 뒤에야 제 이름을 준다.
+
+    Raises:
+        UsageError: 남는 행이 없거나 파일을 쓸 수 없다.
+    """
+    check_target(source, target)
+    staged = Path(f"{target}.{os.getpid()}.part")
+    counts, seen, to_pieces, columns = {"written": 0, "changed": 0, "dropped": 0}, set(), None, ()
+
+    def drop(number: int, reason: str) -> None:
+        counts["dropped"] += 1
+
+    try:
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", encoding="utf-8", newline="\n") as stream:
+            for number, row in rows.read_rows(source, cache_dir, drop):
+                if to_pieces is None:
+                    to_pieces, columns = rows.segmenter(set(row), prompter, source), rows.choose_columns(set(row))
+                fixed = fix_row(row, columns)
+                try:
+                    pieces = to_pieces(number, fixed)
+                except UsageError as error:
+                    drop(number, str(error))
+                    continue
+                digest = dataset.content_digest(pieces)
+                if digest in seen or "placeholder" in datacheck.row_faults([], pieces, 0):
+                    drop(number, "")
+                    continue
+                seen.add(digest)
+                counts["written"] += 1
+                counts["changed"] += fixed != row
+                stream.write(json.dumps(fixed, ensure_ascii=False, default=str) + "\n")
+        if not counts["written"]:
+            raise UsageError(f"{source}에 쓸 수 있는 행이 하나도 없어 고친 파일을 쓰지 않았다")
+        staged.replace(target)
+    except OSError as error:
+        raise UsageError(f"고친 파일을 쓰지 못했다: {target} ({error.strerror or error})") from None
+    finally:
+        staged.unlink(missing_ok=True)
+    return Repaired(**counts)
+
+
+def fix_row(row: dict, columns: tuple[str, ...]) -> dict:
+    """쓰는 열의 글을 고친 행. 다른 열은 그대로 둔다."""
+    if columns == ("messages",) and isinstance(row.get("messages"), list):
+        return {**row, "messages": [{**message, "content": fix_text(message.get("content"))}
+                                    if isinstance(message, dict) else message for message in row["messages"]]}
+    fixed = {name: fix_text(row[name]) for name in (*columns, "input") if name in row}
+    if columns == ("text",) and isinstance(fixed.get("text"), str) and fixed["text"].strip():
+        fixed["text"] += END_TOKEN
+    return {**row, **fixed}
+
+
+def fix_text(value: object) -> object:
+    """한글을 모아쓰고, 깨진 글자를 되돌리고, 제어 문자와 끝 토큰을 뺀다. 글이 아닌 값은 그대로 둔다."""
+    if not isinstance(value, str):
+        return value
+    text = datacheck.CONTROL.sub("", rows.compose(ungarble(value)))
+    text = rows.strip_end(datacheck.FOREIGN_END.sub("", rows.strip_end(text)))
+    return text.replace("\\n", "\n") if "\n" not in text and text.count("\\n") >= 2 else text
+
+
+def ungarble(text: str) -> str:
+    """UTF-8이나 CP949를 latin-1 계열로 잘못 읽은 글을 되돌린다. 되돌릴 수 없으면 그대로 둔다."""
+    if not datacheck.is_garbled(text):
+        return text
+    for wrong, right in (("cp1252", "utf-8"), ("latin-1", "utf-8"), ("latin-1", "cp949")):
+        try:
+            restored = text.encode(wrong).decode(right)
+        except UnicodeError:
+            continue
+        if not datacheck.is_garbled(restored):
+            return restored
+    return text
