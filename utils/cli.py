@@ -47,7 +47,8 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
             doctor.quick(say)
             stage(**flags)
     except UsageError as error:
-        print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        if is_main_process():
+            print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
