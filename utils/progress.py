@@ -49,7 +49,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            logs.update(self._speed())
+            speed = self._speed()
+            logs.update(speed)  # wandb와 TensorBoard로 간다
+            state.log_history[-1].update(speed)  # run.json으로 간다
             every = max(1, state.max_steps // MAX_LINES)
             if state.global_step % every == 0 or state.global_step in (1, state.max_steps):
                 self._write(self._line(state, logs))
