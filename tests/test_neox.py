@@ -77,7 +77,7 @@ def run(step, model, batch) -> tuple[float, dict]:
 def test_loss_and_gradients_equal_the_hf_layers(tiny_neox, quantize, dropout, recompute):
     model, batch = make_model(tiny_neox, dropout, quantize), make_batch()
     assert why_not(model) is None
-    ours = run(NeoxStep(model, recompute, max_documents=3, loss_chunk=20), model, batch)
+    ours = run(NeoxStep(model, recompute, max_documents=3), model, batch)
     for index, layer in enumerate(model.get_base_model().gpt_neox.layers):
         if dropout:
             layer.attention.query_key_value.lora_dropout["default"] = SameDrop(index, batch["keys"], dropout)

@@ -51,8 +51,8 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Te
     return nll
 
 
-def head_loss(hidden, weight, targets, factor=None, gradient=None, chunk=HEAD_CHUNK, cross_entropy=cross_entropy_):
-    """마지막 은닉값에서 손실을 `chunk` 토큰씩 구한다. 전체 logits는 어느 때에도 만들어지지 않는다.
+def head_loss(hidden, weight, targets, factor=None, gradient=None, buffer=None, cross_entropy=cross_entropy_):
+    """마지막 은닉값에서 손실을 몇 토큰씩 구한다. 전체 logits는 어느 때에도 만들어지지 않는다.
 
     Args:
         hidden: [tokens, hidden].
@@ -60,14 +60,20 @@ def head_loss(hidden, weight, targets, factor=None, gradient=None, chunk=HEAD_CH
         targets: [tokens], 한 칸 당겨진 정답.
         factor: 손실에 곱하는 스칼라. `gradient`와 함께 준다.
         gradient: [tokens, hidden]. `factor * 손실`의 hidden에 대한 gradient가 적힌다.
+        buffer: logits를 적을 1차원 자리. 들어가는 만큼씩 계산한다. None이면 HEAD_CHUNK 토큰의 자리를 잡는다.
 
     Returns:
         토큰마다의 음의 로그 가능도 [tokens], fp32.
     """
-    nll = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for start in range(0, hidden.shape[0], chunk):
-        part = slice(start, start + chunk)
-        logits = hidden[part] @ weight.t()
+    tokens, vocab = len(hidden), len(weight)
+    if buffer is None:
+        buffer = hidden.new_empty(min(HEAD_CHUNK, tokens) * vocab)
+    chunk = buffer.numel() // vocab
+    nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        logits = buffer[:(part.stop - start) * vocab].view(-1, vocab)
+        torch.mm(hidden[part], weight.t(), out=logits)
         nll[part] = cross_entropy(logits, targets[part], factor)
         if gradient is not None:
             torch.mm(logits, weight, out=gradient[part])
@@ -78,7 +84,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, factor):
         gradient = torch.empty_like(hidden)
-        loss = head_loss(hidden.detach(), weight, targets, factor, gradient).sum() * factor
+        loss = head_loss(hidden.detach(), weight.detach(), targets, factor, gradient).sum() * factor
         ctx.save_for_backward(gradient)
         return loss
 
@@ -120,7 +126,7 @@ class AutogradStep:
         if self.backbone is not None:
             hidden = self.backbone(**call).last_hidden_state.flatten(0, 1)
             if factor is None:
-                return head_loss(hidden, self.head.weight, targets).sum()
+                return head_loss(hidden, self.head.weight.detach(), targets).sum()
             return _HeadLoss.apply(hidden, self.head.weight, targets, factor)
         logits = self.causal(**call).logits.flatten(0, 1)
         nll = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
@@ -214,6 +220,7 @@ class CapturedStep:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # 준비 운동이 쓰던 메모리를 graph의 풀이 쓸 수 있게 한다
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 self._outputs[kind] = function(batch)

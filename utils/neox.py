@@ -12,7 +12,7 @@ from torch import nn
 
 from utils.attention import Documents, choose_attention
 from utils.cuda import CompileError
-from utils.microstep import head_loss, shifted_targets
+from utils.microstep import HEAD_CHUNK, head_loss, shifted_targets
 from utils.neox_ops import NF4_BLOCK, CudaOps, TorchOps, pad_rank
 
 
@@ -100,6 +100,10 @@ class Saved:
     attended: torch.Tensor | None = None  # [tokens, heads, head_dim]
     attention: list = field(default_factory=list)
 
+    def drop(self) -> None:
+        """attention이 잡은 메모리를 놓는다."""
+        self.attended, self.attention = None, []
+
 
 class NeoxStep:
     """GPT-NeoX + LoRA의 micro-step.
@@ -108,24 +112,23 @@ class NeoxStep:
         model: PEFT로 감싼 GPTNeoXForCausalLM. 가중치는 그 안의 것을 그대로 쓴다.
         recompute_layers: backward에서 다시 계산할 층의 수. 앞의 층부터 센다.
         max_documents: 블록 하나에 든 문서의 최대 수.
-        loss_chunk: 손실을 한 번에 계산하는 토큰 수.
-        host_embedding: 모델의 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
+
+    GPU에서는 모델의 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
     """
 
-    def __init__(self, model, recompute_layers: int = 0, max_documents: int = 1, loss_chunk: int = 512,
-                 host_embedding: bool = False):
+    def __init__(self, model, recompute_layers: int = 0, max_documents: int = 1):
         base = model.get_base_model()
         config, self.body = base.config, base.gpt_neox
         self.head = base.lm_head.weight.detach()
         self.dtype, self.device = self.head.dtype, self.head.device
-        if host_embedding:
+        if self.device.type == "cuda" and not isinstance(self.body.embed_in, HostEmbedding):
             self.body.embed_in = HostEmbedding(self.body.embed_in.weight)
         self.embedding = self.body.embed_in.weight.detach()
         self.layers = [Layer(index, layer, self.dtype) for index, layer in enumerate(self.body.layers)]
         self.hidden, self.heads, self.inner = (
             config.hidden_size, config.num_attention_heads, config.intermediate_size)
         self.recompute_layers = min(recompute_layers, len(self.layers) - 1)
-        self.max_documents, self.loss_chunk = max_documents, loss_chunk
+        self.max_documents = max_documents
         norm = self.body.final_layer_norm
         self.norm = (norm.weight.detach().to(self.dtype), norm.bias.detach().to(self.dtype), float(norm.eps))
         self.padded_rank = pad_rank(self.layers[0].rank)
@@ -153,7 +156,7 @@ class NeoxStep:
     def release(self) -> None:
         """잡아 둔 메모리를 놓는다."""
         self._tokens = 0
-        self._buffers = None
+        self.x = self.saved = self.n1 = self.n2 = self.t = self.g = self.dqkv = self.scratch = None
 
     def _prepare(self, tokens: int) -> None:
         if tokens == self._tokens:
@@ -165,7 +168,9 @@ class NeoxStep:
         def empty(*shape):
             return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
-        inner = max(self.inner * self.hidden, 3 * self.hidden * (self.hidden + self.padded_rank))
+        # 가중치를 푸는 자리는 손실의 logits도 함께 쓴다
+        scratch = max(self.inner * self.hidden, 3 * self.hidden * (self.hidden + self.padded_rank),
+                      min(tokens, HEAD_CHUNK) * len(self.head))
         shared = Saved(empty(tokens, *heads), empty(tokens, self.inner), empty(tokens, self.padded_rank))
         self.x = empty(len(self.layers) + 1, tokens, self.hidden)
         qkv, h, z = (empty(max(kept - 1, 0), tokens, *size) for size in (heads, (self.inner,), (self.padded_rank,)))
@@ -173,8 +178,10 @@ class NeoxStep:
         self.saved = [shared] * self.recompute_layers + [Saved(*parts) for parts in zip(qkv, h, z, strict=True)]
         self.saved += [shared] * (len(self.layers) - len(self.saved))
         self.n1, self.n2 = empty(tokens, self.hidden + self.padded_rank), empty(tokens, self.hidden)
-        self.t, self.g = empty(tokens, self.hidden), empty(tokens, self.inner)
-        self.dqkv, self.scratch = empty(tokens, *heads), empty(inner)
+        wide = empty(tokens * max(self.inner, 3 * self.hidden))  # gelu의 값과 dqkv는 함께 살아 있지 않는다
+        self.g = wide[:tokens * self.inner].view(tokens, self.inner)
+        self.dqkv = wide[:tokens * 3 * self.hidden].view(tokens, *heads)
+        self.t, self.scratch = empty(tokens, self.hidden), empty(scratch)
         self._tokens = tokens
 
     @torch.no_grad()
@@ -187,7 +194,7 @@ class NeoxStep:
         gradient = self.t.new_empty(self.t.shape)
         weight, bias, eps = self.norm
         hidden, mean, deviation = torch.native_layer_norm(self.x[-1], (self.hidden,), weight, bias, eps)
-        nll = head_loss(hidden, self.head, targets, batch["factor"], gradient, self.loss_chunk, self.ops.cross_entropy)
+        nll = head_loss(hidden, self.head, targets, batch["factor"], gradient, self.scratch, self.ops.cross_entropy)
         gradient = torch.ops.aten.native_layer_norm_backward(
             gradient, self.x[-1], (self.hidden,), mean, deviation, weight, bias, (True, False, False))[0]
         del hidden
@@ -203,10 +210,11 @@ class NeoxStep:
         documents = self._begin(batch)
         for layer in self.layers:
             self._forward_layer(layer, documents, None)
+            self.saved[layer.index].drop()
         weight, bias, eps = self.norm
         hidden = torch.nn.functional.layer_norm(self.x[-1], (self.hidden,), weight, bias, eps)
         targets = shifted_targets(batch["labels"]).flatten()
-        return head_loss(hidden, self.head, targets, chunk=self.loss_chunk, cross_entropy=self.ops.cross_entropy).sum()
+        return head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy).sum()
 
     def _begin(self, batch: dict) -> Documents:
         self._prepare(batch["input_ids"].numel())
@@ -245,7 +253,9 @@ class NeoxStep:
         torch.mm(gradient, ops.weight(layer.dense, self.scratch), out=self.t)
         parts = self.attention.backward(self.t.view_as(saved.attended), *saved.qkv.unbind(2), saved.attended,
                                         saved.attention, documents)
+        saved.drop()
         ops.unrotate(*parts, documents.positions, self.dqkv)
+        del parts
         dqkv = self.dqkv.flatten(1)
         weight = ops.weight(layer.qkv, self.scratch, layer)
         torch.mm(dqkv, weight, out=self.n1)

@@ -126,7 +126,7 @@ class TorchOps:
         gradient.copy_(torch.ops.aten.gelu_backward(gradient, h))
 
     def embed(self, table, ids, out) -> None:
-        torch.index_select(table, 0, ids.flatten().to(table.device), out=out)
+        out.copy_(table[ids.flatten().to(table.device)])
 
 
 class CudaOps(TorchOps):
@@ -175,7 +175,7 @@ class CudaOps(TorchOps):
         extra = rows * self.padded // 8 if layer else 0
         count = rows * columns // 8
         nested = state.nested
-        self._run("dequantize", count + extra, linear.weight.data, state.absmax if nested else None,
+        self._run("dequantize", -(-(count + extra) // 4), linear.weight.data, state.absmax if nested else None,
                   state.state2.absmax if nested else state.absmax, state.state2.code if nested else None,
                   state.offset if nested else None, state.code, layer.b if layer else None, out, count, columns, stride,
                   extra, float(layer.scale) if layer else 1.0)

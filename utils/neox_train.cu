@@ -233,32 +233,49 @@ extern "C" __global__ void __launch_bounds__(THREADS) norms_backward(
 }
 
 // NF4를 16비트로 푼다. absmax가 8비트로 한 번 더 양자화되어 있으면 함께 푼다. 출력 행의 폭은 stride다.
-// count 뒤의 thread는 LoRA의 B를 scale을 곱해 행의 끝 PADDED_RANK 칸에 적는다.
+// count 뒤의 자리에서는 LoRA의 B를 scale을 곱해 행의 끝 PADDED_RANK 칸에 적는다.
+// 한 thread가 네 곳을 맡아 읽기 넷을 한꺼번에 띄운다.
 extern "C" __global__ void __launch_bounds__(256) dequantize(
     const u8* packed, const u8* absmax8, const float* absmax, const float* code, const float* offset,
     const float* levels, const float* lora_b, u16* out, int count, int columns, int stride, int extra, float scale) {
     __shared__ float table[16];
+    int start = blockIdx.x * 1024 + threadIdx.x;
+    u32 bytes[4];
+    float top[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int index = start + i * 256;
+        if (index < count) {
+            bytes[i] = __ldcs((const u32*)packed + index);
+            int block = index / 8;
+            top[i] = absmax8 ? code[absmax8[block]] * absmax[block / 256] + *offset : absmax[block];
+        }
+    }
     if (threadIdx.x < 16) table[threadIdx.x] = levels[threadIdx.x];
     __syncthreads();
-    int index = blockIdx.x * 256 + threadIdx.x;
-    Eight value;
-    if (index < count) {
-        u32 bytes = ((const u32*)packed)[index];
-        int block = index / 8;
-        float top = absmax8 ? code[absmax8[block]] * absmax[block / 256] + *offset : absmax[block];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 byte = (bytes >> (8 * i)) & 0xff;
-            value.v[2 * i] = table[byte >> 4] * top;
-            value.v[2 * i + 1] = table[byte & 15] * top;
+    for (int i = 0; i < 4; i++) {
+        int index = start + i * 256;
+        Eight value;
+        size_t at = (size_t)index * 8;
+        if (index < count) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                u32 byte = (bytes[i] >> (8 * j)) & 0xff;
+                value.v[2 * j] = table[byte >> 4] * top[i];
+                value.v[2 * j + 1] = table[byte & 15] * top[i];
+            }
+            if (stride != columns) at += (size_t)(index / (columns / 8)) * (stride - columns);
+        } else if (index < count + extra) {
+            int row = (index - count) / (PADDED_RANK / 8), first = (index - count) % (PADDED_RANK / 8) * 8;
+#pragma unroll
+            for (int r = 0; r < 8; r++)
+                value.v[r] = first + r < RANK ? lora_b[(size_t)row * RANK + first + r] * scale : 0.f;
+            at = (size_t)row * stride + columns + first;
+        } else {
+            continue;
         }
-        int row = index / (columns / 8), column = index % (columns / 8) * 8;
-        store(out + (size_t)row * stride + column, value);
-    } else if (index < count + extra) {
-        int row = (index - count) / (PADDED_RANK / 8), first = (index - count) % (PADDED_RANK / 8) * 8;
-#pragma unroll
-        for (int r = 0; r < 8; r++) value.v[r] = first + r < RANK ? lora_b[(size_t)row * RANK + first + r] * scale : 0.f;
-        store(out + (size_t)row * stride + columns + first, value);
+        store(out + at, value);
     }
 }
 

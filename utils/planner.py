@@ -12,7 +12,7 @@ MARGIN = 0.3 * GB  # 다른 프로그램이 조금 늘어나도 견디는 여유
 CONTEXT = 0.55 * GB  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
 WORKSPACE = 0.07 * GB  # cuBLAS의 작업 공간과 할당기가 쪼개지며 남는 양
 TARGET_TOKENS = 1024  # micro-step의 토큰이 이보다 적으면 행렬 곱이 GPU를 채우지 못한다
-LOSS_CHUNK, SMALL_LOSS_CHUNK = 512, 128
+LOSS_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수
 RANK_UNIT = 8
 SEGMENT = 2 << 20
 
@@ -24,16 +24,12 @@ class MemoryPlan:
     Attributes:
         micro_batch_size: 한 번에 계산하는 블록의 수.
         recompute_layers: backward에서 다시 계산할 층의 수.
-        loss_chunk: 손실을 한 번에 계산하는 토큰의 수.
-        host_embedding: 입력 embedding을 CPU 메모리에 두고 PCIe로 읽을지.
         parts: 이름 -> 예측한 바이트. 비어 있으면 VRAM을 쓰지 않는다.
         budget: 쓸 수 있는 바이트(CUDA context 포함).
     """
 
     micro_batch_size: int
     recompute_layers: int = 0
-    loss_chunk: int = LOSS_CHUNK
-    host_embedding: bool = False
     parts: dict[str, float] = field(default_factory=dict)
     budget: float = 0.0
 
@@ -48,9 +44,8 @@ class MemoryPlan:
             return []
         listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.parts.items())
         how = f"재계산 {self.recompute_layers}층" if self.recompute_layers else "재계산 없음"
-        host = ", 입력 embedding은 CPU 메모리" if self.host_embedding else ""
         return [f"VRAM 예측: {sum(self.parts.values()) / GB:.2f} GB({listed}). 쓸 수 있는 양 {self.budget / GB:.2f} GB",
-                f"  micro batch {self.micro_batch_size}블록, {how}{host}"]
+                f"  micro batch {self.micro_batch_size}블록, {how}"]
 
 
 def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_batch_size: int | None, lora_r: int,
@@ -58,8 +53,8 @@ def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_b
     """카드에 들어가는 계획을 고른다.
 
     micro-step이 1,024토큰을 넘는 가장 작은 micro batch를, 되도록 재계산 없이 쓴다. 그보다 크면 메모리는 토큰에
-    비례해 늘지만 빨라지는 것은 조금뿐이다. 모자라면 재계산하는 층을 필요한 만큼만 늘리고, 그다음에 입력 embedding을
-    CPU 메모리로 옮기고, 손실 조각과 micro batch를 줄인다.
+    비례해 늘지만 빨라지는 것은 조금뿐이다. 모자라면 재계산하는 층을 필요한 만큼만 늘리고, 그다음에 micro batch를
+    줄인다.
 
     Args:
         device: `loader.Device`.
@@ -84,9 +79,9 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
     layers = config["num_hidden_layers"]
     fused = config["model_type"] == "gpt_neox" and tuple(targets) == ("query_key_value",)
 
-    def attempt(micro: int, recompute: int, host: bool = False, chunk: int = LOSS_CHUNK, block: int = cutoff_len):
-        parts = predict(config, block, micro, recompute, lora_r, max_documents, chunk, host, fused)
-        return MemoryPlan(micro, recompute, chunk, host, parts, budget)
+    def attempt(micro: int, recompute: int, block: int = cutoff_len) -> MemoryPlan:
+        parts = predict(config, block, micro, recompute, lora_r, max(2, max_documents), fused)
+        return MemoryPlan(micro, recompute, parts, budget)
 
     def fits(plan: MemoryPlan) -> bool:
         return sum(plan.parts.values()) <= budget
@@ -97,15 +92,11 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
     most = layers - 1 if fused else layers
     steps = range(most + 1) if fused else (0, layers)
     for micro in micros:
-        for host, chunk in ((False, LOSS_CHUNK), (True, LOSS_CHUNK), (True, SMALL_LOSS_CHUNK)):
-            if host and not fused:
-                continue
-            if not fits(attempt(micro, most, host, chunk)):
-                continue
-            return next(plan for plan in (attempt(micro, count, host, chunk) for count in steps) if fits(plan))
-    least = attempt(1, most, fused, SMALL_LOSS_CHUNK)
-    shorter = next((block for block in (1024, 512, 256, 128) if block < cutoff_len and
-                    fits(attempt(1, most, fused, SMALL_LOSS_CHUNK, block))), None)
+        if fits(attempt(micro, most)):
+            return next(plan for plan in (attempt(micro, count) for count in steps) if fits(plan))
+    least = attempt(1, most)
+    shorter = next((block for block in (1024, 512, 256, 128) if block < cutoff_len and fits(attempt(1, most, block))),
+                   None)
     advice = f"--cutoff_len {shorter}로 줄이면 들어간다" if shorter else "더 작은 모델을 쓴다"
     if micro_batch_size and micro_batch_size > 1 and fits(least):
         advice = "--micro_batch_size를 빼면 들어간다"
@@ -114,7 +105,7 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
 
 
 def predict(config: dict, block: int, micro: int, recompute: int, rank: int, max_documents: int,
-            chunk: int = LOSS_CHUNK, host_embedding: bool = False, fused: bool = True) -> dict[str, float]:
+            fused: bool = True) -> dict[str, float]:
     """부분마다의 바이트. 가중치는 NF4 이중 양자화, 나머지는 16비트다."""
     layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
     inner = config.get("intermediate_size") or 4 * hidden
@@ -125,24 +116,24 @@ def predict(config: dict, block: int, micro: int, recompute: int, rank: int, max
     quantized = sum(_segments(count * (0.5 + 1 / 64 + 4 / 64 / 256)) for count in matrices)
     table = 2 * vocab * hidden
     small = layers * 2 * (9 * hidden + inner + hidden * 4)
-    heads_only = config.get("tie_word_embeddings", False) or host_embedding
+    one_table = config.get("tie_word_embeddings", False) or fused  # fused는 입력 embedding을 CPU 메모리에 둔다
     adapter = layers * rank * 4 * hidden * 4
-    parts = {"가중치": layers * quantized + small + table * (1 if heads_only else 2),
+    parts = {"가중치": layers * quantized + small + table * (1 if one_table else 2),
              "어댑터와 optimizer": 5 * adapter}
     if fused:
         kept = layers - min(recompute, layers - 1)
         act = 2 * tokens * (3 * hidden + inner + padded)
         attended = tokens * (2 * hidden + 4 * heads)
         parts["저장하는 활성값"] = 2 * (layers + 1) * tokens * hidden + (kept - 1) * (act + attended)
-        scratch = 2 * max(inner * hidden, 3 * hidden * (hidden + padded))
+        scratch = 2 * max(inner * hidden, 3 * hidden * (hidden + padded), min(LOSS_CHUNK, tokens) * vocab)
         flash = 4 * (tokens + 128 * max_documents * micro) * hidden + 2 * 3 * tokens * hidden
-        work = act + attended + 2 * tokens * (3 * hidden + padded + inner + 3 * hidden) + scratch
-        parts["작업 공간"] = work + flash + 2 * 2 * tokens * hidden + WORKSPACE
+        work = act + attended + 2 * tokens * (3 * hidden + padded + max(inner, 3 * hidden)) + scratch
+        parts["작업 공간"] = work + flash + WORKSPACE
     else:
         per_layer = 2 * tokens * (10 * hidden + 4 * inner)
         parts["저장하는 활성값"] = 2 * layers * tokens * hidden if recompute else layers * per_layer
         parts["작업 공간"] = per_layer + 2 * max(matrices) + 2 * micro * block * block + WORKSPACE
-    parts["손실"] = 2 * min(chunk, tokens) * vocab * (1 if fused else 4) + 2 * tokens * hidden
+    parts["손실"] = 4 * tokens * hidden + (0 if fused else 8 * min(LOSS_CHUNK, tokens) * vocab)
     parts["CUDA context"] = CONTEXT
     return parts
 

