@@ -1,0 +1,71 @@
+"""Llama, Qwen, Gemma, GPT-2의 작은 모델도 학습, 병합, 대화의 세 단계를 지난다."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, build_tokenizer, run_script, write_rows
+
+from utils.finetune import choose_targets
+
+CHAT_TEMPLATE = ("{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+                 "{% if add_generation_prompt %}[assistant] {% endif %}")
+SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256}
+TARGETS = {"llama": {"q_proj", "k_proj", "v_proj", "o_proj"}, "qwen3": {"q_proj", "k_proj", "v_proj", "o_proj"},
+           "gemma3_text": {"q_proj", "k_proj", "v_proj", "o_proj"}, "gpt2": {"c_attn"}}
+
+
+def build_model(kind: str, folder):
+    """`kind` 구조의 무작위 모델과, 대화 템플릿이 든 토크나이저를 폴더에 쓴다."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = build_tokenizer(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256} if kind == "gpt2" else SIZES
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer) + 13, bos_token_id=0, eos_token_id=0,
+                                  pad_token_id=None, **sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_all_three_stages(kind, tmp_path):
+    base = build_model(kind, tmp_path / kind)
+    data = write_rows(tmp_path / "rows.json", 12)
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    template = "chat" if kind == "llama" else "default"
+
+    trained = run_script("finetune-lora.py", "--base_model", str(base), "--data_path", str(data), "--output_dir",
+                         str(run), "--cutoff_len", "64", "--batch_size", "4", "--num_train_epochs", "1",
+                         "--val_set_size", "20", "--lora_target_modules", "auto", "--prompt_template", template)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    assert set(config["target_modules"]) == TARGETS[kind]
+    prompt = json.loads((run / "prompt.json").read_text(encoding="utf-8"))
+    assert (prompt["template"]["name"] == "chat") == (template == "chat")
+
+    joined = run_script("merge-lora.py", "--peft_root", str(run), "--output_dir", str(merged))
+    assert joined.returncode == 0, joined.stdout + joined.stderr
+    for source in (["--peft_root", str(run)], ["--base_model", str(merged)]):
+        asked = run_script("generate.py", *source, "--ask", "3 더하기 3은?")
+        assert asked.returncode == 0, asked.stdout + asked.stderr
+        assert "�" not in asked.stdout
+
+
+def test_default_targets_follow_the_architecture():
+    default = ("query_key_value",)
+    assert choose_targets(default, {"model_type": "gpt_neox"}) == default
+    for kind, targets in TARGETS.items():
+        assert set(choose_targets(default, {"model_type": kind})) == targets
+        assert set(choose_targets(("auto",), {"model_type": kind})) == targets
+    assert choose_targets(("q_proj",), {"model_type": "llama"}) == ("q_proj",)
+
+
+def test_unknown_target_is_refused_by_name(tiny_neox, tiny_data, tmp_path):
+    done = run_script("finetune-lora.py", "--base_model", str(tiny_neox), "--data_path", str(tiny_data), "--cutoff_len",
+                      "64", "--output_dir", str(tmp_path / "run"), "--lora_target_modules", "q_proj,v_proj", cwd=ROOT)
+    assert done.returncode == 2
+    assert "q_proj, v_proj" in done.stderr and "query_key_value" in done.stderr

@@ -1,0 +1,66 @@
+"""프로세스가 여럿이어도 batch_size의 뜻은 같고, 말하고 쓰는 것은 첫 프로세스뿐이다."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FLAGS = ["--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1", "--val_set_size", "20",
+         "--lora_dropout", "0"]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(launcher: list[str], base, data, output, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, str(ROOT / "finetune-lora.py"), "--base_model", str(base), "--data_path",
+               str(data), "--output_dir", str(output), *FLAGS, *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"})
+
+
+def torchrun(*extra: str) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *extra]
+
+
+@pytest.fixture(scope="module")
+def single(tiny_neox, tiny_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("single") / "run"
+    done = launch([], tiny_neox, tiny_data, output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
+@pytest.mark.parametrize("launcher", [
+    torchrun(), ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]],
+    ids=["torchrun", "accelerate"])
+def test_two_processes_learn_what_one_learns(launcher, single, tiny_neox, tiny_data, tmp_path):
+    launcher = [free_port() if word == "0" else word for word in launcher]
+    done = launch(launcher, tiny_neox, tiny_data, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert (single["plan"]["processes"], run["plan"]["processes"]) == (1, 2)
+    assert run["plan"]["steps"] == single["plan"]["steps"]
+    assert done.stdout.count("학습 후 검증 loss") == 2  # 끝에 한 번, 표에 한 번
+    assert done.stdout.count("장치:") == 1
+    for key in ("eval_loss_before", "eval_loss_after"):
+        assert run[key] == pytest.approx(single[key], rel=1e-4)
+    losses = [[row["loss"] for row in each["history"] if "loss" in row] for each in (single, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
+def test_a_batch_that_cannot_be_shared_is_refused_once(tiny_neox, tiny_data, tmp_path):
+    done = launch(torchrun(), tiny_neox, tiny_data, tmp_path / "run", "--micro_batch_size", "8")
+    assert done.returncode != 0
+    assert done.stderr.count("오류: batch_size 8는 프로세스 2개") == 1
+    assert not (tmp_path / "run").exists()
