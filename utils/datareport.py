@@ -1,5 +1,6 @@
 """데이터 검사의 긴 보고와, 고쳐 쓴 파일을 맡는다. 입력 파일은 건드리지 않는다."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
             for number, row in rows.read_rows(source, cache_dir, drop):
                 if to_pieces is None:
                     to_pieces, columns = rows.segmenter(set(row), prompter, source), rows.choose_columns(set(row))
-                fixed = fix_row(row, columns)
+                fixed = fix_row(row, columns, prompter)
                 try:
                     pieces = to_pieces(number, fixed)
                 except UsageError as error:
@@ -97,19 +98,21 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
     except OSError as error:
         raise UsageError(f"고친 파일을 쓰지 못했다: {target} ({error.strerror or error})") from None
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
     return Repaired(**counts)
 
 
-def fix_row(row: dict, columns: tuple[str, ...]) -> dict:
+def fix_row(row: dict, columns: tuple[str, ...], prompter) -> dict:
     """쓰는 열의 글을 고친 행. 다른 열은 그대로 둔다."""
     if columns == ("messages",) and isinstance(row.get("messages"), list):
         return {**row, "messages": [{**message, "content": fix_text(message.get("content"))}
                                     if isinstance(message, dict) else message for message in row["messages"]]}
-    fixed = {name: fix_text(row[name]) for name in (*columns, "input") if name in row}
-    if columns == ("text",) and isinstance(fixed.get("text"), str) and fixed["text"].strip():
-        fixed["text"] += END_TOKEN
-    return {**row, **fixed}
+    if columns == ("text",) and isinstance(row.get("text"), str):
+        text = rows.strip_end(rows.compose(row["text"]))
+        prompt, answer = prompter.split(text) or ("", text)
+        return {**row, "text": f"{fix_text(prompt)}{fix_text(answer)}{END_TOKEN}"}
+    return {**row, **{name: fix_text(row[name]) for name in (*columns, "input") if name in row}}
 
 
 def fix_text(value: object) -> object:
