@@ -1,0 +1,75 @@
+"""LoRA 어댑터를 기반 모델에 합쳐 모델 폴더 하나로 만든다."""
+
+from utils import cli
+from utils.paths import shown
+
+ONTO = ("original", "quantized")
+EXPORTS = (None, "gguf")
+GGUF_TYPES = ("f16", "q8_0")
+
+
+def merge(
+    *,
+    # 합칠 것
+    peft_root: str,
+    output_dir: str,
+    base_model: str | None = None,
+    cache_dir: str | None = None,
+    # 방법
+    max_shard_size: str = "1GB",
+    merge_onto: str = "original",
+    verify: bool = True,
+    # 내보내기
+    export: str | None = None,
+    gguf_type: str = "f16",
+):
+    """LoRA 어댑터를 기반 모델에 합쳐 16비트 모델 폴더 하나로 만든다.
+
+    모델이 아무리 커도 조각으로 읽고 쓰며, 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 같은지 견준다.
+
+    Args:
+        peft_root: finetune-lora.py의 output_dir. 완성된 어댑터가 없으면 가장 새 체크포인트를 쓴다.
+        output_dir: 합친 모델을 쓸 새 폴더.
+        base_model: 기반 모델의 폴더나 hub id. 적지 않으면 어댑터가 말하는 것을 쓴다.
+        cache_dir: 받은 모델을 둘 폴더.
+        max_shard_size: 가중치 파일 하나의 가장 큰 크기(1GB, 500MB).
+        merge_onto: original이면 기반 모델의 원래 가중치에, quantized면 학습할 때처럼 NF4를 다녀온 가중치에 합친다.
+        verify: 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 견준다. False면 건너뛴다.
+        export: gguf면 llama.cpp와 Ollama에서 쓰는 GGUF 파일과 Modelfile도 쓴다.
+        gguf_type: GGUF의 정밀도(f16, q8_0).
+    """
+    cli.check([
+        (merge_onto in ONTO, f"merge_onto는 {', '.join(ONTO)} 가운데 하나다: {merge_onto}"),
+        (export in EXPORTS, f"export에는 gguf를 적는다: {export}"),
+        (gguf_type in GGUF_TYPES, f"gguf_type은 {', '.join(GGUF_TYPES)} 가운데 하나다: {gguf_type}"),
+    ])
+    from utils import merger
+
+    max_bytes = merger.parse_size(max_shard_size)
+    job = merger.open_job(peft_root, base_model, cache_dir, merge_onto)
+    merger.check_target(output_dir, job, job.base.n_bytes if export else 0)
+    cli.say(f"어댑터: {shown(job.adapter)}  기반 모델: {shown(job.base.path)}  갱신할 행렬 {len(job.updates)}개")
+    with merger.staged(output_dir) as folder:
+        hashed = merger.write_model(folder, job, max_bytes, cli.say)
+        proof = prove(job, folder) if verify else None
+        if export:
+            from utils import gguf_export
+
+            cli.say(f"GGUF: {gguf_export.write(folder, gguf_type)}")
+        merger.finish(folder, job, hashed, proof)
+    cli.say(f"합친 모델: {shown(output_dir)}")
+    cli.say(f'  대화: python generate.py --base_model "{output_dir}"')
+
+
+def prove(job, folder) -> dict:
+    """검산하고 그 결과를 알린다. 기준에 못 미치면 멈춘다."""
+    from utils import proof
+
+    report = proof.prove(job, folder)
+    proof.judge(report)
+    cli.say(f"검산: {proof.describe(report)}")
+    return report
+
+
+if __name__ == "__main__":
+    cli.run(merge)

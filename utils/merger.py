@@ -1,0 +1,244 @@
+"""어댑터를 기반 모델에 합쳐 모델 폴더 하나를 쓴다. 쓸 것을 정하고, 차례대로 쓰고, 다 된 것에만 이름을 준다."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from utils import checkpoint, lora, modelcard, nf4, shards
+from utils.errors import UsageError
+from utils.loader import PROMPT_FILE, find_adapter, load_tokenizer, read_prompt_info
+from utils.modelfolder import ModelFolder, TensorEntry, looks_like_hub_id, open_model_folder, require_base
+from utils.paths import find_input
+from utils.rundir import model_digest
+from utils.shards import Planned
+
+ADAPTER_FOLDER = "adapter"
+REPORT_FILE = "merge-report.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
+SPARE_BYTES = 64 * 2**20
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Job:
+    """합칠 것들. 검사를 모두 통과했다.
+
+    Attributes:
+        root: 사용자가 적은 어댑터 폴더. prompt.json과 run.json이 여기에 있다.
+        adapter: 실제로 쓸 어댑터 폴더(root 자신이나 그 안의 체크포인트).
+        updates: 기반 모델의 tensor 이름 -> 갱신.
+        onto: original(기반 모델의 원래 가중치)이나 quantized(NF4를 다녀온 가중치)에 합친다.
+        trained_dtype: 학습할 때 기반 모델을 올린 dtype.
+    """
+
+    root: Path
+    adapter: Path
+    config: dict
+    base: ModelFolder
+    updates: dict[str, lora.Update]
+    onto: str
+    trained_dtype: torch.dtype
+
+    def base_rows(self, entry: TensorEntry, quantised: set[str]) -> Callable[[int, int], torch.Tensor]:
+        """합칠 바탕의 [start, stop) 행을 fp32로 주는 함수."""
+        if self.onto == "quantized" and entry.name in quantised:
+            return nf4.NF4Rows(entry, self.trained_dtype).rows
+        return lambda start, stop: shards.read_rows(entry, start, stop).float()
+
+
+def parse_size(text: str) -> int:
+    """'1GB', '500MB', '1GiB'를 바이트로 바꾼다."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
+        raise UsageError(f"max_shard_size를 읽을 수 없다: '{text}'. 1GB나 500MB처럼 적는다")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto: str) -> Job:
+    """어댑터와 기반 모델을 찾아 서로 맞는지 본다. 디스크에 쓰는 것은 없다.
+
+    Raises:
+        UsageError: 어댑터나 기반 모델이 없거나, 손상되었거나, 서로 맞지 않는다.
+    """
+    root = Path(peft_root)
+    adapter = find_adapter(root)
+    config = lora.read_config(adapter)
+    updates = lora.read_updates(adapter, config)
+    facts = (checkpoint.read_manifest(adapter) or {}).get("run", {})
+    base = open_model_folder(find_base(base_model, config, facts, cache_dir))
+    dtype = getattr(torch, str(facts.get("dtype", {}).get("shown", "float32")), torch.float32)
+    return Job(root, adapter, config, base, lora.match_base(updates, base), onto, dtype)
+
+
+def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> Path:
+    """기반 모델의 폴더. 적지 않았으면 어댑터가 말하는 것이고, hub id면 받아 온다.
+
+    Raises:
+        UsageError: 폴더가 없거나, 어댑터를 배운 기반 모델이 아니다.
+    """
+    trained_on = str(config.get("base_model_name_or_path") or "")
+    if base_model is None and not trained_on:
+        raise UsageError("어댑터가 기반 모델을 말하지 않는다. --base_model을 적는다")
+    asked = find_input(base_model or trained_on)
+    require_base(asked)
+    if not Path(asked).is_dir() and looks_like_hub_id(asked):
+        from huggingface_hub import snapshot_download
+
+        asked = snapshot_download(asked, cache_dir=cache_dir,
+                                  allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    expected = facts.get("base_model", {}).get("id")
+    from_folder = expected not in (None, hashlib.sha256(trained_on.encode()).hexdigest())
+    if from_folder and expected != model_digest(asked):
+        raise UsageError(f"기반 모델이 어댑터를 배운 것과 다르다: {asked} (어댑터는 {trained_on}에서 배웠다)")
+    name = Path(trained_on.replace("\\", "/")).name
+    if base_model is not None and not from_folder and name and name != Path(base_model.replace("\\", "/")).name:
+        raise UsageError(f"기반 모델이 어댑터를 배운 것과 다르다: {base_model} (어댑터는 {trained_on}에서 배웠다)")
+    return Path(asked)
+
+
+def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
+    """쓸 자리가 비었고, 남의 폴더가 아니고, 디스크에 자리가 있는지 본다.
+
+    Args:
+        extra_bytes: 가중치 말고 더 쓸 바이트(GGUF).
+    """
+    output = Path(output_dir).resolve()
+    for owner, folder in (("기반 모델", job.base.path), ("어댑터", job.adapter), ("어댑터", job.root)):
+        if output == folder.resolve() or output.is_relative_to(folder.resolve()):
+            raise UsageError(f"output_dir이 {owner}의 폴더거나 그 안이다: {output_dir}. 다른 곳을 적는다")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"output_dir이 비어 있지 않다: {output_dir}. 새 폴더를 적거나 먼저 지운다")
+    parent = next(folder for folder in output.parents if folder.is_dir())
+    needed = sum(tensor.n_bytes for tensor in plan(job, set())) + extra_bytes + SPARE_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UsageError(f"디스크에 {needed / 1e9:.2f} GB가 필요한데 {free / 1e9:.2f} GB만 남았다: {parent}")
+
+
+def quantised_names(job: Job) -> set[str]:
+    """`quantized`로 합칠 때 NF4를 다녀오는 tensor의 이름."""
+    if job.onto != "quantized":
+        return set()
+    found = (lora.find_tensor(job.base.tensors, f"{name}.weight") for name in nf4.quantised_modules(job.base.path))
+    return {entry.name for entry in found if entry is not None}
+
+
+def plan(job: Job, quantised: set[str]) -> list[Planned]:
+    """쓸 tensor들. 기반 모델의 차례 그대로다.
+
+    갱신이 없는 16비트 tensor는 바이트 그대로 옮긴다. 32비트 모델은 fp16으로 적는다.
+    """
+    sizes: dict[str, int] = {}
+    for entry in job.base.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+    halve = max(sizes, key=lambda dtype: sizes[dtype]) == "F32"
+    planned = []
+    for entry in sorted(job.base.tensors.values(), key=lambda entry: (entry.file.name, entry.start)):
+        dtype = "F16" if halve and entry.dtype == "F32" else entry.dtype
+        update = job.updates.get(entry.name)
+        plain = update is None and entry.name not in quantised and dtype == entry.dtype
+        chunks = partial(_copied, entry) if plain else partial(_merged, job, entry, update, dtype, quantised)
+        planned.append(Planned(entry.name, dtype, entry.shape, chunks))
+    return planned
+
+
+def _copied(entry: TensorEntry) -> Iterator[bytes]:
+    dtype = shards.DTYPES.get(entry.dtype)
+    for chunk in shards.raw_chunks(entry):
+        if dtype is not None:
+            _require_finite(torch.frombuffer(bytearray(chunk), dtype=dtype), entry)
+        yield chunk
+
+
+def _merged(job: Job, entry: TensorEntry, update: lora.Update | None, dtype: str,
+            quantised: set[str]) -> Iterator[memoryview]:
+    """fp32로 더하고 `dtype`으로 한 번만 반올림한다."""
+    rows = job.base_rows(entry, quantised)
+    for start, stop in shards.row_spans(entry.shape):
+        values = rows(start, stop)
+        if update is not None:
+            values += update.rows(start, stop)
+        values = values.to(shards.DTYPES[dtype])
+        _require_finite(values, entry)
+        yield shards.to_bytes(values)
+
+
+def _require_finite(values: torch.Tensor, entry: TensorEntry) -> None:
+    # 합은 한 번만 훑어도 되고, NaN과 inf는 합에 남는다
+    if not torch.isfinite(values.sum(dtype=torch.float32)):
+        raise UsageError(f"{entry.name}에 NaN이나 inf가 있거나 16비트에 담기지 않는다: {entry.file}")
+
+
+@contextmanager
+def staged(output_dir: str) -> Iterator[Path]:
+    """옆의 임시 폴더를 주고, 탈 없이 끝나면 그 폴더에 제 이름을 준다. 탈이 나면 지운다.
+
+    어디서 끊겨도 `output_dir`에는 아무것도 없거나 다 된 모델이 있다.
+    """
+    output = Path(output_dir).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = checkpoint.stage(output)
+    try:
+        yield staging
+        if output.is_dir():
+            output.rmdir()  # Windows는 빈 폴더 위로도 이름을 바꾸지 못한다
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_model(folder: Path, job: Job, max_bytes: int, say: Callable[[str], None]) -> dict:
+    """가중치와 그 곁의 파일을 모두 쓴다. shard마다의 크기와 sha256을 돌려준다."""
+    hashed = shards.write_model(folder, plan(job, quantised_names(job)), max_bytes, say)
+    write_companions(folder, job)
+    return hashed
+
+
+def write_companions(folder: Path, job: Job) -> None:
+    """설정, 토크나이저, 템플릿, 어댑터, 모델 카드를 쓴다. 끝 토큰은 토크나이저의 것으로 바로잡는다."""
+    tokenizer = load_tokenizer(job.base.path)
+    end_id = int(tokenizer.eos_token_id)
+    dtypes = {tensor.dtype for tensor in plan(job, set())}
+    dtype = "bfloat16" if "BF16" in dtypes else "float16"
+    config = {key: value for key, value in job.base.config.items() if key not in ("torch_dtype", "_name_or_path")}
+    _write_json(folder / "config.json", {**config, "dtype": dtype, "eos_token_id": end_id})
+    _write_json(folder / "generation_config.json", {"eos_token_id": end_id, "pad_token_id": end_id})
+    for name in TOKENIZER_FILES:
+        if (job.base.path / name).is_file():
+            shutil.copyfile(job.base.path / name, folder / name)
+    prompt = next((place for place in (job.adapter, job.root) if read_prompt_info(place)), None)
+    if prompt is not None:
+        shutil.copyfile(prompt / PROMPT_FILE, folder / PROMPT_FILE)
+    (folder / ADAPTER_FOLDER).mkdir()
+    for name in (lora.CONFIG_FILE, lora.WEIGHTS_FILE):
+        shutil.copyfile(job.adapter / name, folder / ADAPTER_FOLDER / name)
+    (folder / "README.md").write_text(modelcard.render(job, folder), encoding="utf-8")
+
+
+def finish(folder: Path, job: Job, hashed: dict, proof: dict | None) -> None:
+    """merge-report.json을 쓰고, 모든 파일의 크기와 sha256을 담은 manifest.json을 맨 끝에 쓴다."""
+    _write_json(folder / REPORT_FILE, {
+        "base_model": str(job.base.path), "base_digest": model_digest(job.base.path), "adapter": str(job.adapter),
+        "merge_onto": job.onto, "updated_tensors": len(job.updates), "proof": proof})
+    files = dict(hashed)
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in files:
+            with file.open("rb") as stream:
+                files[name] = {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    _write_json(folder / checkpoint.MANIFEST, {"run": {}, "files": files})
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

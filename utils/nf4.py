@@ -1,0 +1,58 @@
+"""NF4와 이중 양자화를 다녀온 가중치를 조각으로 계산한다. bitsandbytes가 4비트로 올린 값과 같다."""
+
+import torch
+
+from utils.modelfolder import TensorEntry
+from utils.shards import read_rows, row_spans
+
+BLOCK = 64
+OFFSET_BLOCK = 256
+
+
+class NF4Rows:
+    """행렬 하나를 NF4로 올렸다가 다시 편 값을 행의 범위로 준다.
+
+    블록의 absmax는 행렬 전체의 평균을 뺀 뒤 한 번 더 양자화되므로, 먼저 행렬을 한 번 훑어 absmax를 모두 모은다.
+    absmax는 가중치 64개에 하나라 5.8b의 가장 큰 행렬에서도 4 MB다.
+    """
+
+    def __init__(self, entry: TensorEntry, dtype: torch.dtype = torch.float32):
+        """dtype: 학습할 때 가중치를 올린 dtype. 그 값으로 반올림한 다음에 양자화되었다."""
+        from bitsandbytes import functional as bnb
+
+        self._entry, self._dtype = entry, dtype
+        spans = list(row_spans(entry.shape))
+        if entry.shape[1] % BLOCK and len(spans) > 1:
+            spans = [(0, entry.shape[0])]  # 블록이 행을 걸치면 조각으로 나눌 수 없다
+        self.spans = spans
+        absmax = torch.cat([self._quantize(read_rows(entry, *span))[1].absmax for span in spans])
+        offset = absmax.mean()
+        codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=OFFSET_BLOCK)
+        self._absmax = bnb.dequantize_blockwise(codes, state).float() + offset
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """[start, stop) 행. fp32. 범위는 `spans`의 것이어야 한다."""
+        from bitsandbytes import functional as bnb
+
+        codes, state = self._quantize(read_rows(self._entry, start, stop))
+        first = start * self._entry.shape[1] // BLOCK
+        state.absmax = self._absmax[first : first + len(state.absmax)]
+        return bnb.dequantize_4bit(codes, state).float()
+
+    def _quantize(self, values: torch.Tensor):
+        from bitsandbytes import functional as bnb
+
+        return bnb.quantize_4bit(values.to(self._dtype).float(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+
+
+def quantised_modules(config_folder) -> set[str]:
+    """4비트로 올릴 때 bitsandbytes가 바꾸는 층의 이름. 출력 행렬과 묶인 embedding은 들지 않는다."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(config_folder)))
+    kept = set(get_keys_to_not_convert(model))
+    return {name for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not any(part in kept for part in (name, name.split(".")[-1]))}
