@@ -48,35 +48,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) both_norms(const float* x,
     }
 }
 
-// qkv [T][3 HIDDEN]를 머리별로 나누어 돌리고(rotary) cache에도 적는다. grid (T, HEADS), keys와 values: [HEADS][total].
-extern "C" __global__ void split_heads(const u16* qkv, const float2* turns, int past, int tokens, u16* query, u16* keys,
-                                       u16* values, signed char* key_cache, u16* key_scales, signed char* value_cache,
-                                       u16* value_scales) {
+// qkv [T][3 HIDDEN]를 머리별로 나누어 돌리고(rotary) cache에도 적는다. grid (T, HEADS), keys와 values: [HEADS][CONTEXT].
+extern "C" __global__ void split_heads(const u16* qkv, const float2* turns, const int* past, int tokens, u16* query,
+                                       u16* keys, u16* values, signed char* key_cache, u16* key_scales,
+                                       signed char* value_cache, u16* value_scales) {
     __shared__ float source[3 * HEAD_DIM];
-    int token = blockIdx.x, head = blockIdx.y, position = past + token;
+    int token = blockIdx.x, head = blockIdx.y, position = *past + token;
+    if (position >= CONTEXT) return;  // 조각의 길이를 맞추느라 채운 자리
     for (int i = threadIdx.x; i < 3 * HEAD_DIM; i += blockDim.x)
         source[i] = widen<BF16>(qkv[((size_t)token * HEADS + head) * 3 * HEAD_DIM + i]);
     __syncthreads();
     const float2* now = turns + (size_t)position * (ROTARY / 2);
     for (int d = threadIdx.x; d < HEAD_DIM; d += blockDim.x) {
         float key = rotate(source + HEAD_DIM, now, d), value = source[2 * HEAD_DIM + d];
-        size_t at = ((size_t)head * (past + tokens) + position) * HEAD_DIM + d;
-        size_t cached = ((size_t)head * CONTEXT + position) * HEAD_DIM + d;
+        size_t at = ((size_t)head * CONTEXT + position) * HEAD_DIM + d;
         query[((size_t)head * tokens + token) * HEAD_DIM + d] = narrow<BF16>(rotate(source, now, d));
         keys[at] = narrow<BF16>(key);
         values[at] = narrow<BF16>(value);
-        store_int8(key_cache, key_scales, cached, key);
-        store_int8(value_cache, value_scales, cached, value);
+        store_int8(key_cache, key_scales, at, key);
+        store_int8(value_cache, value_scales, at, value);
     }
 }
 
-// 앞 조각의 K, V를 cache에서 푼다. grid (past, HEADS).
+// 앞 조각들의 K, V를 cache에서 푼다. 아직 오지 않은 위치는 0으로 둔다. grid (CONTEXT, HEADS).
 extern "C" __global__ void read_cache(const signed char* key_cache, const u16* key_scales, const signed char* value_cache,
-                                      const u16* value_scales, u16* keys, u16* values, int total) {
+                                      const u16* value_scales, const int* past, u16* keys, u16* values) {
+    bool filled = blockIdx.x < *past;
     for (int d = threadIdx.x; d < HEAD_DIM; d += blockDim.x) {
-        size_t at = ((size_t)blockIdx.y * total + blockIdx.x) * HEAD_DIM + d;
-        size_t cached = ((size_t)blockIdx.y * CONTEXT + blockIdx.x) * HEAD_DIM + d;
-        keys[at] = narrow<BF16>(key_cache[cached] * widen<false>(key_scales[cached / GROUP]));
-        values[at] = narrow<BF16>(value_cache[cached] * widen<false>(value_scales[cached / GROUP]));
+        size_t at = ((size_t)blockIdx.y * CONTEXT + blockIdx.x) * HEAD_DIM + d;
+        keys[at] = filled ? narrow<BF16>(key_cache[at] * widen<false>(key_scales[at / GROUP])) : 0;
+        values[at] = filled ? narrow<BF16>(value_cache[at] * widen<false>(value_scales[at / GROUP])) : 0;
     }
 }
