@@ -100,7 +100,7 @@ def load(source, cache_dir: str | None, load_4bit: bool, load_8bit: bool, prompt
     """(모델을 올린 Answerer, 보여 줄 이름)."""
     from pathlib import Path
 
-    from utils import loader
+    from utils import loader, served
     from utils.answerer import Answerer
     from utils.decoder import Decoder
     from utils.precision import choose_precision
@@ -112,7 +112,11 @@ def load(source, cache_dir: str | None, load_4bit: bool, load_8bit: bool, prompt
     tokenizer = loader.load_tokenizer(source.base_model, cache_dir)
     end_id = loader.end_token_id(tokenizer)
     prompter = choose_prompter(source, prompt_template, tokenizer)
-    model = loader.load_base(source.base_model, device, quantize, cache_dir)
+    if quantize == "4bit" and not source.adapter and served.has_adapter(source.base_model):
+        cli.say("합친 모델이다. 어댑터를 뺀 가중치를 4비트로 올리고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않게 한다")
+        model = served.load_merged_4bit(source.base_model, device, cache_dir)
+    else:
+        model = loader.load_base(source.base_model, device, quantize, cache_dir)
     if source.adapter:
         model = loader.load_adapter(model, source.adapter)
     decoder = Decoder(model, tokenizer, end_id)

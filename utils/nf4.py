@@ -42,7 +42,8 @@ class NF4Rows:
     def _quantize(self, values: torch.Tensor):
         from bitsandbytes import functional as bnb
 
-        return bnb.quantize_4bit(values.to(self._dtype).float(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+        values = values.to(self._dtype).float()
+        return bnb.quantize_4bit(values, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
 
 
 def quantised_modules(config_folder) -> set[str]:

@@ -101,8 +101,9 @@ def judge(report: dict) -> None:
     """
     retained = report["retained"]
     if not (report["top1"] >= MIN_TOP1 and report["kl"] <= MAX_KL and (retained is None or retained >= MIN_RETAINED)):
-        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(report)} (기준: 같은 첫 토큰 {MIN_TOP1:.0%} 이상, "
-                         f"KL {MAX_KL:g} 이하, 남은 개선 {MIN_RETAINED:.0%} 이상). 디스크와 어댑터를 살피고 다시 합친다")
+        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(report)} (기준: 같은 첫 토큰 "
+                         f"{MIN_TOP1:.0%}, 남은 개선 {MIN_RETAINED:.0%} 이상, KL {MAX_KL:g} 이하). "
+                         "디스크와 어댑터를 살피고 다시 합친다")
 
 
 def describe(report: dict) -> str:

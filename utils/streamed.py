@@ -122,5 +122,6 @@ def _required(entry: TensorEntry | None, name: str) -> TensorEntry:
 def _small(folder: ModelFolder, name: str, device: torch.device) -> torch.Tensor:
     entry = _required(find_tensor(folder.tensors, name), name)
     if entry.end - entry.start > MAX_RESIDENT_BYTES:
-        raise UsageError(f"이 구조({folder.config['model_type']})는 검산할 줄 모른다({name}). --verify False로 건너뛴다")
+        kind = folder.config["model_type"]
+        raise UsageError(f"이 구조({kind})는 검산할 줄 모른다({name}). --verify False로 건너뛴다")
     return read_rows(entry, 0, entry.shape[0]).float().to(device)
