@@ -1,7 +1,7 @@
 """체크포인트 폴더를 끊겨도 온전하게 쓰고, 이어서 쓸 수 있는 것을 가려낸다.
 
-쓰는 순서: 임시 폴더에 모두 쓴다 -> 디스크에 내린다 -> 크기와 sha256을 manifest.json에 적는다 -> 다시 읽어 맞는지 본다 ->
-이름을 바꾼다 -> 오래된 것을 지운다. 어디서 끊겨도 `checkpoint-N`이라는 이름의 폴더는 온전하거나, 온전하지 않음이 드러난다.
+쓰는 순서: 임시 폴더에 모두 쓴다 -> 디스크에 내린다 -> 크기와 sha256을 manifest.json에 적는다 -> 다시 읽어 본다 ->
+이름을 바꾼다 -> 오래된 것을 지운다. 어디서 끊겨도 `checkpoint-N`은 온전하거나, 온전하지 않음이 드러난다.
 """
 
 import errno
@@ -11,16 +11,16 @@ import os
 import re
 import shutil
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 MANIFEST = "manifest.json"
 STAGING = ".tmp-"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RESUMABLE = (*ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+RESUMABLE = (*ADAPTER, "scheduler.pt", "trainer_state.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = ("No space left", "os error 28)", "os error 27)", "os error 112)", "os error 122)",
-              "PytorchStreamWriter failed", "file write failed")
+              "PytorchStreamWriter failed", "inline_container.cc", "file write failed")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -71,8 +71,8 @@ def read_manifest(folder: Path) -> dict | None:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not isinstance(manifest.get("run"), dict):
         return None
-    plain = all(isinstance(entry, dict) and Path(name).name == name for name, entry in files.items())
-    return manifest if plain else None
+    inside = all(isinstance(entry, dict) and _is_inside(name) for name, entry in files.items())
+    return manifest if inside else None
 
 
 def stage(final: Path) -> Path:
@@ -93,10 +93,10 @@ def seal(folder: Path, facts: dict) -> None:
         OSError: 쓴 것과 읽은 것이 다르다. 디스크가 찼거나 고장났다.
     """
     files = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != MANIFEST:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / MANIFEST:
             _flush(file)
-            files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+            files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     text = json.dumps({**facts, "files": files}, ensure_ascii=False, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _flush(folder / MANIFEST)
@@ -147,6 +147,11 @@ def sweep(output_dir: str | Path) -> None:
 def is_full_disk(error: BaseException) -> bool:
     """디스크가 차서 난 오류인지. torch와 safetensors는 errno 없이 글로만 알린다."""
     return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXT)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\:\0")
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 from utils import checkpoint, loader
 from utils.errors import UsageError
-from utils.rundir import KEEP, Run
+from utils.rundir import KEEP, Run, checkpoint_bytes
 from utils.trainer import LeanTrainer
 
 
@@ -25,7 +25,8 @@ class ResumableTrainer(LeanTrainer):
 
     def resume(self) -> None:
         """처음부터, 또는 실행의 체크포인트에서 이어서 학습한다."""
-        if self.run.checkpoint is not None:  # 메모리가 모자라 줄인 micro batch도 이어받아야 합의 순서가 같다
+        if self.run.checkpoint is not None and not self.sharded:
+            # 메모리가 모자라 줄인 micro batch도 이어받아야 더하는 순서가 같다
             self.rows = min(self.rows, checkpoint.read_manifest(self.run.checkpoint)["rows"])
         self.train(resume_from_checkpoint=str(self.run.checkpoint) if self.run.checkpoint else None)
 
@@ -46,7 +47,7 @@ class ResumableTrainer(LeanTrainer):
             self.state.best_model_checkpoint = str(self.run.folder / f"checkpoint-{self.state.best_global_step}")
         final = self.run.folder / f"checkpoint-{self.state.global_step}"
         staging = final.with_name(checkpoint.STAGING + final.name)
-        with self.run.saving():
+        with self.run.saving(checkpoint_bytes(self.get_num_trainable_parameters())):
             if self.args.should_save:
                 checkpoint.stage(final)
             self.accelerator.wait_for_everyone()
@@ -109,10 +110,11 @@ class ResumableTrainer(LeanTrainer):
         watched = loss if self.accelerator.scaler is not None else loss + norm
         if not torch.isfinite(watched):
             bad = "loss" if not torch.isfinite(loss) else "기울기"
-            cause = "기반 모델이나 데이터가 계산 범위를 넘었거나 학습률이 너무 높다" if bad == "loss" else "학습률이 너무 높다"
+            cause = "학습률이 너무 높다" if bad == "기울기" else "학습률이 너무 높거나 기반 모델이 계산 범위를 넘는다"
             last = checkpoint.newest_valid(self.run.folder)
             kept = f"마지막으로 온전한 것은 {last}이다" if last else "아직 저장한 체크포인트는 없다"
             raise UsageError(
-                f"step {self.state.global_step + 1}에서 {bad}가 NaN이나 inf가 되어, 가중치를 고치기 전에 멈추었다. 까닭: {cause}"
-                f"(지금 학습률 {self._get_learning_rate():.1e}). {kept}. --learning_rate를 낮추어 다른 --output_dir에서 시작한다")
+                f"step {self.state.global_step + 1}에서 {bad}가 NaN이나 inf가 되어, 가중치를 고치기 전에 멈추었다. "
+                f"까닭: {cause}(지금 학습률 {self._get_learning_rate():.1e}). {kept}. "
+                "--learning_rate를 낮추어 다른 --output_dir에서 시작한다")
         return norm

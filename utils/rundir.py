@@ -48,7 +48,7 @@ class Run:
     resume_command: str
 
     @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self, needed: int = OTHER_BYTES) -> Iterator[None]:
         """디스크가 차서 쓰지 못하면 임시 폴더를 지우고, 무엇이 모자라며 어떻게 이어 가는지 한 줄로 말한다."""
         try:
             yield
@@ -59,22 +59,29 @@ class Run:
             last = checkpoint.newest_valid(self.folder)
             kept = f"{last.name}은 온전하다" if last else "온전한 체크포인트는 아직 없다"
             free = shutil.disk_usage(self.folder).free
-            raise UsageError(f"디스크가 차서 쓰지 못했다: {self.folder}(남은 자리 {free / 1e6:,.0f} MB). {kept}. 자리를 비운 뒤 "
+            raise UsageError(f"디스크가 차서 쓰지 못했다: {self.folder}({needed / 1e6:,.0f} MB쯤 필요하고 "
+                             f"{free / 1e6:,.0f} MB 남았다). {kept}. 자리를 비운 뒤 "
                              f"이어 가는 명령: {self.resume_command}") from None
 
     def require_space(self, n_trainable: int) -> None:
         """체크포인트와 어댑터를 모두 담을 자리가 있는지 학습을 시작하기 전에 본다.
 
         Args:
-            n_trainable: 학습하는 fp32 매개변수의 수. 체크포인트 하나는 그 세 배(가중치, Adam의 두 모멘트)다.
+            n_trainable: 학습하는 매개변수의 수.
         """
-        adapter = 4 * n_trainable
-        needed = 3 * adapter * (KEEP + 2) + 2 * adapter + OTHER_BYTES  # 남길 것, 가장 좋은 것, 쓰는 중인 것
+        if not is_first_process():
+            return
+        needed = checkpoint_bytes(n_trainable) * (KEEP + 2) + OTHER_BYTES  # 남길 것, 가장 좋은 것, 쓰는 중인 것
         present = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(self.folder).free
         if free + present < needed:
             raise UsageError(f"디스크에 자리가 모자란다: {self.folder}에 {needed / 1e6:,.0f} MB가 필요한데 "
                              f"{free / 1e6:,.0f} MB 남았다. 자리를 비우거나 다른 디스크의 --output_dir를 적는다")
+
+
+def checkpoint_bytes(n_trainable: int) -> int:
+    """체크포인트 하나의 크기: fp32 가중치와 Adam의 두 모멘트, 그리고 토크나이저와 기록."""
+    return 12 * n_trainable + (5 << 20)
 
 
 @contextlib.contextmanager
@@ -126,11 +133,11 @@ def choose_checkpoint(settings: SimpleNamespace, facts: dict, say: Callable[[str
     chosen = _newest(folder, say) if asked is True else _named(folder, Path(asked))
     changed = differences(checkpoint.read_manifest(chosen)["run"], facts)
     if changed:
-        raise UsageError(f"조건이 바뀌어 {chosen}에서 이어 갈 수 없다. {' / '.join(changed)}. 같은 조건으로 다시 실행하거나 다른 "
-                         "--output_dir에서 새로 시작한다")
+        raise UsageError(f"조건이 바뀌어 {chosen}에서 이어 갈 수 없다. {' / '.join(changed)}. "
+                         "같은 조건으로 다시 실행하거나 다른 --output_dir에서 새로 시작한다")
     if is_finished(folder, facts):
-        raise UsageError(f"이미 끝난 실행이다. 어댑터: {folder}. 더 배우려면 --{EPOCHS}를 {facts[EPOCHS]['id']:g}보다 크게 "
-                         "적는다")
+        raise UsageError(f"이미 끝난 실행이다. 어댑터: {folder}. "
+                         f"더 배우려면 --{EPOCHS}를 {facts[EPOCHS]['id']:g}보다 크게 적는다")
     say(f"이어 가기: {chosen}")
     return chosen
 
@@ -140,10 +147,12 @@ def require_fresh(folder: Path) -> None:
     elsewhere = command({"resume_from_checkpoint": None, "output_dir": _unused(folder)})
     saved = checkpoint.checkpoints(folder)
     if (folder / checkpoint.ADAPTER[1]).exists() and ((folder / RUN_FILE).exists() or not saved):
-        raise UsageError(f"output_dir에 이미 어댑터가 있다: {folder}. 덮어쓰지 않는다. 다른 폴더에서 시작하는 명령: {elsewhere}")
+        raise UsageError(f"output_dir에 이미 어댑터가 있다: {folder}. 덮어쓰지 않는다. "
+                         f"다른 폴더에서 시작하는 명령: {elsewhere}")
     if saved:
-        raise UsageError(f"끝나지 않은 실행이 있다: {folder}({saved[-1].name}까지). 이어 가는 명령: "
-                         f"{command({'resume_from_checkpoint': 'True'})} / 다른 폴더에서 새로 시작하는 명령: {elsewhere}")
+        raise UsageError(f"끝나지 않은 실행이 있다: {folder}({saved[-1].name}까지). "
+                         f"이어 가는 명령: {command({'resume_from_checkpoint': 'True'})} / "
+                         f"다른 폴더에서 새로 시작하는 명령: {elsewhere}")
 
 
 def is_finished(folder: Path, facts: dict) -> bool:
