@@ -9,10 +9,11 @@ import torch
 
 from utils.errors import UsageError
 from utils.modelfolder import ModelFolder, TensorEntry, read_json, read_safetensors_header
-from utils.shards import DTYPES, read_rows
+from utils.shards import DTYPES, read_rows, row_spans
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_SAVED_BASE = ".base_layer.weight"  # 머리나 embedding을 배우면 PEFT는 기반 모델의 것도 함께 담는다
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # 값이 있으면 W + scale * B @ A 가 아니게 되는 설정들. 값은 아무 일도 하지 않는 기본값이다.
 _PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False, "modules_to_save": None,
@@ -76,6 +77,8 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
     file = adapter / WEIGHTS_FILE
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for entry in read_safetensors_header(file):
+        if entry.name.endswith(_SAVED_BASE):
+            continue
         match = _MATRIX.fullmatch(entry.name.removeprefix(_PREFIX))
         if match is None or len(entry.shape) != 2 or entry.dtype not in DTYPES:
             raise UsageError(f"{file}에 합칠 줄 모르는 tensor가 있다: {entry.name} {entry.dtype} {list(entry.shape)}")
@@ -98,7 +101,7 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
     return updates
 
 
-def match_base(updates: dict[str, Update], base: ModelFolder) -> dict[str, Update]:
+def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder) -> dict[str, Update]:
     """기반 모델의 tensor 이름 -> 갱신.
 
     Raises:
@@ -116,6 +119,11 @@ def match_base(updates: dict[str, Update], base: ModelFolder) -> dict[str, Updat
         if tied and any(part in module for part in ("embed", "lm_head", "wte")):
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
+    for saved in read_safetensors_header(adapter / WEIGHTS_FILE):
+        if saved.name.endswith(_SAVED_BASE):
+            entry = find_tensor(base.tensors, saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
+            if entry is None or not _same(saved, entry):
+                raise UsageError(f"어댑터에 든 {saved.name}이 기반 모델 {base.path}의 것과 다르다")
     return matched
 
 
@@ -125,6 +133,11 @@ def find_tensor(tensors: dict[str, TensorEntry], name: str) -> TensorEntry | Non
         if alias in tensors:
             return tensors[alias]
     return None
+
+
+def _same(one: TensorEntry, other: TensorEntry) -> bool:
+    return one.shape == other.shape and all(
+        torch.equal(read_rows(one, *span).float(), read_rows(other, *span).float()) for span in row_spans(one.shape))
 
 
 def _by_pattern(config: dict, field: str, module: str, otherwise: float) -> float:

@@ -77,7 +77,7 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     facts = (checkpoint.read_manifest(adapter) or {}).get("run", {})
     base = open_model_folder(find_base(base_model, config, facts, cache_dir))
     dtype = getattr(torch, str(facts.get("dtype", {}).get("shown", "float32")), torch.float32)
-    return Job(root, adapter, config, base, lora.match_base(updates, base), onto, dtype)
+    return Job(root, adapter, config, base, lora.match_base(updates, adapter, base), onto, dtype)
 
 
 def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> Path:
