@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +62,8 @@ def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule
 
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
+    return {"python": platform.python_version(), **{name: installed.get(name, "없음") for name in names}}
 
 
 def peak_ram_bytes() -> int:
