@@ -10,7 +10,8 @@ from utils.neox_prefill import Prefill
 from utils.neox_weights import ROWS, Weights
 from utils.sampling import Sampling
 
-SOURCES = ("decode_math.cu", "decode.cu", "decode_sample.cu", "decode_prefill.cu")
+SOURCES = ("decode_math.cu", "decode_product.cu", "decode_attention.cu", "decode.cu", "decode_sample.cu",
+           "decode_prefill.cu")
 KERNELS = ["project", "attend", "contract", "head", "choose", "dequantize", "both_norms", "split_heads", "read_cache"]
 WARPS = 16
 THREADS = WARPS * 32

@@ -1,0 +1,201 @@
+// 행렬과 벡터의 곱. 가중치를 한 번만, 끊기지 않게 읽고 텐서 코어로 더한다.
+
+#define ROWS 16          // 행렬의 행을 이만큼씩 묶어 텐서 코어 하나의 높이로 쓴다
+#define WIDE_K 64        // 16비트 가중치는 한 번에 64칸, NF4는 128칸(절댓값 블록 둘)을 읽는다
+#define NF4_K 128
+
+__constant__ float NF4_CODE[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// NF4 바이트 하나(가중치 둘)를 fp16 둘로 바꾸는 표. 레인마다 사본을 두어 은행 충돌이 없다. 32 KB.
+__device__ __forceinline__ void build_table(u32* table) {
+    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
+        u32 pair = narrow<false>(NF4_CODE[i >> 7]) | (u32)narrow<false>(NF4_CODE[i >> 3 & 15]) << 16;
+        ((uint4*)table)[i] = {pair, pair, pair, pair};
+    }
+}
+
+// 행렬 하나. 16비트 가중치면 weight만 쓴다. scale: 64칸마다의 절댓값(이중 양자화면 8비트), group: 그 절댓값의 절댓값.
+struct Matrix {
+    const u8* weight;
+    const void* scale;
+    const float* group;
+    float offset;
+};
+
+// 공유 메모리에 둔 것들. 활성값 [칸]은 위, 아래 절반으로 나누어 둔다(low가 없으면 위 절반뿐이다).
+struct Inputs {
+    const u16* high;
+    const u16* low;
+    const u32* table;
+    const float* code;
+};
+
+// 조각(행 16개 x STEP칸) 하나. 레인은 행 lane/4와 그 아래 여덟째 행의 16바이트씩을 맡는다.
+// 텐서 코어의 열 여덟 가운데 몇만 쓴다. 16비트 가중치에서는 열 0이 활성값의 위 절반, 열 1이 아래 절반이다.
+template <bool BF, int K> struct WidePiece {
+    enum { STEP = WIDE_K, ROW_BYTES = K * 2, STEP_BYTES = STEP * 2, QUADS = 2 };
+    uint4 top[2], low[2];
+
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        const u8* source = m.weight + at + (threadIdx.x & 3) * 16;
+        for (int u = 0; u < 2; u++) top[u] = load_weight(source + u * 64);
+        for (int u = 0; u < 2; u++) low[u] = load_weight(source + 8 * ROW_BYTES + u * 64);
+    }
+
+    __device__ __forceinline__ static void input(const Inputs& in, int segment, uint4 (&b)[QUADS]) {
+        int column = threadIdx.x >> 2 & 7;
+        const u16* source = (column ? in.low : in.high) + segment * STEP + (threadIdx.x & 3) * 8;
+        for (int u = 0; u < 2; u++) {
+            b[u] = {0, 0, 0, 0};
+            if (column < 2) b[u] = *(const uint4*)(source + u * 32);
+        }
+    }
+
+    __device__ __forceinline__ void add(const Matrix&, const Inputs&, const uint4 (&b)[QUADS], float& upper,
+                                        float& lower) {
+        float c[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int u = 0; u < 2; u++) {
+            mma<BF>(c, top[u].x, low[u].x, top[u].y, low[u].y, b[u].x, b[u].y);
+            mma<BF>(c, top[u].z, low[u].z, top[u].w, low[u].w, b[u].z, b[u].w);
+        }
+        upper += c[0] + c[1];
+        lower += c[2] + c[3];
+    }
+};
+
+template <int K> struct Nf4Piece {
+    enum { STEP = NF4_K, ROW_BYTES = K / 2, STEP_BYTES = STEP / 2, QUADS = 4 };
+    uint4 top, low;
+    float2 top_scale, low_scale;  // 이중 양자화면 x에 8비트 절댓값 둘, y에 그 묶음의 절댓값
+
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        const u8* source = m.weight + at + (threadIdx.x & 3) * 16;
+        top = load_weight(source);
+        low = load_weight(source + 8 * ROW_BYTES);
+#if DOUBLE_QUANT
+        const u8* scale = (const u8*)m.scale + (at >> 5);
+        top_scale = {__uint_as_float(__ldg((const u16*)scale)), __ldg(m.group + (at >> 13))};
+        low_scale = {__uint_as_float(__ldg((const u16*)(scale + ROW_BYTES / 4))),
+                     __ldg(m.group + (at + 8 * ROW_BYTES >> 13))};
+#else
+        const float2* scale = (const float2*)m.scale + (at >> 6);
+        top_scale = __ldg(scale);
+        low_scale = __ldg(scale + ROW_BYTES / 8);
+#endif
+    }
+
+    // 한 레인의 32칸은 절댓값 블록 하나에 든다. 블록마다 열을 달리하면(열 0, 1은 위 절반, 2, 3은 아래 절반) 블록별
+    // 합이 따로 나오므로 절댓값은 합에 한 번만 곱한다.
+    __device__ __forceinline__ static void input(const Inputs& in, int segment, uint4 (&b)[QUADS]) {
+        int column = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
+        bool mine = column < (in.low ? 4 : 2) && (column & 1) == quarter >> 1;
+        const u16* source = (column & 2 ? in.low : in.high) + segment * STEP + quarter * 32;
+        for (int q = 0; q < QUADS; q++) {
+            b[q] = {0, 0, 0, 0};
+            if (mine) b[q] = *(const uint4*)(source + q * 8);
+        }
+    }
+
+    __device__ __forceinline__ static float2 decode(float2 scale, const float* code, float offset) {
+#if DOUBLE_QUANT
+        u32 pair = __float_as_uint(scale.x);
+        return {code[pair & 255] * scale.y + offset, code[pair >> 8] * scale.y + offset};
+#else
+        return scale;
+#endif
+    }
+
+    __device__ __forceinline__ void add(const Matrix& m, const Inputs& in, const uint4 (&b)[QUADS], float& upper,
+                                        float& lower) {
+        u32 lane_bits = (threadIdx.x & 31) * 4;
+        u32 a[4] = {top.x, top.y, top.z, top.w}, d[4] = {low.x, low.y, low.z, low.w};
+        float c[2][4] = {};
+        #define PAIR(moved) (*(const u32*)((const char*)in.table + ((moved) & 0x7f80 | lane_bits)))
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {
+            mma<false>(c[0], PAIR(a[q] << 7), PAIR(d[q] << 7), PAIR(a[q] >> 1), PAIR(d[q] >> 1), b[q].x, b[q].y);
+            mma<false>(c[1], PAIR(a[q] >> 9), PAIR(d[q] >> 9), PAIR(a[q] >> 17), PAIR(d[q] >> 17), b[q].z, b[q].w);
+        }
+        #undef PAIR
+        float2 s = decode(top_scale, in.code, m.offset), z = decode(low_scale, in.code, m.offset);
+        upper += (c[0][0] + c[1][0]) * s.x + (c[0][1] + c[1][1]) * s.y;
+        lower += (c[0][2] + c[1][2]) * z.x + (c[0][3] + c[1][3]) * z.y;
+    }
+};
+
+#if NF4
+template <int K> using Piece = Nf4Piece<K>;
+#else
+template <int K> using Piece = WidePiece<BF16, K>;
+#endif
+
+// 조각의 수와 워프의 수의 최대공약수.
+__device__ constexpr int split_across(int segments, int warps = WARPS) {
+    return segments % warps == 0 ? warps : split_across(segments, warps / 2);
+}
+
+// 블록이 맡은 행 묶음(16행)들과 활성값의 곱. 워프 ACROSS개가 한 묶음의 칸을 나누어 맡고, 워프마다의 합을
+// partial[묶음][ACROSS][16]에 적는다. 도는 동안 블록의 동기화가 없어 읽기가 끊기지 않는다.
+template <class T, int K, int AHEAD> struct Product {
+    enum { SEGMENTS = K / T::STEP, ACROSS = split_across(SEGMENTS), PER = SEGMENTS / ACROSS, GROUPS = WARPS / ACROSS,
+           STATIC = AHEAD % PER == 0, HELD = STATIC && PER * T::QUADS <= 8, FLOATS = ACROSS * ROWS };
+    T pieces[AHEAD];
+    Matrix matrix;
+    u32 at;
+    int count, next;
+
+    __device__ __forceinline__ Product(Matrix matrix, int first_tile, int tiles) : matrix(matrix), next(0) {
+        int warp = threadIdx.x >> 5, group = warp / ACROSS;
+        count = tiles > group ? ((tiles - group - 1) / GROUPS + 1) * PER : 0;
+        at = ((first_tile + group) * ROWS + (threadIdx.x >> 2 & 7)) * T::ROW_BYTES + warp % ACROSS * PER * T::STEP_BYTES;
+    }
+
+    __device__ __forceinline__ void load(int d) {
+        pieces[d].load(matrix, at);
+        at += T::STEP_BYTES;
+        bool wrap = STATIC ? d % PER == PER - 1 : ++next == PER;
+        if (wrap) at += GROUPS * ROWS * T::ROW_BYTES - PER * T::STEP_BYTES, next = 0;
+    }
+
+    __device__ __forceinline__ void prime() {
+        #pragma unroll
+        for (int d = 0; d < AHEAD; d++)
+            if (d < count) load(d);
+    }
+
+    __device__ __forceinline__ void run(const Inputs& in, float* partial) {
+        int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = warp % ACROSS * PER, step = 0;
+        float upper = 0.f, lower = 0.f;
+        float* out = partial + (warp / ACROSS * ACROSS + warp % ACROSS) * ROWS + (lane >> 2);
+        uint4 held[HELD ? PER : 1][T::QUADS];
+        if (HELD)
+            #pragma unroll
+            for (int s = 0; s < PER; s++) T::input(in, first + s, held[s]);
+        for (int base = 0; base < count; base += AHEAD) {
+            #pragma unroll
+            for (int d = 0; d < AHEAD; d++) {
+                if (base + d >= count) break;
+                if (!HELD) T::input(in, first + (STATIC ? d % PER : step), held[0]);
+                pieces[d].add(matrix, in, held[HELD ? d % PER : 0], upper, lower);
+                if (base + d + AHEAD < count) load(d);
+                if (STATIC ? d % PER != PER - 1 : ++step != PER) continue;
+                step = 0;
+                upper += __shfl_xor_sync(~0u, upper, 1);
+                lower += __shfl_xor_sync(~0u, lower, 1);
+                if ((lane & 3) == 0) out[0] = upper, out[8] = lower;
+                out += GROUPS * ACROSS * ROWS;
+                upper = lower = 0.f;
+            }
+        }
+    }
+
+    __device__ __forceinline__ static float row(const float* partial, int row) {
+        float sum = 0.f;
+        #pragma unroll
+        for (int i = 0; i < ACROSS; i++) sum += partial[(row / ROWS * ACROSS + i) * ROWS + row % ROWS];
+        return sum;
+    }
+};
