@@ -88,6 +88,25 @@ def tiny_run(tiny_neox, tiny_data, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def talk_run(tiny_data, tmp_path_factory) -> Path:
+    """답이 몇 초 걸리는 무작위 모델과, 그 답을 바꾸는 어댑터의 실행 폴더."""
+    from serving import write_talk_run
+
+    folder = tmp_path_factory.mktemp("talk")
+    base = build_neox(folder / "base", layers=8, hidden=256, heads=4, context=1024)
+    return write_talk_run(folder, base, tiny_data)
+
+
+@pytest.fixture(scope="session")
+def talk_server(talk_run):
+    """API까지 연 페이지."""
+    from serving import serving
+
+    with serving("--peft_root", str(talk_run), "--run_dirs", f"{talk_run}", "--api", "True") as served:
+        yield served
+
+
 def load_script(name: str):
     """이름에 붙임표가 든 스크립트를 모듈로 읽는다."""
     import importlib.util
@@ -100,3 +119,11 @@ def load_script(name: str):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: CUDA GPU가 있어야 도는 테스트")
+    config.addinivalue_line("markers", "slow: 오래 걸려 `-m slow`로 청할 때만 도는 테스트")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="-m slow로 청할 때만 돈다"))

@@ -1,0 +1,133 @@
+"""OpenAI의 클라이언트가 그대로 쓰인다. 열쇠, 범위, 바쁨, 떠남도 OpenAI의 방식으로 알려진다."""
+
+import concurrent.futures
+import time
+
+import httpx
+import openai
+import pytest
+from serving import serving
+
+from utils.api import _before_stop
+
+
+@pytest.fixture(scope="module")
+def client(talk_server):
+    return openai.OpenAI(base_url=f"{talk_server.url}/v1", api_key="none", max_retries=0)
+
+
+QUESTION = [{"role": "user", "content": "딥러닝이 뭐야?"}]
+
+
+def ask(client, **extra):
+    return client.chat.completions.create(model="lite", messages=QUESTION, **{"max_tokens": 8, **extra})
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["run"]
+
+
+def test_chat_answers_and_counts(client):
+    done = ask(client, temperature=0)
+    choice = done.choices[0]
+    assert choice.message.content and choice.finish_reason in ("stop", "length")
+    assert 1 <= done.usage.completion_tokens <= 8
+    assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
+
+
+def test_stream_is_the_same_text(client):
+    whole = ask(client, temperature=0).choices[0].message.content
+    chunks = list(ask(client, temperature=0, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length") and chunks[-1].usage.completion_tokens >= 1
+
+
+def test_same_seed_same_answer(client):
+    first, second = (ask(client, temperature=1, seed=7).choices[0].message.content for _ in range(2))
+    assert first == second
+
+
+def test_completions_continue_text(client):
+    done = client.completions.create(model="lite", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
+    asked = client.chat.completions.create(model="lite", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
+                                           temperature=0)
+    assert done.choices[0].text == asked.choices[0].message.content
+    chunks = client.completions.create(model="lite", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
+                                       stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
+
+
+def test_stop_text_is_not_shown(client):
+    whole = ask(client, temperature=0).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:2]
+    done = ask(client, temperature=0, stop=[stop])
+    assert done.choices[0].message.content == whole[: whole.index(stop)] and done.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("extra", [{"temperature": 5}, {"top_p": 0}, {"max_tokens": 0}, {"max_tokens": 10**6},
+                                   {"n": 2}, {"seed": -1}, {"stop": ["a"] * 9}, {"extra_body": {"top_k": -1}}])
+def test_values_out_of_bounds(client, extra):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, **extra)
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": ""}], [{"role": "tool", "content": "x"}],
+                                      [{"role": "user", "content": "가" * 9000}], ["x"],
+                                      [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]])
+def test_bad_messages(client, messages):
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="lite", messages=messages)
+
+
+def test_broken_json_and_foreign_origin(talk_server):
+    url = f"{talk_server.url}/v1/chat/completions"
+    assert httpx.post(url, content=b"{").status_code == 400
+    assert httpx.post(url, content=b"[]").status_code == 400
+    assert httpx.post(url, json={"messages": QUESTION}, headers={"Origin": "https://evil.example"}).status_code == 403
+    assert httpx.post(url, json={"messages": QUESTION}, headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_full_line_is_429_in_korean_and_leaving_frees_it(client, talk_server):
+    with concurrent.futures.ThreadPoolExecutor(14) as pool:
+        streams = list(pool.map(lambda _: _try(client), range(14)))
+        refused = [error for error in streams if isinstance(error, openai.RateLimitError)]
+        assert refused and "바쁘다" in str(refused[0])
+        for stream in streams:
+            if not isinstance(stream, Exception):
+                stream.close()
+    began = time.monotonic()
+    while True:
+        try:
+            ask(client, max_tokens=2)
+            break
+        except openai.RateLimitError:
+            assert time.monotonic() - began < 20, "떠난 손님의 자리가 비지 않는다"
+            time.sleep(0.2)
+
+
+def _try(client):
+    try:
+        return ask(client, max_tokens=900, stream=True)
+    except openai.RateLimitError as error:
+        return error
+
+
+def test_password_is_the_api_key(talk_run):
+    with serving("--peft_root", str(talk_run), "--api", "True", "--auth", "나:비밀 암호", port=7980) as served:
+        key = "나:비밀 암호".encode().decode("latin-1")
+        url = f"{served.url}/v1/models"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert httpx.get(url, headers={b"Authorization": f"Bearer {key}".encode("latin-1")}).status_code == 200
+        assert httpx.get(f"{served.url}/config").status_code == 401
+        join = httpx.post(f"{served.url}/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "x"})
+        assert join.status_code == 401
+
+
+@pytest.mark.parametrize("text, stops, done, expected", [
+    ("가나다", [], False, ("가나다", False)), ("가나#", ["##"], False, ("가나", False)),
+    ("가나#", ["##"], True, ("가나#", False)), ("가##나", ["##"], False, ("가", True)),
+    ("가##나", ["나", "##"], False, ("가", True)), ("", ["#"], False, ("", False))])
+def test_stop_text_is_held_back_until_sure(text, stops, done, expected):
+    assert _before_stop(text, stops, done) == expected
