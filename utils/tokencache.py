@@ -1,5 +1,6 @@
 """토큰으로 바꾼 데이터를 디스크의 배열로 두고, 같은 데이터를 다시 쓸 때 그대로 연다."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,9 +26,10 @@ def open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
                 return None
         arrays = {name: np.memmap(folder / name, kind, "r") for name, kind in _FLAT.items()}
         arrays |= {name: np.fromfile(folder / name, kind) for name, kind in _PER_DOCUMENT.items()}
-        (folder / _META).touch()
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    with contextlib.suppress(OSError):  # 읽기만 되는 폴더의 캐시도 쓴다
+        (folder / _META).touch()
     return arrays, meta
 
 
