@@ -167,7 +167,8 @@ def finish(answerer, *answers) -> None:
 
 
 @pytest.mark.parametrize("text", ["변호사", "문장의 끝은 next", "### 1. 개요\n본문\n### 답변: 둘째", "昔々あるところに",
-                                  "ไม่มีช่องว่าง", "가\u200b나👨‍👩‍👧‍👦다", "  안쪽  공백  ", "```python\nx = {'a': 1}\n```"])
+                                  "ไม่มีช่องว่าง", "가\u200b나👨‍👩‍👧‍👦다", "  안쪽  공백  ",
+                                  "```python\nx = {'a': 1}\n```"])
 def test_whole_answers_arrive_syllable_by_syllable(make_answerer, text):
     tokens = make_answerer.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
     answerer = make_answerer(Scripted(tokens))

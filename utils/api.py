@@ -44,7 +44,8 @@ def routes(answerer: Answerer, model_name: str, auth: str | None) -> list[Route]
 
 async def _right_key(request: Request, auth: str | None) -> Response | None:
     """열쇠가 틀렸을 때의 응답. 맞으면 None이다."""
-    if auth is None or same_secret(request.headers.get("authorization", ""), f"Bearer {auth}"):
+    given = request.headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
+    if auth is None or same_secret(given, f"Bearer {auth}"):
         return None
     await asyncio.sleep(1)
     return _error(401, "api_key에 --auth로 정한 사용자:암호를 적는다", "authentication_error")

@@ -2,12 +2,15 @@
 
 import asyncio
 import hmac
+import io
 import ipaddress
 import math
 import socket
+import sys
 from collections.abc import Callable
 from urllib.parse import parse_qs, urlsplit
 
+from utils.cli import printable
 from utils.errors import UsageError
 from utils.sampling import Sampling
 
@@ -100,6 +103,25 @@ def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | float) or not 0 <= seed < 2**53):
         raise UsageError("seed는 0 이상 2^53 미만의 정수다")
     return Sampling(**numbers, seed=None if seed is None else int(seed))
+
+
+class CleanStream(io.TextIOBase):
+    """터미널을 조종하는 글자를 빼고 넘기는 콘솔."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def clean_console() -> None:
+    """낯선 사람이 보낸 글이 라이브러리의 오류에 섞여 나와도 콘솔을 조종하지 못하게 한다."""
+    sys.stdout, sys.stderr = CleanStream(sys.stdout), CleanStream(sys.stderr)
 
 
 class Guard:

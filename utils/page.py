@@ -71,8 +71,8 @@ def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr
                     base_output, base_status = _output("기반 모델의 답", "base-output", "base-status")
                 with gr.Column(min_width=280):
                     output, status = _output("Output (답)", "output", "status")
-            gr.Examples([list(example) for example in EXAMPLES], [instruction, input], label="예시 질문",
-                        elem_id="examples", api_visibility="private")
+            examples = gr.Dataset(components=[instruction, input], samples=[list(example) for example in EXAMPLES],
+                                  label="예시 질문", elem_id="examples", headers=["Instruction", "Input"])
         results_tabs(answerer, results)
         with gr.Tab("내 기록") as history:
             gr.Markdown("기록은 이 브라우저에만 남는다. 서버에도 디스크에도 쓰지 않는다.")
@@ -106,6 +106,8 @@ def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr
                            api_visibility="private")
             event.then(None, remembered, js="(...row) => lite.remember(...row)", api_visibility="private")
             events.append(event)
+        examples.click(lambda row: row, examples, [instruction, input], concurrency_limit=None,
+                       show_progress="hidden", api_visibility="private")
         stop.click(leave, concurrency_limit=None, show_progress="hidden", api_visibility="private")
         clear.click(clear_all, None, [instruction, input, *shown], cancels=events, concurrency_limit=None,
                     show_progress="hidden", api_visibility="private")
@@ -136,10 +138,19 @@ async def _talk(answerer: Answerer, models: Sequence[bool], values: Sequence, se
                describe(base, ahead) if both else "")
 
 
+class _Slider(gr.Slider):
+    """범위를 벗어난 값도 그대로 넘겨, Gradio의 영어 오류 대신 `guard`의 한국어 한 줄이 보이게 한다."""
+
+    is_template = True
+
+    def preprocess(self, payload: float) -> float:
+        return payload
+
+
 def _slider(label: str, name: str, step: float, value: float, most: float | None = None) -> gr.Slider:
     low, high, _ = guard.BOUNDS[name]
     high = high if most is None else min(high, most)
-    return gr.Slider(low, high, value=min(value, high), step=step, label=label, elem_id=name.replace("_", "-"))
+    return _Slider(low, high, value=min(value, high), step=step, label=label, elem_id=name.replace("_", "-"))
 
 
 def _output(label: str, output_id: str, status_id: str) -> tuple[gr.Textbox, gr.Textbox]:
@@ -175,6 +186,7 @@ def launch(page: gr.Blocks, answerer: Answerer, model_name: str, access: Access)
     Raises:
         UsageError: 포트가 없거나 공유 링크를 만들지 못했다.
     """
+    guard.clean_console()
     port = free_port(access.server_name, access.server_port)
     page.queue(max_size=64, default_concurrency_limit=1, api_open=False)
     middleware = Middleware(guard.Guard, server_name=access.server_name, share=access.share, api=access.api,
