@@ -16,14 +16,15 @@ from conftest import ROOT, load_script, run_script
 from utils import cli, machine, modelfolder, report
 
 DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md")),
-        *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
+        *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
 STAGES = {"finetune-lora.py": "train", "merge-lora.py": "merge", "generate.py": "serve",
           "ko-datasets/download-koalpaca.py": "download"}
 SYSTEM_COMMANDS = {"conda", "nvidia-smi", "wsl", "sudo", "source", "ln", "set", "export", "chcp", "git", "python3"}
 FENCE = re.compile(r"^```(?:sh|bat|powershell)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# 다른 도구(pip, torchrun, accelerate, hf)의 플래그
-FOREIGN_FLAGS = {"index-url", "local-dir", "nproc_per_node", "standalone", "nnodes", "node_rank", "rdzv_endpoint",
-                 "rdzv_backend", "cpu", "num_processes", "multi_gpu", "help"}
+# 글 속에 나오는 다른 도구(torchrun, accelerate, wsl)의 플래그
+FOREIGN_FLAGS = {"index_url", "nnodes", "node_rank", "rdzv_endpoint", "cpu", "num_processes", "update", "shutdown",
+                 "help"}
+
 
 
 def commands() -> list[tuple[str, str]]:
@@ -107,9 +108,30 @@ def test_flags_and_files_named_in_the_text_exist(document):
     text = document.read_text(encoding="utf-8")
     known = FOREIGN_FLAGS.union(*(inspect.signature(stage_of(script)[0]).parameters for script in STAGES))
     known |= {"output"} if "utils.report" in text else set()
-    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) <= known
+    prose = FENCE.sub("", text)
+    assert {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", prose)} - known == set()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert "://" in target or (document.parent / target).exists(), target
+
+
+def test_memory_table_is_what_the_planner_says():
+    sys.path.append(str(ROOT / "tests" / "bench"))
+    from standin import config_of
+
+    from utils import planner
+    from utils.errors import UsageError
+
+    rows = re.findall(r"^\| polyglot-ko-([\d.]+b) \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 4
+    for shape, cells in rows:
+        for card, cell in zip((6, 8, 12, 24), cells.split(" | "), strict=True):
+            try:
+                plan = planner.fit(config_of(shape), (card - 0.8) * 1e9, 1024, 16, None, 8, ("query_key_value",), 8)
+            except UsageError:
+                assert cell == "안 된다"
+                continue
+            assert float(cell.split(" GB")[0]) == pytest.approx(sum(plan.parts.values()) / 1e9, rel=0.1)
+            assert ("층" in cell) == bool(plan.recompute_layers)
 
 
 def test_readme_opens_with_one_sentence_and_two_commands():
