@@ -1,8 +1,5 @@
 """GPT-NeoX가 질문을 읽는 일을 맡는다: 질문 전체를 행렬 곱으로 지나며 KV cache를 채운다."""
 
-import os
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 
@@ -50,13 +47,12 @@ class Prefill:
         if key not in self._graphs:
             ids = torch.zeros(size, dtype=torch.long, device=self._weights.embedding.device)
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            with small_cublas_workspace():
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self._piece(ids)
-                stream.synchronize()
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                    x = self._piece(ids)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._piece(ids)
+            stream.synchronize()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                x = self._piece(ids)
             self._graphs[key] = graph, ids, x
         return self._graphs[key]
 
@@ -102,16 +98,3 @@ class Prefill:
                                         begin, columns, count)
             torch.addmm(bias[begin:end], x, part.t(), out=out[:, begin:end])
         return out
-
-
-@contextmanager
-def small_cublas_workspace():
-    """이 안에서 처음 쓰는 stream의 cuBLAS 작업 공간을 4 MiB로 한다. Hopper의 기본은 graph마다 32 MiB다."""
-    name = "CUBLAS_WORKSPACE_CONFIG"
-    before = os.environ.get(name)
-    os.environ[name] = before or ":4096:1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]

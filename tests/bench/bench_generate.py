@@ -1,6 +1,6 @@
 """답을 만드는 속도를 잰다: 흔한 방법(4비트 + 어댑터 + generate)과 이 도구를 한 번의 실행에서 번갈아.
 
-사용법: python tests/bench/bench_generate.py [--shapes 1.3b,5.8b]
+사용법: python tests/bench/bench_generate.py [1.3b,5.8b]
 사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다.
 """
 
@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import fire
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -83,7 +82,7 @@ def measure_generate(model) -> dict:
 
 def measure_decoder(model) -> dict:
     torch.cuda.empty_cache()
-    weights, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     decoder = Decoder(model, range(VOCAB), end_id=-1)
@@ -106,8 +105,7 @@ def measure_decoder(model) -> dict:
     list(decoder.stream(long, Sampling(0.0, 1.0, 0, ANSWER)))
     return result | {"long_first_token_ms": decoder.stats.first_token_seconds * 1000,
                      "long_tokens_per_second": decoder.stats.tokens_per_second,
-                     "peak_mb_over_weights": (torch.cuda.max_memory_allocated() - weights) / 1e6,
-                     "reserved_mb_over_weights": (torch.cuda.max_memory_reserved() - reserved) / 1e6}
+                     "peak_mb_over_weights": (torch.cuda.max_memory_allocated() - weights) / 1e6}
 
 
 def measure_4bit(shape: str) -> dict:
@@ -126,7 +124,7 @@ def measure_bf16(shape: str) -> dict:
 
 
 def main(shapes: str = "1.3b,5.8b") -> None:
-    names = shapes if isinstance(shapes, (tuple, list)) else str(shapes).split(",")
+    names = shapes.split(",")
     bandwidth, results = copy_bandwidth(), {}
     for shape in names:
         results[f"{shape} 4-bit + LoRA"] = measure_4bit(shape)
@@ -149,4 +147,4 @@ def main(shapes: str = "1.3b,5.8b") -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    main(*sys.argv[1:])
