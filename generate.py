@@ -3,7 +3,7 @@
 import time
 
 from utils import cli
-from utils.paths import BASE_DEMO, find_input, shown
+from utils.paths import find_input, shown
 
 
 def serve(
@@ -47,8 +47,11 @@ def serve(
         eval: 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 재어 표로 보여 준다. peft_root가 있어야 한다.
     """
     check_flags(server_name, server_port, share_gradio, auth, load_4bit and load_8bit, ask, eval, peft_root)
-    source = find_source(base_model, peft_root)
-    answerer, model_name = load(source, cache_dir, load_4bit, load_8bit, prompt_template)
+
+    from utils import talkmodel
+
+    source = talkmodel.find_source(base_model, peft_root, cli.say)
+    answerer = talkmodel.load_answerer(source, cache_dir, load_4bit, load_8bit, prompt_template, cli.say)
     if ask is not None:
         print_answer(answerer, ask, input)
     elif eval is not None:
@@ -57,7 +60,7 @@ def serve(
         from utils.page import Access
 
         results = find_results(source, run_dirs, answerer, cache_dir)
-        open_page(answerer, model_name, results, Access(server_name, server_port, share_gradio, auth, api))
+        open_page(answerer, source.name, results, Access(server_name, server_port, share_gradio, auth, api))
 
 
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
@@ -78,68 +81,6 @@ def check_flags(server_name: str, server_port: int, share: bool, auth: str | Non
     )
 
 
-def find_source(base_model: str | None, peft_root: str | None):
-    """쓸 기반 모델, 어댑터, 학습 폴더. 가중치를 올리기 전에 온전하고 안전한지 본다."""
-    from types import SimpleNamespace
-
-    from utils import loader
-    from utils.modelfolder import read_safetensors_header, require_base
-
-    adapter = None
-    if peft_root is not None:
-        adapter = loader.find_adapter(find_input(peft_root))
-        read_safetensors_header(adapter / loader.ADAPTER_FILES[1])
-        base_model = base_model or loader.read_adapter_config(adapter).get("base_model_name_or_path")
-        cli.say(f"어댑터: {shown(adapter)}")
-    base_model = find_input(base_model or str(BASE_DEMO))
-    require_base(base_model)
-    return SimpleNamespace(base_model=base_model, adapter=adapter, run_dir=peft_root and find_input(peft_root))
-
-
-def load(source, cache_dir: str | None, load_4bit: bool, load_8bit: bool, prompt_template: str | None):
-    """(모델을 올린 Answerer, 보여 줄 이름)."""
-    from pathlib import Path
-
-    from utils import loader, served
-    from utils.answerer import Answerer
-    from utils.decoder import Decoder
-    from utils.precision import choose_precision
-
-    device = loader.choose_device()
-    cli.say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
-    quantize, reason = choose_precision(source.base_model, device, load_4bit, load_8bit)
-    cli.say(f"가중치: {reason}")
-    tokenizer = loader.load_tokenizer(source.base_model, cache_dir)
-    end_id = loader.end_token_id(tokenizer)
-    prompter = choose_prompter(source, prompt_template, tokenizer)
-    if quantize == "4bit" and not source.adapter and served.has_adapter(source.base_model):
-        cli.say("합친 모델이다. 어댑터를 뺀 가중치를 4비트로 올리고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않게 한다")
-        model = served.load_merged_4bit(source.base_model, device, cache_dir)
-    else:
-        model = loader.load_base(source.base_model, device, quantize, cache_dir)
-    if source.adapter:
-        model = loader.load_adapter(model, source.adapter)
-    decoder = Decoder(model, tokenizer, end_id)
-    cli.say(f"계산: {decoder.path}")
-    answerer = Answerer(decoder, tokenizer, prompter, end_id, cli.say, can_compare=source.adapter is not None)
-    return answerer, Path(source.run_dir or source.base_model).name
-
-
-def choose_prompter(source, prompt_template: str | None, tokenizer):
-    """저장된 템플릿을 쓴다. 다른 것을 고르면 알린다."""
-    from utils import loader
-    from utils.prompter import make_prompter
-
-    info = loader.read_prompt_info(source.adapter or source.base_model)
-    prompter = make_prompter(prompt_template or (info.template if info else "default"), tokenizer)
-    if info and prompt_template and prompter.template != info.template:
-        cli.say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
-    if info and info.end_token_id != tokenizer.eos_token_id:
-        cli.say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 토크나이저의 것은 {tokenizer.eos_token_id}번이다")
-    cli.say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
-    return prompter
-
-
 def find_results(source, run_dirs: tuple[str, ...], answerer, cache_dir: str | None):
     """페이지에서 보여 줄 학습들과 검증 질문."""
     from pathlib import Path
@@ -148,7 +89,7 @@ def find_results(source, run_dirs: tuple[str, ...], answerer, cache_dir: str | N
     from utils.page_results import Results
 
     folders = [Path(find_input(folder)) for folder in run_dirs]
-    own = Path(source.run_dir) if source.run_dir else None
+    own = source.run_dir
     if own and (own / report.RUN_FILE).is_file() and own not in folders:
         folders.insert(0, own)
     runs = {shown(folder): report.read_run(folder) for folder in folders}

@@ -15,6 +15,7 @@ from utils.errors import UsageError
 from utils.page import free_port
 from utils.prompter import Prompter
 from utils.sampling import Sampling
+from utils.talkmodel import choose_prompter, find_source
 
 generate = load_script("generate.py")
 
@@ -82,25 +83,22 @@ def test_eval_prints_the_table(talk_run):
 class TestTemplate:
     """저장된 템플릿을 쓰고, 다른 것은 알린다."""
 
-    def source(self, talk_run, base):
-        return generate.find_source(None, str(talk_run))
-
     def test_stored_template_is_used(self, talk_run, base, capsys):
-        prompter = generate.choose_prompter(self.source(talk_run, base), None, loader.load_tokenizer(base))
+        prompter = choose_prompter(find_source(None, str(talk_run), print), None, loader.load_tokenizer(base), print)
         assert prompter.name == "default" and "주의" not in capsys.readouterr().out
 
     def test_another_template_is_a_warning(self, talk_run, base, capsys):
-        source = self.source(talk_run, base)
-        prompter = generate.choose_prompter(source, "instruction-output", loader.load_tokenizer(base))
+        source = find_source(None, str(talk_run), print)
+        prompter = choose_prompter(source, "instruction-output", loader.load_tokenizer(base), print)
         assert prompter.name != "default" and "주의" in capsys.readouterr().out
 
     def test_base_without_template_says_so(self, tiny_neox, capsys):
-        source = generate.find_source(str(tiny_neox), None)
-        generate.choose_prompter(source, None, loader.load_tokenizer(tiny_neox))
+        source = find_source(str(tiny_neox), None, print)
+        choose_prompter(source, None, loader.load_tokenizer(tiny_neox), print)
         assert "저장된 것이 없어" in capsys.readouterr().out
 
     def test_adapter_names_its_base(self, talk_run, base):
-        assert self.source(talk_run, base).base_model == base
+        assert find_source(None, str(talk_run), print).base_model == base
 
 
 def test_taken_port_gives_the_next_free_one():

@@ -293,3 +293,12 @@ def test_only_one_port_is_open_and_only_to_this_machine(talk_server):
 def test_console_stays_quiet_about_what_people_write(talk_server):
     text = "\n".join(talk_server.lines)
     assert "\x1b" not in text and "오래 답해 줘" not in text, text[-2000:]
+
+
+def test_many_visitors_with_a_third_leaving(talk_server):
+    """tests/bench/load_page.py의 짧은 판이다."""
+    from bench.load_page import load
+
+    result = load(talk_server, clients=20, seconds=8)
+    assert result["lost"] == 0 and result["busy"] > 0 and result["answered"] > 0 and result["left"] > 0, result
+    assert result["next_answer"] == "answered" and result["ram_grown_mb"] < 300, result

@@ -138,19 +138,13 @@ async def _talk(answerer: Answerer, models: Sequence[bool], values: Sequence, se
                describe(base, ahead) if both else "")
 
 
-class _Slider(gr.Slider):
-    """범위를 벗어난 값도 그대로 넘겨, Gradio의 영어 오류 대신 `guard`의 한국어 한 줄이 보이게 한다."""
-
-    is_template = True
-
-    def preprocess(self, payload: float) -> float:
-        return payload
-
-
 def _slider(label: str, name: str, step: float, value: float, most: float | None = None) -> gr.Slider:
     low, high, _ = guard.BOUNDS[name]
     high = high if most is None else min(high, most)
-    return _Slider(low, high, value=min(value, high), step=step, label=label, elem_id=name.replace("_", "-"))
+    slider = gr.Slider(low, high, value=min(value, high), step=step, label=label,
+                       elem_id=name.replace("_", "-"))
+    slider.preprocess = lambda sent: sent  # 범위는 guard가 본다. Gradio의 영어 오류 대신 한국어 한 줄이 보인다
+    return slider
 
 
 def _output(label: str, output_id: str, status_id: str) -> tuple[gr.Textbox, gr.Textbox]:
