@@ -143,12 +143,12 @@ def test_damaged_cache_is_made_again(tmp_path, encoder, name, damage):
 
 
 def test_bad_row_leaves_no_cache(tmp_path, encoder):
-    rows = [{"text": f"글 {number}"} for number in range(1300)]
+    rows = [{"text": f"글 {number}"} for number in range(5000)]
     path = write(tmp_path / "a.jsonl", [*rows, {"text": ""}])
-    with pytest.raises(UsageError, match="1301번째 행"):
+    with pytest.raises(UsageError, match="5001번째 행"):
         load(path, encoder)
     assert not list((tmp_path / "cache" / dataset.CACHE_FOLDER).iterdir())
-    assert len(load(path, encoder, skip_bad=True)) == 1300
+    assert len(load(path, encoder, skip_bad=True)) == 5000
 
 
 def test_cache_that_cannot_be_written_is_one_line(tmp_path, encoder):

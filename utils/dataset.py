@@ -3,7 +3,9 @@
 import bisect
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from utils.tokencache import CacheWriter, open_cache
 
 IGNORE = -100
 CACHE_FOLDER = "tokens"
-_BATCH = 512
+_BATCH = 2048
 
 
 class Encoder:
@@ -103,45 +105,55 @@ def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
 def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cache_dir: str | None,
                 on_row: Callable[[int], None] | None, skip_bad: bool) -> None:
     inspector, writer = datacheck.Inspector(prompter, data_path), CacheWriter(folder)
-    to_pieces, columns, batch, n_rows = None, (), [], 0
-
-    def flush() -> None:
-        encoded = encoder.encode_batch([pieces for _, pieces in batch])
-        writer.append({
-            "tokens": [token for ids, _ in encoded for token in ids],
-            "answer": [flag for _, is_answer in encoded for flag in is_answer],
-            "lengths": [len(ids) for ids, _ in encoded],
-            "digests": [content_digest(pieces) for _, pieces in batch],
-            "questions": [content_digest([(p, "" if p else a) for p, a in pieces]) for _, pieces in batch],
-            "numbers": [number for number, _ in batch],
-        })
-        batch.clear()
-        if on_row is not None:
-            on_row(n_rows)
-
+    numbered = _usable_rows(data_path, prompter, inspector, cache_dir, skip_bad)
     try:
-        for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
-            n_rows += 1
-            if to_pieces is None:
-                to_pieces, columns = rows.segmenter(set(row), prompter, data_path), rows.choose_columns(set(row))
-            try:
-                pieces = to_pieces(number, row)
-            except UsageError:
-                if not skip_bad:
-                    raise
-                inspector.unusable(number, row, columns)
-                continue
-            inspector.look(number, row, columns, pieces)
-            batch.append((number, pieces))
-            if len(batch) == _BATCH:
-                flush()
-        if batch:
-            flush()
+        for batch, encoded in _encode_ahead(numbered, encoder):
+            writer.append({
+                "tokens": [token for ids, _ in encoded for token in ids],
+                "answer": [flag for _, is_answer in encoded for flag in is_answer],
+                "lengths": [len(ids) for ids, _ in encoded],
+                "digests": [content_digest(pieces) for _, pieces in batch],
+                "questions": [content_digest([(p, "" if p else a) for p, a in pieces]) for _, pieces in batch],
+                "numbers": [number for number, _ in batch],
+            })
+            if on_row is not None:
+                on_row(inspector.n_rows)
         if not inspector.n_rows:
             raise UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
         writer.commit({"found": inspector.finish()})
     finally:
         writer.discard()
+
+
+def _usable_rows(data_path: str | Path, prompter, inspector: datacheck.Inspector, cache_dir: str | None,
+                 skip_bad: bool) -> Iterator[tuple[int, rows.Pieces]]:
+    """(행 번호, 조각)을 하나씩 준다. 지나가는 행을 `inspector`가 본다."""
+    to_pieces, columns = None, ()
+    for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
+        if to_pieces is None:
+            to_pieces, columns = rows.segmenter(set(row), prompter, data_path), rows.choose_columns(set(row))
+        try:
+            pieces = to_pieces(number, row)
+        except UsageError:
+            if not skip_bad:
+                raise
+            inspector.unusable(number, row, columns)
+            continue
+        inspector.look(number, row, columns, pieces)
+        yield number, pieces
+
+
+def _encode_ahead(numbered: Iterator[tuple[int, rows.Pieces]], encoder: Encoder) -> Iterator[tuple[list, list]]:
+    """(행들, 토큰들)을 한 묶음씩 준다. 묶음을 토큰으로 바꾸는 동안 다음 묶음을 읽는다."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        while batch := list(islice(numbered, _BATCH)):
+            submitted = batch, pool.submit(encoder.encode_batch, [pieces for _, pieces in batch])
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = submitted
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _sha256(*parts: str) -> str:
