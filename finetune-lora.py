@@ -3,6 +3,7 @@
 from utils import cli
 from utils.paths import BASE_DEMO, DATA_DEMO, find_input, shown
 
+MAX_BATCH = 1 << 16
 RETIRED = {
     "gpt2_datasets": "열 이름을 보고 형식을 스스로 안다.",
     "keep_linebreaks": "줄바꿈은 언제나 그대로 둔다.",
@@ -105,13 +106,13 @@ def train(
 def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값의 범위를 모두 본다."""
     batch, micro = flags["batch_size"], flags["micro_batch_size"]
-    divisors = [n for n in range(1, max(batch, 0) + 1) if batch % n == 0]
+    divisors = [n for n in range(1, min(max(batch, 0), MAX_BATCH) + 1) if batch % n == 0]
     below = max((n for n in divisors if n <= (micro or 1)), default=1)
     above = min((n for n in divisors if n >= (micro or 1)), default=max(batch, 1))
     cli.check(
         [
             (flags["num_train_epochs"] > 0, f"num_train_epochs는 0보다 커야 한다: {flags['num_train_epochs']}"),
-            (batch >= 1, f"batch_size는 1 이상이어야 한다: {batch}"),
+            (1 <= batch <= MAX_BATCH, f"batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {batch}"),
             (micro is None or (micro >= 1 and batch >= 1 and batch % micro == 0),
              f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
             (flags["learning_rate"] > 0, f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),

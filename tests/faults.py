@@ -148,7 +148,7 @@ def serve() -> None:
 
 
 def wait(child: int, seconds: float | None) -> int:
-    deadline = time.perf_counter() + (seconds if seconds is not None else 300)
+    deadline = time.perf_counter() + (seconds if seconds is not None else 1200)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

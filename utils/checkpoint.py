@@ -20,7 +20,7 @@ RESUMABLE = (*ADAPTER, "scheduler.pt", "trainer_state.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = ("No space left", "os error 28)", "os error 27)", "os error 112)", "os error 122)",
-              "PytorchStreamWriter failed", "inline_container.cc", "file write failed")
+              "PytorchStreamWriter failed", "inline_container.cc", "iostream error", "file write failed")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -63,12 +63,14 @@ def damage(folder: Path, required: tuple[str, ...] = RESUMABLE) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """manifest.json의 내용. 없거나 모양이 다르면 None이다."""
+    """manifest.json의 내용. 없거나, 한 글자라도 바뀌었거나, 모양이 다르면 None이다."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
+        return None
+    files = manifest.get("files")
     if not isinstance(files, dict) or not isinstance(manifest.get("run"), dict):
         return None
     inside = all(isinstance(entry, dict) and _is_inside(name) for name, entry in files.items())
@@ -97,7 +99,8 @@ def seal(folder: Path, facts: dict) -> None:
         if file.is_file() and file != folder / MANIFEST:
             _flush(file)
             files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    text = json.dumps({**facts, "files": files}, ensure_ascii=False, indent=2)
+    manifest = {**facts, "files": files}
+    text = json.dumps({**manifest, "seal": _seal(manifest)}, ensure_ascii=False, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _flush(folder / MANIFEST)
     found = damage(folder, required=())
@@ -147,6 +150,10 @@ def sweep(output_dir: str | Path) -> None:
 def is_full_disk(error: BaseException) -> bool:
     """디스크가 차서 난 오류인지. torch와 safetensors는 errno 없이 글로만 알린다."""
     return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXT)
+
+
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _is_inside(name: str) -> bool:

@@ -108,7 +108,7 @@ def read_json(path: Path, missing: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError:
         raise UsageError(missing) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}가 올바른 JSON이 아니다: {error}") from None
 
 
@@ -131,7 +131,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
             header = json.loads(stream.read(length))
     except OSError:
         raise UsageError(f"가중치 파일이 없다: {file}. 모델을 다시 받는다") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise broken from None
     if not isinstance(header, dict):
         raise broken
