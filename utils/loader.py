@@ -115,11 +115,19 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     }
     quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(base_model), dtype=device.dtype, quantization_config=quantization, device_map={"": "cpu" if is_sharded() else device.device},
-            cache_dir=cache_dir, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa")
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(base_model), dtype=device.dtype, quantization_config=quantization,
+            device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
+            trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise UsageError(f"config.json과 가중치의 모양이 맞지 않는다: {base_model}. 모델을 다시 받는다") from None
+    if loaded["missing_keys"]:
+        raise UsageError(f"config.json과 가중치가 맞지 않는다: {base_model}에 {sorted(loaded['missing_keys'])[0]}(모두 "
+                         f"{len(loaded['missing_keys'])}개)가 없다. 모델을 다시 받는다")
     keep_nf4_layout(model)
     _refuse_nan(model, base_model)
     return model
@@ -163,7 +171,8 @@ def find_adapter(peft_root: str | Path) -> Path:
         found = damage(root, ADAPTER_FILES) if (root / MANIFEST).exists() else None
         if found is None:
             return root
-        raise UsageError(f"어댑터가 손상되었다. {root}: {found}. 체크포인트가 남아 있으면 그 폴더를 --peft_root로 적는다")
+        raise UsageError(f"어댑터가 손상되었다. {root}: {found}. "
+                         "체크포인트가 남아 있으면 그 폴더를 --peft_root로 적는다")
     checkpoint = newest_valid(root)
     if checkpoint is not None:
         return checkpoint

@@ -110,11 +110,14 @@ class ResumableTrainer(LeanTrainer):
         watched = loss if self.accelerator.scaler is not None else loss + norm
         if not torch.isfinite(watched):
             bad = "loss" if not torch.isfinite(loss) else "기울기"
+            advice = "--learning_rate를 낮추어 다른 --output_dir에서 시작한다"
             cause = "학습률이 너무 높다" if bad == "기울기" else "학습률이 너무 높거나 기반 모델이 계산 범위를 넘는다"
+            if self.state.global_step == 0:  # 아직 아무것도 고치지 않았다
+                cause = "기반 모델의 가중치에 NaN이나 inf가 있거나 계산 범위를 넘는다"
+                advice = "기반 모델을 다시 받는다"
             last = checkpoint.newest_valid(self.run.folder)
             kept = f"마지막으로 온전한 것은 {last}이다" if last else "아직 저장한 체크포인트는 없다"
             raise UsageError(
                 f"step {self.state.global_step + 1}에서 {bad}가 NaN이나 inf가 되어, 가중치를 고치기 전에 멈추었다. "
-                f"까닭: {cause}(지금 학습률 {self._get_learning_rate():.1e}). {kept}. "
-                "--learning_rate를 낮추어 다른 --output_dir에서 시작한다")
+                f"까닭: {cause}(지금 학습률 {self._get_learning_rate():.1e}). {kept}. {advice}")
         return norm
