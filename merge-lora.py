@@ -1,7 +1,7 @@
 """LoRA 어댑터를 기반 모델에 합쳐 모델 폴더 하나로 만든다."""
 
 from utils import cli
-from utils.paths import shown
+from utils.paths import find_input, shown
 
 ONTO = ("original", "quantized")
 EXPORTS = (None, "gguf")
@@ -43,18 +43,18 @@ def merge(
         (export in EXPORTS, f"export에는 gguf를 적는다: {export}"),
         (gguf_type in GGUF_TYPES, f"gguf_type은 {', '.join(GGUF_TYPES)} 가운데 하나다: {gguf_type}"),
     ])
-    from utils import merger
+    from utils import gguf_export, merger
 
     max_bytes = merger.parse_size(max_shard_size)
-    job = merger.open_job(peft_root, base_model, cache_dir, merge_onto)
+    job = merger.open_job(find_input(peft_root), base_model, cache_dir, merge_onto)
+    if export:
+        gguf_export.require_exportable(job.base.config)
     merger.check_target(output_dir, job, job.base.n_bytes if export else 0)
     cli.say(f"어댑터: {shown(job.adapter)}  기반 모델: {shown(job.base.path)}  갱신할 행렬 {len(job.updates)}개")
     with merger.staged(output_dir) as folder:
         hashed = merger.write_model(folder, job, max_bytes, cli.say)
         proof = prove(job, folder) if verify else None
         if export:
-            from utils import gguf_export
-
             cli.say(f"GGUF: {gguf_export.write(folder, gguf_type)}")
         merger.finish(folder, job, hashed, proof)
     cli.say(f"합친 모델: {shown(output_dir)}")

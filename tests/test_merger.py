@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
     base = build_neox(folder / "polyglot-ko-tiny")
     data = write_rows(folder / "rows.json", 40)
     other = folder / "other.json"
-    text = "### 질문: {0}번 길은 어디로 가나?\n\n### 답변: {0}번 길은 바다로 갑니다. 산으로는 가지 않습니다.<|endoftext|>"
+    text = "### 질문: {0}번 길은 어디로 가나?\n\n### 답변: {0}번 길은 바다로 갑니다. 산으로는 안 갑니다.<|endoftext|>"
     other.write_text("\n".join(json.dumps({"text": text.format(i)}, ensure_ascii=False) for i in range(40)),
                      encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

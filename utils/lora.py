@@ -43,8 +43,8 @@ class Update:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """더할 값의 [start, stop) 행. PEFT의 `get_delta_weight`와 같은 차례로 계산한다."""
         if self.transposed:
-            return (self.b @ self.a[:, start:stop]).T * self.scale
-        return (self.b[start:stop] @ self.a) * self.scale
+            return (self.b @ self.a[:, start:stop]).mul_(self.scale).T
+        return (self.b[start:stop] @ self.a).mul_(self.scale)
 
 
 def read_config(adapter: Path) -> dict:

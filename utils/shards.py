@@ -23,7 +23,7 @@ class Planned:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[bytes | memoryview]]
+    chunks: Callable[[], Iterable[bytearray | memoryview]]
 
     @property
     def n_bytes(self) -> int:
@@ -50,7 +50,7 @@ class HashingFile:
         self._pool.shutdown()
         self._stream.close()
 
-    def write(self, chunk: bytes | memoryview) -> None:
+    def write(self, chunk: bytes | bytearray | memoryview) -> None:
         if self._pending is not None:
             self._pending.result()
         self._pending = self._pool.submit(self._digest.update, chunk)
@@ -64,14 +64,14 @@ class HashingFile:
         return {"size": self.size, "sha256": self._digest.hexdigest()}
 
 
-def raw_chunks(entry: TensorEntry) -> Iterator[bytes]:
+def raw_chunks(entry: TensorEntry) -> Iterator[bytearray]:
     """tensor의 바이트를 고치지 않고 조각으로 준다."""
     with entry.file.open("rb") as stream:
         stream.seek(entry.start)
         left = entry.end - entry.start
         while left:
-            chunk = stream.read(min(CHUNK_BYTES, left))
-            if not chunk:
+            chunk = bytearray(min(CHUNK_BYTES, left))
+            if stream.readinto(chunk) != len(chunk):
                 raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
             left -= len(chunk)
             yield chunk

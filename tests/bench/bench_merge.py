@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,9 +25,11 @@ from utils import shards  # noqa: E402
 
 IMPORTS = ("from utils import cli, merger; import torch; import transformers.models.auto.tokenization_auto;"
            "from transformers import AutoTokenizer; cli.say('')")
-RSS = ("import resource, runpy, sys; sys.path.insert(0, {root!r});"
+# ru_maxrss는 부모의 것을 물려받으므로 VmHWM을 읽는다
+RSS = ("import runpy, sys, time; sys.path.insert(0, {root!r});"
        "{body};"
-       "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+       "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'));"
+       "print('peak', int(peak.split()[1]) * 1024, time.process_time())")
 
 
 def main() -> None:
@@ -42,26 +45,33 @@ def main() -> None:
     write_base(base, options.shape)
     write_adapter(adapter, base)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    _, idle = measured(IMPORTS)
-    copies, merges, peaks = [], [], []
+    start_up, start_up_cpu, idle = measured(IMPORTS)
+    proof_idle = measured(f"{IMPORTS};from utils import proof; import datasets, accelerate, bitsandbytes.nn;"
+                          "from transformers import GPTNeoXForCausalLM")[2]
+    copies, copies_cpu, merges, merges_cpu, peaks = [], [], [], [], []
     for _ in range(options.repeats):
-        began = time.perf_counter()
+        began, used = time.perf_counter(), os.times()
         subprocess.run(["cp", "-r", str(base), str(folder / "copy")], check=True)
         copies.append(time.perf_counter() - began)
+        spent = os.times()
+        copies_cpu.append(spent.children_user + spent.children_system - used.children_user - used.children_system)
         shutil.rmtree(folder / "copy")
-        seconds, peak = measured(script(adapter, folder / "merged", options.max_shard_size, False))
+        seconds, cpu, peak = measured(script(adapter, folder / "merged", options.max_shard_size, False))
         merges.append(seconds)
+        merges_cpu.append(cpu)
         peaks.append(peak)
         shutil.rmtree(folder / "merged")
-    start_up = measured(IMPORTS)[0]
     report = {"shape": options.shape, "gigabytes": size / 1e9, "cores": os.cpu_count(), "load": os.getloadavg()[0],
-              "cp_seconds": copies, "merge_seconds": merges, "start_up_seconds": start_up,
+              "cp_seconds": copies, "cp_cpu_seconds": copies_cpu, "merge_seconds": merges,
+              "merge_cpu_seconds": merges_cpu, "start_up_seconds": start_up, "start_up_cpu_seconds": start_up_cpu,
               "ratio": statistics.median(merges) / statistics.median(copies),
               "ratio_without_start_up": (statistics.median(merges) - start_up) / statistics.median(copies),
-              "imports_rss_mb": idle / 1e6, "peak_rss_mb": max(peaks) / 1e6, "above_imports_mb": (max(peaks) - idle) / 1e6}
+              "imports_rss_mb": idle / 1e6, "peak_rss_mb": max(peaks) / 1e6,
+              "above_imports_mb": (max(peaks) - idle) / 1e6}
     if options.verify:
-        seconds, peak = measured(script(adapter, folder / "merged", options.max_shard_size, True))
-        report |= {"verified_seconds": seconds, "verified_peak_rss_mb": peak / 1e6}
+        seconds, cpu, peak = measured(script(adapter, folder / "merged", options.max_shard_size, True))
+        report |= {"verified_seconds": seconds, "verified_cpu_seconds": cpu, "verified_peak_rss_mb": peak / 1e6,
+                   "verified_imports_rss_mb": proof_idle / 1e6, "verified_above_mb": (peak - proof_idle) / 1e6}
     shutil.rmtree(folder)
     print(json.dumps(report))
 
@@ -72,15 +82,15 @@ def script(adapter: Path, merged: Path, size: str, verify: bool) -> str:
     return f"sys.argv = {flags!r}; runpy.run_path({str(ROOT / 'merge-lora.py')!r}, run_name='__main__')"
 
 
-def measured(body: str) -> tuple[float, int]:
-    """새 프로세스에서 실행한 (초, 가장 많이 쓴 RAM의 바이트)."""
+def measured(body: str) -> tuple[float, float, int]:
+    """새 프로세스에서 실행한 (초, 쓴 CPU의 초, 가장 많이 쓴 RAM의 바이트)."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", RSS.format(root=str(ROOT), body=body)], capture_output=True,
                           encoding="utf-8", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    print(done.stdout, file=sys.stderr)
-    return time.perf_counter() - began, int(done.stdout.split("peak ")[-1])
+    peak, cpu = done.stdout.split("peak ")[-1].split()
+    return time.perf_counter() - began, float(cpu), int(peak)
 
 
 def write_base(folder: Path, shape: str) -> None:
@@ -109,8 +119,7 @@ def write_base(folder: Path, shape: str) -> None:
     for name, parameter in parameters.items():
         name = name.replace("lm_head", "embed_out")
         one = "norm" in name and name.endswith("weight")
-        planned.append(shards.Planned(name, "F16", tuple(parameter.shape),
-                                      lambda count=parameter.numel(), one=one: chunks(count, one)))
+        planned.append(shards.Planned(name, "F16", tuple(parameter.shape), partial(chunks, parameter.numel(), one)))
     shards.write_model(folder, planned, 10**9, lambda line: None)
 
 
