@@ -73,7 +73,8 @@ def test_cross_site_requests_are_refused_but_a_link_opens():
     "/gradio_api/upload", "/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/proxy=http://a",
     "/gradio_api/call/answer", "/gradio_api/run/predict", "/gradio_api/component_server", "/docs", "/openapi.json",
     "/monitoring", "/gradio_api/dev/reload", "/gradio_api/vibe-edit", "/static/../../etc/passwd", "/assets/..\\x",
-    "/v1/models", "/gradio_api/mcp", "/svelte/x", "/gradio_api/runs", "/custom_component/1"])
+    "/v1/models", "/gradio_api/info", "/gradio_api/token", "/gradio_api/user", "/gradio_api/mcp", "/svelte/x",
+    "/gradio_api/runs", "/custom_component/1"])
 def test_unused_paths_do_not_exist(path):
     assert status(path) == 404
 

@@ -31,7 +31,7 @@ PAGE_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/
               "/login_check")
 PAGE_FOLDERS = ("/assets/", "/static/")
 QUEUE_PATHS = ("/queue/join", "/queue/data", "/cancel", "/reset", "/startup-events", "/theme.css", "/login_check",
-               "/app_id", "/user", "/token", "/info")
+               "/app_id")
 CONTENT_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
                   "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
                   "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'")
