@@ -110,10 +110,9 @@ class AutogradStep:
         uniform = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         self.explicit_mask = config._attn_implementation == "sdpa" and uniform and not getattr(
             config, "sliding_window", None)
+        self.recompute = False
         if recompute:
-            if hasattr(self.causal, "enable_input_require_grads"):
-                self.causal.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._enable_recompute()
         loss = "손실은 조각으로" if self.backbone is not None else "손실은 한 번에"
         self.path = f"자동미분({loss}; {reason})" if reason else f"자동미분({loss})"
 
@@ -151,6 +150,19 @@ class AutogradStep:
     def release(self) -> None:
         """미리 잡아 둔 메모리가 없다."""
 
+    def recompute_more(self) -> bool:
+        """backward에서 재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
+        if self.recompute:
+            return False
+        self._enable_recompute()
+        return True
+
+    def _enable_recompute(self) -> None:
+        self.recompute = True
+        if hasattr(self.causal, "enable_input_require_grads"):
+            self.causal.enable_input_require_grads()
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
 
 class CapturedStep:
     """micro-step을 CUDA graph로 찍어 되풀이한다. 찍을 수 없으면 그대로 실행하고 까닭을 `path`에 남긴다.
@@ -184,6 +196,9 @@ class CapturedStep:
 
     def evaluate(self, batch: dict) -> torch.Tensor:
         return self._run("evaluate", batch)
+
+    def recompute_more(self) -> bool:
+        return self.step.recompute_more()
 
     @property
     def captured(self) -> bool:

@@ -153,6 +153,13 @@ class NeoxStep:
                 pass
         return TorchOps(table)
 
+    def recompute_more(self) -> bool:
+        """재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
+        before, most = self.recompute_layers, len(self.layers) - 1
+        self.recompute_layers = min(most, before + max(1, len(self.layers) // 4))
+        self.release()
+        return before < most
+
     def release(self) -> None:
         """잡아 둔 메모리를 놓는다."""
         self._tokens = 0

@@ -10,11 +10,14 @@ from utils.errors import UsageError
 GB = 1e9
 MARGIN = 0.3 * GB  # 다른 프로그램이 조금 늘어나도 견디는 여유
 CONTEXT = 0.55 * GB  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
-WORKSPACE = 0.07 * GB  # cuBLAS의 작업 공간과 할당기가 쪼개지며 남는 양
+WORKSPACE = 0.06 * GB  # cuBLAS의 작업 공간
+FRAGMENTS = 0.02  # 할당기가 쪼개져 쓰지 못하고 남기는 비율
+SAFETY = 1.03  # 예측이 이만큼 모자라도 예산을 넘지 않게 한다
 TARGET_TOKENS = 1024  # micro-step의 토큰이 이보다 적으면 행렬 곱이 GPU를 채우지 못한다
+MOST_TOKENS = 4096  # 이보다 많으면 메모리만 늘고 거의 빨라지지 않는다
 LOSS_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수
 RANK_UNIT = 8
-SEGMENT = 2 << 20
+LARGE, SEGMENT = 10 << 20, 2 << 20  # 할당기는 10 MiB부터 2 MiB의 배수로 잡는다
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_b
     """카드에 들어가는 계획을 고른다.
 
     micro-step이 1,024토큰을 넘는 가장 작은 micro batch를, 되도록 재계산 없이 쓴다. 그보다 크면 메모리는 토큰에
-    비례해 늘지만 빨라지는 것은 조금뿐이다. 모자라면 재계산하는 층을 필요한 만큼만 늘리고, 그다음에 micro batch를
-    줄인다.
+    비례해 늘고 빨라지는 것은 조금이다. 모자라면 재계산하는 층을 필요한 만큼만 늘리고, 그다음에 micro batch를
+    줄인다. `vram_gb`를 적으면 그 안에서 재계산 없이 들어가는 가장 큰 micro batch(4,096토큰까지)를 쓴다.
 
     Args:
         device: `loader.Device`.
@@ -68,14 +71,16 @@ def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_b
         return MemoryPlan(micro_batch_size or 1)
     free, total = torch.cuda.mem_get_info(device.device)
     budget = min(free + CONTEXT - MARGIN, total) if vram_gb is None else vram_gb * GB
-    if sys.platform == "win32":  # 드라이버가 모자라는 VRAM을 말없이 RAM으로 메워 열 배 느려지는 일을 막는다
+    if vram_gb is not None or sys.platform == "win32":
+        # Windows의 드라이버는 모자라는 VRAM을 말없이 RAM으로 메워 열 배 느려진다
         torch.cuda.set_per_process_memory_fraction(min((budget - CONTEXT) / total, 1.0))
-    return fit(config, budget, cutoff_len, batch_size, micro_batch_size, lora_r, targets, max_documents)
+    return fit(config, budget, cutoff_len, batch_size, micro_batch_size, lora_r, targets, max_documents,
+               grow=vram_gb is not None)
 
 
 def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_batch_size: int | None, lora_r: int,
-        targets: tuple[str, ...], max_documents: int) -> MemoryPlan:
-    """`budget` 바이트에 들어가는 가장 빠른 계획. 규칙은 `make_plan`과 같다."""
+        targets: tuple[str, ...], max_documents: int, grow: bool = False) -> MemoryPlan:
+    """`budget` 바이트에 들어가는 계획. 규칙은 `make_plan`과 같고, `grow`는 상한을 직접 적었다는 뜻이다."""
     layers = config["num_hidden_layers"]
     fused = config["model_type"] == "gpt_neox" and tuple(targets) == ("query_key_value",)
 
@@ -84,11 +89,14 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
         return MemoryPlan(micro, recompute, parts, budget)
 
     def fits(plan: MemoryPlan) -> bool:
-        return sum(plan.parts.values()) <= budget
+        return plan.reserved * SAFETY + CONTEXT <= budget
 
     divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
     enough = next((size for size in divisors if size * cutoff_len >= TARGET_TOKENS), batch_size)
     micros = [micro_batch_size] if micro_batch_size else [size for size in reversed(divisors) if size <= enough]
+    if grow and not micro_batch_size:
+        larger = (size for size in reversed(divisors) if enough < size and size * cutoff_len <= MOST_TOKENS)
+        micros = [*(size for size in larger if fits(attempt(size, 0))), *micros]
     most = layers - 1 if fused else layers
     steps = range(most + 1) if fused else (0, layers)
     for micro in micros:
@@ -113,7 +121,7 @@ def predict(config: dict, block: int, micro: int, recompute: int, rank: int, max
     matrices = [3 * hidden * hidden, hidden * hidden, inner * hidden, inner * hidden]
     if not fused and config["model_type"] != "gpt_neox":
         matrices[2] *= 2  # 문이 달린 MLP는 행렬이 셋이다
-    quantized = sum(_segments(count * (0.5 + 1 / 64 + 4 / 64 / 256)) for count in matrices)
+    quantized = sum(_segments(count / 2) + count * (1 / 64 + 4 / 64 / 256) for count in matrices)
     table = 2 * vocab * hidden
     small = layers * 2 * (9 * hidden + inner + hidden * 4)
     one_table = config.get("tie_word_embeddings", False) or fused  # fused는 입력 embedding을 CPU 메모리에 둔다
@@ -128,16 +136,17 @@ def predict(config: dict, block: int, micro: int, recompute: int, rank: int, max
         scratch = 2 * max(inner * hidden, 3 * hidden * (hidden + padded), min(LOSS_CHUNK, tokens) * vocab)
         flash = 4 * (tokens + 128 * max_documents * micro) * hidden + 2 * 3 * tokens * hidden
         work = act + attended + 2 * tokens * (3 * hidden + padded + max(inner, 3 * hidden)) + scratch
-        parts["작업 공간"] = work + flash + WORKSPACE
+        parts["작업 공간"] = work + flash
     else:
         per_layer = 2 * tokens * (10 * hidden + 4 * inner)
         parts["저장하는 활성값"] = 2 * layers * tokens * hidden if recompute else layers * per_layer
-        parts["작업 공간"] = per_layer + 2 * max(matrices) + 2 * micro * block * block + WORKSPACE
+        parts["작업 공간"] = per_layer + 2 * max(matrices) + 2 * micro * block * block
     parts["손실"] = 4 * tokens * hidden + (0 if fused else 8 * min(LOSS_CHUNK, tokens) * vocab)
+    parts["작업 공간"] += FRAGMENTS * sum(parts.values()) + WORKSPACE
     parts["CUDA context"] = CONTEXT
     return parts
 
 
 def _segments(size: float) -> float:
-    """할당기가 큰 덩어리를 2 MB의 배수로 잡는 것을 셈한 크기."""
-    return -(-size // SEGMENT) * SEGMENT if size > SEGMENT else size
+    """할당기가 큰 덩어리를 2 MiB의 배수로 잡는 것을 셈한 크기."""
+    return -(-size // SEGMENT) * SEGMENT if size >= LARGE else size

@@ -140,7 +140,8 @@ class LeanTrainer(Trainer):
         if self.sharded:
             return
         self.gradients = GradientBuffer(model)
-        model.zero_grad = lambda set_to_none=True: self.gradients.flat.zero_()  # `.grad`의 주소를 지킨다
+        flat = self.gradients.flat
+        model.zero_grad = lambda set_to_none=True: flat.zero_()  # `.grad`의 주소를 지킨다
         self.accelerator.prepare_model = lambda model, **_: model  # DDP로 감싸지 않는다. 합은 step마다 한 번 낸다
         self.step = CapturedStep(self._choose_step(), args.device)
         self.rows = args.per_device_train_batch_size
@@ -216,7 +217,7 @@ class LeanTrainer(Trainer):
         return loss * self.args.world_size  # Trainer는 프로세스들의 평균을 적는다
 
     def _train_rows(self, batch: dict, factor: torch.Tensor) -> torch.Tensor:
-        """micro batch를 `self.rows` 블록씩 계산한다. 메모리가 모자라면 반으로 줄여 처음부터 다시 한다.
+        """micro batch를 `self.rows` 블록씩 계산한다. 메모리가 모자라면 덜 쓰는 길로 처음부터 다시 한다.
 
         Raises:
             UsageError: 블록 하나도 계산할 수 없다.
@@ -224,20 +225,25 @@ class LeanTrainer(Trainer):
         before = None if self.step.captured else self.gradients.flat.clone()
         while True:
             try:
-                parts = split_rows(batch, self.rows)
-                return sum(self.step.train({**part, "factor": factor}) for part in parts)
+                return sum(self.step.train({**part, "factor": factor}) for part in split_rows(batch, self.rows))
             except torch.OutOfMemoryError:
                 if before is None:
                     raise
-                reason = None if self.rows > 1 else batch["input_ids"].shape[1]
             self.step.release()
             self.gradients.flat.copy_(before)
-            if reason:
-                raise UsageError(f"메모리가 모자라 {reason} 토큰 블록 하나도 학습할 수 없다. "
-                                 f"--cutoff_len {reason // 2} 또는 더 작은 모델을 쓴다")
+            self._use_less_memory(batch["input_ids"].shape[1])
+
+    def _use_less_memory(self, block: int) -> None:
+        """micro batch를 반으로 줄이거나, 이미 한 블록이면 재계산하는 층을 늘린다. 결과는 변하지 않는다."""
+        if self.rows > 1:
             self.rows //= 2
-            self.say(f"메모리가 모자라 micro batch를 {self.rows}로 줄여 같은 batch를 다시 계산한다. "
-                     "effective batch는 그대로다")
+            how = f"micro batch를 {self.rows}로 줄여"
+        elif self.step.recompute_more():
+            how = "재계산하는 층을 늘려"
+        else:
+            raise UsageError(f"메모리가 모자라 {block}토큰 블록 하나도 학습할 수 없다. "
+                             f"--cutoff_len {block // 2} 또는 더 작은 모델을 쓴다")
+        self.say(f"메모리가 모자라 {how} 같은 batch를 다시 계산한다. effective batch는 그대로다")
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         if self.sharded:
