@@ -31,15 +31,28 @@ def build_model(kind: str, folder):
     return folder
 
 
+def write_data(kind: str, folder):
+    """llama는 질문과 답, qwen은 질문 없는 글, 나머지는 textonly 형식으로 배운다."""
+    if kind == "llama":
+        rows = [{"instruction": f"{n} 더하기 {n}은?", "output": f"{2 * n}입니다."} for n in range(12)]
+        text = json.dumps(rows, ensure_ascii=False)
+    elif kind == "qwen3":
+        text = "\n".join(json.dumps({"text": f"{n}은 수다."}, ensure_ascii=False) for n in range(12))
+    else:
+        return write_rows(folder / "rows.json", 12)
+    (folder / "rows.json").write_text(text, encoding="utf-8")
+    return folder / "rows.json"
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 def test_all_three_stages(kind, tmp_path):
     base = build_model(kind, tmp_path / kind)
-    data = write_rows(tmp_path / "rows.json", 12)
+    data = write_data(kind, tmp_path)
     run, merged = tmp_path / "run", tmp_path / "merged"
     template = "chat" if kind == "llama" else "default"
 
     trained = run_script("finetune-lora.py", "--base_model", str(base), "--data_path", str(data), "--output_dir",
-                         str(run), "--cutoff_len", "64", "--batch_size", "4", "--num_train_epochs", "1",
+                         str(run), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1",
                          "--val_set_size", "20", "--lora_target_modules", "auto", "--prompt_template", template)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))

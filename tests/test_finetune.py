@@ -83,7 +83,7 @@ def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
 
 def test_three_step_run_still_evaluates_and_saves():
     schedule = Schedule.from_blocks(n_blocks=3, batch_size=1, epochs=1)
-    assert (schedule.steps, schedule.warmup, schedule.interval) == (3, 1, 1)
+    assert (schedule.steps, schedule.warmup, schedule.interval) == (3, 0, 1)  # 워밍업의 첫 step은 학습률이 0이다
 
 
 def test_auto_targets_follow_the_architecture():

@@ -25,6 +25,7 @@ AUTO_TARGETS = {
     "falcon": ("query_key_value",),
     "phi3": ("qkv_proj",),
 }
+TRANSPOSED = ("gpt2", "openai-gpt")  # 가중치를 [in, out]으로 두는 구조(Conv1D)
 COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -58,7 +59,7 @@ class Schedule:
     @classmethod
     def from_blocks(cls, n_blocks: int, batch_size: int, epochs: float) -> "Schedule":
         steps = max(1, math.ceil(math.ceil(n_blocks / batch_size) * epochs))
-        return cls(steps, max(1, min(100, round(steps * 0.06))), max(1, steps // 10))
+        return cls(steps, min(100, round(steps * 0.06)), max(1, steps // 10))
 
 
 def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
@@ -191,7 +192,8 @@ def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], 
     torch.manual_seed(settings.seed)
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        target_modules=list(inputs.targets), task_type="CAUSAL_LM", base_model_name_or_path=str(settings.base_model)),
+        target_modules=list(inputs.targets), task_type="CAUSAL_LM",
+        fan_in_fan_out=inputs.config["model_type"] in TRANSPOSED, base_model_name_or_path=str(settings.base_model)),
         autocast_adapter_dtype=not loader.is_sharded())  # FSDP는 한 묶음의 dtype이 같아야 나눈다
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")

@@ -77,11 +77,16 @@ def peak_ram_bytes() -> int:
 
 
 def answer_samples(inputs: Inputs, model) -> list[dict]:
-    """검증 질문 다섯 개의 기준 답, 기반 모델의 답, 조정한 모델의 답. 탐욕적으로 고르므로 늘 같다."""
+    """검증 질문 다섯 개의 기준 답, 기반 모델의 답, 조정한 모델의 답. 탐욕적으로 고르므로 늘 같다.
+
+    질문 없이 글만 있는 행은 건너뛴다.
+    """
     samples, decoder = [], Decoder(model, inputs.tokenizer, inputs.end_id)
-    for member in inputs.held_out[:N_SAMPLES]:
+    for member in inputs.held_out:
         tokens, is_answer = inputs.documents.document(member)
         start = int(np.argmax(is_answer))
+        if not start or len(samples) == N_SAMPLES:
+            continue
         sample = {"question": inputs.tokenizer.decode(tokens[:start]),
                   "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}
         for name, tuned in (("base", False), ("tuned", True)):
