@@ -107,7 +107,7 @@ def count_documents(dataset) -> int:
         return 1
     if hasattr(dataset, "max_documents"):
         return dataset.max_documents
-    return max(int((block["position_ids"] == 0).sum()) for block in dataset)
+    return max(int((dataset[index]["position_ids"] == 0).sum()) for index in range(len(dataset)))
 
 
 class LeanTrainer(Trainer):
