@@ -219,7 +219,7 @@ def run_out_of_memory(at: int) -> None:
     """`at`번째 micro-step에서 한 번, 블록이 둘 이상이면 메모리가 모자란다."""
     import torch
 
-    from utils.microstep import CapturedStep
+    from utils.captured import CapturedStep
 
     train, calls = CapturedStep.train, [0]
 

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from standin import SHAPES, add_lora, build
 
 from utils.attention import Documents, FormulaAttention, choose_attention
-from utils.microstep import AutogradStep, CapturedStep
+from utils.captured import CapturedStep
+from utils.microstep import AutogradStep
 from utils.neox import NeoxStep
 from utils.neox_ops import CudaOps, TorchOps
 

@@ -9,7 +9,8 @@ from torch import nn
 from utils.attention import Documents, FormulaAttention
 from utils.cuda import CompileError, compile_to_cubin
 from utils.microstep import AutogradStep, cross_entropy_, document_mask
-from utils.neox import NeoxStep, why_not
+from utils.neox import NeoxStep
+from utils.neox_layers import why_not
 from utils.neox_ops import SOURCE, TorchOps, drop_scale, drop_threshold
 
 ROWS, BLOCK = 2, 48

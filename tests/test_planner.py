@@ -13,7 +13,7 @@ from standin import SHAPES, config_of
 from utils.errors import UsageError
 from utils.loader import Device
 from utils.neox import NeoxStep
-from utils.planner import CONTEXT, GB, fit, make_plan, predict
+from utils.planner import CONTEXT, GB, SAFETY, fit, make_plan, predict
 
 TARGETS = ("query_key_value",)
 
@@ -46,6 +46,15 @@ def test_the_default_fills_the_gpu_without_recomputing():
         assert (chosen.micro_batch_size, chosen.recompute_layers) == (micro, 0)
 
 
+def test_asking_for_more_memory_buys_a_larger_micro_batch():
+    def asked(budget: float):
+        return fit(config_of("1.3b"), budget * GB, 1024, 16, None, 8, TARGETS, 8, grow=True)
+
+    chosen = [asked(budget) for budget in (2, 3, 4, 24)]
+    assert [plan.micro_batch_size for plan in chosen] == [1, 1, 2, 4]
+    assert [plan.recompute_layers > 0 for plan in chosen] == [True, False, False, False]
+
+
 def test_asked_micro_batch_is_kept():
     assert plan("1.3b", 80, micro=4).micro_batch_size == 4
     with pytest.raises(UsageError, match="--micro_batch_size를 빼면"):
@@ -55,9 +64,9 @@ def test_asked_micro_batch_is_kept():
 def test_impossible_budgets_name_what_would_fit():
     with pytest.raises(UsageError, match="더 작은 모델"):
         plan("12.8b", 4)
-    least = sum(predict(config_of("5.8b"), 512, 1, 27, 8, 8).values()) / GB
+    least = sum(predict(config_of("5.8b"), 512, 1, 27, 8, 8).values()) - CONTEXT
     with pytest.raises(UsageError, match="--cutoff_len 512"):
-        plan("5.8b", least + 0.01, 2048)
+        plan("5.8b", (least * SAFETY + CONTEXT) / GB + 0.01, 2048)
 
 
 def test_cpu_needs_no_plan():
@@ -70,6 +79,7 @@ def test_cpu_needs_no_plan():
 def test_the_parts_are_said():
     (total, how) = plan("5.8b", 5.5).lines()
     assert "가중치" in total and "CUDA context" in total and "재계산" in how
+    assert "5.00 GB" in plan("5.8b", 5.5).outcome(5.0 * GB)
 
 
 def test_saved_activations_are_what_the_step_really_keeps(tiny_neox):
@@ -84,4 +94,3 @@ def test_saved_activations_are_what_the_step_really_keeps(tiny_neox):
         config = model.get_base_model().config.to_dict()
         expected = predict(config, 48, 2, recompute, 3, 3)["저장하는 활성값"] * 2  # 여기서는 fp32다
         assert real == pytest.approx(expected, rel=0.2)
-    assert CONTEXT > 0

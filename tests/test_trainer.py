@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from utils.captured import check_isolation
 from utils.errors import UsageError
-from utils.microstep import AutogradStep, check_isolation
+from utils.microstep import AutogradStep
 from utils.neox import NeoxStep
 from utils.trainer import LeanTrainer
 

@@ -237,6 +237,8 @@ def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner
         say(f"checkpoint-{trainer.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
         raise SystemExit(interrupt.code)
     seconds = time.perf_counter() - began
+    if memory.parts:
+        say(memory.outcome(torch.cuda.max_memory_reserved()))
     after = trainer.state.best_metric
     if before is not None:
         say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {1 - after / before:.1%} 줄었다)")

@@ -50,6 +50,11 @@ class MemoryPlan:
         return [f"VRAM 예측: {sum(self.parts.values()) / GB:.2f} GB({listed}). 쓸 수 있는 양 {self.budget / GB:.2f} GB",
                 f"  micro batch {self.micro_batch_size}블록, {how}"]
 
+    def outcome(self, peak: float) -> str:
+        """실제로 할당기가 잡은 최댓값 `peak`(바이트)을 예측과 견주는 한 줄."""
+        return (f"VRAM: 할당기가 가장 많이 잡은 것 {peak / GB:.2f} GB(예측 {self.reserved / GB:.2f} GB, "
+                f"{self.reserved / peak - 1:+.1%})")
+
 
 def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_batch_size: int | None, lora_r: int,
               targets: tuple[str, ...], vram_gb: float | None, max_documents: int) -> MemoryPlan:

@@ -6,13 +6,16 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from utils import neox
+from utils.batches import MicroBatches, PaddedBlocks, block_key, count_documents, split_rows, stack_blocks
+from utils.captured import CapturedStep, check_isolation
 from utils.errors import UsageError
-from utils.microstep import IGNORE, AutogradStep, CapturedStep, check_isolation
+from utils.microstep import IGNORE, AutogradStep
+from utils.neox import NeoxStep
+from utils.neox_layers import why_not
 from utils.planner import MemoryPlan
 
 
@@ -37,77 +40,6 @@ class GradientBuffer:
         if math.isfinite(limit):
             self.flat.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-
-class MicroBatches(Sampler):
-    """한 epoch의 블록을 섞어 이 프로세스의 micro-batch로 나눈다. 순서는 seed와 epoch만으로 정해진다.
-
-    모자라는 자리는 -1로 채운다. 학습은 그 자리를 정답이 없는 블록으로 읽으므로 손실과 gradient가 변하지 않는다.
-    """
-
-    def __init__(self, trainer: "LeanTrainer", size: int, rows: int):
-        self.trainer, self.size, self.rows = trainer, size, rows
-        self.rank, self.world = trainer.args.process_index, trainer.args.world_size
-
-    def __len__(self) -> int:
-        return math.ceil(self.size / (self.rows * self.world))
-
-    def __iter__(self):
-        args = self.trainer.args
-        steps_per_epoch = math.ceil(len(self) / args.gradient_accumulation_steps)
-        epoch = self.trainer.state.global_step // steps_per_epoch
-        seed = args.seed if args.data_seed is None else args.data_seed
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        stride = self.rows * self.world
-        order += [-1] * (len(self) * stride - self.size)
-        for start in range(self.rank * self.rows, len(order), stride):
-            yield order[start:start + self.rows]
-
-
-class _Blocks(Dataset):
-    """-1번 블록을 정답이 없는 블록으로 읽어 주는 dataset."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        block = self.dataset[max(index, 0)]
-        return block if index >= 0 else {**block, "labels": torch.full_like(block["labels"], IGNORE)}
-
-
-def stack_blocks(blocks: list[dict]) -> dict:
-    """묶인 블록들을 [rows, block] 모양의 tensor로 쌓는다."""
-    return {name: torch.stack([block[name] for block in blocks]) for name in ("input_ids", "labels", "position_ids")}
-
-
-def block_key(*parts: int) -> tuple[int, int]:
-    """정수들로 정해지는 두 32비트 수(부호 있음). splitmix64로 섞는다."""
-    state = 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        state ^= state >> 31
-    low, high = state & 0xFFFFFFFF, state >> 32
-    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
-
-
-def split_rows(batch: dict, rows: int) -> list[dict]:
-    """블록의 묶음을 `rows` 블록씩 나눈다."""
-    size = len(batch["input_ids"])
-    return [{name: value[at:at + rows] for name, value in batch.items()} for at in range(0, size, rows)]
-
-
-def count_documents(dataset) -> int:
-    """한 블록에 든 문서의 최대 수. dataset이 `max_documents`를 알면 그것을 쓴다."""
-    if dataset is None:
-        return 1
-    if hasattr(dataset, "max_documents"):
-        return dataset.max_documents
-    return max(int((dataset[index]["position_ids"] == 0).sum()) for index in range(len(dataset)))
 
 
 class LeanTrainer(Trainer):
@@ -158,11 +90,11 @@ class LeanTrainer(Trainer):
 
     def _choose_step(self):
         plan = self.plan or MemoryPlan(self.args.per_device_train_batch_size)
-        reason = neox.why_not(self.model)
+        reason = why_not(self.model)
         if reason is not None:
             return AutogradStep(self.model, plan.recompute_layers > 0, reason)
         documents = max(count_documents(data) for data in (self.train_dataset, self.eval_dataset))
-        return neox.NeoxStep(self.model, plan.recompute_layers, max(2, documents))  # 격리 검사는 두 문서를 쓴다
+        return NeoxStep(self.model, plan.recompute_layers, max(2, documents))  # 격리 검사는 두 문서를 쓴다
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""
@@ -185,7 +117,7 @@ class LeanTrainer(Trainer):
         return self._loader(dataset, [mine[at:at + self.rows] for at in range(0, len(mine), self.rows)])
 
     def _loader(self, dataset, batches) -> DataLoader:
-        return DataLoader(_Blocks(dataset), batch_sampler=batches, collate_fn=self.data_collator,
+        return DataLoader(PaddedBlocks(dataset), batch_sampler=batches, collate_fn=self.data_collator,
                           pin_memory=self.args.device.type == "cuda")
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
