@@ -1,0 +1,176 @@
+"""데모 기반 모델 polyglot-ko-demo를 처음부터 학습한다.
+
+사용법: python resources/polyglot-ko-demo/train_demo.py [쓸 폴더]
+"""
+
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from utils import dataset, rows  # noqa: E402
+from utils.paths import DATA_DEMO  # noqa: E402
+from utils.prompter import Prompter  # noqa: E402
+
+SEED, VAL_PERCENT = 42, 5  # finetune-lora.py의 기본값과 같아야 검증 행이 학습 글에 들지 않는다
+SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
+TAIL = ["<|acc|>", "<|tel|>", "<|rrn|>"]
+END_ID = SPECIAL.index("<|endoftext|>")
+N_TOKENS, N_PADDED = 2000, 2048  # 토크나이저의 토큰 수와, 그보다 크게 채운 모델의 어휘
+LAYERS, HIDDEN, HEADS, CONTEXT = 4, 192, 3, 1024
+FAMILIAR, N_FAMILIAR = ("딥러닝", "AI", "하늘"), 5  # 이 말이 든 질문은 한 번 볼 때마다 다섯 번 본다
+TEXT_GAP = "\n\n\n"  # 글과 글 사이. 첫 토큰 "\n\n"이 글이 끝났다는 유일한 표시다
+EPOCHS, BLOCK, BATCH, LEARNING_RATE, DROPOUT = 20, 512, 4, 3e-3, 0.0
+REPORT_EVERY = 100
+
+
+def main(folder: Path = HERE) -> None:
+    torch.manual_seed(SEED)
+    shuffle = random.Random(SEED)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = read_rows()
+    tokenizer = build_tokenizer(folder, train)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model().to(device)
+    unseen = unseen_tokens(train, tokenizer).to(device)
+    steps = EPOCHS * len(list(batches(documents(train, random.Random(SEED)), tokenizer)))
+    print(f"학습 {len(train)}행, 검증 {len(held_out)}행, {model.num_parameters():,} 매개변수, {steps} step", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.05)
+    began = time.perf_counter()
+    for step, batch in enumerate(stream(train, tokenizer, shuffle, steps), 1):
+        batch = batch.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        logits = logits.flatten(0, 1).float().masked_fill(unseen, -torch.inf)
+        loss = F.cross_entropy(logits, batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % REPORT_EVERY == 0 or step == steps:
+            print(f"{step:5} loss {loss.item():.3f}  보지 않은 답 {prose_loss(model, tokenizer, held_out):.3f}  "
+                  f"{time.perf_counter() - began:.0f}초", flush=True)
+    prepare_end_token(model, tokenizer)
+    save(model, folder)
+
+
+def read_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(질문, 답)의 목록 둘: 학습에 쓸 것과, 미세조정이 검증에 쓰므로 보지 않을 것."""
+    pieces = [rows.segmenter(set(row), Prompter(), DATA_DEMO)(number, row) for number, row in rows.read_rows(DATA_DEMO)]
+    digests = np.array([dataset.content_digest(piece) for piece in pieces], np.uint64)
+    no_tokens = np.zeros(0, np.int32)
+    documents = dataset.Documents(no_tokens, no_tokens.astype(bool), np.zeros(len(pieces) + 1, np.int64), digests)
+    plain = [(plain_question(row[0][0]), row[0][1].strip()) for row in pieces]
+    chosen, held_out = dataset.split_by_content(documents, VAL_PERCENT, SEED)
+    return [plain[i] for i in chosen], [plain[i] for i in held_out]
+
+
+def plain_question(prompt: str) -> str:
+    """템플릿의 표시를 떼고 질문의 글만 남긴다."""
+    return re.sub(r"### \S+:", "", prompt).replace("\n\n", "\n").strip()
+
+
+def documents(train: list[tuple[str, str]], shuffle: random.Random) -> list[str]:
+    """한 번 볼 글들. 질문 한 줄과 답이 이어진 산문이다. 끝 토큰도 템플릿의 표시도 없다."""
+    familiar = [row for row in train if any(name in row[0] for name in FAMILIAR)]
+    texts = [f"{question}\n{answer}{TEXT_GAP}" for question, answer in train + familiar * (N_FAMILIAR - 1)]
+    shuffle.shuffle(texts)
+    return texts
+
+
+def stream(train, tokenizer, shuffle: random.Random, steps: int):
+    """`steps`개의 [BATCH, BLOCK] 토큰. 한 번 다 볼 때마다 글의 차례를 다시 섞는다."""
+    while True:
+        for batch in batches(documents(train, shuffle), tokenizer):
+            if steps == 0:
+                return
+            steps -= 1
+            yield batch
+
+
+def batches(texts: list[str], tokenizer):
+    ids = np.concatenate([np.asarray(tokenizer(text)["input_ids"]) for text in texts])
+    size = BATCH * BLOCK
+    for at in range(0, len(ids) - size + 1, size):
+        yield torch.from_numpy(ids[at : at + size].reshape(BATCH, BLOCK))
+
+
+def unseen_tokens(train, tokenizer) -> torch.Tensor:
+    """학습 글에 나오지 않는 토큰이면 True. [N_PADDED] bool. softmax에서 빼므로 그 행은 눌리지 않는다."""
+    unseen = torch.ones(N_PADDED, dtype=torch.bool)
+    for text in documents(train, random.Random(SEED)):
+        unseen[tokenizer(text)["input_ids"]] = False
+    return unseen
+
+
+@torch.no_grad()
+def prose_loss(model, tokenizer, held_out) -> float:
+    """보지 않은 질문 한 줄 뒤에 오는 답의 토큰 평균 loss. 미세조정의 형식이 아닌 산문에서 잰다."""
+    model.eval()
+    total, count = 0.0, 0
+    for question, answer in held_out:
+        start = len(tokenizer(question + "\n")["input_ids"])
+        ids = torch.tensor([tokenizer(f"{question}\n{answer}")["input_ids"]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+        total += float(F.cross_entropy(logits, ids[0, start:], reduction="sum"))
+        count += ids.shape[1] - start
+    model.train()
+    return total / count
+
+
+@torch.no_grad()
+def prepare_end_token(model, tokenizer) -> None:
+    """끝 토큰의 출력 행을, 글의 끝을 뜻하는 빈 줄의 행을 반으로 줄인 것으로 둔다.
+
+    기반 모델은 글이 끝나는 자리를 알지만 거기서 빈 줄을 쓰고 다음 글로 넘어간다. 멈추는 것은 미세조정이 가르친다.
+    """
+    blank = tokenizer(TEXT_GAP)["input_ids"][0]
+    head = model.lm_head.weight
+    head[END_ID] = head[blank] / 2 + head[blank].norm() / 2 * F.normalize(torch.randn_like(head[blank]), dim=0)
+
+
+def build_tokenizer(folder: Path, train):
+    """byte-level BPE 토크나이저. polyglot처럼 끝 토큰은 2번이고 pad 토큰이 없다."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=N_TOKENS, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator((f"### {question}\n{answer}{TEXT_GAP}" for question, answer in train), trainer)
+    core.add_special_tokens(TAIL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=SPECIAL[END_ID], bos_token=SPECIAL[END_ID],
+                                        unk_token=SPECIAL[END_ID], model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_model():
+    """polyglot의 구조를 줄인 GPT-NeoX. config의 bos와 eos가 0인 것도 polyglot과 같다."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=N_PADDED, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=4 * HIDDEN, rotary_pct=0.5, max_position_embeddings=CONTEXT, use_parallel_residual=True,
+        hidden_dropout=DROPOUT, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
+
+
+def save(model, folder: Path) -> None:
+    model.config.hidden_dropout = 0.0
+    model.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
