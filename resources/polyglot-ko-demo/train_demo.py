@@ -130,13 +130,14 @@ def prose_loss(model, tokenizer, held_out) -> float:
 
 @torch.no_grad()
 def prepare_end_token(model, tokenizer) -> None:
-    """끝 토큰의 출력 행을, 글의 끝을 뜻하는 빈 줄의 행을 반으로 줄인 것으로 둔다.
+    """끝 토큰의 출력 행을, 글의 끝을 뜻하는 빈 줄의 행과 절반쯤 닮은 것으로 둔다.
 
     기반 모델은 글이 끝나는 자리를 알지만 거기서 빈 줄을 쓰고 다음 글로 넘어간다. 멈추는 것은 미세조정이 가르친다.
     """
-    blank = tokenizer(TEXT_GAP)["input_ids"][0]
     head = model.lm_head.weight
-    head[END_ID] = head[blank] / 2 + head[blank].norm() / 2 * F.normalize(torch.randn_like(head[blank]), dim=0)
+    blank = head[tokenizer(TEXT_GAP)["input_ids"][0]]
+    direction = F.normalize(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(SEED)), dim=0).to(head.device)
+    head[END_ID] = 0.75 * (blank + blank.norm() * direction)
 
 
 def build_tokenizer(folder: Path, train):
