@@ -174,3 +174,18 @@ def test_autograd_step_is_captured_too(model, batch):
     assert step.captured, step.path
 
 
+
+
+def test_training_gives_the_model_back_as_it_was(model, batch, tmp_path):
+    from transformers import TrainingArguments
+
+    from utils.trainer import LeanTrainer
+
+    blocks = [{name: batch[name][row].cpu() for name in ("input_ids", "labels", "position_ids")} for row in range(ROWS)]
+    settings = TrainingArguments(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=1, report_to=[],
+                                 save_strategy="no", bf16=half() is torch.bfloat16, fp16=half() is torch.float16)
+    trainer = LeanTrainer(model, settings, blocks, blocks)
+    trainer.train()
+    embedding = model.get_input_embeddings()
+    assert type(embedding) is torch.nn.Embedding and embedding.weight.is_cuda
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -10,7 +10,7 @@ from utils.attention import Documents, FormulaAttention
 from utils.cuda import CompileError, compile_to_cubin
 from utils.microstep import AutogradStep, cross_entropy_, document_mask
 from utils.neox import NeoxStep
-from utils.neox_layers import why_not
+from utils.neox_layers import HostEmbedding, restore_embedding, why_not
 from utils.neox_ops import SOURCE, TorchOps, drop_scale, drop_threshold
 
 ROWS, BLOCK = 2, 48
@@ -124,6 +124,17 @@ def test_masks_drop_the_asked_share_without_bias():
     assert float((scale == 0).float().mean()) == pytest.approx(0.05, abs=0.001)
     assert float(scale.mean()) == pytest.approx(1, abs=0.002)
     assert drop_threshold(0.0) == (0, 1.0)
+
+
+def test_embedding_on_the_host_gives_the_same_rows_and_comes_back(tiny_neox):
+    model, batch = make_model(tiny_neox), make_batch()
+    body = model.get_base_model().gpt_neox
+    wanted, before = float(NeoxStep(model, 0, 3).evaluate(batch)), body.embed_in.weight.clone()
+    body.embed_in = HostEmbedding(body.embed_in.weight)
+    assert float(NeoxStep(model, 0, 3).evaluate(batch)) == wanted
+    assert torch.equal(body.embed_in(batch["input_ids"]), before[batch["input_ids"]])
+    restore_embedding(model)
+    assert type(body.embed_in) is nn.Embedding and torch.equal(body.embed_in.weight, before)
 
 
 def test_documents_are_found_without_reading_values():

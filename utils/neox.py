@@ -49,7 +49,6 @@ class NeoxStep:
         self.dtype, self.device = self.head.dtype, self.head.device
         if self.device.type == "cuda" and not isinstance(self.body.embed_in, HostEmbedding):
             self.body.embed_in = HostEmbedding(self.body.embed_in.weight)
-        self.embedding = self.body.embed_in.weight.detach()
         self.layers = [Layer(index, layer, self.dtype) for index, layer in enumerate(self.body.layers)]
         self.hidden, self.heads, self.inner = (
             config.hidden_size, config.num_attention_heads, config.intermediate_size)
@@ -151,7 +150,7 @@ class NeoxStep:
 
     def _begin(self, batch: dict) -> Documents:
         self._prepare(batch["input_ids"].numel())
-        self.ops.embed(self.embedding, batch["input_ids"], self.x[0])
+        self.ops.embed(self.body.embed_in.weight.detach(), batch["input_ids"], self.x[0])
         return Documents.find(batch["position_ids"], self.max_documents * len(batch["position_ids"]))
 
     def _forward_layer(self, layer: Layer, documents: Documents, keys) -> None:

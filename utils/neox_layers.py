@@ -50,7 +50,8 @@ class HostEmbedding(nn.Module):
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.device = weight.device
-        self.table = weight.detach().cpu().pin_memory()
+        table = weight.detach().cpu()
+        self.table = table.pin_memory() if weight.is_cuda else table
 
     @property
     def weight(self) -> torch.Tensor:
@@ -58,6 +59,14 @@ class HostEmbedding(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.table[input_ids.cpu()].to(self.device)
+
+
+def restore_embedding(model: nn.Module) -> None:
+    """`HostEmbedding`을 GPU의 평범한 embedding으로 되돌린다. 학습 뒤의 답 만들기는 GPU에 있는 표를 읽는다."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "embed_in", None), HostEmbedding):
+            host = module.embed_in
+            module.embed_in = nn.Embedding.from_pretrained(host.table.to(host.device), freeze=True)
 
 
 class Layer:

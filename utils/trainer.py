@@ -15,7 +15,7 @@ from utils.captured import CapturedStep, check_isolation
 from utils.errors import UsageError
 from utils.microstep import IGNORE, AutogradStep
 from utils.neox import NeoxStep
-from utils.neox_layers import why_not
+from utils.neox_layers import restore_embedding, why_not
 from utils.planner import MemoryPlan
 
 
@@ -100,6 +100,15 @@ class LeanTrainer(Trainer):
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""
         keys = [block_key(self.args.seed, self.state.global_step, first + row) for row in range(rows)]
         return {"keys": torch.tensor(keys, dtype=torch.int32)}
+
+    def train(self, *args, **kwargs):
+        """학습하고, 끝나면 학습에 쓴 메모리를 놓고 모델을 평범한 모습으로 되돌린다."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if not self.sharded:
+                self.step.release()
+                restore_embedding(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.sharded:
