@@ -10,7 +10,8 @@ from utils.progress import MAX_LINES, ProgressCallback, clock, summary_lines, wi
 
 def play(steps: int) -> list[str]:
     """steps번 배우고 열 번에 한 번 검증하는 학습이 말한 줄들."""
-    said, state = [], SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
+    said, state = [], SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True,
+                                      log_history=[{}])
     callback = ProgressCallback(said.append, tokens_per_step=1000)
     callback.on_log(None, state, None, logs={"eval_loss": 9.0})
     callback.on_train_begin(None, state, None)

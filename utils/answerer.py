@@ -35,6 +35,7 @@ class Answer:
         finish_reason: 끝난 까닭. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
         error: 답을 만들지 못한 까닭.
         session: 물은 브라우저의 session_hash.
+        cleared: 사용자가 화면을 지웠다. 뒤늦은 글이 빈 화면에 다시 나타나지 않게 한다.
     """
 
     input_ids: list[int]
@@ -47,6 +48,7 @@ class Answer:
     finish_reason: str | None = None
     error: str = ""
     session: str = ""
+    cleared: bool = False
 
 
 class Answerer:
@@ -136,11 +138,12 @@ class Answerer:
                 return place
         return 0
 
-    def leave(self, session: str) -> None:
-        """브라우저가 멈춤을 눌렀거나 떠났다. 그가 물은 답을 모두 멈춘다."""
+    def leave(self, session: str, clear: bool = False) -> None:
+        """브라우저가 멈춤을 눌렀거나 떠났거나(`clear`면) 화면을 지웠다. 그가 물은 답을 모두 멈춘다."""
         for group in list(self._line):
             for answer in group:
                 if session and answer.session == session:
+                    answer.cleared = clear
                     answer.stop.set()
 
     async def follow(self, *answers: Answer) -> AsyncIterator[int]:

@@ -101,7 +101,7 @@ def seal(folder: Path, facts: dict) -> None:
             files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     manifest = {**facts, "files": files}
     text = json.dumps({**manifest, "seal": _seal(manifest)}, ensure_ascii=False, indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
     _flush(folder / MANIFEST)
     found = damage(folder, required=())
     if found:

@@ -97,7 +97,7 @@ def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr
             answerer.leave(request.session_hash)
 
         def clear_all(request: gr.Request):
-            answerer.leave(request.session_hash)
+            answerer.leave(request.session_hash, clear=True)
             return "", "", "", "", gr.update(visible=False), "", ""
 
         events = []
@@ -133,6 +133,8 @@ async def _talk(answerer: Answerer, models: Sequence[bool], values: Sequence, se
         return
     tuned, base = answers[-1], answers[0]
     async for ahead in answerer.follow(*answers):
+        if tuned.cleared:
+            return
         waits = describe(tuned, ahead) if tuned.ids or tuned.finish_reason or not both else "기반 모델이 먼저 답한다"
         yield (tuned.text, waits, gr.update(visible=both), base.text if both else "",
                describe(base, ahead) if both else "")
