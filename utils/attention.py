@@ -1,10 +1,11 @@
 """한 블록에 든 문서들이 서로를 보지 않는 인과 attention을 맡는다. 모양이 고정되어 CUDA graph로 찍을 수 있다.
 
-문서의 경계는 `Documents`가 tensor로 담는다. 구현은 셋이고 `choose_attention`이 실제로 돌려 보아 고른다:
-flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 Turing과 Windows에서도 돈다), torch 식(어디서나).
+문서의 경계는 `Documents`가 tensor로 담는다. 구현은 넷이고 `choose_attention`이 실제로 돌려 보아 고른다:
+flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 Turing과 Windows에서도 돈다), torch 식(어디서나), 그것을 문서마다(CPU).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -107,8 +108,38 @@ class FormulaAttention:
         return part.transpose(1, 2).flatten(0, 1)
 
 
+class DocumentAttention:
+    """문서를 하나씩 torch 식으로 계산한다. 문서 밖의 자리를 셈하지 않으므로 CPU에서 빠르다. 모양이 batch마다 다르다."""
+
+    name = "문서마다 torch 식"
+
+    def __init__(self):
+        self.formula = FormulaAttention()
+
+    def forward(self, q, k, v, documents: Documents):
+        out = torch.empty_like(q)
+        for span, alone in self._split(documents):
+            out[span], _ = self.formula.forward(q[span], k[span], v[span], alone)
+        return out, []
+
+    def backward(self, gradient, q, k, v, out, saved, documents: Documents):
+        gradients = [torch.empty_like(part) for part in (q, k, v)]
+        for span, alone in self._split(documents):
+            parts = self.formula.backward(gradient[span], q[span], k[span], v[span], None, [], alone)
+            for whole, part in zip(gradients, parts, strict=True):
+                whole[span] = part
+        return gradients
+
+    def _split(self, documents: Documents):
+        positions = documents.positions.flatten()
+        for start, end in pairwise(documents.offsets.unique_consecutive().tolist()):
+            yield slice(start, end), Documents(positions[None, start:end], documents.offsets)
+
+
 def choose_attention(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
     """이 장치에서 돌고 torch 식과 같은 답(forward와 backward)을 내는 가장 빠른 구현을 고른다."""
+    if device.type == "cpu":
+        return DocumentAttention()
     formula = FormulaAttention()
     if device.type != "cuda":
         return formula
