@@ -12,7 +12,7 @@ def serve(
     base_model: str | None = None,
     peft_root: str | None = None,
     cache_dir: str | None = None,
-    load_4bit: bool = False,
+    load_4bit: bool | None = None,
     load_8bit: bool = False,
     prompt_template: str | None = None,
     # 페이지
@@ -33,7 +33,7 @@ def serve(
         base_model: 모델 폴더나 hub id. 적지 않으면 어댑터가 이름 댄 모델, 어댑터도 없으면 함께 든 데모 모델이다.
         peft_root: finetune-lora.py의 output_dir. 적지 않으면 base_model만 쓴다.
         cache_dir: 받은 모델을 둘 폴더.
-        load_4bit: 가중치를 4비트(NF4)로 올린다. 둘 다 적지 않으면 남은 메모리를 보고 고른다.
+        load_4bit: 가중치를 4비트(NF4)로 올린다. 둘 다 적지 않으면 메모리에 들어가는 가장 빠른 것을 고른다.
         load_8bit: 가중치를 8비트로 올린다.
         prompt_template: 쓸 템플릿. 적지 않으면 어댑터나 모델에 저장된 것을 쓴다.
         server_name: 페이지를 열 주소. 127.0.0.1은 이 컴퓨터에서만, 0.0.0.0은 다른 컴퓨터에서도 들어온다(auth 필요).
@@ -46,7 +46,7 @@ def serve(
         input: ask의 {x} 자리에 넣을 글.
         eval: 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 재어 표로 보여 준다. peft_root가 있어야 한다.
     """
-    check_flags(server_name, server_port, share_gradio, auth, load_4bit and load_8bit, ask, eval, peft_root)
+    check_flags(server_name, server_port, share_gradio, auth, bool(load_4bit and load_8bit), ask, eval, peft_root)
 
     from utils import talkmodel
 

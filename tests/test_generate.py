@@ -6,13 +6,16 @@ import threading
 import time
 
 import pytest
+import torch
 from conftest import load_script, run_script
 
 from utils import cli, loader
 from utils.answerer import WAITING, Answer, Answerer, Busy, describe
 from utils.decoder import Decoder, Stats
 from utils.errors import UsageError
+from utils.loader import Device
 from utils.page import free_port
+from utils.precision import choose_precision
 from utils.prompter import Prompter
 from utils.sampling import Sampling
 from utils.talkmodel import choose_prompter, find_source
@@ -294,3 +297,11 @@ def test_many_threads_may_ask_at_once(make_answerer):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_without_a_flag_the_fastest_precision_is_chosen(tiny_neox):
+    gpu = Device(torch.device("cuda"), torch.bfloat16, "테스트")
+    cpu = Device(torch.device("cpu"), torch.float32, "테스트")
+    assert choose_precision(str(tiny_neox), gpu, None, False)[0] == "4bit"
+    assert choose_precision(str(tiny_neox), cpu, None, False)[0] is None
+    assert choose_precision(str(tiny_neox), cpu, True, False)[0] == "4bit"

@@ -49,8 +49,8 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
     return Source(base_model, adapter, run_dir)
 
 
-def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool, load_8bit: bool, prompt_template: str | None,
-                  say: Callable[[str], None]) -> Answerer:
+def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
+                  prompt_template: str | None, say: Callable[[str], None]) -> Answerer:
     """모델을 올린다. 고른 것과 까닭을 모두 알린다."""
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
