@@ -137,7 +137,8 @@ def test_memory_table_is_what_the_planner_says():
 def test_readme_opens_with_one_sentence_and_two_commands():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert lines[2].count("다.") == 1
-    assert lines[4:8] == ["```sh", "python -m pip install -r requirements.txt && python finetune-lora.py",
+    assert lines[4:8] == ["```sh", "python -m pip install -r requirements.txt && "
+                          "python finetune-lora.py --num_train_epochs 3 --batch_size 4",
                           "python -m pip install -r tests/requirements.txt && python -m pytest", "```"]
 
 

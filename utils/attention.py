@@ -1,7 +1,8 @@
 """한 블록에 든 문서들이 서로를 보지 않는 인과 attention을 맡는다. 모양이 고정되어 CUDA graph로 찍을 수 있다.
 
 문서의 경계는 `Documents`가 tensor로 담는다. 구현은 넷이고 `choose_attention`이 실제로 돌려 보아 고른다:
-flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 Turing과 Windows에서도 돈다), torch 식(어디서나), 그것을 문서마다(CPU).
+flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 Turing과 Windows에서도 돈다), torch 식(어디서나),
+그것을 문서마다 하는 것(CPU).
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,8 @@ from utils.modelfolder import open_model_folder
 SPARE = 0.6e9  # 가중치 말고 답을 만드는 데 드는 바이트: KV cache, 버퍼, CUDA context
 
 
-def choose_precision(base_model: str, device: Device, load_4bit: bool | None, load_8bit: bool) -> tuple[str | None, str]:
+def choose_precision(base_model: str, device: Device, load_4bit: bool | None,
+                     load_8bit: bool) -> tuple[str | None, str]:
     """(load_base에 줄 quantize, 고른 까닭). 플래그가 없으면 남은 메모리에 들어가는 가장 빠른 것을 고른다.
 
     GPU의 GPT-NeoX는 전용 커널이 NF4를 바로 읽어 4비트가 가장 빠르다(H100에서 1.3b: 1,390 대 797 토큰/초). 학습도
