@@ -1,6 +1,5 @@
 """KoAlpaca v1.1a를 받아(또는 이미 받은 파일을 읽어) textonly 형식으로 바꾼다."""
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -22,32 +21,24 @@ def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str 
         output: 쓸 파일. 다 쓴 뒤에야 이 이름으로 나타난다.
         cache_dir: 받은 원본을 둘 폴더.
     """
+    from utils.datafile import staged_file
     from utils.prompter import Prompter
     from utils.rows import END_TOKEN, read_rows, segmenter
 
     target, prompter, to_pieces, written, left_out = Path(output), Prompter(), None, 0, 0
-    staged = target.with_name(target.name + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8", newline="\n") as stream:
-            for number, row in read_rows(source, cache_dir):
-                to_pieces = to_pieces or segmenter(set(row), prompter, source)
-                try:
-                    pieces = to_pieces(number, row)
-                except UsageError:
-                    left_out += 1
-                    continue
-                text = "".join(prompt + answer + END_TOKEN for prompt, answer in pieces)
-                stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                written += 1
+    with staged_file(target, "쓰지 못했다") as stream:
+        for number, row in read_rows(source, cache_dir):
+            to_pieces = to_pieces or segmenter(set(row), prompter, source)
+            try:
+                pieces = to_pieces(number, row)
+            except UsageError:
+                left_out += 1
+                continue
+            text = "".join(prompt + answer + END_TOKEN for prompt, answer in pieces)
+            stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            written += 1
         if not written:
             raise UsageError(f"{source}에 쓸 수 있는 행이 하나도 없다")
-        staged.replace(target)
-    except OSError as error:
-        raise UsageError(f"쓰지 못했다: {target} ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
     cli.say(f"{written:,}행을 썼다: {target}" + (f" (글이 빈 {left_out:,}행은 뺐다)" if left_out else ""))
 
 

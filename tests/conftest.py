@@ -107,6 +107,18 @@ def talk_server(talk_run):
         yield served
 
 
+def refuse(capsys, stage, *flags: str, retired: dict | None = None) -> str:
+    """단계를 부르고, 종료 코드 2와 한 줄짜리 오류를 확인해 그 줄을 돌려준다."""
+    from utils import cli
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(stage, retired, list(flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("오류: ") and error.count("\n") == 1, error
+    return error
+
+
 def load_script(name: str):
     """이름에 붙임표가 든 스크립트를 모듈로 읽는다."""
     import importlib.util

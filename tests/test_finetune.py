@@ -2,23 +2,19 @@
 
 import json
 
+import conftest
 import pytest
 from conftest import load_script, run_script
 
-from utils import cli, loader
-from utils.finetune import Schedule, choose_targets
+from utils import loader
+from utils.finetune import Schedule
+from utils.targets import choose_targets
 
 finetune_lora = load_script("finetune-lora.py")
 
 
 def refuse(capsys, *flags: str) -> str:
-    """단계를 부르고, 종료 코드 2와 한 줄짜리 오류를 확인해 그 줄을 돌려준다."""
-    with pytest.raises(SystemExit) as stop:
-        cli.run(finetune_lora.train, finetune_lora.RETIRED, list(flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("오류: ") and error.count("\n") == 1, error
-    return error
+    return conftest.refuse(capsys, finetune_lora.train, *flags, retired=finetune_lora.RETIRED)
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -5,11 +5,12 @@ import socket
 import threading
 import time
 
+import conftest
 import pytest
 import torch
 from conftest import load_script, run_script
 
-from utils import cli, loader
+from utils import loader
 from utils.answerer import WAITING, Answer, Answerer, Busy, describe
 from utils.decoder import Decoder, Stats
 from utils.errors import UsageError
@@ -24,12 +25,7 @@ generate = load_script("generate.py")
 
 
 def refuse(capsys, *flags: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        cli.run(generate.serve, argv=list(flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.startswith("오류: ") and error.count("\n") == 1, error
-    return error
+    return conftest.refuse(capsys, generate.serve, *flags)
 
 
 @pytest.mark.parametrize("flags, named", [

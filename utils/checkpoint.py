@@ -57,7 +57,7 @@ def damage(folder: Path, required: tuple[str, ...] = RESUMABLE) -> str | None:
         size = file.stat().st_size
         if size != expected.get("size"):
             return f"{name}의 크기가 {size:,}바이트다(적힌 크기 {expected.get('size')}바이트)"
-        if _sha256(file) != expected.get("sha256"):
+        if file_sha256(file) != expected.get("sha256"):
             return f"{name}의 내용이 적힌 sha256과 다르다"
     return None
 
@@ -98,7 +98,7 @@ def seal(folder: Path, facts: dict) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file != folder / MANIFEST:
             _flush(file)
-            files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+            files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
     manifest = {**facts, "files": files}
     text = json.dumps({**manifest, "seal": _seal(manifest)}, ensure_ascii=False, indent=2)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -176,6 +176,6 @@ def _flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,9 +1,11 @@
 """데이터 파일 하나를 글자와 행으로 푼다. 파일이 아무리 커도 한 번에 한 행만 메모리에 둔다."""
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +206,26 @@ def _may_continue(error: Exception, end: int, start: int) -> bool:
 
 def _reason(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, failed: str) -> Iterator[TextIO]:
+    """글을 임시 이름에 쓰고, 블록이 무사히 끝나면 `target`의 이름을 준다. 도중에 끝나면 아무것도 남기지 않는다.
+
+    Raises:
+        UsageError: 쓰지 못했다. `failed`는 그때 할 말의 앞부분이다.
+    """
+    staged = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        staged.replace(target)
+    except OSError as error:
+        raise UsageError(f"{failed}: {target} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,15 +1,13 @@
 """데이터 검사의 긴 보고와, 고쳐 쓴 파일을 맡는다. 입력 파일은 건드리지 않는다."""
 
-import contextlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 from utils import datacheck, dataset, rows
-from utils.datafile import END_TOKEN
+from utils.datafile import END_TOKEN, staged_file
 from utils.errors import UsageError
 from utils.finetune import read_data
 
@@ -66,40 +64,31 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
         UsageError: 남는 행이 없거나 파일을 쓸 수 없다.
     """
     check_target(source, target)
-    staged = Path(f"{target}.{os.getpid()}.part")
     counts, seen, to_pieces, columns = {"written": 0, "changed": 0, "dropped": 0}, set(), None, ()
 
     def drop(number: int, reason: str) -> None:
         counts["dropped"] += 1
 
-    try:
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8", newline="\n") as stream:
-            for number, row in rows.read_rows(source, cache_dir, drop):
-                if to_pieces is None:
-                    to_pieces, columns = rows.segmenter(set(row), prompter, source), rows.choose_columns(set(row))
-                fixed = fix_row(row, columns, prompter)
-                try:
-                    pieces = to_pieces(number, fixed)
-                except UsageError as error:
-                    drop(number, str(error))
-                    continue
-                digest = dataset.content_digest(pieces)
-                if digest in seen or "placeholder" in datacheck.row_faults([], pieces, 0):
-                    drop(number, "")
-                    continue
-                seen.add(digest)
-                counts["written"] += 1
-                counts["changed"] += fixed != row
-                stream.write(json.dumps(fixed, ensure_ascii=False, default=str) + "\n")
+    with staged_file(Path(target), "고친 파일을 쓰지 못했다") as stream:
+        for number, row in rows.read_rows(source, cache_dir, drop):
+            if to_pieces is None:
+                to_pieces, columns = rows.segmenter(set(row), prompter, source), rows.choose_columns(set(row))
+            fixed = fix_row(row, columns, prompter)
+            try:
+                pieces = to_pieces(number, fixed)
+            except UsageError as error:
+                drop(number, str(error))
+                continue
+            digest = dataset.content_digest(pieces)
+            if digest in seen or "placeholder" in datacheck.row_faults([], pieces, 0):
+                drop(number, "")
+                continue
+            seen.add(digest)
+            counts["written"] += 1
+            counts["changed"] += fixed != row
+            stream.write(json.dumps(fixed, ensure_ascii=False, default=str) + "\n")
         if not counts["written"]:
             raise UsageError(f"{source}에 쓸 수 있는 행이 하나도 없어 고친 파일을 쓰지 않았다")
-        staged.replace(target)
-    except OSError as error:
-        raise UsageError(f"고친 파일을 쓰지 못했다: {target} ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
     return Repaired(**counts)
 
 

@@ -17,16 +17,7 @@ from utils.modelfolder import require_base
 from utils.prompter import CHAT, make_prompter
 from utils.rows import require_data
 from utils.rundir import Run
-
-AUTO_TARGETS = {
-    "gpt_neox": ("query_key_value",),
-    "gpt2": ("c_attn",),
-    "bloom": ("query_key_value",),
-    "falcon": ("query_key_value",),
-    "phi3": ("qkv_proj",),
-}
-TRANSPOSED = ("gpt2", "openai-gpt")  # 가중치를 [in, out]으로 두는 구조(Conv1D)
-COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+from utils.targets import TRANSPOSED, choose_targets
 
 
 @dataclass
@@ -121,14 +112,6 @@ def check_block_fits(cutoff_len: int, config: dict) -> None:
     limit = config.get("max_position_embeddings") or config.get("n_positions")
     if limit and cutoff_len > limit:
         raise UsageError(f"cutoff_len {cutoff_len}이 모델의 문맥 {limit}보다 길다. --cutoff_len {limit} 이하로 적는다")
-
-
-def choose_targets(asked: tuple[str, ...], config: dict) -> tuple[str, ...]:
-    """`auto`면 구조의 attention 층을 고른다. 기본값도 GPT-NeoX가 아니면 auto와 같다."""
-    kind = config["model_type"]
-    if asked == ("auto",) or (asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon")):
-        return AUTO_TARGETS.get(kind, COMMON_TARGETS)
-    return asked
 
 
 def n_processes() -> int:

@@ -67,7 +67,7 @@ def required_versions() -> dict[str, str]:
 def look_quick() -> Quick:
     """torch를 불러오지 않고 본다. NVIDIA 카드는 torch가 CPU용일 때만 묻는다."""
     torch_cuda = _torch_build()
-    return Quick(versions={name: _version(name) for name in required_versions()}, torch_cuda=torch_cuda,
+    return Quick(versions={name: installed_version(name) for name in required_versions()}, torch_cuda=torch_cuda,
                  nvidia="" if torch_cuda else ask_nvidia_smi(), free_disk_gb=shutil.disk_usage(ROOT).free / 1e9)
 
 
@@ -170,7 +170,7 @@ def _working_attention(dtype) -> tuple[str, ...]:
     return tuple(working)
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

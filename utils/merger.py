@@ -235,8 +235,7 @@ def finish(folder: Path, job: Job, hashed: dict, proof: dict | None) -> None:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in files:
-            with file.open("rb") as stream:
-                files[name] = {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+            files[name] = {"size": file.stat().st_size, "sha256": checkpoint.file_sha256(file)}
     _write_json(folder / checkpoint.MANIFEST, {"run": {}, "files": files})
 
 

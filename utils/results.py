@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import torch
 from utils import progress, report
 from utils.decoder import Decoder
 from utils.finetune import Inputs, Schedule
+from utils.machine import installed_version
 from utils.planner import MemoryPlan
 from utils.sampling import Sampling
 
@@ -62,8 +62,7 @@ def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule
 
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-    installed = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
-    return {"python": platform.python_version(), **{name: installed.get(name, "없음") for name in names}}
+    return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
 
 
 def peak_ram_bytes() -> int:
