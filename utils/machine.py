@@ -177,6 +177,23 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def peak_ram_bytes() -> int:
+    """이 프로세스가 지금까지 쓴 RAM의 최댓값(바이트)."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux의 ru_maxrss는 부모 프로세스의 것을 물려받는다
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _torch_build() -> str | None:
     """깔린 torch가 쓰는 CUDA의 판. CPU용이면 None이다. 불러오면 느리므로 파일만 읽는다."""
     spec = importlib.util.find_spec("torch")

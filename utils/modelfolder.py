@@ -1,6 +1,7 @@
 """모델 폴더 하나의 파일을 본다. 가중치를 메모리에 올리기 전에 온전하고 안전한지 가려낸다."""
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -75,7 +76,11 @@ def require_base(base_model: str | Path) -> dict | None:
     """
     path = Path(base_model)
     if path.is_dir():
-        return open_model_folder(path).config
+        from utils.modelshape import require_shapes
+
+        folder = open_model_folder(path)
+        require_shapes(folder)
+        return folder.config
     if looks_like_hub_id(base_model):
         return None
     raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")
@@ -141,10 +146,9 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
         try:
             start, end = info["data_offsets"]
             entry = TensorEntry(name, info["dtype"], tuple(info["shape"]), file, 8 + length + start, 8 + length + end)
-            count = 1
-            for side in entry.shape:
-                count *= side
-            whole = end - start == count * _BYTES.get(entry.dtype, 1) and start >= 0 and entry.end <= size
+            sides = all(type(side) is int and side >= 0 for side in entry.shape)
+            n_bytes = math.prod(entry.shape) * _BYTES.get(entry.dtype, 1)
+            whole = sides and end - start == n_bytes and start >= 0 and entry.end <= size
         except (KeyError, TypeError, ValueError):
             raise broken from None
         if not whole:

@@ -6,13 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import torch
 
 from utils import progress, report
 from utils.decoder import Decoder
 from utils.finetune import Inputs, Schedule
-from utils.machine import installed_version
+from utils.machine import installed_version, peak_ram_bytes
 from utils.planner import MemoryPlan
 from utils.sampling import Sampling
 
@@ -63,16 +62,6 @@ def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
-
-
-def peak_ram_bytes() -> int:
-    """이 프로세스가 지금까지 쓴 RAM의 최댓값(바이트)."""
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):
-        return memory.peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def answer_samples(inputs: Inputs, model) -> list[dict]:
