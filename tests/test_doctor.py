@@ -135,3 +135,11 @@ def test_command_prints_a_line_for_each_finding():
     assert len(findings) == len(doctor.FULL_CHECKS), done.stdout + done.stderr
     assert done.returncode == any(line.startswith(f"[{BAD}]") for line in findings)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows는 프로세스마다 따로 센다")
+def test_peak_memory_is_this_process_alone():
+    large = torch.ones(150_000_000)  # 600 MB
+    code = "from utils.machine import peak_ram_bytes; print(peak_ram_bytes())"
+    child = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert machine.peak_ram_bytes() > large.nbytes > 3 * child > 3e7

@@ -158,6 +158,18 @@ def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):  # noqa: F81
     assert not (tmp_path / "none").exists()
 
 
+def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    assert lab.train(output, signals=[[13, "SIGTERM"]]).code == 143
+    before = checkpoint.read_manifest(output / "checkpoint-14")["seconds"]
+    done = lab.resume(output, answers=True)
+    assert done.code == 0, done.text
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert 0 < before < run["train_seconds"] < before + done.seconds
+    learned = run["tokens_per_second"] * run["train_seconds"]
+    assert learned == pytest.approx(run["data"]["train_tokens"] * run["settings"]["num_train_epochs"])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo와 torchrun은 Linux에서 본다")
 def test_two_processes_resume_exactly(tiny_neox, tiny_data, tmp_path):
     """한 프로세스에만 신호를 보내도 둘이 같은 step에서 멈추고, 이어서 배운 것이 한 번에 배운 것과 같다."""

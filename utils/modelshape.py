@@ -1,5 +1,8 @@
 """가중치를 하나도 읽지 않고, config.json이 말하는 모델과 safetensors의 모양이 맞는지 본다."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from utils.errors import UsageError
@@ -11,7 +14,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def require_shapes(folder: ModelFolder) -> None:
     """머리에 적힌 모양만 가진 빈 tensor(meta)를 transformers가 실제로 읽는 길로 읽혀 본다.
 
-    이름을 바꾸거나, 묶인 head를 나누거나, 전문가들을 합치는 일을 transformers가 그대로 하므로 성한 모델은 거절되지 않는다.
+    이름을 바꾸고, 묶인 head를 나누고, 전문가를 합치는 일까지 transformers가 그대로 하므로 성한 모델은 거절되지 않는다.
     이미 양자화된 모델은 모양이 파일마다 달라 보지 않는다.
 
     Raises:
@@ -37,8 +40,9 @@ def require_shapes(folder: ModelFolder) -> None:
     empty = {name: torch.empty(entry.shape, dtype=torch.float16, device="meta")
              for name, entry in folder.tensors.items()}
     try:
-        _, found = kind.from_pretrained(None, config=config, state_dict=empty, device_map={"": "meta"},
-                                        output_loading_info=True, ignore_mismatched_sizes=True)
+        with _quiet():
+            _, found = kind.from_pretrained(None, config=config, state_dict=empty, device_map={"": "meta"},
+                                            output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception:  # 빈 tensor로는 해 볼 수 없는 구조다. 맞지 않으면 실제로 읽을 때 드러난다
         return
     for name, written, expected in sorted(found["mismatched_keys"]):
@@ -48,6 +52,22 @@ def require_shapes(folder: ModelFolder) -> None:
     if missing:
         raise UsageError(f"config.json과 가중치가 맞지 않는다: {folder.path}에 {missing[0]}(모두 {len(missing)}개)이 "
                          "없다. 모델을 다시 받는다")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """해 보기만 하는 것이므로 막대도 경고도 보이지 않게 한다."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _shown(shape) -> str:

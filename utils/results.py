@@ -38,7 +38,9 @@ def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule
                  result: SimpleNamespace) -> dict:
     """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
     schedule, memory = plan
-    tokens = inputs.train_set.n_tokens * settings.num_train_epochs
+    state = result.trainer.state
+    seconds = result.trainer.earlier_seconds + result.seconds
+    tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
         "settings": vars(settings),
         "versions": versions(),
@@ -51,11 +53,11 @@ def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule
         "path": result.trainer.path,
         "eval_loss_before": result.before,
         "eval_loss_after": result.after,
-        "train_seconds": result.seconds,
-        "tokens_per_second": tokens / result.seconds,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
         "peak_vram_gb": torch.cuda.max_memory_reserved() / 1e9 if inputs.device.device.type == "cuda" else None,
         "peak_ram_gb": peak_ram_bytes() / 1e9,
-        "history": result.trainer.state.log_history,
+        "history": state.log_history,
     }
 
 

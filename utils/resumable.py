@@ -1,5 +1,6 @@
 """끊겨도 잃지 않는 학습기: 온전한 체크포인트를 쓰고 거기서 정확히 이어 가며, NaN이 나면 가중치를 망치기 전에 멈춘다."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -22,12 +23,17 @@ class ResumableTrainer(LeanTrainer):
     def __init__(self, *args, run: Run, **kwargs):
         super().__init__(*args, **kwargs)
         self.run = run
+        self.earlier_seconds = 0.0  # 이어 가기 전에 배우던 시간
+        self.began = time.perf_counter()
 
     def resume(self) -> None:
         """처음부터, 또는 실행의 체크포인트에서 이어서 학습한다."""
-        if self.run.checkpoint is not None and not self.sharded:
-            # 메모리가 모자라 줄인 micro batch도 이어받아야 더하는 순서가 같다
-            self.rows = min(self.rows, checkpoint.read_manifest(self.run.checkpoint)["rows"])
+        if self.run.checkpoint is not None:
+            manifest = checkpoint.read_manifest(self.run.checkpoint)
+            self.earlier_seconds = manifest.get("seconds", 0.0)
+            if not self.sharded:  # 메모리가 모자라 줄인 micro batch도 이어받아야 더하는 순서가 같다
+                self.rows = min(self.rows, manifest["rows"])
+        self.began = time.perf_counter()
         self.train(resume_from_checkpoint=str(self.run.checkpoint) if self.run.checkpoint else None)
 
     def save_adapter(self) -> None:
@@ -71,7 +77,8 @@ class ResumableTrainer(LeanTrainer):
         self.state.save_to_json(str(staging / "trainer_state.json"))
 
     def _facts(self) -> dict:
-        return {"run": self.run.facts, "step": self.state.global_step, "rows": getattr(self, "rows", 1)}
+        return {"run": self.run.facts, "step": self.state.global_step, "rows": getattr(self, "rows", 1),
+                "seconds": self.earlier_seconds + time.perf_counter() - self.began}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """epoch을 늘려 이어 가면 저장된 학습률은 앞 계획의 것이므로, 지금 계획의 같은 step의 값으로 바꾼다."""
