@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from utils import checkpoint, interrupt, loader, rundir
 
+NEVER = 10**9
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux의 신호와 pty로 시험한다")
 
 
@@ -155,7 +156,7 @@ def fill_at(lab, tmp_path: Path, choose, **options) -> list[int]:  # noqa: F811
     """끝까지 가는 실행의 쓰기를 세고, 고른 쓰기마다 디스크를 채운 뒤 자리를 비우고 끝낸다."""
     if not lab.can_count:
         pytest.skip("C 컴파일러가 없어 쓰기를 셀 수 없다")
-    whole = lab.train(tmp_path / "whole", **options)
+    whole = lab.train(tmp_path / "whole", fault=("full", NEVER), **options)
     assert whole.code == 0, whole.text
     tried = choose(whole.writes)
     for at in tried:
@@ -173,12 +174,12 @@ def fill_at(lab, tmp_path: Path, choose, **options) -> list[int]:  # noqa: F811
 def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(lab, tmp_path):  # noqa: F811
     """저장, 어댑터, 곡선과 예시를 쓰다가 디스크가 찬다. 쓰기의 수는 실행마다 조금 다르므로 끝은 남긴다."""
     options = {"num_train_epochs": 0.4, "answers": True}
-    fill_at(lab, tmp_path, lambda n: list(range(1, n - 25, max(1, n // 6))), **options)
+    fill_at(lab, tmp_path, lambda n: [*range(1, n - 10, n // 6), n - 10], **options)
 
 
 @pytest.mark.slow
 def test_full_disk_at_every_write(lab, tmp_path):  # noqa: F811
-    tried = fill_at(lab, tmp_path, lambda n: list(range(n - 8)), num_train_epochs=0.4)
+    tried = fill_at(lab, tmp_path, lambda n: list(range(n - 1)), num_train_epochs=0.4)
     print(f"쓰기 {len(tried)}곳")
 
 
