@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, build_neox, load_script, run_script, write_rows
 from safetensors.torch import load_file, save_file
 
-from utils import lora, merger, nf4, proof, served, shards
+from utils import checkpoint, lora, merger, nf4, proof, served, shards
 from utils.errors import UsageError
 from utils.loader import choose_device
 from utils.modelfolder import open_model_folder
@@ -168,6 +168,53 @@ def test_manifest_names_every_file_with_its_hash(trained, tmp_path):
     for name, facts in files.items():
         content = found[name].read_bytes()
         assert facts == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_manifest_is_sealed_like_a_checkpoint(trained, tmp_path):
+    merge(peft_root=str(trained / "one"), output_dir=str(tmp_path / "merged"), verify=False)
+    assert checkpoint.damage(tmp_path / "merged", required=("config.json", "model.safetensors")) is None
+    file = tmp_path / "merged/manifest.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"size": ', '"size": 1'), encoding="utf-8")
+    assert checkpoint.read_manifest(tmp_path / "merged") is None
+
+
+def test_second_merge_into_the_same_folder_is_refused(trained, tmp_path):
+    output = str(tmp_path / "merged")
+    with merger.staged(output) as folder:
+        (folder / "half.txt").write_text("x", encoding="utf-8")
+        done = run_script("merge-lora.py", "--peft_root", str(trained / "one"), "--output_dir", output)
+        assert done.returncode == 2 and f"다른 실행이 쓰는 중이다: {output}" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and (folder / "half.txt").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["merged"]
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["half.txt"]
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_finite_check_sees_every_bad_value(dtype):
+    entry = open_model_folder(ROOT / "resources/polyglot-ko-demo").tensors["gpt_neox.final_layer_norm.weight"]
+    kind = shards.DTYPES[dtype]
+    limits = torch.finfo(kind)
+    good = torch.tensor([limits.max, limits.min, limits.tiny, -limits.tiny, 0.0, -0.0], dtype=kind)
+    merger.require_finite(shards.to_bytes(good), dtype, entry)
+    for bad in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+        for others in (good, good.abs(), -good.abs()):
+            with pytest.raises(UsageError, match="NaN"):
+                merger.require_finite(shards.to_bytes(torch.cat([others, torch.tensor([bad], dtype=kind)])), dtype,
+                                      entry)
+
+
+def test_end_token_is_the_tokenizers(trained, tmp_path):
+    from utils.loader import load_tokenizer
+
+    folder = shutil.copytree(trained / "polyglot-ko-tiny", tmp_path / "base")
+    assert merger.end_token_id(folder) == load_tokenizer(folder).eos_token_id == 2
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["eos_token"] = {"content": "<|sep|>", "__type": "AddedToken"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert merger.end_token_id(folder) == 3
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="토크나이저"):
+        merger.end_token_id(folder)
 
 
 def test_nf4_rows_equal_bitsandbytes(trained, monkeypatch):

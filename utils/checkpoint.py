@@ -99,13 +99,17 @@ def seal(folder: Path, facts: dict) -> None:
         if file.is_file() and file != folder / MANIFEST:
             _flush(file)
             files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    manifest = {**facts, "files": files}
-    text = json.dumps({**manifest, "seal": _seal(manifest)}, ensure_ascii=False, indent=2)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    _flush(folder / MANIFEST)
+    write_manifest(folder, {**facts, "files": files})
     found = damage(folder, required=())
     if found:
         raise OSError(errno.EIO, f"쓴 것을 다시 읽으니 {found}", str(folder))
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """manifest.json을 쓴다. `run`과 `files`에, 한 글자라도 바뀌면 드러나게 하는 `seal`을 더한다."""
+    text = json.dumps({**manifest, "seal": _seal(manifest)}, ensure_ascii=False, indent=2)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    _flush(folder / MANIFEST)
 
 
 def publish(staging: Path, final: Path, facts: dict) -> None:

@@ -34,7 +34,7 @@ def write(folder: Path, kind: str) -> str:
     gguf = _import_gguf()
     model = open_model_folder(folder)
     architecture = _architecture(model.config)
-    name = folder.name.removeprefix(".tmp-")
+    name = folder.name
     path = folder / f"{name}-{kind}.gguf"
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)

@@ -40,7 +40,7 @@ def render(job, output: Path) -> str:
     """`job`(merger.Job)을 합친 폴더의 모델 카드."""
     targets = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in job.updates})
     base = str(job.config.get("base_model_name_or_path") or job.base.path.name).replace("\\", "/").rstrip("/")
-    name = output.name.removeprefix(".tmp-")
+    name = output.name
     return _CARD.format(base=base.rsplit("/", 1)[-1] if Path(base).exists() else base, name=name,
                         kind=job.base.config["model_type"], rank=job.config["r"], alpha=job.config["lora_alpha"],
                         targets=", ".join(targets), onto=_ONTO[job.onto])

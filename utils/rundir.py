@@ -58,10 +58,10 @@ class Run:
             checkpoint.sweep(self.folder)
             last = checkpoint.newest_valid(self.folder)
             kept = f"{last.name}은 온전하다" if last else "온전한 체크포인트는 아직 없다"
+            again = f"이어 가는 명령: {self.resume_command}" if last else "처음부터 다시 실행한다"
             free = shutil.disk_usage(self.folder).free
             raise UsageError(f"디스크가 차서 쓰지 못했다: {self.folder}({needed / 1e6:,.0f} MB쯤 필요하고 "
-                             f"{free / 1e6:,.0f} MB 남았다). {kept}. 자리를 비운 뒤 "
-                             f"이어 가는 명령: {self.resume_command}") from None
+                             f"{free / 1e6:,.0f} MB 남았다). {kept}. 자리를 비운 뒤 {again}") from None
 
     def require_space(self, n_trainable: int) -> None:
         """체크포인트와 어댑터를 모두 담을 자리가 있는지 학습을 시작하기 전에 본다.
@@ -105,8 +105,13 @@ def open_run(settings: SimpleNamespace, inputs, say: Callable[[str], None]) -> I
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """폴더를 이 프로세스의 것으로 잠근다. 운영 체제의 잠금이므로 프로세스가 죽으면 남지 않는다."""
+def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]:
+    """폴더를 이 프로세스의 것으로 잠근다. 운영 체제의 잠금이므로 프로세스가 죽으면 남지 않는다.
+
+    Args:
+        output_dir: 사용자가 적은 폴더. 적지 않으면 `folder`다. 알리는 말에 쓴다.
+    """
+    output_dir = output_dir or folder
     if not is_first_process():
         yield
         return
@@ -115,9 +120,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / LOCK_FILE)
         lock.acquire(timeout=0)
     except Timeout:
-        raise UsageError(f"다른 실행이 쓰는 중이다: {folder}. 끝나기를 기다리거나 다른 --output_dir를 적는다") from None
+        raise UsageError(f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 적는다"
+                         ) from None
     except OSError as error:
-        raise UsageError(f"output_dir에 쓸 수 없다: {folder} ({error.strerror or error})") from None
+        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({error.strerror or error})") from None
     try:
         yield
     finally:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 
 from utils.modelfolder import INDEX_FILE, SINGLE_FILE, TensorEntry
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**20  # CPU의 캐시에 머무는 크기라서, 읽고 더하고 해시하고 쓰는 동안 RAM을 다시 오가지 않는다
+WRITERS = min(4, os.cpu_count() or 1)  # 나란히 쓰는 shard의 수
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -23,7 +26,7 @@ class Planned:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[bytearray | memoryview]]
+    chunks: Callable[[], Iterable[memoryview]]
 
     @property
     def n_bytes(self) -> int:
@@ -34,43 +37,39 @@ class Planned:
 
 
 class HashingFile:
-    """쓰면서 sha256을 다른 스레드에서 센다. 디스크에 쓰는 동안 해시를 세므로 따로 다시 읽지 않는다."""
+    """쓰면서 sha256을 센다. 다 쓴 것을 다시 읽지 않는다."""
 
     def __init__(self, path: Path):
-        self._stream = path.open("wb")
+        self._stream = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future | None = None
         self.size = 0
 
     def __enter__(self) -> "HashingFile":
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown()
         self._stream.close()
 
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._pool.submit(self._digest.update, chunk)
-        self._stream.write(chunk)
+    def write(self, chunk: bytes | memoryview) -> None:
+        self._digest.update(chunk)
+        left = memoryview(chunk)
+        while left:
+            left = left[self._stream.write(left):]
         self.size += len(chunk)
 
     def facts(self) -> dict:
         """지금까지 쓴 것의 크기와 sha256. manifest.json의 한 칸이다."""
-        if self._pending is not None:
-            self._pending.result()
         return {"size": self.size, "sha256": self._digest.hexdigest()}
 
 
-def raw_chunks(entry: TensorEntry) -> Iterator[bytearray]:
-    """tensor의 바이트를 고치지 않고 조각으로 준다."""
-    with entry.file.open("rb") as stream:
+def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
+    """tensor의 바이트를 고치지 않고 조각으로 준다. 같은 그릇을 다시 쓰므로 다음 조각을 받기 전에 다 써야 한다."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.end - entry.start)))
+    with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         left = entry.end - entry.start
         while left:
-            chunk = bytearray(min(CHUNK_BYTES, left))
+            chunk = buffer[:left]
             if stream.readinto(chunk) != len(chunk):
                 raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
             left -= len(chunk)
@@ -116,7 +115,7 @@ def split_shards(tensors: list[Planned], max_bytes: int) -> list[list[Planned]]:
 
 
 def write_model(folder: Path, tensors: list[Planned], max_bytes: int, say: Callable[[str], None]) -> dict:
-    """shard와 index를 쓴다.
+    """shard 여럿을 나란히 쓰고, 마지막에 index를 쓴다.
 
     Args:
         say: shard를 쓸 때마다 한 줄을 받는다.
@@ -125,23 +124,47 @@ def write_model(folder: Path, tensors: list[Planned], max_bytes: int, say: Calla
         파일 이름 -> {"size", "sha256"}.
     """
     shards = split_shards(tensors, max_bytes)
-    files, weight_map = {}, {}
-    for number, members in enumerate(shards, 1):
-        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with HashingFile(folder / name) as file:
-            _write_shard(file, members)
-            files[name] = file.facts()
-        say(f"  {name} {files[name]['size'] / 1e6:,.0f} MB")
-        weight_map |= {tensor.name: name for tensor in members}
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE_FILE]
+    files = {}
+    with _one_torch_thread(), ThreadPoolExecutor(WRITERS) as pool:
+        for name, facts in zip(names, pool.map(_write_shard, [folder / name for name in names], shards), strict=True):
+            files[name] = facts
+            say(f"  {name} {facts['size'] / 1e6:,.0f} MB")
     if len(shards) > 1:
+        weight_map = {tensor.name: name for name, members in zip(names, shards, strict=True) for tensor in members}
         index = {"metadata": {"total_size": sum(tensor.n_bytes for tensor in tensors)}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 
 
-def _write_shard(file: HashingFile, members: list[Planned]) -> None:
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """shard를 나란히 쓰는 동안에는 torch의 연산 하나하나를 다시 나누지 않게 한다."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_shard(path: Path, members: list[Planned]) -> dict:
     # 원소가 큰 dtype부터 놓아야 모든 tensor의 자리가 원소 크기의 배수가 된다
     members = sorted(members, key=lambda tensor: -_ITEM_BYTES.get(tensor.dtype, 1))
+    with HashingFile(path) as file:
+        file.write(_header(members))
+        for tensor in members:
+            begin = file.size
+            for chunk in tensor.chunks():
+                file.write(chunk)
+            written = file.size - begin
+            if written != tensor.n_bytes:
+                raise OSError(f"{tensor.name}을 {tensor.n_bytes:,}바이트 써야 하는데 {written:,}바이트를 썼다")
+        return file.facts()
+
+
+def _header(members: list[Planned]) -> bytes:
     header: dict = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in members:
@@ -150,11 +173,4 @@ def _write_shard(file: HashingFile, members: list[Planned]) -> None:
         at += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for tensor in members:
-        begin = file.size
-        for chunk in tensor.chunks():
-            file.write(chunk)
-        if file.size - begin != tensor.n_bytes:
-            raise OSError(f"{tensor.name}을 {tensor.n_bytes:,}바이트 써야 하는데 {file.size - begin:,}바이트를 썼다")
+    return len(text).to_bytes(8, "little") + text
