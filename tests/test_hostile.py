@@ -3,18 +3,21 @@
 import inspect
 import json
 import math
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script, refuse, run_script
 from faults import lab  # noqa: F401
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoint, cli, loader, modelfolder, rundir
+from utils import checkpoint, cli, loader, merger, modelfolder, proof, rundir
 from utils.errors import UsageError
 
 finetune_lora = load_script("finetune-lora.py")
@@ -189,3 +192,47 @@ def test_hostile_base_model_is_refused_and_nothing_is_written(lab, copied, tmp_p
     refused = lab.train(tmp_path / "run", base_model=copied)
     assert refused.code == 2 and named in refused.error, refused.text
     assert not list(tmp_path.glob("run/[!.]*"))
+
+
+@pytest.fixture
+def adapter(tiny_run, tmp_path) -> Path:
+    """manifest가 없어(다른 도구로 만든 것처럼) 모양만으로 가려야 하는 어댑터."""
+    shutil.copytree(tiny_run, tmp_path / "adapter")
+    (tmp_path / "adapter" / "manifest.json").unlink()
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("changes", [None, {"peft_type": "ZZZ"}, {"r": "x"}, {"target_modules": ["x"]}])
+def test_adapter_that_does_not_fit_is_one_line(adapter, changes):
+    weights = adapter / "adapter_model.safetensors"
+    if changes is None:
+        save_file({name: tensor[:, :-1].contiguous() for name, tensor in load_file(weights).items()}, weights)
+    else:
+        edit_json(adapter / "adapter_config.json", **changes)
+    done = run_script("generate.py", "--peft_root", str(adapter), "--ask", "1 더하기 1는?")
+    assert done.returncode == 2 and done.stderr.startswith("오류: 어댑터"), done.stderr
+    assert done.stderr.count("\n") == 1 and str(adapter) in done.stderr
+
+
+def test_adapter_given_as_the_base_names_the_flag(adapter, capsys):
+    error = refuse(capsys, load_script("generate.py").serve, "--base_model", str(adapter), "--ask", "가")
+    assert "--peft_root" in error
+
+
+def test_merge_is_proved_even_when_every_row_is_the_same(adapter, tmp_path):
+    data = tmp_path / "same.json"
+    data.write_text('{"text": "### 질문: 가\\n\\n### 답변: 나"}\n' * 8, encoding="utf-8")
+    run = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
+    edit_json(adapter / "run.json", settings={**run["settings"], "data_path": str(data)})
+    windows = proof.read_windows(merger.open_job(str(adapter), None, None, "original"))
+    assert windows.source == str(data) and windows.answer.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="쓸 수 있는 크기는 Linux에서 줄인다")
+def test_merge_on_a_full_disk_is_one_line_and_leaves_nothing(tiny_run, tmp_path):
+    command = 'ulimit -f 20; exec "$0" "$@"'
+    words = [sys.executable, str(ROOT / "merge-lora.py"), "--peft_root", str(tiny_run), "--output_dir",
+             str(tmp_path / "merged")]
+    done = subprocess.run(["bash", "-c", command, *words], capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("오류: 디스크가 차서"), done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

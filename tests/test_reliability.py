@@ -149,7 +149,8 @@ def disk_fills_up(lab, output: Path, at: int, **options) -> None:  # noqa: F811
     assert "디스크가 차서" in full.error or "쓸 수 없다" in full.error, (at, full.text)
     assert "Traceback" not in full.text and full.text.count("오류: ") == 1, (at, full.text)
     assert folders_are_whole(output)
-    assert "--resume_from_checkpoint True" in full.error or not checkpoint.newest_valid(output)
+    can_resume = checkpoint.newest_valid(output) is not None
+    assert ("--resume_from_checkpoint True" in full.error) == can_resume, (at, full.text)
 
 
 def fill_at(lab, tmp_path: Path, choose, **options) -> list[int]:  # noqa: F811

@@ -7,6 +7,7 @@ fire는 알지 못하는 플래그를 함수를 실행한 뒤에야 거절하고
 import ast
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
 import io
@@ -29,6 +30,7 @@ TRUE_WORDS = {"true", "yes", "on", "1", "참"}
 FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
@@ -52,6 +54,12 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"오류: 디스크가 차서 쓰지 못했다{where}. 자리를 비운 뒤 다시 실행한다", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
 
 
 def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | None:

@@ -152,10 +152,20 @@ def keep_nf4_layout(model) -> None:
 
 
 def load_adapter(model, adapter: Path):
-    """`find_adapter`가 찾은 어댑터를 모델에 얹는다. 병합하지 않는다."""
+    """`find_adapter`가 찾은 어댑터를 모델에 얹는다. 병합하지 않는다.
+
+    Raises:
+        UsageError: 설정이 잘못되었거나, 이 모델의 어댑터가 아니다.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({_first_line(error)}). 배운 기반 모델이 맞는지, "
+                         "파일이 온전한지 본다") from None
 
 
 def find_adapter(peft_root: str | Path) -> Path:

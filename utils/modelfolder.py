@@ -99,7 +99,8 @@ def download_command(path: Path) -> str:
 
 def read_config(path: Path) -> dict:
     """config.json을 읽고, 원격 코드를 요구하는 모델을 거절한다."""
-    config = read_json(path / "config.json", f"모델 폴더가 아니다(config.json이 없다): {path}")
+    hint = ". 어댑터 폴더는 --peft_root로 적는다" if (path / "adapter_config.json").is_file() else ""
+    config = read_json(path / "config.json", f"모델 폴더가 아니다(config.json이 없다): {path}{hint}")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UsageError(f"{path / 'config.json'}에 model_type이 없다. 모델 폴더가 맞는지 본다")
     if "auto_map" in config:

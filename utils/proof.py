@@ -48,7 +48,7 @@ def read_windows(job: Job) -> Windows:
                                        settings.get("cache_dir"), skip_bad=bool(settings.get("skip_bad")))
     percent = settings.get("val_set_size") or 5
     _, held_out = dataset.split_by_content(documents, percent, settings.get("seed", 42))
-    chosen = held_out[:N_PROMPTS]
+    chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     budget = min(512, max(64, LOGIT_BYTES // (4 * job.base.config["vocab_size"])))
     length = budget // len(chosen)
     ids = np.full((len(chosen), length), end_id, np.int64)
