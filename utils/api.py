@@ -89,6 +89,7 @@ async def _deltas(request: Request, answerer: Answerer, answer: Answer, stops: l
                 yield text[sent:]
                 sent = len(text)
             if stopped:
+                answer.finish_reason = "stop"  # 끝까지 다 만든 뒤에야 보았어도 그 글에서 멈춘 것이다
                 return
 
 

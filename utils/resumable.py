@@ -12,6 +12,10 @@ from utils.errors import UsageError
 from utils.rundir import KEEP, Run, checkpoint_bytes
 from utils.trainer import LeanTrainer
 
+# torch 2.11은 CPU에서 여러 프로세스로 배울 때의 자리 `cpu:0`을 몰라 optimizer를 읽지 못한다
+torch.serialization.register_package(
+    5, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None)
+
 
 class ResumableTrainer(LeanTrainer):
     """`LeanTrainer`의 학습은 그대로 두고 저장과 재개를 맡는다.
