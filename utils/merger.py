@@ -99,7 +99,7 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     if base_model is None and not trained_on:
         raise UsageError("어댑터가 기반 모델을 말하지 않는다. --base_model을 적는다")
     asked = find_input(base_model or trained_on)
-    require_base(asked)
+    require_base(asked, shapes=False)  # 검산이 두 모델을 실제로 올려 본다
     if not Path(asked).is_dir() and looks_like_hub_id(asked):
         from huggingface_hub import snapshot_download
 

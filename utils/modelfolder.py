@@ -68,18 +68,22 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     return ModelFolder(path, config, tensors)
 
 
-def require_base(base_model: str | Path) -> dict | None:
+def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:
     """기반 모델이 로컬 폴더면 온전한지 검사해 config를 돌려준다. hub id면 None이다.
+
+    Args:
+        shapes: 설정과 가중치의 모양이 맞는지도 본다. transformers를 불러온다.
 
     Raises:
         UsageError: 폴더가 없거나 온전하지 않다. 받는 명령을 함께 말한다.
     """
     path = Path(base_model)
     if path.is_dir():
-        from utils.modelshape import require_shapes
-
         folder = open_model_folder(path)
-        require_shapes(folder)
+        if shapes:
+            from utils.modelshape import require_shapes
+
+            require_shapes(folder)
         return folder.config
     if looks_like_hub_id(base_model):
         return None
