@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, build_neox, load_script, run_script, write_rows
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoint, lora, merger, nf4, proof, served, shards
+from utils import checkpoint, lora, merger, nf4, proof, served, shards, staging
 from utils.errors import UsageError
 from utils.loader import choose_device
 from utils.modelfolder import open_model_folder
@@ -180,7 +180,7 @@ def test_manifest_is_sealed_like_a_checkpoint(trained, tmp_path):
 
 def test_second_merge_into_the_same_folder_is_refused(trained, tmp_path):
     output = str(tmp_path / "merged")
-    with merger.staged(output) as folder:
+    with staging.staged(output) as folder:
         (folder / "half.txt").write_text("x", encoding="utf-8")
         done = run_script("merge-lora.py", "--peft_root", str(trained / "one"), "--output_dir", output)
         assert done.returncode == 2 and f"다른 실행이 쓰는 중이다: {output}" in done.stderr

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from utils.modelfolder import (
     require_base,
 )
 from utils.paths import find_input
-from utils.rundir import LOCK_FILE, locked, model_digest
+from utils.rundir import model_digest
 from utils.shards import Planned
 
 ADAPTER_FOLDER = "adapter"
@@ -188,35 +187,6 @@ def require_finite(chunk: memoryview, dtype: str, entry: TensorEntry) -> None:
     bits = np.frombuffer(chunk, f"i{kind}")
     if bits.size and (bits.max() >= largest or bits.view(f"u{kind}").max() >= largest + 2 ** (8 * kind - 1)):
         raise UsageError(f"{entry.name}에 NaN이나 inf가 있거나 16비트에 담기지 않는다: {entry.file}")
-
-
-@contextmanager
-def staged(output_dir: str) -> Iterator[Path]:
-    """옆의 임시 폴더를 잠가 그 안에 쓸 자리를 주고, 탈 없이 끝나면 제자리로 옮긴다. 탈이 나면 지운다.
-
-    어디서 끊겨도 `output_dir`에는 아무것도 없거나 다 된 모델이 있다. 잠금은 프로세스가 죽으면 풀린다.
-
-    Raises:
-        UsageError: 같은 `output_dir`에 쓰는 다른 병합이 있다.
-    """
-    output = Path(output_dir).resolve()
-    staging = output.with_name(checkpoint.STAGING + output.name)
-    work = staging / output.name
-    try:
-        with locked(staging, output_dir):
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                yield work
-                if output.is_dir():
-                    output.rmdir()  # Windows는 빈 폴더 위로도 이름을 바꾸지 못한다
-                work.rename(output)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-                (staging / LOCK_FILE).unlink(missing_ok=True)
-    finally:
-        with suppress(OSError):  # 그 사이에 다른 병합이 잠갔으면 그것의 폴더다
-            staging.rmdir()
 
 
 def write_model(folder: Path, job: Job, max_bytes: int, say: Callable[[str], None]) -> dict:

@@ -14,7 +14,7 @@ import torch
 from utils.modelfolder import INDEX_FILE, SINGLE_FILE, TensorEntry
 
 CHUNK_BYTES = 2**20  # CPU의 캐시에 머무는 크기라서, 읽고 더하고 해시하고 쓰는 동안 RAM을 다시 오가지 않는다
-WRITERS = min(4, os.cpu_count() or 1)  # 나란히 쓰는 shard의 수
+WRITERS = min(4, (os.cpu_count() or 1) + 1)  # 나란히 쓰는 shard의 수. 하나 더 있어야 끝에 노는 코어가 없다
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 

@@ -23,8 +23,7 @@ import numpy as np  # noqa: E402
 
 from utils import shards  # noqa: E402
 
-IMPORTS = ("from utils import cli, merger; import torch; import transformers.models.auto.tokenization_auto;"
-           "from transformers import AutoTokenizer; cli.say('')")
+IMPORTS = "import gc; gc.disable(); from utils import cli, gguf_export, merger; gc.freeze(); cli.say('')"
 # ru_maxrss는 부모의 것을 물려받으므로 VmHWM을 읽는다
 RSS = ("import runpy, sys, time; sys.path.insert(0, {root!r});"
        "{body};"
@@ -45,18 +44,25 @@ def main() -> None:
     write_base(base, options.shape)
     write_adapter(adapter, base)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    start_up, start_up_cpu, idle = measured(IMPORTS)
+    start_ups, start_ups_cpu, idles = zip(*(measured(IMPORTS) for _ in range(options.repeats)), strict=True)
+    start_up, start_up_cpu, idle = statistics.median(start_ups), statistics.median(start_ups_cpu), max(idles)
     proof_idle = measured(f"{IMPORTS};from utils import proof; import datasets, accelerate, bitsandbytes.nn;"
                           "from transformers import GPTNeoXForCausalLM")[2]
-    copies, copies_cpu, merges, merges_cpu, peaks = [], [], [], [], []
+    copies, copies_cpu, synced, merges, merges_cpu, merges_synced, peaks = [], [], [], [], [], [], []
+    os.sync()
     for _ in range(options.repeats):
         began, used = time.perf_counter(), os.times()
         subprocess.run(["cp", "-r", str(base), str(folder / "copy")], check=True)
         copies.append(time.perf_counter() - began)
         spent = os.times()
+        os.sync()
+        synced.append(time.perf_counter() - began)
         copies_cpu.append(spent.children_user + spent.children_system - used.children_user - used.children_system)
         shutil.rmtree(folder / "copy")
+        began = time.perf_counter()
         seconds, cpu, peak = measured(script(adapter, folder / "merged", options.max_shard_size, False))
+        os.sync()
+        merges_synced.append(time.perf_counter() - began)
         merges.append(seconds)
         merges_cpu.append(cpu)
         peaks.append(peak)
@@ -64,7 +70,9 @@ def main() -> None:
     report = {"shape": options.shape, "gigabytes": size / 1e9, "cores": os.cpu_count(), "load": os.getloadavg()[0],
               "cp_seconds": copies, "cp_cpu_seconds": copies_cpu, "merge_seconds": merges,
               "merge_cpu_seconds": merges_cpu, "start_up_seconds": start_up, "start_up_cpu_seconds": start_up_cpu,
+              "cp_sync_seconds": synced, "merge_sync_seconds": merges_synced,
               "ratio": statistics.median(merges) / statistics.median(copies),
+              "ratio_with_sync": statistics.median(merges_synced) / statistics.median(synced),
               "ratio_without_start_up": (statistics.median(merges) - start_up) / statistics.median(copies),
               "imports_rss_mb": idle / 1e6, "peak_rss_mb": max(peaks) / 1e6,
               "above_imports_mb": (max(peaks) - idle) / 1e6}
