@@ -1,6 +1,7 @@
 """GGUF의 약속: llama.cpp가 transformers와 같은 토큰으로 답한다. llama-cpp-python이 깔린 곳에서만 답까지 견준다."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from conftest import build_neox
 
 from utils import gguf_export
 from utils.errors import UsageError
+from utils.paths import BASE_DEMO
 
 gguf = pytest.importorskip("gguf", reason="gguf가 깔리지 않았다")
 
+TIE = 0.01
 PROMPTS = [f"### 질문: {question}\n\n### 답변:" for question in (
     "한국의 수도는 어디인가?", "물은 몇 도에서 끓나?", "1 더하기 1은?", "봄에 피는 꽃은?", "세종대왕은 누구인가?",
     "컴퓨터가 뭐지?", "딥러닝이 뭐야?", "비가 오는 까닭은?", "김치는 어떻게 담그나?", "하늘은 왜 파란가?",
@@ -65,7 +68,13 @@ def test_every_tensor_is_there_and_close(request, family, kind):
     assert gap.abs().max() <= (0 if kind == "f16" else embedding.float().abs().max() / 250)
 
 
-@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """함께 든, 끝까지 배운 GPT-NeoX."""
+    return shutil.copytree(BASE_DEMO, tmp_path_factory.mktemp("gguf") / "demo")
+
+
+@pytest.mark.parametrize("family", ["demo", "neox", "llama"])
 def test_llama_cpp_answers_with_the_same_tokens(request, family):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python이 깔리지 않았다")
     folder = request.getfixturevalue(family)
@@ -73,7 +82,10 @@ def test_llama_cpp_answers_with_the_same_tokens(request, family):
 
 
 def compare(llama_cpp, folder, gguf_path, n_new: int = 24) -> None:
-    """질문 20개에 두 쪽이 탐욕적으로 고른 토큰이 모두 같은지 본다."""
+    """질문 20개에 두 쪽이 탐욕적으로 고른 토큰이 모두 같은지 본다.
+
+    llama.cpp는 KV cache를 fp16으로 두므로, logit이 `TIE`보다 덜 벌어진 두 토큰 가운데서는 다른 쪽을 고르기도 한다.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -90,7 +102,11 @@ def compare(llama_cpp, folder, gguf_path, n_new: int = 24) -> None:
             answer.append(token)
             if len(answer) == n_new:
                 break
-        assert answer == expected
+        if answer != expected:
+            at = next(i for i, pair in enumerate(zip(answer, expected, strict=True)) if len(set(pair)) == 2)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + expected[:at]])).logits[0, -1]
+            assert logits[expected[at]] - logits[answer[at]] < TIE
 
 
 def test_modelfile_carries_template_and_stop(neox):
