@@ -114,6 +114,8 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
         "8bit": {"load_in_8bit": True},
     }
     quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
+    if is_sharded():  # RAM에서 양자화한다. torchrun은 프로세스마다 스레드를 하나만 주어 몇 분이 걸린다
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             str(base_model), dtype=device.dtype, quantization_config=quantization,

@@ -77,6 +77,13 @@ def head_loss(hidden, weight, targets, factor=None, gradient=None, buffer=None, 
     return nll
 
 
+def recompute_all(model: nn.Module) -> None:
+    """모든 층의 중간값을 간직하지 않고 backward에서 다시 계산하게 한다."""
+    model.config.use_cache = False
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, factor):
@@ -156,6 +163,4 @@ class AutogradStep:
 
     def _enable_recompute(self) -> None:
         self.recompute = True
-        if hasattr(self.causal, "enable_input_require_grads"):
-            self.causal.enable_input_require_grads()
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_all(self.model)

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from utils.batches import MicroBatches, PaddedBlocks, block_key, count_documents, split_rows, stack_blocks
 from utils.captured import CapturedStep, check_isolation
 from utils.errors import UsageError
-from utils.microstep import IGNORE, AutogradStep
+from utils.microstep import IGNORE, AutogradStep, recompute_all, shifted_targets
 from utils.neox import NeoxStep
 from utils.neox_layers import restore_embedding, why_not
 from utils.planner import MemoryPlan
@@ -68,17 +68,18 @@ class LeanTrainer(Trainer):
                          **kwargs)
         self.plan, self.say = plan, say
         self.model_accepts_loss_kwargs = True  # 손실은 이미 effective batch의 토큰 수로 나뉘어 있다
+        self._flops_per_token = 6 * sum(p.numel() for p in model.parameters())
+        self.rows = args.per_device_train_batch_size
         self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.sharded:
+            recompute_all(model)
             return
         self.gradients = GradientBuffer(model)
         flat = self.gradients.flat
         model.zero_grad = lambda set_to_none=True: flat.zero_()  # `.grad`의 주소를 지킨다
         self.accelerator.prepare_model = lambda model, **_: model  # DDP로 감싸지 않는다. 합은 step마다 한 번 낸다
         self.step = CapturedStep(self._choose_step(), args.device)
-        self.rows = args.per_device_train_batch_size
         self._micro_step = 0
-        self._flops_per_token = 6 * sum(p.numel() for p in model.parameters())
         if train_dataset is not None:
             block = len(train_dataset[0]["input_ids"])
             vocab = model.get_input_embeddings().weight.shape[0]
@@ -117,12 +118,11 @@ class LeanTrainer(Trainer):
         return self._loader(self.train_dataset, batches)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """이 프로세스가 맡은 평가 블록. 모자라는 자리는 정답이 없는 블록으로 채운다."""
-        if self.sharded:
-            return super().get_eval_dataloader(eval_dataset)
+        """이 프로세스가 맡은 평가 블록. 프로세스마다 같은 수가 되도록 모자라는 자리를 정답이 없는 블록으로 채운다."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         mine = list(range(self.args.process_index, len(dataset), self.args.world_size))
-        mine += [-1] * (-len(mine) % self.rows)
+        share = -(-len(dataset) // self.args.world_size)
+        mine += [-1] * (share + -share % self.rows - len(mine))
         return self._loader(dataset, [mine[at:at + self.rows] for at in range(0, len(mine), self.rows)])
 
     def _loader(self, dataset, batches) -> DataLoader:
@@ -195,19 +195,28 @@ class LeanTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor:
         return self.gradients.clip(math.inf) if grad_norm is None else grad_norm
 
+    @torch.no_grad()
+    def _sharded_nll(self, batch: dict) -> torch.Tensor:
+        """모델을 나누어 담았을 때의 음의 로그 가능도의 합. 출력 행렬도 나뉘어 있어 logits를 한 번에 구한다."""
+        batch = self._prepare_inputs(batch)
+        model = self.model_wrapped.eval()
+        with self.compute_loss_context_manager():
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        model.train()
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), shifted_targets(batch["labels"]).flatten(),
+                                           reduction="sum", ignore_index=IGNORE)
+
     def floating_point_ops(self, inputs) -> int:
         return self._flops_per_token * inputs["input_ids"].numel()
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
                         metric_key_prefix="eval") -> EvalLoopOutput:
         """손실의 합을 토큰 수로 나눈다. 학습과 같은 모양으로 계산하므로 메모리를 더 쓰지 않는다."""
-        if self.sharded:
-            return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys,
-                                           metric_key_prefix)
+        evaluate = self._sharded_nll if self.sharded else self.step.evaluate
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
             for part in split_rows(batch, self.rows):
-                total[0] += self.step.evaluate({**part, **self._keys(len(part["input_ids"]))})
+                total[0] += evaluate({**part, **self._keys(len(part["input_ids"]))})
             total[1] += (batch["labels"][:, 1:] != IGNORE).sum()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.args.world_size > 1:

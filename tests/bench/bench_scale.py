@@ -41,7 +41,7 @@ def main() -> None:
     if options.fsdp_shape:
         base = write_folder(options.fsdp_shape, work / options.fsdp_shape)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *FSDP]
-        done = run(options, base, work / "fsdp", 4, launch, steps=3)
+        done = run(options, base, work / "fsdp", 4, launch, steps=6)
         rows.append({"shape": options.fsdp_shape, "batch": 4, "fsdp": done})
     print_table(rows)
     print(json.dumps(rows))
