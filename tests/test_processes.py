@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
 FLAGS = ["--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1", "--val_set_size", "20",
          "--lora_dropout", "0"]
@@ -56,6 +59,29 @@ def test_two_processes_learn_what_one_learns(launcher, single, tiny_neox, tiny_d
         assert run[key] == pytest.approx(single[key], rel=1e-4)
     losses = [[row["loss"] for row in each["history"] if "loss" in row] for each in (single, run)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
+def test_a_sharded_model_learns_the_same_and_resumes_exactly(single, tiny_neox, tiny_data, tmp_path):
+    fsdp = torchrun(str(ROOT / "tests/fsdp_on_cpu.py"))
+    output = tmp_path / "run"
+    done = launch(fsdp, tiny_neox, tiny_data, output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert "나눈다" in run["path"]
+    for key in ("loss", "eval_loss"):
+        values = [[row[key] for row in each["history"] if row.get("step") and key in row] for each in (single, run)]
+        assert values[1] == pytest.approx(values[0][-len(values[1]):], rel=1e-4)
+    straight = load_file(output / "adapter_model.safetensors")
+    assert straight and any(value.abs().max() > 0 for name, value in straight.items() if "lora_B" in name)
+    last = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    for gone in (last, *(output / name for name in ("adapter_model.safetensors", "manifest.json", "run.json"))):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    done = launch(fsdp, tiny_neox, tiny_data, output, "--resume_from_checkpoint", "True")
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = load_file(output / "adapter_model.safetensors")
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")

@@ -176,8 +176,7 @@ def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], 
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=list(inputs.targets), task_type="CAUSAL_LM",
-        fan_in_fan_out=inputs.config["model_type"] in TRANSPOSED, base_model_name_or_path=str(settings.base_model)),
-        autocast_adapter_dtype=not loader.is_sharded())  # FSDP는 한 묶음의 dtype이 같아야 나눈다
+        fan_in_fan_out=inputs.config["model_type"] in TRANSPOSED, base_model_name_or_path=str(settings.base_model)))
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
     return model

@@ -7,7 +7,7 @@ import torch
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ExportableState
 
-from utils import checkpoint, loader
+from utils import checkpoint, loader, sharded
 from utils.errors import UsageError
 from utils.rundir import KEEP, Run, checkpoint_bytes
 from utils.trainer import LeanTrainer
@@ -35,19 +35,23 @@ class ResumableTrainer(LeanTrainer):
         if self.run.checkpoint is not None:
             manifest = checkpoint.read_manifest(self.run.checkpoint)
             self.earlier_seconds = manifest.get("seconds", 0.0)
-            if not self.sharded:  # 메모리가 모자라 줄인 micro batch도 이어받아야 더하는 순서가 같다
+            if self.sharded:
+                sharded.load_adapter(self.model, self.run.checkpoint)
+            else:  # 메모리가 모자라 줄인 micro batch도 이어받아야 더하는 순서가 같다
                 self.rows = min(self.rows, manifest["rows"])
         self.began = time.perf_counter()
         self.train(resume_from_checkpoint=str(self.run.checkpoint) if self.run.checkpoint else None)
 
     def save_adapter(self) -> None:
         """지금의 어댑터를 `output_dir`에 남긴다."""
-        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+        best = self.state.best_model_checkpoint if self.sharded else None
+        whole = best is not None and checkpoint.damage(Path(best)) is None
+        state = sharded.read_adapter(Path(best)) if whole else self._gathered()
         if not self.args.should_save:
             return
         with self.run.saving():
             staging = checkpoint.stage(self.run.folder / "adapter")
-            self.model.save_pretrained(staging, safe_serialization=True, state_dict=state)
+            self._write_adapter(staging, state)
             loader.write_prompt_info(staging, self.run.prompt_info)
             checkpoint.publish_files(staging, self.run.folder, self._facts())
 
@@ -61,7 +65,10 @@ class ResumableTrainer(LeanTrainer):
             if self.args.should_save:
                 checkpoint.stage(final)
             self.accelerator.wait_for_everyone()
-            self.save_model(str(staging), _internal_call=True)
+            state = self._gathered()
+            if self.args.should_save:
+                self._write_adapter(staging, state)
+                self.processing_class.save_pretrained(staging)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
@@ -73,6 +80,28 @@ class ResumableTrainer(LeanTrainer):
                 best = self.state.best_model_checkpoint
                 checkpoint.prune(self.run.folder, KEEP, Path(best) if best else None)
             self.accelerator.wait_for_everyone()
+
+    def _gathered(self) -> dict | None:
+        """나누어 담은 어댑터를 모은 것. 나누지 않았으면 None이고, 모델이 스스로 쓴다."""
+        return sharded.gather_adapter(self.model_wrapped) if self.sharded else None
+
+    def _write_adapter(self, folder: Path, gathered: dict | None) -> None:
+        if gathered is None:
+            self.model.save_pretrained(folder, safe_serialization=True)
+        else:
+            sharded.write_adapter(self.model, gathered, folder)
+
+    def _save_optimizer_and_scheduler(self, folder: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(folder)
+            return
+        torch.save(self.optimizer.state_dict(), sharded.optimizer_file(Path(folder), self.args.process_index))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, folder: str, model=None) -> None:
+        if not self.sharded:  # 나누어 담는 모델에는 나누기 전에 넣었다
+            super()._load_from_checkpoint(folder, model)
 
     def _save_state(self, staging: Path) -> None:
         exportable = [part for part in (*self.callback_handler.callbacks, self.control)
@@ -86,7 +115,11 @@ class ResumableTrainer(LeanTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """epoch을 늘려 이어 가면 저장된 학습률은 앞 계획의 것이므로, 지금 계획의 같은 step의 값으로 바꾼다."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.sharded and checkpoint is not None:
+            sharded.load_optimizer(self.optimizer, Path(checkpoint), self.args.process_index)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             plan = self.lr_scheduler
             for group, base, factor in zip(self.optimizer.param_groups, plan.base_lrs, plan.lr_lambdas, strict=True):
@@ -99,7 +132,8 @@ class ResumableTrainer(LeanTrainer):
         if found:
             self.say(f"경고: 가장 좋은 체크포인트가 손상되어 마지막 어댑터를 남긴다. {best}: {found}")
             return
-        super()._load_best_model()
+        if not self.sharded:  # 나누어 담은 모델은 save_adapter가 그 파일을 그대로 남긴다
+            super()._load_best_model()
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """끝까지 배운 체크포인트에서 이어 갈 때 step을 더 가지 않게 한다."""

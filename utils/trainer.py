@@ -112,8 +112,6 @@ class LeanTrainer(Trainer):
                 restore_embedding(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.sharded:
-            return super().get_train_dataloader()
         batches = MicroBatches(self, len(self.train_dataset), self.args.per_device_train_batch_size)
         return self._loader(self.train_dataset, batches)
 
