@@ -14,6 +14,7 @@ from utils.attention import Documents, FormulaAttention, choose_attention
 from utils.captured import CapturedStep
 from utils.microstep import AutogradStep
 from utils.neox import NeoxStep
+from utils.neox_layers import restore_embedding
 from utils.neox_ops import CudaOps, TorchOps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
@@ -168,6 +169,7 @@ def test_graph_draws_new_masks_for_new_keys(model, batch):
 
 
 def test_autograd_step_is_captured_too(model, batch):
+    restore_embedding(model)  # 앞의 테스트들이 RAM에 둔 embedding은 graph에 찍히지 않는다
     step = CapturedStep(AutogradStep(model), CUDA)
     for _ in range(3):
         gradients(step, model, batch)
