@@ -5,7 +5,6 @@ flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 T
 그것을 문서마다 하는 것(CPU).
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -41,20 +40,6 @@ class Documents:
         return self.positions.shape[1]
 
 
-@contextmanager
-def same_order():
-    """gradient를 늘 같은 차례로 더하게 한다. 커널들은 atomic 덧셈을 쓰지 않으므로, 같은 학습을 두 번 하면 비트까지 같다."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 빈 자리를 NaN으로 채우는 일은 하지 않는다
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
 class FlashAttention:
     """FlashAttention-2의 가변 길이 커널."""
 
@@ -70,10 +55,9 @@ class FlashAttention:
     def backward(self, gradient, q, k, v, out, saved, documents: Documents):
         log_sum, state, unused = saved
         offsets, longest = documents.offsets, documents.longest
-        with same_order():
-            return torch.ops.aten._flash_attention_backward(
-                gradient, q, k, v, out, log_sum, offsets, offsets, longest, longest, 0.0, True, state, unused,
-                scale=q.shape[-1] ** -0.5)
+        return torch.ops.aten._flash_attention_backward(
+            gradient, q, k, v, out, log_sum, offsets, offsets, longest, longest, 0.0, True, state, unused,
+            scale=q.shape[-1] ** -0.5)
 
 
 class EfficientAttention:
@@ -91,10 +75,9 @@ class EfficientAttention:
     def backward(self, gradient, q, k, v, out, saved, documents: Documents):
         log_sum, seed, offset = saved
         offsets, longest = documents.offsets, documents.longest
-        with same_order():
-            gradients = torch.ops.aten._efficient_attention_backward(
-                gradient[None], q[None], k[None], v[None], None, out[None], offsets, offsets, longest, longest,
-                log_sum, 0.0, seed, offset, 1, False, scale=q.shape[-1] ** -0.5)
+        gradients = torch.ops.aten._efficient_attention_backward(
+            gradient[None], q[None], k[None], v[None], None, out[None], offsets, offsets, longest, longest, log_sum,
+            0.0, seed, offset, 1, False, scale=q.shape[-1] ** -0.5)
         return [part[0] for part in gradients[:3]]
 
 
