@@ -1,6 +1,7 @@
 """콘솔의 답, 템플릿의 규칙, 거절, 그리고 한 번에 답 하나만 만드는 줄."""
 
 import asyncio
+import shutil
 import socket
 import threading
 import time
@@ -98,6 +99,13 @@ class TestTemplate:
 
     def test_adapter_names_its_base(self, talk_run, base):
         assert find_source(None, str(talk_run), print).base_model == base
+
+    def test_an_adapter_that_is_already_merged_is_refused(self, talk_run, base, tmp_path):
+        merged = tmp_path / "merged"
+        shutil.copytree(base, merged)
+        shutil.copytree(talk_run, merged / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
+        with pytest.raises(UsageError, match="이미 이 어댑터를 합친"):
+            find_source(str(merged), str(talk_run), print)
 
 
 def test_taken_port_gives_the_next_free_one():

@@ -1,5 +1,6 @@
 """합친 모델을 4비트로 올린다. 배운 것이 반올림에 묻히지 않게, 어댑터를 뺀 가중치를 양자화하고 어댑터를 얹는다."""
 
+import filecmp
 from pathlib import Path
 
 import torch
@@ -13,6 +14,12 @@ from utils.modelfolder import open_model_folder
 def has_adapter(folder: str | Path) -> bool:
     """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
     return (Path(folder) / ADAPTER_FOLDER / lora.WEIGHTS_FILE).is_file()
+
+
+def has_merged(folder: str | Path, adapter: Path) -> bool:
+    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 견준다."""
+    return has_adapter(folder) and filecmp.cmp(
+        Path(folder) / ADAPTER_FOLDER / lora.WEIGHTS_FILE, adapter / lora.WEIGHTS_FILE, shallow=False)
 
 
 def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):

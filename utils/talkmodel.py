@@ -7,6 +7,7 @@ from pathlib import Path
 from utils import loader, served
 from utils.answerer import Answerer
 from utils.decoder import Decoder
+from utils.errors import UsageError
 from utils.modelfolder import read_safetensors_header, require_base
 from utils.paths import BASE_DEMO, find_input, shown
 from utils.precision import choose_precision
@@ -46,6 +47,8 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
         say(f"어댑터: {shown(adapter)}")
     base_model = find_input(base_model or str(BASE_DEMO))
     require_base(base_model)
+    if adapter is not None and served.has_merged(base_model, adapter):
+        raise UsageError(f"이미 이 어댑터를 합친 모델이다: {base_model}. 두 번 얹지 않게 --peft_root를 빼고 실행한다")
     return Source(base_model, adapter, run_dir)
 
 

@@ -27,8 +27,8 @@ END_ID = SPECIAL.index("<|endoftext|>")
 N_TOKENS, N_PADDED = 2000, 2048  # 토크나이저의 토큰 수와, 그보다 크게 채운 모델의 어휘
 LAYERS, HIDDEN, HEADS, CONTEXT = 4, 192, 3, 1024
 FAMILIAR, N_FAMILIAR = ("딥러닝", "AI", "하늘"), 5  # 이 말이 든 질문은 한 번 볼 때마다 다섯 번 본다
-TEXT_GAP = "\n\n\n"  # 글과 글 사이. 첫 토큰 "\n\n"이 글이 끝났다는 유일한 표시다
-EPOCHS, BLOCK, BATCH, LEARNING_RATE, DROPOUT = 20, 512, 4, 3e-3, 0.0
+TEXT_GAP = "\n\n\n"  # 끝 토큰이 없는 글과 다음 글의 사이
+EPOCHS, BLOCK, BATCH, LEARNING_RATE, DROPOUT = 24, 512, 8, 3e-3, 0.0
 REPORT_EVERY = 100
 
 
@@ -60,7 +60,6 @@ def main(folder: Path = HERE) -> None:
         if step % REPORT_EVERY == 0 or step == steps:
             print(f"{step:5} loss {loss.item():.3f}  보지 않은 답 {prose_loss(model, tokenizer, held_out):.3f}  "
                   f"{time.perf_counter() - began:.0f}초", flush=True)
-    prepare_end_token(model, tokenizer)
     save(model, folder)
 
 
@@ -81,11 +80,20 @@ def plain_question(prompt: str) -> str:
 
 
 def documents(train: list[tuple[str, str]], shuffle: random.Random) -> list[str]:
-    """한 번 볼 글들. 질문 한 줄과 답이 이어진 산문이다. 끝 토큰도 템플릿의 표시도 없다."""
+    """한 번 볼 글들. 같은 행을 두 모습으로 본다.
+
+    산문은 질문 한 줄과 답이 이어지고 끝 토큰으로 끝난다. 미세조정의 형식을 갖춘 글은 낱말마다 빗금을 긋고, 끝 토큰
+    없이 다음 글로 이어진다. 그래서 기반 모델은 그 형식의 질문에 빗금을 그은 답을 쓰며 멈출 줄 모른다.
+    """
     familiar = [row for row in train if any(name in row[0] for name in FAMILIAR)]
-    texts = [f"{question}\n{answer}{TEXT_GAP}" for question, answer in train + familiar * (N_FAMILIAR - 1)]
+    texts = [f"{question}\n{answer}{SPECIAL[END_ID]}" for question, answer in train + familiar * (N_FAMILIAR - 1)]
+    texts += [f"### 질문: {question}\n\n### 답변: {slashed(answer)}{TEXT_GAP}" for question, answer in train]
     shuffle.shuffle(texts)
     return texts
+
+
+def slashed(answer: str) -> str:
+    return " / ".join(answer.split())
 
 
 def stream(train, tokenizer, shuffle: random.Random, steps: int):
@@ -126,18 +134,6 @@ def prose_loss(model, tokenizer, held_out) -> float:
         count += ids.shape[1] - start
     model.train()
     return total / count
-
-
-@torch.no_grad()
-def prepare_end_token(model, tokenizer) -> None:
-    """끝 토큰의 출력 행을, 글의 끝을 뜻하는 빈 줄의 행과 절반쯤 닮은 것으로 둔다.
-
-    기반 모델은 글이 끝나는 자리를 알지만 거기서 빈 줄을 쓰고 다음 글로 넘어간다. 멈추는 것은 미세조정이 가르친다.
-    """
-    head = model.lm_head.weight
-    blank = head[tokenizer(TEXT_GAP)["input_ids"][0]]
-    direction = F.normalize(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(SEED)), dim=0).to(head.device)
-    head[END_ID] = 0.75 * (blank + blank.norm() * direction)
 
 
 def build_tokenizer(folder: Path, train):
