@@ -178,45 +178,47 @@ def measure(path: str, device: str, trained, rows, pad: int) -> dict:
         "NF4(dequantised merge - update) + adapter": {
             n: nf4(w) + delta.get(n, 0) for n, w in recovered(rounded_fp16).items()},
     }
-    base_loss, _ = compare(trained, None, rows, pad, device)
+    base_loss = mean_loss(trained, None, rows, pad, device)
     row = {"parameters": sum(p.numel() for p in work.parameters()), "base_nf4_loss": base_loss,
-           "base_fp16_loss": compare(trained, work, rows, pad, device)[0],
+           "base_fp16_loss": mean_loss(trained, work, rows, pad, device),
            "flipped_codes": torch.stack(flips).mean().item(), "variants": {}}
+    expected = list(log_probabilities(trained, rows, pad, device))
     for name, weights in variants.items():
         for key, module in linear.items():
             module.weight.copy_(weights[key])
-        row["trained_loss"], row["variants"][name] = compare_trained(trained, work, rows, pad, device)
+        row["trained_loss"], row["variants"][name] = compare_trained(expected, work, rows, pad, device)
     peft_merge = trained.merge_and_unload()
     for name, module in peft_merge.named_modules():
         if name in linear:
             from bitsandbytes.functional import dequantize_4bit
 
             linear[name].weight.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state).float())
-    loss, _ = compare(None, work, rows, pad, device)
-    row["variants"]["PEFT merge on the 4-bit model"] = {"loss": loss, "kl": None}
+    row["variants"]["PEFT merge on the 4-bit model"] = compare_trained(expected, work, rows, pad, device)[1]
     for value in row["variants"].values():
         value["retained"] = (base_loss - value["loss"]) / (base_loss - row["trained_loss"])
     return row
 
 
-def compare_trained(trained, work, rows, pad: int, device: str) -> tuple[float, dict]:
-    """(학습한 모델의 loss, {work의 loss, KL(trained || work)})."""
-    nll = torch.zeros(2, dtype=torch.float64)
-    kl, n = 0.0, 0
+def log_probabilities(model, rows, pad: int, device: str):
+    """batch마다 실제 토큰의 (로그 확률 [tokens, vocab], 정답 [tokens])."""
     for ids, labels in batches(rows, pad, device):
         keep = labels[:, 1:] != -100
-        expected = F.log_softmax(trained(input_ids=ids).logits[:, :-1][keep].float(), -1)
-        actual = F.log_softmax(work(input_ids=ids).logits[:, :-1][keep].float(), -1)
-        goal = labels[:, 1:][keep]
-        nll += torch.stack([F.nll_loss(expected, goal, reduction="sum"), F.nll_loss(actual, goal, reduction="sum")]
-                           ).double().cpu()
-        kl += F.kl_div(actual, expected, log_target=True, reduction="sum").item()
+        yield F.log_softmax(model(input_ids=ids).logits[:, :-1][keep].float(), -1), labels[:, 1:][keep]
+
+
+def compare_trained(expected: list, work, rows, pad: int, device: str) -> tuple[float, dict]:
+    """(학습한 모델의 loss, {work의 loss, KL(학습한 모델 || work)})."""
+    losses, kl, n = [0.0, 0.0], 0.0, 0
+    for (wanted, goal), (actual, _) in zip(expected, log_probabilities(work, rows, pad, device), strict=True):
+        losses[0] += F.nll_loss(wanted, goal, reduction="sum").item()
+        losses[1] += F.nll_loss(actual, goal, reduction="sum").item()
+        kl += F.kl_div(actual, wanted, log_target=True, reduction="sum").item()
         n += len(goal)
-    return (nll[0] / n).item(), {"loss": (nll[1] / n).item(), "kl": kl / n}
+    return losses[0] / n, {"loss": losses[1] / n, "kl": kl / n}
 
 
-def compare(trained, work, rows, pad: int, device: str) -> tuple[float, int]:
-    """어댑터를 끈 trained, 또는 work의 토큰 평균 loss."""
+def mean_loss(trained, work, rows, pad: int, device: str) -> float:
+    """work의, work가 None이면 어댑터를 끈 trained의 토큰 평균 loss."""
     total, n = 0.0, 0
     for ids, labels in batches(rows, pad, device):
         if work is None:
@@ -226,7 +228,7 @@ def compare(trained, work, rows, pad: int, device: str) -> tuple[float, int]:
             logits = work(input_ids=ids).logits
         total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum").item()
         n += int((labels[:, 1:] != -100).sum())
-    return total / n, n
+    return total / n
 
 
 def print_table(row: dict) -> None:
@@ -234,8 +236,8 @@ def print_table(row: dict) -> None:
           f"기반 fp16 {row['base_fp16_loss']:.4f}, 학습한 모델 {row['trained_loss']:.4f}, "
           f"뒤집힌 코드 {row['flipped_codes']:.2e}, {row['seconds']:.0f}초")
     for name, value in row["variants"].items():
-        kl = "-" if value["kl"] is None else f"{value['kl']:.2e}"
-        print(f"  {name:44} loss {value['loss']:.4f}  KL {kl:>9}  남은 개선 {value['retained']:7.1%}", flush=True)
+        print(f"  {name:44} loss {value['loss']:.4f}  KL {value['kl']:9.2e}  남은 개선 {value['retained']:7.1%}",
+              flush=True)
 
 
 if __name__ == "__main__":
