@@ -35,7 +35,7 @@ class Answer:
         finish_reason: 끝난 까닭. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
         error: 답을 만들지 못한 까닭.
         session: 물은 브라우저의 session_hash.
-        cleared: 사용자가 화면을 지웠다. 뒤늦은 글이 빈 화면에 다시 나타나지 않게 한다.
+        cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
     """
 
     input_ids: list[int]
@@ -147,10 +147,10 @@ class Answerer:
                     answer.stop.set()
 
     async def follow(self, *answers: Answer) -> AsyncIterator[int]:
-        """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓는다. 다 되면 끝난다. 그만 따라가면 답도 멈춘다."""
+        """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓는다. 다 되거나 화면을 지우면 끝난다. 그만 따라가면 답도 멈춘다."""
         seen = None
         try:
-            while True:
+            while not answers[0].cleared:
                 done = all(answer.finish_reason for answer in answers)
                 state = [len(answer.ids) for answer in answers], self.ahead(answers[0]), done
                 if state != seen:

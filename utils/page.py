@@ -100,16 +100,14 @@ def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr
             answerer.leave(request.session_hash, clear=True)
             return "", "", "", "", gr.update(visible=False), "", ""
 
-        events = []
         for button, respond in ((submit.click, answer), (instruction.submit, answer), (compare.click, answer_both)):
             event = button(respond, asked, shown, concurrency_limit=None, show_progress="hidden",
                            api_visibility="private")
             event.then(None, remembered, js="(...row) => lite.remember(...row)", api_visibility="private")
-            events.append(event)
         examples.click(lambda row: row, examples, [instruction, input], concurrency_limit=None,
                        show_progress="hidden", api_visibility="private")
         stop.click(leave, concurrency_limit=None, show_progress="hidden", api_visibility="private")
-        clear.click(clear_all, None, [instruction, input, *shown], cancels=events, concurrency_limit=None,
+        clear.click(clear_all, None, [instruction, input, *shown], concurrency_limit=None,
                     show_progress="hidden", api_visibility="private")
         for trigger, action in ((theme.click, "theme"), (keep.click, "exportHistory"), (forget.click, "clearHistory"),
                                 (history.select, "show"), (page.load, "start")):
@@ -133,11 +131,11 @@ async def _talk(answerer: Answerer, models: Sequence[bool], values: Sequence, se
         return
     tuned, base = answers[-1], answers[0]
     async for ahead in answerer.follow(*answers):
-        if tuned.cleared:
-            return
         waits = describe(tuned, ahead) if tuned.ids or tuned.finish_reason or not both else "기반 모델이 먼저 답한다"
         yield (tuned.text, waits, gr.update(visible=both), base.text if both else "",
                describe(base, ahead) if both else "")
+    if tuned.cleared:  # Gradio는 이벤트가 끝날 때 마지막 값을 다시 보낸다. 그 값이 비어 있어야 글이 되살아나지 않는다
+        yield "", "", gr.update(visible=False), "", ""
 
 
 def _slider(label: str, name: str, step: float, value: float, most: float | None = None) -> gr.Slider:
