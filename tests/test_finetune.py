@@ -6,7 +6,7 @@ import conftest
 import pytest
 from conftest import load_script, run_script
 
-from utils import loader
+from utils import loader, results
 from utils.finetune import Schedule
 from utils.targets import choose_targets
 
@@ -75,6 +75,12 @@ def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
     assert loader.read_adapter_config(tiny_run)["base_model_name_or_path"] == str(tiny_neox)
     for name in ("curves.png", "samples.md", "adapter_model.safetensors"):
         assert (tiny_run / name).stat().st_size > 0
+
+
+def test_run_says_how_many_answers_stopped_by_themselves():
+    samples = [{"base_finish": "length", "tuned_finish": "stop"}, {"base_finish": "stop", "tuned_finish": "stop"}]
+    line = results.stopped_line(samples)
+    assert "질문 2개" in line and "기반 모델 1개, 학습한 모델 2개" in line
 
 
 def test_three_step_run_still_evaluates_and_saves():

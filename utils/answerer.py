@@ -147,7 +147,7 @@ class Answerer:
                     answer.stop.set()
 
     async def follow(self, *answers: Answer) -> AsyncIterator[int]:
-        """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓는다. 다 되거나 화면을 지우면 끝난다. 그만 따라가면 답도 멈춘다."""
+        """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓고, 다 되거나 지워지면 끝난다. 그만 따라가면 답도 멈춘다."""
         seen = None
         try:
             while not answers[0].cleared:

@@ -16,12 +16,12 @@ from utils.planner import MemoryPlan
 from utils.sampling import Sampling
 
 N_SAMPLES = 5
-SAMPLE_TOKENS = 160
+SAMPLE_TOKENS = 256
 
 
 def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
           result: SimpleNamespace, say: Callable[[str], None]) -> None:
-    """run.json, curves.png, samples.md를 쓰고 예시 답을 보여 준다."""
+    """run.json, curves.png, samples.md를 쓰고 요약을 말한다."""
     if not result.trainer.args.should_save:
         return
     run = describe_run(settings, inputs, plan, result)
@@ -32,6 +32,15 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
     say("\n결과")
     for line in progress.summary_lines(run):
         say(line)
+    if samples:
+        say(stopped_line(samples))
+
+
+def stopped_line(samples: list[dict]) -> str:
+    """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
+    base, tuned = (sum(sample[f"{name}_finish"] == "stop" for sample in samples) for name in ("base", "tuned"))
+    return (f"검증 질문 {len(samples)}개의 답({report.SAMPLES_FILE}) 가운데 스스로 멈춘 것: "
+            f"기반 모델 {base}개, 학습한 모델 {tuned}개")
 
 
 def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
@@ -67,9 +76,9 @@ def versions() -> dict[str, str]:
 
 
 def answer_samples(inputs: Inputs, model) -> list[dict]:
-    """검증 질문 다섯 개의 기준 답, 기반 모델의 답, 조정한 모델의 답. 탐욕적으로 고르므로 늘 같다.
+    """검증 질문 다섯 개의 기준 답, 기반 모델의 답, 조정한 모델의 답과 그 답이 끝난 까닭.
 
-    질문 없이 글만 있는 행은 건너뛴다.
+    탐욕적으로 고르므로 늘 같다. 질문 없이 글만 있는 행은 건너뛴다.
     """
     samples, decoder = [], Decoder(model, inputs.tokenizer, inputs.end_id)
     for member in inputs.held_out:

@@ -32,14 +32,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--train_docs", type=int, default=10**9)
     parser.add_argument("--held_out", type=int, default=200)
-    parser.add_argument("--adapters", type=int, default=len(ADAPTERS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[seed for seed, *_ in ADAPTERS])
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train_rows, held_rows, pad = read_documents(options)
     targets = target_names(options.model)
     results = []
-    for seed, rank, rate in ADAPTERS[: options.adapters]:
+    for seed, rank, rate in (adapter for adapter in ADAPTERS if adapter[0] in options.seeds):
         began = time.perf_counter()
         trained = train_adapter(options, device, targets, train_rows, pad, seed, rank, rate)
         row = measure(options.model, device, trained, held_rows, pad)
@@ -158,34 +158,38 @@ def measure(path: str, device: str, trained, rows, pad: int) -> dict:
     def merged(base: dict, dtype: torch.dtype) -> dict:
         return {name: (weight + delta.get(name, 0)).to(dtype).float() for name, weight in base.items()}
 
+    def each(rounding, weights: dict) -> dict:
+        return {name: rounding(weight) for name, weight in weights.items()}
+
+    def served(weights: dict) -> dict:
+        return {name: nf4(weight) + delta.get(name, 0) for name, weight in recovered(weights).items()}
+
     def recovered(weights: dict) -> dict:
         return {name: weight - delta[name] if name in delta else weight for name, weight in weights.items()}
 
-    original_fp16, rounded_fp16 = merged(original, torch.float16), merged(rounded, torch.float16)
-    flips = [(nf4_codes(original[n]) != nf4_codes(w)).float().mean() for n, w in recovered(original_fp16).items()
-             if n in delta]
-    variants = {
-        "original+update fp16": original_fp16,
-        "original+update bf16": merged(original, torch.bfloat16),
-        "dequantised+update fp16": rounded_fp16,
-        "dequantised+update bf16": merged(rounded, torch.bfloat16),
-        "original+update fp16 -> NF4": {n: nf4(w) for n, w in original_fp16.items()},
-        "original+update bf16 -> NF4": {n: nf4(w) for n, w in merged(original, torch.bfloat16).items()},
-        "dequantised+update fp16 -> NF4": {n: nf4(w) for n, w in rounded_fp16.items()},
-        "original+update fp16 -> int8": {n: int8(w) for n, w in original_fp16.items()},
-        "NF4(original merge - update) + adapter": {
-            n: nf4(w) + delta.get(n, 0) for n, w in recovered(original_fp16).items()},
-        "NF4(dequantised merge - update) + adapter": {
-            n: nf4(w) + delta.get(n, 0) for n, w in recovered(rounded_fp16).items()},
+    flips = [(nf4_codes(original[n]) != nf4_codes(w)).float().mean()
+             for n, w in recovered(merged(original, torch.float16)).items() if n in delta]
+    fp16, bf16 = torch.float16, torch.bfloat16
+    variants = {  # 하나씩 만들어 재고 버린다
+        "original+update fp16": lambda: merged(original, fp16),
+        "original+update bf16": lambda: merged(original, bf16),
+        "dequantised+update fp16": lambda: merged(rounded, fp16),
+        "dequantised+update bf16": lambda: merged(rounded, bf16),
+        "original+update fp16 -> NF4": lambda: each(nf4, merged(original, fp16)),
+        "original+update bf16 -> NF4": lambda: each(nf4, merged(original, bf16)),
+        "dequantised+update fp16 -> NF4": lambda: each(nf4, merged(rounded, fp16)),
+        "original+update fp16 -> int8": lambda: each(int8, merged(original, fp16)),
+        "NF4(original merge - update) + adapter": lambda: served(merged(original, fp16)),
+        "NF4(dequantised merge - update) + adapter": lambda: served(merged(rounded, fp16)),
     }
     base_loss = mean_loss(trained, None, rows, pad, device)
     row = {"parameters": sum(p.numel() for p in work.parameters()), "base_nf4_loss": base_loss,
            "base_fp16_loss": mean_loss(trained, work, rows, pad, device),
            "flipped_codes": torch.stack(flips).mean().item(), "variants": {}}
     expected = list(log_probabilities(trained, rows, pad, device))
-    for name, weights in variants.items():
-        for key, module in linear.items():
-            module.weight.copy_(weights[key])
+    for name, make in variants.items():
+        for key, weight in make().items():
+            linear[key].weight.copy_(weight)
         row["trained_loss"], row["variants"][name] = compare_trained(expected, work, rows, pad, device)
     peft_merge = trained.merge_and_unload()
     for name, module in peft_merge.named_modules():
