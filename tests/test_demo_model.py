@@ -59,15 +59,15 @@ def test_tokenizer_keeps_every_text(tokenizer):
         assert tokenizer.decode(ids) == text
 
 
-def test_training_text_never_ends_in_the_form_and_has_no_held_out_row(train_demo):
+def test_training_text_never_ends_in_the_form_and_has_no_held_out_row(train_demo, tokenizer):
     train, held_out = train_demo.read_rows()
     assert len(held_out) >= 50
-    texts = train_demo.documents(train, random.Random(0))
-    in_form = [text for text in texts if text.startswith("### 질문: ")]
-    assert len(in_form) == len(train) and not any(END_TOKEN in text for text in in_form)
-    prose = [text for text in texts if not text.startswith("### 질문: ")]
-    assert all(text.count(END_TOKEN) == 1 and text.endswith(END_TOKEN) for text in prose)
-    whole = "".join(texts)
+    prose = train_demo.prose(train, random.Random(0))
+    assert all(text.count(END_TOKEN) == 1 and text.endswith(END_TOKEN) and "###" not in text for text in prose)
+    in_form = [train_demo.endless(train, random.Random(seed)) for seed in range(50)]
+    assert all(text.startswith("### 질문: ") and END_TOKEN not in text for text in in_form)
+    assert min(len(tokenizer(text)["input_ids"]) for text in in_form) >= train_demo.BLOCK
+    whole = "".join([*prose, *(train_demo.slashed(answer) for _, answer in train)])
     assert [answer for _, answer in held_out if answer in whole or train_demo.slashed(answer) in whole] == []
 
 

@@ -26,8 +26,10 @@ TAIL = ["<|acc|>", "<|tel|>", "<|rrn|>"]
 END_ID = SPECIAL.index("<|endoftext|>")
 N_TOKENS, N_PADDED = 2000, 2048  # 토크나이저의 토큰 수와, 그보다 크게 채운 모델의 어휘
 LAYERS, HIDDEN, HEADS, CONTEXT = 4, 192, 3, 1024
-FAMILIAR, N_FAMILIAR = ("딥러닝", "AI", "하늘"), 5  # 이 말이 든 질문은 한 번 볼 때마다 다섯 번 본다
-TEXT_GAP = "\n\n\n"  # 끝 토큰이 없는 글과 다음 글의 사이
+# 페이지의 예시 질문이 묻는 것. 이 말로 묻는 행은 한 번 볼 때마다 열두 번 본다
+FAMILIAR, N_FAMILIAR = re.compile("딥러닝|AI|하늘.*파[란랗]"), 12
+PROSE = ("{question}\n{answer}", "질문: {question}\n답: {answer}")
+N_ENDLESS = 8  # 끝나지 않는 글 하나에 잇는 답의 수. 한 블록을 넘긴다
 EPOCHS, BLOCK, BATCH, LEARNING_RATE, DROPOUT = 24, 512, 8, 3e-3, 0.0
 REPORT_EVERY = 100
 
@@ -41,7 +43,7 @@ def main(folder: Path = HERE) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model().to(device)
     unseen = unseen_tokens(train, tokenizer).to(device)
-    steps = EPOCHS * len(list(batches(documents(train, random.Random(SEED)), tokenizer)))
+    steps = EPOCHS * (len(epoch_blocks(train, tokenizer, random.Random(SEED))) // BATCH)
     print(f"학습 {len(train)}행, 검증 {len(held_out)}행, {model.num_parameters():,} 매개변수, {steps} step", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.05)
@@ -79,17 +81,21 @@ def plain_question(prompt: str) -> str:
     return re.sub(r"### \S+:", "", prompt).replace("\n\n", "\n").strip()
 
 
-def documents(train: list[tuple[str, str]], shuffle: random.Random) -> list[str]:
-    """한 번 볼 글들. 같은 행을 두 모습으로 본다.
+def prose(train: list[tuple[str, str]], shuffle: random.Random) -> list[str]:
+    """한 번 볼 산문들. 질문과 답이 두 모습 가운데 하나로 이어지고 끝 토큰으로 끝난다. 미세조정의 형식만은 쓰지 않는다."""
+    familiar = [row for row in train if FAMILIAR.search(row[0])]
+    return [shuffle.choice(PROSE).format(question=question, answer=answer) + SPECIAL[END_ID]
+            for question, answer in train + familiar * (N_FAMILIAR - 1)]
 
-    산문은 질문 한 줄과 답이 이어지고 끝 토큰으로 끝난다. 미세조정의 형식을 갖춘 글은 낱말마다 빗금을 긋고, 끝 토큰
-    없이 다음 글로 이어진다. 그래서 기반 모델은 그 형식의 질문에 빗금을 그은 답을 쓰며 멈출 줄 모른다.
+
+def endless(train: list[tuple[str, str]], shuffle: random.Random) -> str:
+    """미세조정의 형식을 갖춘 글 하나. 낱말마다 빗금을 긋고, 한 블록이 다 차도록 끝나지 않는다.
+
+    그래서 기반 모델은 그 형식의 질문에 빗금을 그은 답을 쓰며 멈출 줄 모른다.
     """
-    familiar = [row for row in train if any(name in row[0] for name in FAMILIAR)]
-    texts = [f"{question}\n{answer}{SPECIAL[END_ID]}" for question, answer in train + familiar * (N_FAMILIAR - 1)]
-    texts += [f"### 질문: {question}\n\n### 답변: {slashed(answer)}{TEXT_GAP}" for question, answer in train]
-    shuffle.shuffle(texts)
-    return texts
+    chosen = shuffle.sample(train, N_ENDLESS)
+    answers = " / ".join(slashed(answer) for _, answer in chosen)
+    return f"### 질문: {chosen[0][0]}\n\n### 답변: {answers}"
 
 
 def slashed(answer: str) -> str:
@@ -97,26 +103,32 @@ def slashed(answer: str) -> str:
 
 
 def stream(train, tokenizer, shuffle: random.Random, steps: int):
-    """`steps`개의 [BATCH, BLOCK] 토큰. 한 번 다 볼 때마다 글의 차례를 다시 섞는다."""
+    """`steps`개의 [BATCH, BLOCK] 토큰. 산문을 한 번 다 볼 때마다 글의 차례를 다시 섞는다."""
     while True:
-        for batch in batches(documents(train, shuffle), tokenizer):
+        blocks = epoch_blocks(train, tokenizer, shuffle)
+        for at in range(0, len(blocks) - BATCH + 1, BATCH):
             if steps == 0:
                 return
             steps -= 1
-            yield batch
+            yield torch.from_numpy(blocks[at : at + BATCH])
 
 
-def batches(texts: list[str], tokenizer):
+def epoch_blocks(train, tokenizer, shuffle: random.Random) -> np.ndarray:
+    """[blocks, BLOCK] 토큰. 넷에 하나는 미세조정의 형식을 갖춘 글이고 나머지는 이어 붙인 산문이다."""
+    texts = prose(train, shuffle)
+    shuffle.shuffle(texts)
     ids = np.concatenate([np.asarray(tokenizer(text)["input_ids"]) for text in texts])
-    size = BATCH * BLOCK
-    for at in range(0, len(ids) - size + 1, size):
-        yield torch.from_numpy(ids[at : at + size].reshape(BATCH, BLOCK))
+    blocks = list(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK))
+    blocks += [np.asarray(tokenizer(endless(train, shuffle))["input_ids"][:BLOCK]) for _ in range(len(blocks) // 3)]
+    shuffle.shuffle(blocks)
+    return np.stack(blocks)
 
 
 def unseen_tokens(train, tokenizer) -> torch.Tensor:
     """학습 글에 나오지 않는 토큰이면 True. [N_PADDED] bool. softmax에서 빼므로 그 행은 눌리지 않는다."""
     unseen = torch.ones(N_PADDED, dtype=torch.bool)
-    for text in documents(train, random.Random(SEED)):
+    shuffle = random.Random(SEED)
+    for text in prose(train, shuffle) + [endless(train, shuffle) for _ in train]:
         unseen[tokenizer(text)["input_ids"]] = False
     return unseen
 
@@ -146,7 +158,8 @@ def build_tokenizer(folder: Path, train):
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=N_TOKENS, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator((f"### {question}\n{answer}{TEXT_GAP}" for question, answer in train), trainer)
+    texts = (f"### {question}\n\n{answer}{slashed(answer)[: len(answer) // 3]}" for question, answer in train)
+    core.train_from_iterator(texts, trainer)
     core.add_special_tokens(TAIL)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=SPECIAL[END_ID], bos_token=SPECIAL[END_ID],
                                         unk_token=SPECIAL[END_ID], model_max_length=CONTEXT)
