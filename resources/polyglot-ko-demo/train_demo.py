@@ -82,7 +82,7 @@ def plain_question(prompt: str) -> str:
 
 
 def prose(train: list[tuple[str, str]], shuffle: random.Random) -> list[str]:
-    """한 번 볼 산문들. 질문과 답이 두 모습 가운데 하나로 이어지고 끝 토큰으로 끝난다. 미세조정의 형식만은 쓰지 않는다."""
+    """한 번 볼 산문들. 질문과 답이 두 모습 가운데 하나로 이어지고 끝 토큰으로 끝난다. 미세조정의 형식은 없다."""
     familiar = [row for row in train if FAMILIAR.search(row[0])]
     return [shuffle.choice(PROSE).format(question=question, answer=answer) + SPECIAL[END_ID]
             for question, answer in train + familiar * (N_FAMILIAR - 1)]
