@@ -143,7 +143,7 @@ class Answerer:
         for group in list(self._line):
             for answer in group:
                 if session and answer.session == session:
-                    answer.cleared = clear
+                    answer.cleared = answer.cleared or clear
                     answer.stop.set()
 
     async def follow(self, *answers: Answer) -> AsyncIterator[int]:

@@ -98,7 +98,7 @@ def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr
 
         def clear_all(request: gr.Request):
             answerer.leave(request.session_hash, clear=True)
-            return "", "", "", "", gr.update(visible=False), "", ""
+            return "", "", *_shown()
 
         for button, respond in ((submit.click, answer), (instruction.submit, answer), (compare.click, answer_both)):
             event = button(respond, asked, shown, concurrency_limit=None, show_progress="hidden",
@@ -127,15 +127,19 @@ async def _talk(answerer: Answerer, models: Sequence[bool], values: Sequence, se
         answers = [Answer(input_ids, settings, tuned, session=session) for tuned in models]
         answerer.submit(*answers)
     except UsageError as error:
-        yield "", str(error), gr.update(visible=False), "", ""
+        yield _shown(status=str(error))
         return
     tuned, base = answers[-1], answers[0]
     async for ahead in answerer.follow(*answers):
         waits = describe(tuned, ahead) if tuned.ids or tuned.finish_reason or not both else "기반 모델이 먼저 답한다"
-        yield (tuned.text, waits, gr.update(visible=both), base.text if both else "",
-               describe(base, ahead) if both else "")
+        yield _shown(tuned.text, waits, both, base.text, describe(base, ahead)) if both else _shown(tuned.text, waits)
     if tuned.cleared:  # Gradio는 이벤트가 끝날 때 마지막 값을 다시 보낸다. 그 값이 비어 있어야 글이 되살아나지 않는다
-        yield "", "", gr.update(visible=False), "", ""
+        yield _shown()
+
+
+def _shown(text: str = "", status: str = "", both: bool = False, base_text: str = "", base_status: str = "") -> tuple:
+    """화면에 보이는 값들. `both`면 기반 모델의 답도 보인다."""
+    return text, status, gr.update(visible=both), base_text, base_status
 
 
 def _slider(label: str, name: str, step: float, value: float, most: float | None = None) -> gr.Slider:

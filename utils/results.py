@@ -16,7 +16,6 @@ from utils.planner import MemoryPlan
 from utils.sampling import Sampling
 
 N_SAMPLES = 5
-SAMPLE_TOKENS = 256
 
 
 def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
@@ -90,7 +89,7 @@ def answer_samples(inputs: Inputs, model) -> list[dict]:
                   "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}
         for name, tuned in (("base", False), ("tuned", True)):
             decoder.use_adapter(tuned)
-            ids = list(decoder.stream(tokens[:start].tolist(), Sampling(temperature=0.0, max_new_tokens=SAMPLE_TOKENS)))
+            ids = list(decoder.stream(tokens[:start].tolist(), Sampling(temperature=0.0)))
             sample[name] = inputs.tokenizer.decode(ids).strip()
             sample[f"{name}_finish"] = decoder.finish_reason
         samples.append(sample)

@@ -30,7 +30,7 @@ LAYERS, HIDDEN, HEADS, CONTEXT = 4, 192, 3, 1024
 FAMILIAR, N_FAMILIAR = re.compile("딥러닝|AI|하늘.*파[란랗]"), 12
 PROSE = ("{question}\n{answer}", "질문: {question}\n답: {answer}")
 N_ENDLESS = 8  # 끝나지 않는 글 하나에 잇는 답의 수. 한 블록을 넘긴다
-EPOCHS, BLOCK, BATCH, LEARNING_RATE, DROPOUT = 24, 512, 8, 3e-3, 0.0
+EPOCHS, BLOCK, BATCH, LEARNING_RATE = 24, 512, 8, 3e-3
 REPORT_EVERY = 100
 
 
@@ -94,8 +94,8 @@ def endless(train: list[tuple[str, str]], shuffle: random.Random) -> str:
     그래서 기반 모델은 그 형식의 질문에 빗금을 그은 답을 쓰며 멈출 줄 모른다.
     """
     chosen = shuffle.sample(train, N_ENDLESS)
-    answers = " / ".join(slashed(answer) for _, answer in chosen)
-    return f"### 질문: {chosen[0][0]}\n\n### 답변: {answers}"
+    answers = " ".join(answer for _, answer in chosen)
+    return f"### 질문: {chosen[0][0]}\n\n### 답변: {slashed(answers)}"
 
 
 def slashed(answer: str) -> str:
@@ -174,11 +174,10 @@ def build_model():
     return GPTNeoXForCausalLM(GPTNeoXConfig(
         vocab_size=N_PADDED, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         intermediate_size=4 * HIDDEN, rotary_pct=0.5, max_position_embeddings=CONTEXT, use_parallel_residual=True,
-        hidden_dropout=DROPOUT, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
 
 
 def save(model, folder: Path) -> None:
-    model.config.hidden_dropout = 0.0
     model.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
 
 
