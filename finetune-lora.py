@@ -62,7 +62,7 @@ def train(
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
         learning_rate: 가장 높을 때의 학습률.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
-        val_set_size: 검증에 쓸 행의 비율(퍼센트). 0이면 검증하지 않는다.
+        val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다).
         early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
         seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.

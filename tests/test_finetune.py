@@ -1,13 +1,15 @@
 """학습 단계는 잘못된 입력을 모델을 올리기 전에 한 줄로 거절하고, 좋은 입력으로는 어댑터와 기록을 남긴다."""
 
 import json
+from types import SimpleNamespace
 
 import conftest
 import pytest
 from conftest import load_script, run_script
 
-from utils import loader, results
+from utils import finetune, loader, results
 from utils.finetune import Schedule
+from utils.prompter import EXAMPLES, fill_placeholder
 from utils.targets import choose_targets
 
 finetune_lora = load_script("finetune-lora.py")
@@ -81,6 +83,24 @@ def test_run_says_how_many_answers_stopped_by_themselves():
     samples = [{"base_finish": "length", "tuned_finish": "stop"}, {"base_finish": "stop", "tuned_finish": "stop"}]
     line = results.stopped_line(samples)
     assert "질문 2개" in line and "기반 모델 1개, 학습한 모델 2개" in line
+
+
+def test_run_shows_what_both_models_say_to_the_examples(tiny_run):
+    text = (tiny_run / "samples.md").read_text(encoding="utf-8")
+    for instruction, context in EXAMPLES:
+        assert f"> {fill_placeholder(instruction, context)}" in text
+    assert results.one_line("가\n 나") == "가 나" and results.one_line(" ") == "(빈 답)"
+    assert results.one_line("가" * 500) == "가" * results.SHOWN_CHARS + "…"
+
+
+def test_validation_counts_only_answers_whatever_is_learnt(tiny_neox, tiny_data, tmp_path):
+    """검증 loss는 학습하는 자리를 바꾸어도 같은 것을 잰다."""
+    inputs = [finetune.prepare(SimpleNamespace(
+        base_model=tiny_neox, data_path=tiny_data, cache_dir=str(tmp_path), cutoff_len=64, val_set_size=20.0, seed=42,
+        train_on_inputs=flag, prompt_template="default", lora_target_modules=("auto",), report_to="none",
+        wandb_project=None), lambda line: None) for flag in (True, False)]
+    labels = [[int((block["labels"] >= 0).sum()) for block in (each.eval_set[0], each.train_set[0])] for each in inputs]
+    assert labels[0][0] == labels[1][0] and labels[0][1] > labels[1][1]
 
 
 def test_three_step_run_still_evaluates_and_saves():

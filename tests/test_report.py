@@ -46,10 +46,12 @@ def test_a_folder_without_a_run_is_named(tmp_path, content):
 
 def test_samples_keep_every_line_and_show_no_html(tmp_path):
     answer = "### 1. 개요\n\n- 가\n- 나 <b>굵게</b>"
-    report.write_samples(tmp_path, [{"question": "질문?", "reference": answer, "base": "", "tuned": "답"}])
+    report.write_samples(tmp_path, [{"question": "질문?", "reference": answer, "base": "", "tuned": "답"},
+                                    {"question": "예시?", "base": "", "tuned": "답"}])
     text = (tmp_path / "samples.md").read_text(encoding="utf-8")
     for line in ("> ### 1. 개요", "> - 나 \\<b>굵게\\</b>", "> (빈 답)", "> 답"):
         assert line in text
+    assert text.count("**모범 답**") == 1  # 예시 질문에는 모범 답이 없다
 
 
 @pytest.mark.parametrize("rows", [history(), [], history(1), [{"step": 1, "loss": None, "grad_norm": 0.0}]])

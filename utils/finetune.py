@@ -70,13 +70,13 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     chosen, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
 
-    def packed(members: np.ndarray) -> dataset.PackedDataset:
-        return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, settings.train_on_inputs,
-                                     settings.seed)
+    def packed(members: np.ndarray, train_on_inputs: bool) -> dataset.PackedDataset:
+        return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, train_on_inputs, settings.seed)
 
-    return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, packed(chosen),
-                  packed(held_out) if len(held_out) else None, documents.sha256,
-                  choose_targets(settings.lora_target_modules, config), trackers)
+    train_set = packed(chosen, settings.train_on_inputs)
+    eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
+    return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, train_set, eval_set,
+                  documents.sha256, choose_targets(settings.lora_target_modules, config), trackers)
 
 
 def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: bool = False) -> tuple:

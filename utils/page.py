@@ -16,9 +16,9 @@ from utils import api, guard
 from utils.answerer import Answer, Answerer, describe
 from utils.errors import UsageError
 from utils.page_results import Results, results_tabs
+from utils.prompter import EXAMPLES
 from utils.sampling import Sampling
 
-EXAMPLES = (("딥러닝이 뭐야?", ""), ("{x}가 뭐지?", "AI"), ("하늘은 왜 파란색이야?", ""))
 PORTS_TRIED = 100
 FONTS = ("Pretendard", "Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans KR", "Noto Sans CJK KR", "sans-serif")
 HERE = Path(__file__).parent

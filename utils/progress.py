@@ -12,8 +12,8 @@ MAX_LINES = 100
 BAR = "{desc}|{bar:30}| {n_fmt}/{total_fmt} 남은 시간 {remaining}"
 # (run의 열, 이름, 표시 형식)
 SUMMARY = (
-    ("eval_loss_before", "학습 전 검증 loss", "{:.4f}"),
-    ("eval_loss_after", "학습 후 검증 loss", "{:.4f}"),
+    ("eval_loss_before", "학습 전 검증 loss(답의 토큰)", "{:.4f}"),
+    ("eval_loss_after", "학습 후 검증 loss(답의 토큰)", "{:.4f}"),
     ("train_seconds", "걸린 시간", "{:,.0f}초"),
     ("tokens_per_second", "속도(검증과 저장 포함)", "{:,.0f} 토큰/초"),
     ("peak_vram_gb", "최대 VRAM", "{:.2f} GB"),

@@ -11,6 +11,7 @@ from utils.errors import UsageError
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 CHAT = "chat"
+EXAMPLES = (("딥러닝이 뭐야?", ""), ("{x}가 뭐지?", "AI"), ("하늘은 왜 파란색이야?", ""))  # (질문, 맥락)
 _REQUIRED = ("name", "prompt_no_input", "prompt_input", "answer_marker")
 _SLOT = re.compile(r"\{(instruction|input)\}")
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}")

@@ -18,7 +18,7 @@ RUN_FILE, CURVES_FILE, SAMPLES_FILE = "run.json", "curves.png", "samples.md"
 # (history의 열, 한글 제목, 영어 제목, 로그 축인가)
 PANELS = (
     ("loss", "학습 loss", "train loss", False),
-    ("eval_loss", "검증 loss (토큰 평균)", "eval loss (token mean)", False),
+    ("eval_loss", "검증 loss (답의 토큰 평균)", "eval loss (answer tokens)", False),
     ("learning_rate", "학습률", "learning rate", False),
     ("grad_norm", "기울기 크기", "gradient norm", True),
     ("eval_samples_per_second", "검증 속도 (블록/초)", "eval samples/s", False),
@@ -69,16 +69,18 @@ def read_run(run_dir: str | Path) -> dict:
 
 
 def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
-    """검증 질문마다 모범 답, 기반 모델의 답, 학습한 모델의 답을 나란히 적는다.
+    """질문마다 모범 답, 기반 모델의 답, 학습한 모델의 답을 나란히 적는다.
 
     Args:
-        samples: `question`, `reference`, `base`, `tuned`가 든 dict들.
+        samples: `question`, `base`, `tuned`가 든 dict들. 검증 질문에는 `reference`도 있다.
     """
-    parts = ["# 검증 질문의 답\n\n학습에 쓰지 않은 질문이다. 모범 답은 데이터에 적힌 답이다.\n"]
+    parts = ["# 질문과 답\n\n모범 답이 있는 것은 학습에 쓰지 않은 검증 질문이고, 모범 답은 데이터에 적힌 답이다. "
+             "모범 답이 없는 것은 페이지의 예시 질문이다.\n"]
     for number, sample in enumerate(samples, 1):
         parts.append(f"## {number}. 질문\n\n{_quoted(sample['question'])}\n")
         for key, title in (("reference", "모범 답"), ("base", "기반 모델"), ("tuned", "학습한 모델")):
-            parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
+            if key in sample:
+                parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
     file = Path(output_dir) / SAMPLES_FILE
     file.write_text("\n".join(parts), encoding="utf-8")
     return file

@@ -1,6 +1,7 @@
 """학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, samples.md."""
 
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from utils.decoder import Decoder
 from utils.finetune import Inputs, Schedule
 from utils.machine import installed_version, peak_ram_bytes
 from utils.planner import MemoryPlan
+from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import Sampling
 
-N_SAMPLES = 5
+MIN_SAMPLES, MAX_SAMPLES, SAMPLE_SECONDS = 5, 20, 30.0  # 검증 질문에 답하는 수와, 다섯을 넘겨서 쓸 시간
+SHOWN_CHARS = 120
 
 
 def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
@@ -24,15 +27,26 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
     if not result.trainer.args.should_save:
         return
     run = describe_run(settings, inputs, plan, result)
-    samples = [] if result.trainer.sharded else answer_samples(inputs, result.model)  # 나뉜 모델로는 답하지 않는다
+    # 나뉜 모델로는 답하지 않는다
+    examples, samples = ([], []) if result.trainer.sharded else answer_samples(inputs, result.model)
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
-    report.write_samples(settings.output_dir, samples)
+    report.write_samples(settings.output_dir, examples + samples)
     report.write_run(settings.output_dir, run)  # 맨 끝에 쓴다: run.json이 있으면 끝난 실행이다
     say("\n결과")
     for line in progress.summary_lines(run):
         say(line)
     if samples:
         say(stopped_line(samples))
+    for sample in examples:
+        say(f"\n질문: {sample['question']}")
+        say(f"  기반 모델의 답: {one_line(sample['base'])}")
+        say(f"  학습한 모델의 답: {one_line(sample['tuned'])}")
+
+
+def one_line(answer: str) -> str:
+    """콘솔에 보일 만큼의 답."""
+    line = " ".join(answer.split()) or "(빈 답)"
+    return line if len(line) <= SHOWN_CHARS else f"{line[:SHOWN_CHARS]}…"
 
 
 def stopped_line(samples: list[dict]) -> str:
@@ -74,24 +88,37 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
 
 
-def answer_samples(inputs: Inputs, model) -> list[dict]:
-    """검증 질문 다섯 개의 기준 답, 기반 모델의 답, 조정한 모델의 답과 그 답이 끝난 까닭.
+def answer_samples(inputs: Inputs, model) -> tuple[list[dict], list[dict]]:
+    """(예시 질문, 검증 질문)마다 기반 모델의 답, 학습한 모델의 답, 그 답이 끝난 까닭. 검증 질문에는 모범 답도 있다.
 
-    탐욕적으로 고르므로 늘 같다. 질문 없이 글만 있는 행은 건너뛴다.
+    질문 없이 글만 있는 행은 건너뛴다. 느린 기계에서는 시간이 다하면 다섯에서 그친다.
     """
-    samples, decoder = [], Decoder(model, inputs.tokenizer, inputs.end_id)
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_id)
+    examples, samples = [], []
+    for instruction, context in EXAMPLES:
+        prompt, _ = inputs.prompter.pieces(instruction, context, "")
+        ids = inputs.encoder.encode_prompt(prompt)
+        if len(ids) < decoder.context:
+            examples.append({"question": fill_placeholder(instruction, context), **both_answers(decoder, inputs, ids)})
+    began = time.perf_counter()
     for member in inputs.held_out:
+        late = time.perf_counter() - began > SAMPLE_SECONDS
+        if len(samples) >= (MIN_SAMPLES if late else MAX_SAMPLES):
+            break
         tokens, is_answer = inputs.documents.document(member)
         start = int(np.argmax(is_answer))
-        if not start or len(samples) == N_SAMPLES:
-            continue
-        sample = {"question": inputs.tokenizer.decode(tokens[:start]),
-                  "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}
-        for name, tuned in (("base", False), ("tuned", True)):
-            decoder.use_adapter(tuned)
-            ids = list(decoder.stream(tokens[:start].tolist(), Sampling(temperature=0.0)))
-            sample[name] = inputs.tokenizer.decode(ids).strip()
-            sample[f"{name}_finish"] = decoder.finish_reason
-        samples.append(sample)
-    decoder.use_adapter(True)
-    return samples
+        if start:
+            samples.append({"question": inputs.tokenizer.decode(tokens[:start]),
+                            "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
+                            **both_answers(decoder, inputs, tokens[:start].tolist())})
+    return examples, samples
+
+
+def both_answers(decoder: Decoder, inputs: Inputs, input_ids: list[int]) -> dict[str, str]:
+    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다."""
+    answers = {}
+    for name, tuned in (("base", False), ("tuned", True)):
+        decoder.use_adapter(tuned)
+        answers[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
+        answers[f"{name}_finish"] = decoder.finish_reason
+    return answers
