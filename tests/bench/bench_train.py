@@ -268,7 +268,7 @@ def real_rows() -> list[torch.Tensor]:
     """koalpaca_500.json을 그 자리에서 학습한 BPE로 나눈 토큰들."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    places = (ROOT / ".carry", ROOT.parent / "shared" / "data")
+    places = (ROOT / "shared" / "data", ROOT.parent / "shared" / "data")
     file = next(place / "koalpaca_500.json" for place in places if (place / "koalpaca_500.json").is_file())
     texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     tokenizer = Tokenizer(models.BPE())

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), *(str(path) for path in (ROOT / ".carry/bnb", ROOT / ".carry/smol/py") if path.is_dir())]
+sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
