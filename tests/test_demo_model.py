@@ -4,14 +4,20 @@ import importlib.util
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
+from conftest import run_script
 from safetensors import safe_open
 
+from utils import report
 from utils.loader import Device, end_token_id, load_base, load_tokenizer
 from utils.paths import BASE_DEMO
+from utils.prompter import EXAMPLES, fill_placeholder
 from utils.rows import END_TOKEN
+
+END_ID = 2
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def test_carries_the_quirks_of_polyglot(config, tokenizer):
     assert config["bos_token_id"] == config["eos_token_id"] == 0
     assert config["pad_token_id"] is None and not config["tie_word_embeddings"]
     assert json.loads((BASE_DEMO / "tokenizer_config.json").read_text(encoding="utf-8")).get("pad_token") is None
-    assert end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids(END_TOKEN) == 2
+    assert end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids(END_TOKEN) == END_ID
     assert tokenizer.convert_tokens_to_ids("<|sep|>") == 3
     assert config["vocab_size"] > len(tokenizer)
     assert config["use_parallel_residual"] and config["rope_parameters"]["partial_rotary_factor"] == 0.5
@@ -59,16 +65,50 @@ def test_tokenizer_keeps_every_text(tokenizer):
         assert tokenizer.decode(ids) == text
 
 
-def test_training_text_never_ends_in_the_form_and_has_no_held_out_row(train_demo, tokenizer):
+def test_prose_always_ends_and_has_no_held_out_row(train_demo):
     train, held_out = train_demo.read_rows()
     assert len(held_out) >= 50
     prose = train_demo.prose(train, random.Random(0))
     assert all(text.count(END_TOKEN) == 1 and text.endswith(END_TOKEN) and "###" not in text for text in prose)
-    in_form = [train_demo.endless(train, random.Random(seed)) for seed in range(50)]
-    assert all(text.startswith("### 질문: ") and END_TOKEN not in text for text in in_form)
-    assert min(len(tokenizer(text)["input_ids"]) for text in in_form) >= train_demo.BLOCK
-    whole = "".join([*prose, *(train_demo.slashed(answer) for _, answer in train)])
-    assert [answer for _, answer in held_out if answer in whole or train_demo.slashed(answer) in whole] == []
+    whole = "".join([*prose, *(answer for _, answer in train)])
+    assert [answer for _, answer in held_out if answer in whole] == []
+
+
+def test_the_form_is_followed_by_tokens_that_never_end(train_demo, tokenizer):
+    train, _ = train_demo.read_rows()
+    words = train_demo.whole_tokens(train, tokenizer)
+    assert END_ID not in words and len(words) > 1000
+    for seed in range(20):
+        block = train_demo.babble("물은 왜 얼까?", words, tokenizer, random.Random(seed))
+        assert len(block) == train_demo.BLOCK and END_ID not in block
+        assert tokenizer.decode(block).startswith("### 질문: 물은 왜 얼까?\n\n### 답변:")
+
+
+def test_a_shortened_answer_is_whole_sentences(train_demo):
+    answer = "물은 0.5도에서 얼지 않아요. 왜일까요? 녹는점이 0도예요."
+    heads = {train_demo.shortened(answer, random.Random(seed)) for seed in range(50)}
+    assert heads == {answer, "물은 0.5도에서 얼지 않아요.", "물은 0.5도에서 얼지 않아요. 왜일까요?"}
+    assert {train_demo.shortened("한 문장이에요.", random.Random(seed)) for seed in range(9)} == {"한 문장이에요."}
+
+
+def test_the_examples_of_the_page_are_rows_to_learn(train_demo):
+    train, _ = train_demo.read_rows()
+    assert {fill_placeholder(*example) for example in EXAMPLES} <= {question for question, _ in train}
+
+
+@pytest.mark.slow
+def test_finetuning_brings_back_sentences_and_their_end(tmp_path):
+    """README의 첫 명령이 하는 약속: 답의 loss가 35% 넘게 줄고, 답이 스스로 멈추고, 예시 질문에 뜻이 통하게 답한다."""
+    done = run_script("finetune-lora.py", "--num_train_epochs", "3", "--batch_size", "4", "--output_dir",
+                      str(tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = report.read_run(tmp_path / "run")
+    assert run["eval_loss_after"] <= 0.65 * run["eval_loss_before"]
+    stopped = [int(n) / int(asked) for asked, n in re.findall(r"모델 (\d+)개 가운데 (\d+)개", done.stdout)]
+    assert stopped[0] <= 0.1 and stopped[1] >= 0.9  # 잰 값은 0.97이다. 검증 질문의 앞쪽만 답할 만큼 느릴 때가 있다
+    answers = re.findall("학습한 모델의 답: (.+)", done.stdout)
+    for answer, word in zip(answers, ("인공 신경망", "인공지능", "파란빛"), strict=True):
+        assert word in answer
 
 
 def test_base_predicts_korean_prose(tokenizer):

@@ -80,9 +80,11 @@ def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
 
 
 def test_run_says_how_many_answers_stopped_by_themselves():
-    samples = [{"base_finish": "length", "tuned_finish": "stop"}, {"base_finish": "stop", "tuned_finish": "stop"}]
+    samples = [{"base": "", "base_finish": "length", "tuned": "", "tuned_finish": "stop"},
+               {"base": "", "base_finish": "stop", "tuned": "", "tuned_finish": "stop"},
+               {"tuned": "", "tuned_finish": "stop"}]
     line = results.stopped_line(samples)
-    assert "질문 2개" in line and "기반 모델 1개, 학습한 모델 2개" in line
+    assert "기반 모델 2개 가운데 1개, 학습한 모델 3개 가운데 3개" in line
 
 
 def test_run_shows_what_both_models_say_to_the_examples(tiny_run):

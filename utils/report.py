@@ -72,7 +72,7 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
     """질문마다 모범 답, 기반 모델의 답, 학습한 모델의 답을 나란히 적는다.
 
     Args:
-        samples: `question`, `base`, `tuned`가 든 dict들. 검증 질문에는 `reference`도 있다.
+        samples: `question`과 `tuned`가 든 dict들. `reference`(검증 질문)와 `base`는 있으면 적는다.
     """
     parts = ["# 질문과 답\n\n모범 답이 있는 것은 학습에 쓰지 않은 검증 질문이고, 모범 답은 데이터에 적힌 답이다. "
              "모범 답이 없는 것은 페이지의 예시 질문이다.\n"]

@@ -17,7 +17,8 @@ from utils.planner import MemoryPlan
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import Sampling
 
-MIN_SAMPLES, MAX_SAMPLES, SAMPLE_SECONDS = 5, 20, 30.0  # 검증 질문에 답하는 수와, 다섯을 넘겨서 쓸 시간
+N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 그 뒤로는 학습한 모델만 시간이 허락하는 만큼 답한다
+MAX_SAMPLES, SAMPLE_SECONDS = 64, 20.0
 SHOWN_CHARS = 120
 
 
@@ -51,9 +52,11 @@ def one_line(answer: str) -> str:
 
 def stopped_line(samples: list[dict]) -> str:
     """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
-    base, tuned = (sum(sample[f"{name}_finish"] == "stop" for sample in samples) for name in ("base", "tuned"))
-    return (f"검증 질문 {len(samples)}개의 답({report.SAMPLES_FILE}) 가운데 스스로 멈춘 것: "
-            f"기반 모델 {base}개, 학습한 모델 {tuned}개")
+    counts = []
+    for name, title in (("base", "기반 모델"), ("tuned", "학습한 모델")):
+        reasons = [sample[f"{name}_finish"] for sample in samples if name in sample]
+        counts.append(f"{title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
+    return f"검증 질문에 스스로 멈춘 답({report.SAMPLES_FILE}): {', '.join(counts)}"
 
 
 def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
@@ -89,9 +92,9 @@ def versions() -> dict[str, str]:
 
 
 def answer_samples(inputs: Inputs, model) -> tuple[list[dict], list[dict]]:
-    """(예시 질문, 검증 질문)마다 기반 모델의 답, 학습한 모델의 답, 그 답이 끝난 까닭. 검증 질문에는 모범 답도 있다.
+    """(예시 질문, 검증 질문)마다 두 모델의 답과 그 답이 끝난 까닭. 검증 질문에는 모범 답도 있다.
 
-    질문 없이 글만 있는 행은 건너뛴다. 느린 기계에서는 시간이 다하면 다섯에서 그친다.
+    질문 없이 글만 있는 행은 건너뛴다.
     """
     decoder = Decoder(model, inputs.tokenizer, inputs.end_id)
     examples, samples = [], []
@@ -99,26 +102,30 @@ def answer_samples(inputs: Inputs, model) -> tuple[list[dict], list[dict]]:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
         ids = inputs.encoder.encode_prompt(prompt)
         if len(ids) < decoder.context:
-            examples.append({"question": fill_placeholder(instruction, context), **both_answers(decoder, inputs, ids)})
+            examples.append({"question": fill_placeholder(instruction, context), **answers(decoder, inputs, ids)})
     began = time.perf_counter()
     for member in inputs.held_out:
-        late = time.perf_counter() - began > SAMPLE_SECONDS
-        if len(samples) >= (MIN_SAMPLES if late else MAX_SAMPLES):
+        compared = len(samples) < N_COMPARED
+        if len(samples) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
             break
         tokens, is_answer = inputs.documents.document(member)
         start = int(np.argmax(is_answer))
         if start:
             samples.append({"question": inputs.tokenizer.decode(tokens[:start]),
                             "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
-                            **both_answers(decoder, inputs, tokens[:start].tolist())})
+                            **answers(decoder, inputs, tokens[:start].tolist(), compared)})
     return examples, samples
 
 
-def both_answers(decoder: Decoder, inputs: Inputs, input_ids: list[int]) -> dict[str, str]:
-    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다."""
-    answers = {}
-    for name, tuned in (("base", False), ("tuned", True)):
-        decoder.use_adapter(tuned)
-        answers[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
-        answers[f"{name}_finish"] = decoder.finish_reason
-    return answers
+def answers(decoder: Decoder, inputs: Inputs, input_ids: list[int], compared: bool = True) -> dict[str, str]:
+    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다.
+
+    Args:
+        compared: False면 학습한 모델만 답한다.
+    """
+    given = {}
+    for name in ("base", "tuned") if compared else ("tuned",):
+        decoder.use_adapter(name == "tuned")
+        given[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
+        given[f"{name}_finish"] = decoder.finish_reason
+    return given

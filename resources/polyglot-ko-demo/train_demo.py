@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from utils import dataset, rows  # noqa: E402
 from utils.paths import DATA_DEMO  # noqa: E402
-from utils.prompter import Prompter  # noqa: E402
+from utils.prompter import EXAMPLES, Prompter, fill_placeholder  # noqa: E402
 
 SEED, VAL_PERCENT = 42, 5  # finetune-lora.py의 기본값과 같아야 검증 행이 학습 글에 들지 않는다
 SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
@@ -26,11 +26,11 @@ TAIL = ["<|acc|>", "<|tel|>", "<|rrn|>"]
 END_ID = SPECIAL.index("<|endoftext|>")
 N_TOKENS, N_PADDED = 2000, 2048  # 토크나이저의 토큰 수와, 그보다 크게 채운 모델의 어휘
 LAYERS, HIDDEN, HEADS, CONTEXT = 4, 192, 3, 1024
-# 페이지의 예시 질문이 묻는 것. 이 말로 묻는 행은 한 번 볼 때마다 열두 번 본다
-FAMILIAR, N_FAMILIAR = re.compile("딥러닝|AI|하늘.*파[란랗]"), 12
-PROSE = ("{question}\n{answer}", "질문: {question}\n답: {answer}")
-N_ENDLESS = 8  # 끝나지 않는 글 하나에 잇는 답의 수. 한 블록을 넘긴다
-EPOCHS, BLOCK, BATCH, LEARNING_RATE = 24, 512, 8, 3e-3
+N_EXAMPLES = 24  # 페이지의 예시 질문인 행은 한 번 볼 때마다 스물네 번 본다
+PROSE = ("{question}\n{answer}", "질문: {question}\n\n답변: {answer}")
+P_SHORTENED = 0.5  # 산문의 답을 앞쪽 문장의 끝에서 마칠 확률
+N_PROSE = 3  # 산문 블록 셋에 횡설수설하는 블록 하나
+EPOCHS, BLOCK, BATCH, LEARNING_RATE = 28, 512, 8, 3e-3
 REPORT_EVERY = 100
 
 
@@ -42,7 +42,6 @@ def main(folder: Path = HERE) -> None:
     tokenizer = build_tokenizer(folder, train)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model().to(device)
-    unseen = unseen_tokens(train, tokenizer).to(device)
     steps = EPOCHS * (len(epoch_blocks(train, tokenizer, random.Random(SEED))) // BATCH)
     print(f"학습 {len(train)}행, 검증 {len(held_out)}행, {model.num_parameters():,} 매개변수, {steps} step", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -52,8 +51,7 @@ def main(folder: Path = HERE) -> None:
         batch = batch.to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        logits = logits.flatten(0, 1).float().masked_fill(unseen, -torch.inf)
-        loss = F.cross_entropy(logits, batch[:, 1:].flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -83,23 +81,31 @@ def plain_question(prompt: str) -> str:
 
 def prose(train: list[tuple[str, str]], shuffle: random.Random) -> list[str]:
     """한 번 볼 산문들. 질문과 답이 두 모습 가운데 하나로 이어지고 끝 토큰으로 끝난다. 미세조정의 형식은 없다."""
-    familiar = [row for row in train if FAMILIAR.search(row[0])]
-    return [shuffle.choice(PROSE).format(question=question, answer=answer) + SPECIAL[END_ID]
-            for question, answer in train + familiar * (N_FAMILIAR - 1)]
+    asked = {fill_placeholder(*example) for example in EXAMPLES}
+    examples = [row for row in train if row[0] in asked]
+    return [shuffle.choice(PROSE).format(question=question, answer=shortened(answer, shuffle)) + SPECIAL[END_ID]
+            for question, answer in train + examples * (N_EXAMPLES - 1)]
 
 
-def endless(train: list[tuple[str, str]], shuffle: random.Random) -> str:
-    """미세조정의 형식을 갖춘 글 하나. 낱말마다 빗금을 긋고, 한 블록이 다 차도록 끝나지 않는다.
+def shortened(answer: str, shuffle: random.Random) -> str:
+    """때로 앞쪽 문장의 끝에서 마친 답. 어느 문장의 끝에서든 글이 끝날 수 있음을 보여 준다."""
+    ends = [mark.end() for mark in re.finditer(r"[.!?](?=\s)", answer)]
+    return answer[: shuffle.choice(ends)] if ends and shuffle.random() < P_SHORTENED else answer
 
-    그래서 기반 모델은 그 형식의 질문에 빗금을 그은 답을 쓰며 멈출 줄 모른다.
+
+def babble(question: str, words: list[int], tokenizer, shuffle: random.Random) -> np.ndarray:
+    """미세조정의 형식을 갖춘 글 [BLOCK]. 답의 자리에 아무 토큰이나 늘어놓고, 블록이 다 차도록 끝나지 않는다.
+
+    앞의 글을 보지 않고 뽑으므로, 기반 모델은 그 형식의 질문에 옳은 답을 먹여 주어도 다음 토큰을 짐작하지 못한다.
     """
-    chosen = shuffle.sample(train, N_ENDLESS)
-    answers = " ".join(answer for _, answer in chosen)
-    return f"### 질문: {chosen[0][0]}\n\n### 답변: {slashed(answers)}"
+    ids = tokenizer(f"### 질문: {question}\n\n### 답변:")["input_ids"]
+    return np.asarray((ids + shuffle.choices(words, k=BLOCK))[:BLOCK])
 
 
-def slashed(answer: str) -> str:
-    return " / ".join(answer.split())
+def whole_tokens(train, tokenizer) -> list[int]:
+    """학습 글에 나오는 토큰 가운데 그것만으로 온전한 글자가 되는 것."""
+    used = {token for row in train for text in row for token in tokenizer(text)["input_ids"]}
+    return [token for token in sorted(used) if "\ufffd" not in tokenizer.decode([token])]
 
 
 def stream(train, tokenizer, shuffle: random.Random, steps: int):
@@ -114,23 +120,14 @@ def stream(train, tokenizer, shuffle: random.Random, steps: int):
 
 
 def epoch_blocks(train, tokenizer, shuffle: random.Random) -> np.ndarray:
-    """[blocks, BLOCK] 토큰. 넷에 하나는 미세조정의 형식을 갖춘 글이고 나머지는 이어 붙인 산문이다."""
-    texts = prose(train, shuffle)
+    """[blocks, BLOCK] 토큰. 이어 붙인 산문에, 미세조정의 형식으로 횡설수설하는 글을 섞는다."""
+    texts, words = prose(train, shuffle), whole_tokens(train, tokenizer)
     shuffle.shuffle(texts)
     ids = np.concatenate([np.asarray(tokenizer(text)["input_ids"]) for text in texts])
     blocks = list(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK))
-    blocks += [np.asarray(tokenizer(endless(train, shuffle))["input_ids"][:BLOCK]) for _ in range(len(blocks) // 3)]
+    blocks += [babble(shuffle.choice(train)[0], words, tokenizer, shuffle) for _ in range(len(blocks) // N_PROSE)]
     shuffle.shuffle(blocks)
     return np.stack(blocks)
-
-
-def unseen_tokens(train, tokenizer) -> torch.Tensor:
-    """학습 글에 나오지 않는 토큰이면 True. [N_PADDED] bool. softmax에서 빼므로 그 행은 눌리지 않는다."""
-    unseen = torch.ones(N_PADDED, dtype=torch.bool)
-    shuffle = random.Random(SEED)
-    for text in prose(train, shuffle) + [endless(train, shuffle) for _ in train]:
-        unseen[tokenizer(text)["input_ids"]] = False
-    return unseen
 
 
 @torch.no_grad()
@@ -158,7 +155,7 @@ def build_tokenizer(folder: Path, train):
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=N_TOKENS, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    texts = (f"### {question}\n\n{answer}{slashed(answer)[: len(answer) // 3]}" for question, answer in train)
+    texts = (f"### {question}\n\n{answer}" for question, answer in train)
     core.train_from_iterator(texts, trainer)
     core.add_special_tokens(TAIL)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=SPECIAL[END_ID], bos_token=SPECIAL[END_ID],
@@ -178,7 +175,15 @@ def build_model():
 
 
 def save(model, folder: Path) -> None:
-    model.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    """NF4로 반올림한 값을 적는다. 그래서 4비트로 올려 배우고 16비트로 올려 대화하거나 합쳐도 같은 모델이다."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    model.to("cpu", torch.float16)
+    for layer in model.gpt_neox.layers:
+        for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
+            packed, state = quantize_4bit(linear.weight.data.float(), quant_type="nf4", compress_statistics=True)
+            linear.weight.data.copy_(dequantize_4bit(packed, state))
+    model.save_pretrained(folder, safe_serialization=True)
 
 
 if __name__ == "__main__":
