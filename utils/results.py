@@ -18,7 +18,7 @@ from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import Sampling
 
 N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 그 뒤로는 학습한 모델만 시간이 허락하는 만큼 답한다
-MAX_SAMPLES, SAMPLE_SECONDS = 64, 20.0
+MAX_SAMPLES, SAMPLE_SECONDS = 64, 30.0
 SHOWN_CHARS = 120
 
 
