@@ -129,7 +129,6 @@ def serve() -> None:
     from utils import cli, finetune, progress, results, resumable  # noqa: F401
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup으로 시작한 시험에서도 신호를 받는다
     for line in sys.stdin:
         trial = json.loads(line)
         began = time.perf_counter()

@@ -210,7 +210,6 @@ def test_closed_terminal_saves(tiny_neox, tiny_data, tmp_path):
     output = tmp_path / "run"
     child, terminal = pty.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup으로 시작한 시험에서도 신호를 받는다
         os.execv(sys.executable, [sys.executable, str(ROOT / "finetune-lora.py"), "--base_model", str(tiny_neox),
                                   "--data_path", str(tiny_data), "--output_dir", str(output), "--cutoff_len", "64",
                                   "--batch_size", "4", "--num_train_epochs", "20"])
