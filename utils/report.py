@@ -15,6 +15,7 @@ from utils.errors import UsageError
 from utils.modelfolder import read_json
 
 RUN_FILE, CURVES_FILE, SAMPLES_FILE = "run.json", "curves.png", "samples.md"
+MODELS = (("base", "기반 모델"), ("tuned", "학습한 모델"))  # (답의 열, 이름)
 # (history의 열, 한글 제목, 영어 제목, 로그 축인가)
 PANELS = (
     ("loss", "학습 loss", "train loss", False),
@@ -78,7 +79,7 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
              "모범 답이 없는 것은 페이지의 예시 질문이다.\n"]
     for number, sample in enumerate(samples, 1):
         parts.append(f"## {number}. 질문\n\n{_quoted(sample['question'])}\n")
-        for key, title in (("reference", "모범 답"), ("base", "기반 모델"), ("tuned", "학습한 모델")):
+        for key, title in (("reference", "모범 답"), *MODELS):
             if key in sample:
                 parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
     file = Path(output_dir) / SAMPLES_FILE

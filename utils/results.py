@@ -40,8 +40,8 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
         say(stopped_line(samples))
     for sample in examples:
         say(f"\n질문: {sample['question']}")
-        say(f"  기반 모델의 답: {one_line(sample['base'])}")
-        say(f"  학습한 모델의 답: {one_line(sample['tuned'])}")
+        for name, title in report.MODELS:
+            say(f"  {title}의 답: {one_line(sample[name])}")
 
 
 def one_line(answer: str) -> str:
@@ -53,7 +53,7 @@ def one_line(answer: str) -> str:
 def stopped_line(samples: list[dict]) -> str:
     """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
     counts = []
-    for name, title in (("base", "기반 모델"), ("tuned", "학습한 모델")):
+    for name, title in report.MODELS:
         reasons = [sample[f"{name}_finish"] for sample in samples if name in sample]
         counts.append(f"{title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
     return f"검증 질문에 스스로 멈춘 답({report.SAMPLES_FILE}): {', '.join(counts)}"

@@ -42,12 +42,13 @@ def main(folder: Path = HERE) -> None:
     tokenizer = build_tokenizer(folder, train)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model().to(device)
-    steps = EPOCHS * (len(epoch_blocks(train, tokenizer, random.Random(SEED))) // BATCH)
+    words = whole_tokens(train, tokenizer)
+    steps = EPOCHS * (len(epoch_blocks(train, words, tokenizer, random.Random(SEED))) // BATCH)
     print(f"학습 {len(train)}행, 검증 {len(held_out)}행, {model.num_parameters():,} 매개변수, {steps} step", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.05)
     began = time.perf_counter()
-    for step, batch in enumerate(stream(train, tokenizer, shuffle, steps), 1):
+    for step, batch in enumerate(stream(train, words, tokenizer, shuffle, steps), 1):
         batch = batch.to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
@@ -98,7 +99,8 @@ def babble(question: str, words: list[int], tokenizer, shuffle: random.Random) -
 
     앞의 글을 보지 않고 뽑으므로, 기반 모델은 그 형식의 질문에 옳은 답을 먹여 주어도 다음 토큰을 짐작하지 못한다.
     """
-    ids = tokenizer(f"### 질문: {question}\n\n### 답변:")["input_ids"]
+    prompt, _ = Prompter().pieces(question, "", "")
+    ids = tokenizer(prompt)["input_ids"]
     return np.asarray((ids + shuffle.choices(words, k=BLOCK))[:BLOCK])
 
 
@@ -108,10 +110,10 @@ def whole_tokens(train, tokenizer) -> list[int]:
     return [token for token in sorted(used) if "\ufffd" not in tokenizer.decode([token])]
 
 
-def stream(train, tokenizer, shuffle: random.Random, steps: int):
+def stream(train, words: list[int], tokenizer, shuffle: random.Random, steps: int):
     """`steps`개의 [BATCH, BLOCK] 토큰. 산문을 한 번 다 볼 때마다 글의 차례를 다시 섞는다."""
     while True:
-        blocks = epoch_blocks(train, tokenizer, shuffle)
+        blocks = epoch_blocks(train, words, tokenizer, shuffle)
         for at in range(0, len(blocks) - BATCH + 1, BATCH):
             if steps == 0:
                 return
@@ -119,9 +121,9 @@ def stream(train, tokenizer, shuffle: random.Random, steps: int):
             yield torch.from_numpy(blocks[at : at + BATCH])
 
 
-def epoch_blocks(train, tokenizer, shuffle: random.Random) -> np.ndarray:
+def epoch_blocks(train, words: list[int], tokenizer, shuffle: random.Random) -> np.ndarray:
     """[blocks, BLOCK] 토큰. 이어 붙인 산문에, 미세조정의 형식으로 횡설수설하는 글을 섞는다."""
-    texts, words = prose(train, shuffle), whole_tokens(train, tokenizer)
+    texts = prose(train, shuffle)
     shuffle.shuffle(texts)
     ids = np.concatenate([np.asarray(tokenizer(text)["input_ids"]) for text in texts])
     blocks = list(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK))
