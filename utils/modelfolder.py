@@ -112,6 +112,12 @@ def read_config(path: Path) -> dict:
     return config
 
 
+def text_config(config: dict) -> dict:
+    """글을 다루는 부분의 설정. Gemma 3 4B처럼 그림도 보는 모델은 `text_config`에 따로 담는다."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
 def read_json(path: Path, missing: str) -> dict:
     """JSON 파일을 읽는다. 없으면 `missing`을, 깨졌으면 그 자리를 말한다."""
     try:
