@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 from standin import SHAPES, add_lora, build
 
-from utils.attention import Documents, FormulaAttention, choose_attention
 from utils.captured import CapturedStep
+from utils.engine.attention import Documents, FormulaAttention, choose_attention
+from utils.engine.train_layers import restore_embedding
+from utils.engine.train_ops import CudaOps, TorchOps
+from utils.engine.train_step import NeoxStep
 from utils.microstep import AutogradStep
-from utils.neox import NeoxStep
-from utils.neox_layers import restore_embedding
-from utils.neox_ops import CudaOps, TorchOps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
 CUDA = torch.device("cuda")

@@ -14,8 +14,8 @@ from standin import SHAPES, add_lora, build
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from utils.decoder import Decoder
-from utils.neox_decode import NeoxDecode
-from utils.neox_weights import why_not
+from utils.engine.decode_engine import NeoxDecode
+from utils.engine.weights import why_not
 from utils.sampling import Sampling, penalize, probabilities
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from utils.attention import Documents, FormulaAttention
-from utils.cuda import CompileError, compile_to_cubin
+from utils.engine.attention import Documents, FormulaAttention
+from utils.engine.cuda import CompileError, compile_to_cubin
+from utils.engine.train_layers import HostEmbedding, restore_embedding, why_not
+from utils.engine.train_ops import SOURCE, TorchOps, drop_scale, drop_threshold
+from utils.engine.train_step import NeoxStep
 from utils.microstep import AutogradStep, cross_entropy_, document_mask
-from utils.neox import NeoxStep
-from utils.neox_layers import HostEmbedding, restore_embedding, why_not
-from utils.neox_ops import SOURCE, TorchOps, drop_scale, drop_threshold
 
 ROWS, BLOCK = 2, 48
 

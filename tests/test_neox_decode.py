@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from utils.cuda import CompileError, compile_to_cubin
-from utils.neox_decode import kernel_defines, kernel_source
-from utils.neox_weights import ROWS, Weights, why_not
+from utils.engine.cuda import CompileError, compile_to_cubin
+from utils.engine.decode_engine import kernel_defines, kernel_source
+from utils.engine.weights import ROWS, Weights, why_not
 
 POLYGLOT = GPTNeoXConfig(vocab_size=30_080, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
                          intermediate_size=8192, rotary_pct=0.5, bos_token_id=None, eos_token_id=None)

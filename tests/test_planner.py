@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 from standin import SHAPES, config_of
 
+from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
 from utils.loader import Device
-from utils.neox import NeoxStep
 from utils.planner import CONTEXT, GB, SAFETY, fit, make_plan, predict
 
 TARGETS = ("query_key_value",)

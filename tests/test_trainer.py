@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from utils.captured import check_isolation
+from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
 from utils.microstep import AutogradStep
-from utils.neox import NeoxStep
 from utils.trainer import LeanTrainer
 
 BLOCK = 32

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.cuda import CompileError
+from utils.engine.cuda import CompileError
+from utils.engine.decode_engine import NeoxDecode
+from utils.engine.weights import why_not
 from utils.errors import UsageError
 from utils.forward_decode import ForwardDecode
-from utils.neox_decode import NeoxDecode
-from utils.neox_weights import why_not
 from utils.sampling import Sampling
 
 

@@ -1,7 +1,7 @@
 """어떤 causal LM이든 자동미분으로 도는 micro-step과, 모든 micro-step이 함께 쓰는 조각 손실과 문서 경계를 맡는다.
 
 micro-step은 `[rows, block]` 모양의 블록 몇 개를 받아 gradient를 `.grad`에 더하고 손실을 돌려준다. GPT-NeoX는
-`utils/neox.py`의 손으로 쓴 길을, 다른 구조는 여기의 `AutogradStep`을 쓴다.
+`utils/engine/train_step.py`의 손으로 쓴 길을, 다른 구조는 여기의 `AutogradStep`을 쓴다.
 """
 
 import torch

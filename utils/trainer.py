@@ -12,10 +12,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from utils.batches import MicroBatches, PaddedBlocks, block_key, count_documents, split_rows, stack_blocks
 from utils.captured import CapturedStep, check_isolation
+from utils.engine.train_layers import restore_embedding, why_not
+from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
 from utils.microstep import IGNORE, AutogradStep, recompute_all, shifted_targets
-from utils.neox import NeoxStep
-from utils.neox_layers import restore_embedding, why_not
 from utils.planner import MemoryPlan
 
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from utils import planner  # noqa: E402
 from utils.dataset import pack  # noqa: E402
-from utils.neox_ops import drop_scale  # noqa: E402
+from utils.engine.train_ops import drop_scale  # noqa: E402
 from utils.planner import GB, MemoryPlan  # noqa: E402
 from utils.trainer import LeanTrainer  # noqa: E402
 

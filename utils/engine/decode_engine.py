@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from utils.cuda import CompileError, load_kernels
-from utils.neox_prefill import Prefill
-from utils.neox_weights import ROWS, Weights
+from utils.engine.cuda import CompileError, load_kernels
+from utils.engine.prefill import Prefill
+from utils.engine.weights import ROWS, Weights
 from utils.sampling import Sampling
 
 SOURCES = ("decode_math.cu", "decode_product.cu", "decode_attention.cu", "decode.cu", "decode_sample.cu",
@@ -22,7 +22,7 @@ TABLE = 32768  # NF4 표의 바이트
 
 def kernel_source() -> str:
     """커널 소스 전체."""
-    return "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "".join((Path(__file__).parent / "kernels" / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
 def kernel_defines(config, vocab: int, rank: int, nf4: bool, double_quant: bool, bf16: bool) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.neox_ops import NF4_BLOCK
+from utils.engine.train_ops import NF4_BLOCK
 
 
 def why_not(model: nn.Module) -> str | None:

@@ -2,18 +2,18 @@
 
 기반 가중치는 얼어 있고 LoRA는 query_key_value에만 있으므로, 자동미분 없이 필요한 것만 남기고 필요한 gradient만
 구한다. 층마다 남기는 것은 입력 x, 회전한 q·k·v, attention의 출력, gelu 앞의 값이다. 재계산하는 층은 x만 남긴다.
-4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS, 나머지는 `neox_ops`의 몫이다.
+4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS, 나머지는 `train_ops`의 몫이다.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 
-from utils.attention import Documents, choose_attention
-from utils.cuda import CompileError
+from utils.engine.attention import Documents, choose_attention
+from utils.engine.cuda import CompileError
+from utils.engine.train_layers import HostEmbedding, Layer
+from utils.engine.train_ops import CudaOps, TorchOps, pad_rank
 from utils.microstep import HEAD_CHUNK, head_loss, shifted_targets
-from utils.neox_layers import HostEmbedding, Layer
-from utils.neox_ops import CudaOps, TorchOps, pad_rank
 
 
 @dataclass

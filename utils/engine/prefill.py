@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from utils.neox_weights import Layer, Matrix, Weights
+from utils.engine.weights import Layer, Matrix, Weights
 
 PIECES = 64, 128        # 질문을 나누어 읽는 길이. 조각은 이 가운데 하나로 채운다
 BUFFER = 4 * 1024 ** 2  # NF4를 풀어 두는 자리(16비트 수의 개수)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from utils.cuda import load_kernels
+from utils.engine.cuda import load_kernels
 from utils.microstep import cross_entropy_
 
-SOURCE = Path(__file__).with_name("neox_train.cu")
+SOURCE = Path(__file__).parent / "kernels" / "train.cu"
 NF4_BLOCK = 64
 DROP_LEVELS = 1 << 16  # dropout의 난수는 16비트다
 
@@ -130,7 +130,7 @@ class TorchOps:
 
 
 class CudaOps(TorchOps):
-    """`neox_train.cu`의 커널.
+    """`kernels/train.cu`의 커널.
 
     Raises:
         CompileError: 커널을 컴파일하지 못했다.
