@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from utils import parity
 from utils.errors import UsageError
 from utils.loader import require_known_ids
-from utils.microstep import AutogradStep
+from utils.microstep import AutogradStep, Head, autograd_ways
 
 VOCAB, BLOCK = 320, 64
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -36,7 +36,7 @@ KINDS = {
     "gemma3(창)": ("gemma3_text", {"sliding_window": 8}, ATTENTION, "조각"),
     "mistral(창)": ("mistral", {"sliding_window": 8}, ATTENTION, "조각"),
     "falcon_h1(상태)": ("falcon_h1", {"lm_head_multiplier": 0.3, "embedding_multiplier": 5.0, "mamba_d_ssm": 32,
-                                    "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}, ATTENTION, ""),
+                                    "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8}, ATTENTION, "따로"),
     "bloom(위치 번호가 없다)": ("bloom", {"hidden_dropout": 0.1}, ["query_key_value"], "따로"),
     "gpt2": ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128}, ["c_attn"], "조각"),
     "gpt_neo(층마다 다른 창)": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8,
@@ -106,15 +106,10 @@ def flat(gradients: dict) -> torch.Tensor:
     return torch.cat([value.flatten() for value in gradients.values()])
 
 
-def candidates(model) -> list:
-    return [lambda whole=whole, separate=separate: AutogradStep(model, whole=whole, separate=separate)
-            for separate in (False, True) for whole in (False, True)]
-
-
-def chosen(model) -> tuple:
+def chosen(model, ways=None) -> tuple:
+    """(고른 micro-step, 그동안 한 말)."""
     said = []
-    step = parity.choose_step(candidates(model), model, Blocks(), 4, torch.device("cpu"), said.append)
-    return step, said
+    return parity.choose_step(ways or autograd_ways(model), model, Blocks(), 4, torch.device("cpu"), said.append), said
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -135,6 +130,66 @@ def test_loss_and_gradients_are_those_of_the_model(name):
         assert trained == pytest.approx(wanted, rel=1e-5)
         torch.testing.assert_close(flat(parity.take_gradients(model)), gradients, rtol=1e-3,
                                    atol=1e-4 * float(gradients.abs().max()))
+
+
+class Forgetful(AutogradStep):
+    """forward가 하는 일 하나를 빠뜨린 micro-step."""
+
+    def __init__(self, model, **changes):
+        super().__init__(model)
+        self.head = Head(**{**vars(self.head), **changes})
+        self.path = "빠뜨린 길"
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("granite(logits를 나눈다)", {"scale": 1.0}),
+    ("granite(logits를 나눈다)", {"scale": 1 / 13.5}),
+    ("hyperclovax(logits에 곱한다)", {"scale": 8.0}),
+    ("gemma2(부드러운 한계와 창)", {"cap": None}),
+    ("phi(출력 행렬의 bias)", {"bias": torch.full((VOCAB,), 0.1).index_fill(0, torch.arange(160), 0.0)}),
+])
+def test_a_factor_left_out_is_caught(name, changes):
+    kind, config, targets, _ = KINDS[name]
+    model = build(kind, config, targets)
+    step, said = chosen(model, [lambda: Forgetful(model, **changes), lambda: AutogradStep(model, whole=True)])
+    assert type(step) is AutogradStep and said and "빠뜨린 길" in said[0]
+
+
+class Halved(AutogradStep):
+    """손실은 맞지만 gradient가 절반인 micro-step."""
+
+    def train(self, batch):
+        return 2 * super().train({**batch, "factor": batch["factor"] / 2})
+
+
+def test_a_wrong_gradient_is_caught_and_without_another_way_refused():
+    model = build("llama", {}, ATTENTION)
+    with pytest.raises(UsageError, match="gradient") as refused:
+        chosen(model, [lambda: Halved(model)])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_sees_the_future_is_refused():
+    with pytest.raises(UsageError, match="뒤의 글"):
+        chosen(build("bert", {}, ["query"]))
+
+
+class Unrunnable(AutogradStep):
+    """이 구조를 부를 수 없는 micro-step."""
+
+    def evaluate(self, batch):
+        raise TypeError("unexpected keyword argument")
+
+
+def test_a_step_that_cannot_run_gives_way():
+    model = build("llama", {}, ATTENTION)
+    step, said = chosen(model, [lambda: Unrunnable(model), *autograd_ways(model)])
+    assert type(step) is AutogradStep and "계산하지 못했다" in said[0]
+
+
+def test_documents_that_see_each_other_are_computed_apart():
+    step, said = chosen(build("bloom", {}, ["query_key_value"]))
+    assert step.separate and "떼어 놓지 못해" in said[0]
 
 
 def test_token_outside_the_embedding_is_named(tmp_path):

@@ -114,7 +114,8 @@ def check_isolation(step, vocab: int, rows: int, block: int, device: torch.devic
     for variant in (tokens, other_first, other_own):
         batch = {"input_ids": variant, "labels": labels, "position_ids": positions, **extra}
         losses.append(float(step.evaluate({name: value.to(device) for name, value in batch.items()})))
-    if abs(losses[1] - losses[0]) > 1e-5 * abs(losses[0]) or losses[2] == losses[0]:
+    # 가려진 글은 0을 더할 뿐이므로 같은 모양의 계산은 거의 비트까지 같다
+    if abs(losses[1] - losses[0]) > 5e-7 * abs(losses[0]) or losses[2] == losses[0]:
         raise UsageError(f"이 모델({step.path})은 한 블록에 든 문서들을 떼어 놓지 못해 묶어서 학습할 수 없다: "
                          f"앞 문서를 바꾸자 손실이 {losses[0]:.4f}에서 {losses[1]:.4f}로, 제 첫 토큰을 바꾸자 "
                          f"{losses[2]:.4f}로 바뀌었다")

@@ -4,8 +4,9 @@ micro-step은 `[rows, block]` 모양의 블록 몇 개를 받아 gradient를 `.g
 `utils/engine/train_step.py`의 손으로 쓴 길을, 다른 구조는 여기의 `AutogradStep`을 쓴다.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -286,6 +287,20 @@ class AutogradStep:
     def _enable_recompute(self) -> None:
         self.recompute = True
         recompute_all(self.model)
+
+
+def autograd_ways(model: nn.Module, **settings) -> list[Callable[[], AutogradStep]]:
+    """`AutogradStep`을 만드는 함수들. 빠른 것부터다. 뒤의 것일수록 모델의 forward를 그대로 따른다.
+
+    앞 토큰의 상태를 이어 가는 구조(Mamba 따위)는 블록으로 묶으면 앞 문서가 새므로 처음부터 문서마다 따로 계산한다.
+
+    Args:
+        settings: `AutogradStep`에 그대로 주는 것.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    separates = (True,) if getattr(causal, "_is_stateful", False) else (False, True)
+    return [partial(AutogradStep, model, whole=whole, separate=separate, **settings)
+            for separate in separates for whole in (False, True)]
 
 
 def find_backbone(causal: nn.Module) -> nn.Module | None:

@@ -49,7 +49,7 @@ class Truth:
 
 
 def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, dataset, max_documents: int,
-                device: torch.device, say: Callable[[str], None]):
+                device: torch.device, say: Callable[[str], None], reject: Callable[[], None] = lambda: None):
     """모델과 같은 값을 내는 첫 micro-step. 앞의 것이 다르면 이유를 말하고 다음 것으로 내려간다.
 
     Args:
@@ -57,6 +57,7 @@ def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, da
         model: PEFT로 감싼 모델. 배우는 가중치마다 `.grad`가 있다.
         dataset: 학습할 블록들.
         max_documents: 블록 하나에 든 문서의 최대 수.
+        reject: 고르지 않은 micro-step이 모델에 해 둔 것을 되돌리는 함수.
 
     Raises:
         UsageError: 어느 길로도 모델과 같은 값이 나오지 않는다.
@@ -70,6 +71,7 @@ def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, da
         step.release()
         if reason is None:
             return step
+        reject()
         say(f"{step.path}: {reason}. 다른 길을 쓴다")
     raise UsageError(f"이 모델의 학습 계산이 모델의 forward와 달라 학습하지 않는다. {reason}. 다른 기반 모델을 쓴다")
 
@@ -103,7 +105,11 @@ def disagreement(step, model: nn.Module, truth: Truth, device: torch.device) -> 
 
 
 def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.device) -> Truth:
-    """실제 블록 하나와, 거기서 모델을 문서마다 따로 불러 얻은 손실과 gradient."""
+    """실제 블록 하나와, 거기서 모델을 문서마다 따로 불러 얻은 손실과 gradient.
+
+    Raises:
+        UsageError: 모델이 뒤의 글을 본다.
+    """
     documents = take_documents(dataset)
     block = make_block(documents, LOSS_TOKENS, LOSS_TOKENS, max_documents, device)
     short = make_block(documents, GRADIENT_TOKENS // 2, GRADIENT_TOKENS, max_documents, device)
@@ -111,7 +117,8 @@ def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.devi
     model.eval()
     take_gradients(model)
     with torch.no_grad():
-        loss = float(plain_losses(model, block))
+        require_causal(model, block["input_ids"][:, :32])
+        loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
     short_loss = 0.0
     with torch.enable_grad():
         for document in split_documents(short):
@@ -122,8 +129,13 @@ def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.devi
     return Truth(block, loss, short, short_loss, take_gradients(model))
 
 
-def plain_losses(model: nn.Module, block: dict[str, torch.Tensor]) -> torch.Tensor:
-    return sum(plain_loss(model, document) for document in split_documents(block))
+def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
+    """마지막 토큰을 바꾸어도 앞의 logits가 그대로인지 본다. 뒤의 글을 보는 모델(BERT)은 답을 베끼게 된다."""
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    ours, theirs = (model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (ids, other))
+    if (ours - theirs).abs().max() > 1e-2 * ours.abs().max():
+        raise UsageError("이 모델은 뒤의 글을 보고 앞을 맞힌다. 글을 잇는 모델(causal LM)이 아니라 학습하지 않는다")
 
 
 def plain_loss(model: nn.Module, document: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from utils.captured import CapturedStep
 from utils.engine.train_layers import restore_embedding, why_not
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
-from utils.microstep import IGNORE, AutogradStep, recompute_all, shifted_targets
+from utils.microstep import IGNORE, autograd_ways, recompute_all, shifted_targets
 from utils.parity import choose_step
 from utils.planner import MemoryPlan
 
@@ -93,16 +92,13 @@ class LeanTrainer(Trainer):
         reason = why_not(self.model)
         documents = max(2, *(count_documents(data) for data in (self.train_dataset, self.eval_dataset)))
 
-        def autograd(**how) -> AutogradStep:
-            restore_embedding(self.model)
-            return AutogradStep(self.model, plan.recompute_layers > 0, reason or "", **how)
-
-        candidates = [] if reason else [lambda: NeoxStep(self.model, plan.recompute_layers, documents)]
-        candidates += [partial(autograd, whole=whole, separate=separate)
-                       for separate in (False, True) for whole in (False, True)]
+        candidates = autograd_ways(self.model, recompute=plan.recompute_layers > 0, reason=reason or "")
+        if reason is None:
+            candidates.insert(0, lambda: NeoxStep(self.model, plan.recompute_layers, documents))
         if self.train_dataset is None:
             return candidates[0]()
-        return choose_step(candidates, self.model, self.train_dataset, documents, self.args.device, self.say)
+        return choose_step(candidates, self.model, self.train_dataset, documents, self.args.device, self.say,
+                           reject=lambda: restore_embedding(self.model))
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""
