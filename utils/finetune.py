@@ -69,7 +69,7 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     check_block_fits(settings.cutoff_len, config)
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
-    tokenizer, end_id, prompter, encoder, documents = read_data(settings, say, n_rows=config["vocab_size"])
+    tokenizer, end_id, prompter, encoder, documents = read_data(settings, say)
     chosen, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
     chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
@@ -105,27 +105,26 @@ def drop_answerless(settings: SimpleNamespace, documents: dataset.Documents, cho
     measured = dataset.with_answers(documents, held_out)
     dropped = len(chosen) - len(kept), len(held_out) - len(measured)
     if any(dropped):
-        say(f"답이 모두 cutoff_len {settings.cutoff_len}에서 잘린 행을 뺐다: 학습 {dropped[0]:,}행, 검증 {dropped[1]:,}행")
+        say(f"답이 모두 잘린 행을 뺐다(cutoff_len {settings.cutoff_len}): 학습 {dropped[0]:,}행, 검증 {dropped[1]:,}행")
     if not len(kept):
-        raise UsageError(f"모든 행의 답이 cutoff_len {settings.cutoff_len}에서 잘려 배울 것이 없다. --cutoff_len을 늘리거나 "
-                         "--train_on_inputs True로 질문도 배운다")
+        raise UsageError(f"모든 행의 답이 cutoff_len {settings.cutoff_len}에서 잘려 배울 것이 없다. --cutoff_len을 "
+                         "늘리거나 --train_on_inputs True로 질문도 배운다")
     return kept, measured
 
 
-def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: bool = False,
-              n_rows: int | None = None) -> tuple:
+def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: bool = False) -> tuple:
     """(토크나이저, 끝 토큰, Prompter, Encoder, 문서들). 오래 걸리면 터미널에 막대를 그린다.
 
     Args:
         skip_bad: True면 잘못된 행에서 멈추지 않고 센다.
-        n_rows: 모델의 embedding의 행 수. 주면 그 밖의 토큰을 거절한다.
 
     Raises:
-        UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다.
+        UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다. 모델의 embedding에 없는 토큰이 나온다.
     """
     tokenizer = loader.load_tokenizer(settings.base_model, settings.cache_dir)
     end_id = loader.end_token_id(tokenizer)
     prompter = make_prompter(settings.prompt_template, tokenizer)
+    n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
     encoder = dataset.Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=n_rows)
     with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
         documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,

@@ -95,8 +95,8 @@ def require_trainable(base_model: str | Path, config: dict) -> None:
     if quantized is not None:
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         kind = getattr(kind, "value", kind) or "알 수 없는 방식"
-        raise UsageError(f"이미 양자화된 모델({kind})에서는 배우지 않는다: {base_model}. 배운 것을 합칠 16비트 가중치가 없다. "
-                         "양자화하기 전의 모델을 --base_model로 적는다(4비트로 줄이는 일은 학습이 한다)")
+        raise UsageError(f"이미 양자화된 모델({kind})에서는 배우지 않는다: {base_model}. 배운 것을 합칠 16비트 "
+                         "가중치가 없다. 양자화하기 전의 모델을 --base_model로 적는다(4비트로 줄이는 일은 학습이 한다)")
 
 
 def load_tokenizer(model: str | Path, cache_dir: str | None = None):

@@ -67,7 +67,7 @@ def empty_model(config):
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise UsageError(f"글을 잇는 모델(causal LM)이 아니다: model_type {config.model_type}. 그림이나 소리를 함께 "
                          "다루거나 글을 바꾸는 모델은 다루지 않는다. 글만 다루는 모델을 적는다")
     with torch.device("meta"):

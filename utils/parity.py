@@ -23,10 +23,13 @@ from utils.microstep import HEAD_CHUNK, IGNORE, shifted_targets
 LOSS_TOKENS = 2048  # 손실을 비교하는 글의 가장 긴 길이. backward가 없어 메모리를 거의 쓰지 않는다
 GRADIENT_TOKENS = 256  # gradient를 비교하는 글의 길이. 모델의 forward는 중간값을 모두 간직한다
 LOGIT_VALUES = 1 << 25  # 한 번에 만드는 logits의 수. fp32로 128 MiB
+LEAST_TOKENS = 16  # 이보다 짧은 글로는 비교하지 않는다
 NUDGE = 0.02  # 비교하는 동안 LoRA B에 더하는 수의 크기
 SEED = (1, 1)  # 비교에서는 dropout을 끄므로 결과에 영향이 없다
 # 계산 dtype -> (손실, gradient)의 허용 오차(비율). 묶으면 행렬 곱의 모양이 달라져 반올림이 다르다
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.2), torch.bfloat16: (2e-2, 0.3)}
+
+NO_MEMORY = "메모리가 모자라 학습을 시작할 수 없다. --cutoff_len을 줄이거나 더 작은 모델을 쓴다"
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,7 @@ def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, da
         UsageError: 어느 길로도 모델과 같은 값이 나오지 않는다.
     """
     reason = ""
-    with nudged(model), without_dropout(model):
-        truth = find_truth(model, dataset, max_documents, device)
+    truth = find_truth(model, dataset, max_documents, device)
     for make in candidates:
         step = make()
         reason = disagreement(step, model, truth, device)
@@ -89,7 +91,12 @@ def disagreement(step, model: nn.Module, truth: Truth, device: torch.device) -> 
         rows = model.get_input_embeddings().weight.shape[0]
         check_isolation(step, rows, 1, truth.short["input_ids"].shape[1], device, device_keys(device))
     except torch.OutOfMemoryError:
-        raise
+        take_gradients(model)
+        step.release()
+        torch.cuda.empty_cache()
+        if not step.recompute_more():
+            raise UsageError(NO_MEMORY) from None
+        return disagreement(step, model, truth, device)
     except UsageError as error:
         return str(error)
     except Exception as error:  # 부르는 모양이 다른 구조다. 다음 길이 그것을 받는다
@@ -110,23 +117,39 @@ def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.devi
     Raises:
         UsageError: 모델이 뒤의 글을 본다.
     """
-    documents = take_documents(dataset)
-    block = make_block(documents, LOSS_TOKENS, LOSS_TOKENS, max_documents, device)
-    short = make_block(documents, GRADIENT_TOKENS // 2, GRADIENT_TOKENS, max_documents, device)
-    training = model.training
+    documents, longest = take_documents(dataset), len(dataset[0]["input_ids"])
+    block = make_block(documents, LOSS_TOKENS, min(LOSS_TOKENS, longest), max_documents, device)
+    training, tokens = model.training, min(GRADIENT_TOKENS, longest)
     model.eval()
     take_gradients(model)
-    with torch.no_grad():
-        require_causal(model, block["input_ids"][:, :32])
-        loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
-    short_loss = 0.0
-    with torch.enable_grad():
-        for document in split_documents(short):
-            nll = plain_loss(model, document)
-            nll.backward()
-            short_loss += float(nll.detach())
+    with nudged(model):
+        with torch.no_grad():
+            require_causal(model, block["input_ids"][:, :32])
+            loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
+        while True:
+            short = make_block(documents, tokens // 2, tokens, max_documents, device)
+            try:
+                short_loss = plain_backward(model, short)
+                break
+            except torch.OutOfMemoryError:  # 재계산해야 들어가는 카드에서는 더 짧은 글로 비교한다
+                take_gradients(model)
+                torch.cuda.empty_cache()
+                tokens //= 4
+                if tokens < LEAST_TOKENS:
+                    raise UsageError(NO_MEMORY) from None
     model.train(training)
     return Truth(block, loss, short, short_loss, take_gradients(model))
+
+
+def plain_backward(model: nn.Module, block: dict[str, torch.Tensor]) -> float:
+    """문서마다 따로 낸 gradient를 `.grad`에 더하고 음의 로그 가능도의 합을 돌려준다."""
+    total = 0.0
+    with torch.enable_grad():
+        for document in split_documents(block):
+            nll = plain_loss(model, document)
+            nll.backward()
+            total += float(nll.detach())
+    return total
 
 
 def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
@@ -134,7 +157,7 @@ def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     ours, theirs = (model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (ids, other))
-    if (ours - theirs).abs().max() > 1e-2 * ours.abs().max():
+    if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
         raise UsageError("이 모델은 뒤의 글을 보고 앞을 맞힌다. 글을 잇는 모델(causal LM)이 아니라 학습하지 않는다")
 
 

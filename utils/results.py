@@ -35,7 +35,8 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
     for line in progress.summary_lines(run):
         say(line)
     samples = Samples([], [])
-    problem = None if result.trainer.sharded else answer_samples(inputs, result.model, samples)  # 나뉜 모델은 답하지 않는다
+    # 나뉜 모델로는 답하지 않는다
+    problem = None if result.trainer.sharded else answer_samples(inputs, result.model, samples)
     report.write_samples(settings.output_dir, samples.examples + samples.held_out)
     if problem is not None:
         say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
