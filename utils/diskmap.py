@@ -50,7 +50,8 @@ class _Labelled(torch.Tensor):
         for part in out if isinstance(out, tuple | list) else [out]:
             if isinstance(part, _Labelled):
                 part.sources = tuple(dict.fromkeys(name for tensor in sources for name in tensor.sources))
-                part.whole = len(sources) == 1 and sources[0].whole and func in _KEEPS and part.shape == sources[0].shape
+                part.whole = (len(sources) == 1 and sources[0].whole and func in _KEEPS
+                              and part.shape == sources[0].shape)
         return out
 
 

@@ -17,9 +17,10 @@ from utils.shards import read_whole
 
 ARCHITECTURES = {"gpt_neox": "gptneox", "llama": "llama"}
 # GGUF에 적거나 tensor로 나타나는 설정
-_EXPRESSED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-              "intermediate_size", "max_position_embeddings", "layer_norm_eps", "rms_norm_eps", "attention_bias",
-              "mlp_bias", "tie_word_embeddings", "use_parallel_residual", "rope_parameters", "rope_scaling",
+_EXPRESSED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "intermediate_size", "max_position_embeddings", "layer_norm_eps", "rms_norm_eps",
+              "attention_bias", "mlp_bias", "tie_word_embeddings", "use_parallel_residual", "rope_parameters",
+              "rope_scaling",
               "rope_theta", "rotary_pct", "rotary_emb_base", "partial_rotary_factor", "hidden_act",
               "bos_token_id", "eos_token_id", "pad_token_id"}
 # 답하는 계산을 바꾸지 않는 설정
@@ -154,9 +155,10 @@ def require_exportable(config: dict) -> None:
         raise UsageError(f"GGUF로 옮길 줄 모르는 활성 함수다: hidden_act={activation!r}")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise UsageError(f"GGUF로 옮길 줄 모르는 rotary 방식이다: {rope or config.get('rope_scaling')}")
+        raise UsageError(f"GGUF로 옮길 줄 모르는 rotary 방식이다: {config.get('rope_scaling') or rope}")
     if kind == "gpt_neox" and _rotary_share(config) * _head_dim(config) % 2:
-        raise UsageError(f"GGUF로 옮길 줄 모르는 rotary의 폭이다: {_rotary_share(config) * _head_dim(config):g}(짝수만 안다)")
+        width = _rotary_share(config) * _head_dim(config)
+        raise UsageError(f"GGUF로 옮길 줄 모르는 rotary의 폭이다: {width:g}(짝수만 안다)")
     if kind == "llama" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(f"GGUF로 옮길 줄 모르는 rotary 방식이다: {rope}")
 

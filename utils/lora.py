@@ -81,8 +81,8 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for entry in read_safetensors_header(file):
         if not entry.name.startswith(_PREFIX):
-            raise UsageError(f"{file}의 {entry.name}은 PEFT의 이름({_PREFIX}...)이 아니다. PEFT의 save_pretrained로 다시 "
-                             "저장한 어댑터를 쓴다")
+            raise UsageError(f"{file}의 {entry.name}은 PEFT의 이름({_PREFIX}...)이 아니다. "
+                             "PEFT의 save_pretrained로 다시 저장한 어댑터를 쓴다")
         if entry.name.endswith(_SAVED_BASE):
             continue
         match = _MATRIX.fullmatch(entry.name.removeprefix(_PREFIX))
@@ -125,7 +125,7 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         if entry.shape != update.shape or entry.dtype not in DTYPES:
             raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
                              f"어댑터 {list(update.shape)}. 어댑터를 배운 기반 모델을 적는다")
-        if entry.name in disk.shared or tied and any(part in module for part in ("embed", "lm_head", "wte")):
+        if entry.name in disk.shared or (tied and any(part in module for part in ("embed", "lm_head", "wte"))):
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
     for saved in read_safetensors_header(adapter / WEIGHTS_FILE):

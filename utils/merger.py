@@ -18,7 +18,6 @@ from utils.loader import PROMPT_FILE, end_token_id, end_token_ids, find_adapter,
 from utils.modelfolder import (
     ModelFolder,
     TensorEntry,
-    looks_like_hub_id,
     open_model_folder,
     read_json,
     require_base,
@@ -133,8 +132,8 @@ def _download(hub_id: str, cache_dir: str | None) -> str:
                                  allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except Exception as error:  # 연결, 권한, 이름 가운데 무엇이 잘못되었든 할 일은 같다
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UsageError(f"기반 모델 {hub_id}을 받지 못했다({type(error).__name__}: {reason}). 받아 둔 폴더를 --base_model로 "
-                         f"적거나, 인터넷에 이어진 곳에서 받는다: hf download {hub_id}") from None
+        raise UsageError(f"기반 모델 {hub_id}을 받지 못했다({type(error).__name__}: {reason}). 받아 둔 폴더를 "
+                         f"--base_model로 적거나, 인터넷에 이어진 곳에서 받는다: hf download {hub_id}") from None
 
 
 def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
@@ -218,7 +217,8 @@ def require_finite(chunk: memoryview, dtype: str, entry: TensorEntry) -> None:
 
 def write_model(folder: Path, job: Job, max_bytes: int, say: Callable[[str], None]) -> dict:
     """가중치와 그 곁의 파일을 모두 쓴다. shard마다의 크기와 sha256을 돌려준다."""
-    hashed = shards.write_model(folder, plan(job, quantised_entries(job) if job.onto == "quantized" else {}), max_bytes, say)
+    quantised = quantised_entries(job) if job.onto == "quantized" else {}
+    hashed = shards.write_model(folder, plan(job, quantised), max_bytes, say)
     write_companions(folder, job)
     return hashed
 

@@ -26,7 +26,7 @@ class NF4Rows:
 
         self._entry, self._dtype, self._whole = entry, dtype, None
         self.spans = list(row_spans(entry.shape))
-        if transposed or entry.shape[1] % BLOCK and len(self.spans) > 1:  # 블록이 행을 걸치면 조각으로 나눌 수 없다
+        if transposed or (entry.shape[1] % BLOCK and len(self.spans) > 1):  # 블록이 행을 걸치면 조각으로 나눌 수 없다
             self._whole = self._round_trip(read_whole(entry), transposed)
             return
         absmax = torch.cat([self._quantize(read_rows(entry, *span))[1].absmax for span in self.spans])

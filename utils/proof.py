@@ -124,16 +124,18 @@ def warnings(report: dict) -> list[str]:
         how = ("기반 모델이 NF4로 반올림하면 많이 달라지는 모델이다. 배운 모델 그대로 합치려면 새 폴더에 "
                "--merge_onto quantized로 다시 합친다" if report["merge_onto"] == "original" else
                "16비트로 적으면서 잃었다. generate.py --peft_root로 어댑터를 얹어 쓴다")
-        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {report['trained_loss']:.3f}인데 합친 모델은 "
-                    f"{report['merged_loss']:.3f}다(학습 전 {report['base_loss']:.3f}). {how}")
+        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {report['trained_loss']:.3f}인데 "
+                    f"합친 모델은 {report['merged_loss']:.3f}다(학습 전 {report['base_loss']:.3f}). {how}")
     return said
 
 
 def describe(report: dict) -> str:
     kept = "개선이 거의 없어 따지지 않음" if report["retained"] is None else f"{report['retained']:.1%}"
-    return (f"프롬프트 {report['prompts']}개, 토큰 {report['tokens']}개. 쓴 것과 쓰려던 것: 같은 첫 토큰 {report['top1']:.1%}, "
-            f"평균 KL {report['kl']:.1e}, 가장 큰 logit 차이 {report['largest_gap']:.3f}. 배운 모델과: 답의 loss "
-            f"{report['trained_loss']:.3f} -> {report['merged_loss']:.3f}(학습 전 {report['base_loss']:.3f}), 남은 개선 {kept}")
+    return (f"프롬프트 {report['prompts']}개, 토큰 {report['tokens']}개. "
+            f"쓴 것과 쓰려던 것: 같은 첫 토큰 {report['top1']:.1%}, 평균 KL {report['kl']:.1e}, "
+            f"가장 큰 logit 차이 {report['largest_gap']:.3f}. 배운 모델과: 답의 loss "
+            f"{report['trained_loss']:.3f} -> {report['merged_loss']:.3f}(학습 전 {report['base_loss']:.3f}), "
+            f"남은 개선 {kept}")
 
 
 @torch.no_grad()
