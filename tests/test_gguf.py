@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import urllib.request
 
 import pytest
 import torch
@@ -135,6 +136,14 @@ def test_settings_that_gguf_cannot_say_are_refused_by_name(neox, llama, kind, ch
         gguf_export.require_exportable({**config, **changes})
 
 
+def ask(server, request: dict) -> dict:
+    """llama.cpp의 서버에 묻는다. 토큰의 번호를 주는 것은 /completion뿐이다."""
+    where = f"{server.listening_address}/completion"
+    body = urllib.request.Request(where, json.dumps(request).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(body, timeout=60) as reply:
+        return json.load(reply)
+
+
 def compare(xllamacpp, folder, gguf_path, n_new: int = 16, n_prompts: int = len(PROMPTS), exact: bool = True) -> None:
     """질문마다 두 쪽이 탐욕적으로 고른 토큰이 모두 같은지 본다.
 
@@ -156,9 +165,8 @@ def compare(xllamacpp, folder, gguf_path, n_new: int = 16, n_prompts: int = len(
     agreed = 0
     for prompt in PROMPTS[:n_prompts]:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        told = server.handle_completions({**request, "prompt": ids})
-        answer = told["tokens"]
-        written = server.handle_completions({**request, "prompt": prompt})
+        answer = ask(server, {**request, "prompt": ids})["tokens"]
+        written = ask(server, {**request, "prompt": prompt})
         assert written["tokens"] == answer and written["tokens_evaluated"] == len(ids)
         banned = [[end] for end in tokenizer.all_special_ids]  # ignore_eos는 끝 토큰을 고르지 못하게 한다
         expected = model.generate(torch.tensor([ids]), max_new_tokens=len(answer), do_sample=False, eos_token_id=-1,
@@ -187,7 +195,8 @@ def test_unknown_kinds_are_refused_by_name(neox):
         gguf_export._pre_tokenizer({"type": "Whitespace"})
 
 
-CHATML = ("{% for m in messages %}{{ '<|sep|>' + m['role'] + '\\n' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
+CHATML = ("{% for m in messages %}"
+          "{{ '<|sep|>' + m['role'] + '\\n' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|sep|>assistant\\n' }}{% endif %}")
 
 
@@ -218,7 +227,8 @@ def test_a_template_that_refuses_a_system_turn_is_carried_without_it(neox, tmp_p
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(neox)
-    tokenizer.chat_template = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHATML
     assert gguf_export._chat_form(tokenizer).startswith("<|sep|>user\n{{ .Prompt }}")
 
 
