@@ -277,7 +277,7 @@ def test_answer_ends_at_the_tokenizers_end_token(tiny_neox):
     assert model.config.eos_token_id == 0
     end_id = loader.end_token_id(tokenizer)
     model.get_output_embeddings().weight.data.zero_()
-    decoder = Decoder(model, tokenizer, end_id)
+    decoder = Decoder(model, tokenizer, (end_id,))
     answerer = Answerer(decoder, tokenizer, Prompter(), end_id, print)
     never = Answer(answerer.ask("질문"), Sampling(temperature=0, max_new_tokens=5))
     assert list(answerer.pieces(never)) == [] and never.finish_reason == "length"

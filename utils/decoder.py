@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,10 @@ class Stats:
 class Decoder:
     """모델 하나와 KV cache를 쥐고 답을 만든다. 한 번에 답 하나만 만든다.
 
+    Args:
+        end_ids: 답을 끝내는 토큰들. 어느 것이 나와도 멈춘다.
+        longest: 질문과 답을 합친 길이를 이보다 짧게 잡는다.
+
     Attributes:
         path: 고른 길과 그 까닭 한 줄.
         finish_reason: 마지막 답이 끝난 까닭. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
@@ -40,8 +44,8 @@ class Decoder:
         context: 질문과 답을 합친 길이의 한계(토큰).
     """
 
-    def __init__(self, model, tokenizer, end_id: int, longest: int | None = None):
-        self.end_id = end_id
+    def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None):
+        self.end_ids = frozenset(end_ids)
         self.context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
@@ -81,7 +85,7 @@ class Decoder:
             return
         for count, token in enumerate(self._engine.tokens(input_ids, settings, limit), start=1):
             now = time.perf_counter()
-            if token == self.end_id:
+            if token in self.end_ids:
                 self.finish_reason = "stop"
                 return
             first = first or now

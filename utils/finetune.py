@@ -29,6 +29,7 @@ class Inputs:
     config: dict
     tokenizer: object
     end_id: int
+    end_ids: tuple[int, ...]
     prompter: object
     encoder: dataset.Encoder
     documents: dataset.Documents
@@ -77,10 +78,11 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     def packed(members: np.ndarray, train_on_inputs: bool) -> dataset.PackedDataset:
         return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, train_on_inputs, settings.seed)
 
+    end_ids = loader.end_token_ids(tokenizer, settings.base_model)
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
-    return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, train_set, eval_set,
-                  documents.sha256, targets, trackers)
+    return Inputs(device, config, tokenizer, end_id, end_ids, prompter, encoder, documents, held_out, train_set,
+                  eval_set, documents.sha256, targets, trackers)
 
 
 def find_targets(settings: SimpleNamespace, config: dict) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
         examples.append((fill_placeholder(instruction, context), inputs.encoder.encode_prompt(prompt)))
     settings = Sampling(temperature=0.0)
     asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
-    decoder = Decoder(model, inputs.tokenizer, inputs.end_id, longest=asked + settings.max_new_tokens)
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + settings.max_new_tokens)
     for question, ids in examples:
         if len(ids) < decoder.context:
             samples.examples.append({"question": question, **answers(decoder, inputs, ids)})

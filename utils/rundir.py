@@ -94,7 +94,7 @@ def open_run(settings: SimpleNamespace, inputs, say: Callable[[str], None]) -> I
     folder = Path(settings.output_dir)
     facts = describe(settings, inputs)
     info = PromptInfo(inputs.prompter.template, inputs.tokenizer.convert_ids_to_tokens(inputs.end_id), inputs.end_id,
-                      settings.cutoff_len)
+                      settings.cutoff_len, inputs.end_ids)
     if not folder.exists():
         choose_checkpoint(settings, facts, say)
     with locked(folder):
