@@ -155,6 +155,20 @@ def test_a_factor_left_out_is_caught(name, changes):
     assert type(step) is AutogradStep and said and "빠뜨린 길" in said[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "granite(logits를 나눈다)", "gemma2(부드러운 한계와 창)", "mixtral(전문가)"])
+def test_half_precision_passes_and_still_catches_a_factor(name, dtype):
+    kind, config, targets, _ = KINDS[name]
+    model = build(kind, config, targets)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # 학습할 때처럼 LoRA만 fp32로 둔다
+            parameter.data = parameter.data.to(dtype)
+    step, said = chosen(model)
+    assert "조각" in step.path and not said
+    step, said = chosen(model, [lambda: Forgetful(model, scale=1.5 * step.head.scale), lambda: AutogradStep(model)])
+    assert "빠뜨린 길" in said[0]
+
+
 class Halved(AutogradStep):
     """손실은 맞지만 gradient가 절반인 micro-step."""
 
