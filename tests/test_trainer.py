@@ -22,7 +22,8 @@ from utils.microstep import AutogradStep
 from utils.planner import MemoryPlan
 from utils.rundir import Run
 from utils.train.group import ALONE, join_group
-from utils.train.loop import Loop, Recipe
+from utils.train.loop import Loop
+from utils.train.records import Recipe
 from utils.train.resume import Checkpoints
 from utils.train.step import open_step
 from utils.train.weights import ReplicatedWeights

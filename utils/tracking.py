@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.errors import UsageError
+from utils.train.listener import Listener
 from utils.train.records import Settings
 from utils.train.state import TrainState
 
@@ -74,13 +75,9 @@ def require_login() -> None:
         raise UsageError(f"wandb에 로그인하지 못했다: {error}. {offline}") from None
 
 
-def open_trackers(choice: TrackerChoice, settings: Settings, model) -> list:
-    """고른 곳들을 연다. 첫 프로세스만 부른다.
-
-    Returns:
-        `utils.train.loop.Listener`들.
-    """
-    opened: list = []
+def open_trackers(choice: TrackerChoice, settings: Settings, model) -> list[Listener]:
+    """고른 곳들을 연다. 첫 프로세스만 부른다."""
+    opened: list[Listener] = []
     if choice.tensorboard is not None:
         opened.append(TensorBoard(choice.tensorboard, settings))
     if choice.project is not None:
@@ -141,7 +138,7 @@ class Wandb:
         self.run.log({**scalars(row), **watched, "train/global_step": state.global_step})
 
     def histograms(self) -> dict:
-        """배우는 가중치와 그 gradient의 분포. wandb의 `watch`는 자동미분만 엿보므로 손으로 쓴 backward를 보지 못한다."""
+        """배우는 가중치와 그 gradient의 분포. wandb의 `watch`는 자동미분만 엿보아, 손으로 쓴 backward를 보지 못한다."""
         found, watch = {}, self.choice.watch
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and watch in ("parameters", "all"):
@@ -153,7 +150,8 @@ class Wandb:
     def saved(self, folder: Path, state: TrainState, final: bool) -> None:
         """체크포인트나 끝난 어댑터를 올린다. `checkpoint`는 둘 다, `end`는 끝난 어댑터만이다."""
         if self.choice.log_model == "checkpoint" or (self.choice.log_model == "end" and final):
-            artifact = self.wandb.Artifact(f"model-{self.run.id}", type="model", metadata={"eval/loss": state.best_metric})
+            artifact = self.wandb.Artifact(f"model-{self.run.id}", type="model",
+                                           metadata={"eval/loss": state.best_metric})
             for file in sorted(folder.iterdir()):
                 if file.is_file() and not file.name.startswith("."):
                     artifact.add_file(str(file))

@@ -14,8 +14,8 @@ from utils.progress import Progress, Speed
 from utils.rundir import Run
 from utils.tracking import open_trackers
 from utils.train.group import Group, join_group
-from utils.train.loop import Loop, Recipe
-from utils.train.records import Plan, Result, Settings
+from utils.train.loop import Loop
+from utils.train.records import Plan, Recipe, Result, Settings
 from utils.train.resume import Checkpoints
 from utils.train.step import RunningStep, open_step
 from utils.train.weights import ReplicatedWeights, Weights

@@ -3,9 +3,6 @@
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import get_linear_schedule_with_warmup
@@ -14,51 +11,12 @@ from utils.batches import MicroBatches, block_key, evaluation_batches, n_targets
 from utils.errors import UsageError
 from utils.progress import Speed
 from utils.train.group import Group
+from utils.train.listener import Listener
+from utils.train.records import Recipe
 from utils.train.resume import Checkpoints
 from utils.train.state import TrainState
 from utils.train.step import Batch, RunningStep
 from utils.train.weights import Weights
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """무엇을 얼마나 배우는지.
-
-    effective batch는 `rows` x `accumulation` x 프로세스 수(블록)다.
-
-    Attributes:
-        steps: optimizer step의 수.
-        warmup: 학습률을 0에서 올리는 step의 수. 그 뒤로는 `steps`에서 0이 되게 내린다.
-        interval: 몇 step마다 평가하고 저장하는지.
-        rows: micro batch의 블록 수.
-        accumulation: optimizer step마다 프로세스 하나가 계산하는 micro batch의 수.
-        patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. None이면 끝까지 간다.
-        max_grad_norm: gradient의 크기를 이 아래로 줄인다.
-    """
-
-    steps: int
-    warmup: int
-    interval: int
-    rows: int
-    accumulation: int
-    learning_rate: float
-    seed: int
-    patience: int | None = None
-    max_grad_norm: float = 1.0
-
-
-class Listener(Protocol):
-    """학습을 지켜보는 것: 화면, wandb, TensorBoard."""
-
-    def begin(self, state: TrainState) -> None: ...
-
-    def log(self, row: dict[str, float], state: TrainState) -> None:
-        """학습한 step의 한 줄(`loss`가 있다)이나 검증의 한 줄(`eval_loss`가 있다)."""
-
-    def saved(self, folder: Path, state: TrainState, final: bool) -> None:
-        """폴더에 체크포인트를, `final`이면 끝난 어댑터를 썼다."""
-
-    def close(self) -> None: ...
 
 
 class Loop:

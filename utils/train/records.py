@@ -1,4 +1,4 @@
-"""학습 단계가 주고받는 기록: 설정(`Settings`), 계획(`Plan`), 결과(`Result`)."""
+"""학습 단계가 주고받는 기록: 설정(`Settings`), 계획(`Plan`), 루프가 따르는 값(`Recipe`), 결과(`Result`)."""
 
 import math
 from dataclasses import dataclass
@@ -69,6 +69,33 @@ class Plan:
     memory: MemoryPlan
     accumulation: int
     processes: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """무엇을 얼마나 배우는지.
+
+    effective batch는 `rows` x `accumulation` x 프로세스 수(블록)다.
+
+    Attributes:
+        steps: optimizer step의 수.
+        warmup: 학습률을 0에서 올리는 step의 수. 그 뒤로는 `steps`에서 0이 되게 내린다.
+        interval: 몇 step마다 평가하고 저장하는지.
+        rows: micro batch의 블록 수.
+        accumulation: optimizer step마다 프로세스 하나가 계산하는 micro batch의 수.
+        patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. None이면 끝까지 간다.
+        max_grad_norm: gradient의 크기를 이 아래로 줄인다.
+    """
+
+    steps: int
+    warmup: int
+    interval: int
+    rows: int
+    accumulation: int
+    learning_rate: float
+    seed: int
+    patience: int | None = None
+    max_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True)
