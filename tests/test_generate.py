@@ -125,6 +125,7 @@ class Scripted:
     """정해 둔 토큰을 내놓는 Decoder의 자리. 줄의 규칙만 볼 때 쓴다."""
 
     context = 1024
+    n_rows = 2**20
     finish_reason = "stop"
     stats = Stats()
 

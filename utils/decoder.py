@@ -12,6 +12,7 @@ from utils.engine.decode_engine import NeoxDecode
 from utils.engine.weights import why_not
 from utils.errors import UsageError
 from utils.forward_decode import ForwardDecode
+from utils.loader import require_known_ids
 from utils.sampling import Sampling
 
 
@@ -42,17 +43,21 @@ class Decoder:
         finish_reason: 마지막 답이 끝난 까닭. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
         stats: 마지막 답의 통계.
         context: 질문과 답을 합친 길이의 한계(토큰).
+        n_rows: 입력 embedding의 행 수. 이보다 큰 번호의 토큰은 읽지 못한다.
     """
 
     def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None):
+        config = model.config.get_text_config(decoder=True)
         self.end_ids = frozenset(end_ids)
-        self.context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        self.context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
         self.finish_reason = "length"
         self.stats = Stats()
         model.eval()
-        self._engine, self.path = _engine(model, self.context, min(len(tokenizer), model.config.vocab_size))
+        self._tokenizer = tokenizer
+        self.n_rows = model.get_input_embeddings().weight.shape[0]
+        self._engine, self.path = _engine(model, self.context, min(len(tokenizer), config.vocab_size))
 
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다."""
@@ -67,10 +72,11 @@ class Decoder:
             stop: 켜지면 한 토큰 안에 멈춘다.
 
         Raises:
-            UsageError: 질문이 비었거나 모델이 읽을 수 있는 길이를 넘는다.
+            UsageError: 질문이 비었거나, 모델이 읽을 수 있는 길이를 넘거나, 모델이 모르는 토큰이 들어 있다.
         """
         if not input_ids:
             raise UsageError("질문이 비어 있다")
+        require_known_ids(input_ids, self.n_rows, self._tokenizer, "질문")
         room = self.context - len(input_ids)
         if room < 1:
             raise UsageError(f"질문이 너무 길다: {len(input_ids)}토큰. "

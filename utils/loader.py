@@ -144,7 +144,8 @@ def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
     outside = ids[(ids < 0) | (ids >= n_rows)]
     if len(outside):
         worst = int(outside.max())
-        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {tokenizer.convert_ids_to_tokens(worst)!r}의 번호는 "
+        token = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
+        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {token!r}의 번호는 "
                          f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
 
 
