@@ -50,7 +50,7 @@ def serve(
 
     from utils import talkmodel
 
-    source = talkmodel.find_source(base_model, peft_root, cli.say)
+    source = talkmodel.find_source(base_model, peft_root, cli.say, cache_dir)
     answerer = talkmodel.load_answerer(source, cache_dir, load_4bit, load_8bit, prompt_template, cli.say)
     if ask is not None:
         print_answer(answerer, ask, input)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from utils import datacheck, dataset, loader, planner, tracking
+from utils import datacheck, dataset, hub, loader, planner, tracking
 from utils.errors import UsageError
 from utils.modelfolder import require_base
 from utils.modelshape import empty_model
@@ -63,7 +63,8 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     """
     require_data(settings.data_path)
     trackers = tracking.choose_trackers(settings)
-    require_base(settings.base_model)
+    if require_base(settings.base_model) is None:
+        hub.folder(settings.base_model, settings.cache_dir)  # 데이터를 다 읽고 나서 받다가 그치지 않게 한다
     config = loader.load_config(settings.base_model, settings.cache_dir)
     loader.require_trainable(settings.base_model, config)
     targets = find_targets(settings, config)
@@ -78,7 +79,7 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     def packed(members: np.ndarray, train_on_inputs: bool) -> dataset.PackedDataset:
         return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, train_on_inputs, settings.seed)
 
-    end_ids = loader.end_token_ids(tokenizer, settings.base_model)
+    end_ids = loader.end_token_ids(tokenizer, hub.folder(settings.base_model, settings.cache_dir))
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
     return Inputs(device, config, tokenizer, end_id, end_ids, prompter, encoder, documents, held_out, train_set,

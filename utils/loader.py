@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import hub
 from utils.checkpoint import MANIFEST, damage, newest_valid
 from utils.errors import UsageError
-from utils.modelfolder import read_json, require_base, text_config
+from utils.modelfolder import looks_like_hub_id, read_json, require_base, text_config
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -66,12 +67,13 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
     transformers의 기본값이다. 이미 양자화된 모델이면 `quantization_config`가 있다.
 
     Raises:
-        UsageError: 설정을 읽을 수 없다.
+        UsageError: 설정을 받거나 읽을 수 없다.
     """
     from transformers import AutoConfig
 
+    folder = hub.folder(base_model, cache_dir, hub.SETTINGS_FILES)
     try:
-        config = AutoConfig.from_pretrained(str(base_model), cache_dir=cache_dir, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
@@ -105,12 +107,13 @@ def load_tokenizer(model: str | Path, cache_dir: str | None = None):
     """토크나이저를 읽는다. pad 토큰이 없으면 끝 토큰으로 정한다.
 
     Raises:
-        UsageError: 토크나이저가 없거나 끝 토큰을 모른다.
+        UsageError: 토크나이저가 없거나 받지 못했거나, 끝 토큰을 모른다.
     """
     from transformers import AutoTokenizer
 
+    folder = hub.folder(model, cache_dir, hub.SETTINGS_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), cache_dir=cache_dir, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"토크나이저를 읽지 못했다: {model} ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
@@ -196,6 +199,7 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     require_base(base_model)
+    hub.folder(base_model, cache_dir)
     if quantize and device.device.type == "mps":
         raise UsageError("Apple GPU에서는 4비트와 8비트를 쓸 수 없다. --load_4bit와 --load_8bit를 빼고 실행한다")
     settings = {
@@ -283,7 +287,9 @@ def find_adapter(peft_root: str | Path) -> Path:
     """
     root = Path(peft_root)
     if not root.is_dir():
-        raise UsageError(f"어댑터 폴더가 없다: {root}")
+        advice = f". hub의 어댑터면 먼저 받는다: hf download {peft_root} --local-dir {root.name}(그 폴더를 " \
+                 "--peft_root로 적는다)" if looks_like_hub_id(peft_root) else ""
+        raise UsageError(f"어댑터 폴더가 없다: {root}{advice}")
     if all((root / name).is_file() for name in ADAPTER_FILES):
         found = damage(root, ADAPTER_FILES) if (root / MANIFEST).exists() else None
         if found is None:
