@@ -13,7 +13,7 @@ import torch
 
 from utils import datacheck, datafile, rows
 from utils import prompter as prompter_module
-from utils.documents import Documents
+from utils.documents import MUTED, Documents
 from utils.errors import UsageError
 from utils.loader import require_known_ids
 from utils.paths import ROOT
@@ -47,17 +47,18 @@ class Encoder:
         """답이 시작되기 직전까지의 토큰. `Prompter.pieces`의 첫 조각을 받는다."""
         return self._encode([prompt], self._special_in_prompt)[0]
 
-    def encode_batch(self, rows: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
-        """행마다 (토큰, 답 여부)."""
-        prompts = self._encode([p for row in rows for p, _ in row], self._special_in_prompt)
-        answers = self._encode([a for row in rows for _, a in row], False)
+    def encode_batch(self, batch: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
+        """행마다 (토큰, 답 여부). 배우지 않는 답(`rows.Unlearned`)의 자리에는 `MUTED`가 적힌다."""
+        prompts = self._encode([p for row in batch for p, _ in row], self._special_in_prompt)
+        answers = self._encode([a for row in batch for _, a in row], False)
         encoded, at = [], 0
-        for row in rows:
+        for row in batch:
             tokens: list[int] = []
             is_answer: list[bool] = []
-            for _ in row:
+            for piece in row:
+                learned = MUTED if isinstance(piece, rows.Unlearned) else True
                 tokens += prompts[at] + answers[at] + [self._end_id]
-                is_answer += [False] * len(prompts[at]) + [True] * (len(answers[at]) + 1)
+                is_answer += [False] * len(prompts[at]) + [learned] * (len(answers[at]) + 1)
                 at += 1
             encoded.append((tokens, is_answer))
         return encoded
@@ -151,10 +152,10 @@ def _usable_rows(data_path: str | Path, prompter, inspector: datacheck.Inspector
             to_pieces, columns = rows.segmenter(set(row), prompter, data_path), rows.choose_columns(set(row))
         try:
             pieces = to_pieces(number, row)
-        except UsageError:
+        except UsageError as error:
             if not skip_bad:
                 raise
-            inspector.unusable(number, row, columns)
+            inspector.unusable(number, row, columns, error)
             continue
         inspector.look(number, row, columns, pieces)
         yield number, pieces
@@ -239,7 +240,8 @@ class PackedDataset(torch.utils.data.Dataset):
             tokens, answer = self._documents.document(member)
             end = at + len(tokens)
             input_ids[at:end] = tokens
-            labels[at:end] = tokens if self._train_on_inputs else np.where(answer, tokens, IGNORE)
+            learned = ~self._documents.muted(member) if self._train_on_inputs else answer
+            labels[at:end] = np.where(learned, tokens, IGNORE)
             labels[at] = IGNORE  # 첫 토큰은 앞 문서의 마지막 토큰이 예측하는 자리다
             position_ids[at:end] = np.arange(len(tokens))
             at = end

@@ -12,7 +12,7 @@ from utils.errors import UsageError
 
 KEEP = 8
 _META = "meta.json"
-_FLAT = {"tokens": np.int32, "answer": np.bool_}
+_FLAT = {"tokens": np.int32, "answer": np.int8}
 _PER_DOCUMENT = {"lengths": np.int64, "digests": np.uint64, "questions": np.uint64, "numbers": np.int64}
 
 
