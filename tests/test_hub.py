@@ -14,6 +14,7 @@ import threading
 
 import pytest
 from conftest import ROOT, load_script, refuse, run_script
+from datasets.exceptions import DataFilesNotFoundError
 
 from utils import hub, loader, talkmodel
 from utils.errors import UsageError
@@ -145,6 +146,17 @@ def test_a_cache_that_cannot_be_written_is_named(number, why):
     except RuntimeError as error:
         said = str(hub.refusal("모델을", NAME, error))
     assert why in said and "/cache/blob" in said and "--cache_dir" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("error, why", [
+    (ValueError('Unknown split "train". Should be one of [\'test\'].'), "train 부분이 없다"),
+    (ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"), "여럿"),
+    (RuntimeError("Dataset scripts are no longer supported, but found a.py"), "원격 코드"),
+    (DataFilesNotFoundError("No (supported) data files found in x"), "데이터 파일이 없다"),
+])
+def test_data_that_cannot_be_used_as_it_is_says_why(error, why):
+    said = str(hub.refusal("데이터를", NAME, error, data=True))
+    assert why in said and "인터넷" not in said and "\n" not in said
 
 
 def test_an_unknown_error_keeps_its_first_line():

@@ -10,6 +10,7 @@ MODEL_FILES = (*SETTINGS_FILES, "*.safetensors")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _RETRY = "인터넷에 이어진 곳에서 받는다: {command}"
+_FILE = "받아서 쓸 파일을 적는다: {command}"
 _LOGIN = "hub에 로그인한 뒤(hf auth login) 받는다: {command}"
 # (오류의 이름이나 글에 든 말, 이유, 할 일). 위에서부터 처음 맞는 것을 말한다.
 _REASONS = (
@@ -21,6 +22,10 @@ _REASONS = (
      "이름을 다시 보고, 비공개면 " + _LOGIN),
     (("LocalTokenNotFoundError", "401 ", "403 "), "로그인이 필요하다", _LOGIN),
     (("HFValidationError", "HfUriError"), "hub의 이름이 아니다", "소유자/이름이나 있는 폴더를 적는다"),
+    (("Unknown split",), "학습에 쓸 train 부분이 없다", _FILE),
+    (("Config name is missing",), "한 이름에 데이터가 여럿이다", _FILE),
+    (("Dataset scripts are no longer supported",), "원격 코드를 실행해야 읽힌다. 안전하지 않아 읽지 않는다", _FILE),
+    (("EmptyDatasetError", "DataFilesNotFoundError"), "읽을 수 있는 데이터 파일이 없다", "다른 것을 쓴다"),
     (("RemoteEntryNotFoundError", "does not appear to have"), "필요한 파일이 없다",
      "safetensors 가중치와 config.json과 토크나이저가 있는지 hub의 페이지에서 본다"),
     (("OfflineMode", "offline mode", "outgoing traffic has been disabled"),
@@ -56,7 +61,7 @@ def refusal(what: str, name: str | Path, error: BaseException, cache_dir: str | 
     """
     chain = _chain(error)
     short = Path(str(name)).name
-    command = (f"hf download {name} --repo-type dataset --local-dir data/{short}(그 안의 파일을 --data_path로 적는다)"
+    command = (f"hf download {name} --repo-type dataset --local-dir data/{short}(그 안의 파일 하나를 대신 적는다)"
                if data else f'hf download {name} --local-dir resources/{short} --exclude "*.bin"'
                             "(그 폴더를 --base_model로 적는다)")
     page = f"datasets/{name}" if data else name
