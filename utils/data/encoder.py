@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 
+from utils.data import rows
+from utils.data.documents import MUTED
 from utils.model.tokenizer import require_known_ids
 
 
@@ -30,17 +32,18 @@ class Encoder:
         """답이 시작되기 직전까지의 토큰. `Prompter.pieces`의 첫 조각을 받는다."""
         return self._encode([prompt], self._special_in_prompt)[0]
 
-    def encode_batch(self, rows: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
-        """행마다 (토큰, 답 여부)."""
-        prompts = self._encode([p for row in rows for p, _ in row], self._special_in_prompt)
-        answers = self._encode([a for row in rows for _, a in row], False)
+    def encode_batch(self, batch: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
+        """행마다 (토큰, 답 여부). 배우지 않는 답(`rows.Unlearned`)의 자리에는 `MUTED`가 적힌다."""
+        prompts = self._encode([p for row in batch for p, _ in row], self._special_in_prompt)
+        answers = self._encode([a for row in batch for _, a in row], False)
         encoded, at = [], 0
-        for row in rows:
+        for row in batch:
             tokens: list[int] = []
             is_answer: list[bool] = []
-            for _ in row:
+            for piece in row:
+                learned = MUTED if isinstance(piece, rows.Unlearned) else True
                 tokens += prompts[at] + answers[at] + [self._end_id]
-                is_answer += [False] * len(prompts[at]) + [True] * (len(answers[at]) + 1)
+                is_answer += [False] * len(prompts[at]) + [learned] * (len(answers[at]) + 1)
                 at += 1
             encoded.append((tokens, is_answer))
         return encoded
