@@ -55,6 +55,7 @@ def test_all_three_stages(kind, tmp_path):
                          str(run), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1",
                          "--val_set_size", "20", "--lora_target_modules", "auto", "--prompt_template", template)
     assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "다른 길을 쓴다" not in trained.stdout
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
     assert set(config["target_modules"]) == TARGETS[kind]
     prompt = json.loads((run / "prompt.json").read_text(encoding="utf-8"))

@@ -186,7 +186,9 @@ def test_training_gives_the_model_back_as_it_was(model, batch, tmp_path):
     blocks = [{name: batch[name][row].cpu() for name in ("input_ids", "labels", "position_ids")} for row in range(ROWS)]
     settings = TrainingArguments(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=1, report_to=[],
                                  save_strategy="no", bf16=half() is torch.bfloat16, fp16=half() is torch.float16)
-    trainer = LeanTrainer(model, settings, blocks, blocks)
+    said = []
+    trainer = LeanTrainer(model, settings, blocks, blocks, say=said.append)
+    assert "손으로 쓴" in trainer.path, said  # 시작할 때의 비교를 지났다
     trainer.train()
     embedding = model.get_input_embeddings()
     assert type(embedding) is torch.nn.Embedding and embedding.weight.is_cuda

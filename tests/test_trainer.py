@@ -137,7 +137,7 @@ class Leaky(NeoxStep):
 def test_leaking_documents_are_refused(step, tiny_neox):
     model = neox(tiny_neox)
     step = step(model, 0) if step is AutogradStep else step(model, 0, 2)
-    arguments = (step, 300, 1, BLOCK, {"keys": torch.zeros(1, 2, dtype=torch.int32)})
+    arguments = (step, 300, 1, BLOCK, torch.device("cpu"), {"keys": torch.zeros(1, 2, dtype=torch.int32)})
     if type(step) is Leaky:
         with pytest.raises(UsageError, match="떼어 놓지 못해"):
             check_isolation(*arguments)

@@ -15,6 +15,7 @@ from utils import datacheck, datafile, rows
 from utils import prompter as prompter_module
 from utils.documents import Documents
 from utils.errors import UsageError
+from utils.loader import require_known_ids
 from utils.paths import ROOT
 from utils.tokencache import CacheWriter, open_cache
 
@@ -27,12 +28,20 @@ class Encoder:
     """(프롬프트, 답) 조각을 토큰으로 바꾼다. 학습과 추론이 같은 토큰을 쓰게 하는 유일한 자리다.
 
     프롬프트와 답을 따로 토큰화하고 답 뒤에 끝 토큰을 한 번 붙인다. 글 속의 특수 토큰 글자는 보통 글자로 다룬다.
+
+    Args:
+        n_rows: 모델의 embedding의 행 수. 주면 그 밖의 토큰이 나오는 글을 거절한다.
+
+    Raises:
+        UsageError: 끝 토큰이나 글의 토큰이 embedding의 밖이다.
     """
 
-    def __init__(self, tokenizer, end_id: int, special_in_prompt: bool = False):
+    def __init__(self, tokenizer, end_id: int, special_in_prompt: bool = False, n_rows: int | None = None):
         self._tokenizer = tokenizer
+        self._n_rows = n_rows
         self._end_id = end_id
         self._special_in_prompt = special_in_prompt
+        self._require_known([[end_id]], "답의 끝")
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """답이 시작되기 직전까지의 토큰. `Prompter.pieces`의 첫 조각을 받는다."""
@@ -58,13 +67,21 @@ class Encoder:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         chat = getattr(self._tokenizer, "chat_template", None)
-        return _sha256(content, str(chat), str(self._end_id), str(self._special_in_prompt))
+        return _sha256(content, str(chat), str(self._end_id), str(self._special_in_prompt), str(self._n_rows))
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
             return []
-        return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not special,
-                               return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not special,
+                                  return_attention_mask=False, return_token_type_ids=False,
+                                  verbose=False)["input_ids"]
+        self._require_known(encoded, "프롬프트나 데이터")
+        return encoded
+
+    def _require_known(self, encoded: list[list[int]], where: str) -> None:
+        if self._n_rows is not None:
+            highest = max((max(ids) for ids in encoded if ids), default=0)
+            require_known_ids([highest], self._n_rows, self._tokenizer, where)
 
 
 def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len: int, end_id: int,
@@ -183,6 +200,13 @@ def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[n
     if not held_out.any() or held_out.all():  # 행이 몇 안 될 때도 양쪽에 하나는 있게 한다
         held_out = scrambled == scrambled.min()
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def with_answers(documents: Documents, members: np.ndarray) -> np.ndarray:
+    """`members` 가운데 자른 뒤에도 답이 남은 문서. 답이 모두 잘리면 배울 것이 질문 뒤의 끝 토큰뿐이다."""
+    cut = documents.full_lengths()[members] > documents.lengths()[members]
+    lost = [member for member in members[cut] if not documents.document(member)[1][:-1].any()]
+    return np.setdiff1d(members, lost)
 
 
 class PackedDataset(torch.utils.data.Dataset):

@@ -40,9 +40,11 @@ class Decoder:
         context: 질문과 답을 합친 길이의 한계(토큰).
     """
 
-    def __init__(self, model, tokenizer, end_id: int):
+    def __init__(self, model, tokenizer, end_id: int, longest: int | None = None):
         self.end_id = end_id
         self.context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
+            self.context = min(self.context, longest)
         self.finish_reason = "length"
         self.stats = Stats()
         model.eval()

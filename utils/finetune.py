@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from utils import datacheck, dataset, loader, planner, tracking
 from utils.errors import UsageError
 from utils.modelfolder import require_base
+from utils.modelshape import empty_model
 from utils.prompter import CHAT, make_prompter
 from utils.rows import require_data
 from utils.rundir import Run
-from utils.targets import TRANSPOSED, choose_targets
+from utils.targets import TRANSPOSED, choose_targets, linear_names, peft_targets, require_targets
 
 
 @dataclass
@@ -61,14 +62,17 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     """
     require_data(settings.data_path)
     trackers = tracking.choose_trackers(settings)
-    local_config = require_base(settings.base_model)
+    require_base(settings.base_model)
+    config = loader.load_config(settings.base_model, settings.cache_dir)
+    loader.require_trainable(settings.base_model, config)
+    targets = find_targets(settings, config)
+    check_block_fits(settings.cutoff_len, config)
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
-    config = local_config or loader.load_config(settings.base_model, settings.cache_dir)
-    check_block_fits(settings.cutoff_len, config)
     tokenizer, end_id, prompter, encoder, documents = read_data(settings, say)
     chosen, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
+    chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
 
     def packed(members: np.ndarray, train_on_inputs: bool) -> dataset.PackedDataset:
         return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, train_on_inputs, settings.seed)
@@ -76,7 +80,36 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
     return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, train_set, eval_set,
-                  documents.sha256, choose_targets(settings.lora_target_modules, config), trackers)
+                  documents.sha256, targets, trackers)
+
+
+def find_targets(settings: SimpleNamespace, config: dict) -> tuple[str, ...]:
+    """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 없는 이름을 가린다."""
+    from transformers import AutoConfig
+
+    empty = empty_model(AutoConfig.from_pretrained(settings.base_model, cache_dir=settings.cache_dir,
+                                                   trust_remote_code=False))
+    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty))
+    require_targets(empty, targets)
+    return targets
+
+
+def drop_answerless(settings: SimpleNamespace, documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
+                    say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
+    """답이 모두 잘린 행을 뺀 (학습 문서 번호, 검증 문서 번호). 질문도 배우면 학습에서는 빼지 않는다.
+
+    Raises:
+        UsageError: 배울 행이 하나도 남지 않는다.
+    """
+    kept = chosen if settings.train_on_inputs else dataset.with_answers(documents, chosen)
+    measured = dataset.with_answers(documents, held_out)
+    dropped = len(chosen) - len(kept), len(held_out) - len(measured)
+    if any(dropped):
+        say(f"답이 모두 잘린 행을 뺐다(cutoff_len {settings.cutoff_len}): 학습 {dropped[0]:,}행, 검증 {dropped[1]:,}행")
+    if not len(kept):
+        raise UsageError(f"모든 행의 답이 cutoff_len {settings.cutoff_len}에서 잘려 배울 것이 없다. --cutoff_len을 "
+                         "늘리거나 --train_on_inputs True로 질문도 배운다")
+    return kept, measured
 
 
 def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: bool = False) -> tuple:
@@ -86,12 +119,13 @@ def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: b
         skip_bad: True면 잘못된 행에서 멈추지 않고 센다.
 
     Raises:
-        UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다.
+        UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다. 모델의 embedding에 없는 토큰이 나온다.
     """
     tokenizer = loader.load_tokenizer(settings.base_model, settings.cache_dir)
     end_id = loader.end_token_id(tokenizer)
     prompter = make_prompter(settings.prompt_template, tokenizer)
-    encoder = dataset.Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT)
+    n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
+    encoder = dataset.Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=n_rows)
     with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
         documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
                                            settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)
@@ -142,7 +176,7 @@ def plan(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]) 
         micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
         vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents)
     documents, lengths = inputs.documents, inputs.documents.lengths()
-    n_train = len(documents) - len(inputs.held_out)
+    n_train = sum(map(len, inputs.train_set.blocks))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * settings.cutoff_len)
     say(f"데이터: {len(documents):,}행(학습 {n_train:,}, 검증 {len(inputs.held_out):,}), "
         f"토큰 {int(lengths.sum()):,}개, 행의 가운데 길이 {int(np.median(lengths))}")
@@ -161,21 +195,16 @@ def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], 
     """기반 모델을 4비트로 올리고 LoRA를 붙인다.
 
     Raises:
-        UsageError: 모델을 읽지 못하거나 LoRA를 붙일 층이 없다.
+        UsageError: 모델을 읽지 못한다.
     """
     from peft import LoraConfig, get_peft_model
 
     quantize = None if inputs.device.device.type == "mps" else "4bit"
     base = loader.load_base(settings.base_model, inputs.device, quantize, settings.cache_dir)
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    unknown = [target for target in inputs.targets if target not in names]
-    if unknown:
-        linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if hasattr(m, "in_features")} - {"lm_head"}
-        raise UsageError(f"모델에 없는 층이다: {', '.join(unknown)}. 쓸 수 있는 이름: {', '.join(sorted(linear))}")
     torch.manual_seed(settings.seed)
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        target_modules=list(inputs.targets), task_type="CAUSAL_LM",
+        target_modules=peft_targets(base, inputs.targets), task_type="CAUSAL_LM",
         fan_in_fan_out=inputs.config["model_type"] in TRANSPOSED, base_model_name_or_path=str(settings.base_model)))
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.checkpoint import MANIFEST, damage, newest_valid
@@ -56,14 +57,46 @@ def choose_device() -> Device:
     return Device(torch.device("cpu"), torch.float32, "쓸 수 있는 GPU가 없어 CPU에서 fp32를 쓴다")
 
 
-def load_config(base_model: str, cache_dir: str | None = None) -> dict:
-    """hub에 있는 모델의 config.json을 dict로 읽는다."""
+def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
+    """글을 다루는 부분의 설정을 dict로 읽는다.
+
+    구조마다 다른 이름(GPT-2의 `n_layer`)은 흔한 이름(`num_hidden_layers`)으로도 들어 있고, config.json에서 빠진 값은
+    transformers의 기본값이다. 이미 양자화된 모델이면 `quantization_config`가 있다.
+
+    Raises:
+        UsageError: 설정을 읽을 수 없다.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base_model, cache_dir=cache_dir, trust_remote_code=False).to_dict()
+        config = AutoConfig.from_pretrained(str(base_model), cache_dir=cache_dir, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+    found = text.to_dict()
+    for common, own in text.attribute_map.items():
+        found.setdefault(common, found.get(own))
+    quantized = getattr(config, "quantization_config", None)
+    return found if quantized is None else {**found, "quantization_config": quantized}
+
+
+def require_trainable(base_model: str | Path, config: dict) -> None:
+    """이 도구의 세 단계를 모두 지날 수 있는 기반 모델인지 본다.
+
+    이미 양자화된 모델 위에서 배운 어댑터는 합칠 16비트 가중치가 없어, 학습이 끝난 뒤에야 막힌다.
+
+    Args:
+        config: `load_config`가 읽은 설정.
+
+    Raises:
+        UsageError: 이미 양자화되었다.
+    """
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        kind = getattr(kind, "value", kind) or "알 수 없는 방식"
+        raise UsageError(f"이미 양자화된 모델({kind})에서는 배우지 않는다: {base_model}. 배운 것을 합칠 16비트 "
+                         "가중치가 없다. 양자화하기 전의 모델을 --base_model로 적는다(4비트로 줄이는 일은 학습이 한다)")
 
 
 def load_tokenizer(model: str | Path, cache_dir: str | None = None):
@@ -93,6 +126,26 @@ def end_token_id(tokenizer) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
+    """토큰 번호가 모두 embedding의 행 안에 있는지 본다. 밖의 번호는 CPU에서는 IndexError, 커널에서는 남의 메모리다.
+
+    Args:
+        ids: 토큰 번호의 배열이나 목록.
+        n_rows: 입력 embedding의 행 수.
+        tokenizer: 번호를 글자로 보여 줄 토크나이저.
+        where: 번호가 나온 곳. 메시지의 앞에 적힌다.
+
+    Raises:
+        UsageError: 밖의 번호가 있다. 그 토큰과 번호와 embedding의 크기를 말한다.
+    """
+    ids = np.asarray(ids, dtype=np.int64).ravel()
+    outside = ids[(ids < 0) | (ids >= n_rows)]
+    if len(outside):
+        worst = int(outside.max())
+        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {tokenizer.convert_ids_to_tokens(worst)!r}의 번호는 "
+                         f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
+
+
 def load_base(base_model: str | Path, device: Device, quantize: str | None = None, cache_dir: str | None = None):
     """기반 모델을 올린다. safetensors만 읽고 원격 코드는 실행하지 않는다.
 
@@ -120,7 +173,7 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
         model, loaded = AutoModelForCausalLM.from_pretrained(
             str(base_model), dtype=device.dtype, quantization_config=quantization,
             device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
-            trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True)
+            trust_remote_code=False, output_loading_info=True)  # attention은 sdpa, 없는 구조면 eager를 스스로 고른다
     except (OSError, ValueError) as error:
         raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
     except RuntimeError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from utils.errors import UsageError
-from utils.modelfolder import ModelFolder
+from utils.modelfolder import ModelFolder, text_config
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -20,20 +20,21 @@ def require_shapes(folder: ModelFolder) -> None:
     Raises:
         UsageError: 설정으로 모델을 만들 수 없거나, tensor가 모자라거나, 모양이 다르다.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if "quantization_config" in folder.config:
         return
-    texts = (folder.config, folder.config.get("text_config"))
-    counts = [text[key] for text in texts if isinstance(text, dict) for key in LAYER_COUNTS if key in text]
+    texts = (folder.config, text_config(folder.config))
+    counts = [text[key] for text in texts for key in LAYER_COUNTS if key in text]
     n_layers = max((count for count in counts if isinstance(count, int | float)), default=0)
     if n_layers > len(folder.tensors):  # 빈 모델도 층마다 메모리가 든다. 층에는 적어도 tensor 하나가 있다
         raise UsageError(f"config.json과 가중치가 맞지 않는다: {folder.path}에 층이 {n_layers:,}개라는데 "
                          f"tensor는 {len(folder.tensors):,}개다. 모델을 다시 받는다")
     try:
         config = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=False)
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        kind = type(empty_model(config))
+    except UsageError:
+        raise
     except Exception as error:  # 설정의 어느 값이 어떻게 잘못되었든, 실제로 읽을 때도 같은 곳에서 멈춘다
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({reason}). 모델을 다시 받는다") from None
@@ -52,6 +53,25 @@ def require_shapes(folder: ModelFolder) -> None:
     if missing:
         raise UsageError(f"config.json과 가중치가 맞지 않는다: {folder.path}에 {missing[0]}(모두 {len(missing)}개)이 "
                          "없다. 모델을 다시 받는다")
+
+
+def empty_model(config):
+    """설정만으로 만든, 가중치가 없는(meta) causal LM.
+
+    Args:
+        config: `AutoConfig`가 읽은 설정.
+
+    Raises:
+        UsageError: transformers에 이 구조의 causal LM이 없다.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise UsageError(f"글을 잇는 모델(causal LM)이 아니다: model_type {config.model_type}. 그림이나 소리를 함께 "
+                         "다루거나 글을 바꾸는 모델은 다루지 않는다. 글만 다루는 모델을 적는다")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def predict(config: dict, block: int, micro: int, recompute: int, rank: int, max
     """부분마다의 바이트. 가중치는 NF4 이중 양자화, 나머지는 16비트다."""
     layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
     inner = config.get("intermediate_size") or 4 * hidden
-    heads, tokens, padded = config["num_attention_heads"], block * micro, -(-rank // RANK_UNIT) * RANK_UNIT
+    heads, tokens, padded = config.get("num_attention_heads") or 1, block * micro, -(-rank // RANK_UNIT) * RANK_UNIT
     matrices = [3 * hidden * hidden, hidden * hidden, inner * hidden, inner * hidden]
     if not fused and config["model_type"] != "gpt_neox":
         matrices[2] *= 2  # 문이 달린 MLP는 행렬이 셋이다

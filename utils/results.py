@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,17 +29,20 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
     if not result.trainer.args.should_save:
         return
     run = describe_run(settings, inputs, plan, result)
-    # 나뉜 모델로는 답하지 않는다
-    examples, samples = ([], []) if result.trainer.sharded else answer_samples(inputs, result.model)
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
-    report.write_samples(settings.output_dir, examples + samples)
-    report.write_run(settings.output_dir, run)  # 맨 끝에 쓴다: run.json이 있으면 끝난 실행이다
+    report.write_run(settings.output_dir, run)  # 어댑터와 기록을 모두 쓴 뒤에 답한다. 답하다 죽어도 잃는 것이 없다
     say("\n결과")
     for line in progress.summary_lines(run):
         say(line)
-    if samples:
-        say(stopped_line(samples))
-    for sample in examples:
+    samples = Samples([], [])
+    # 나뉜 모델로는 답하지 않는다
+    problem = None if result.trainer.sharded else answer_samples(inputs, result.model, samples)
+    report.write_samples(settings.output_dir, samples.examples + samples.held_out)
+    if problem is not None:
+        say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
+    if samples.held_out:
+        say(stopped_line(samples.held_out))
+    for sample in samples.examples:
         say(f"\n질문: {sample['question']}")
         for name, title in report.MODELS:
             say(f"  {title}의 답: {one_line(sample[name])}")
@@ -91,30 +95,53 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
 
 
-def answer_samples(inputs: Inputs, model) -> tuple[list[dict], list[dict]]:
-    """(예시 질문, 검증 질문)마다 두 모델의 답과 그 답이 끝난 까닭. 검증 질문에는 모범 답도 있다.
+@dataclass(frozen=True)
+class Samples:
+    """질문마다 두 모델의 답과 그 답이 끝난 이유. 검증 질문에는 모범 답도 있다."""
 
-    질문 없이 글만 있는 행은 건너뛴다.
+    examples: list[dict]
+    held_out: list[dict]
+
+
+def answer_samples(inputs: Inputs, model, samples: Samples) -> str | None:
+    """답을 만드는 대로 `samples`에 더한다. 끝까지 만들지 못했으면 그 이유 한 줄을, 만들었으면 None을 돌려준다.
+
+    학습은 이미 끝났으므로 메모리 부족도, Ctrl+C도, 어떤 오류도 여기서 멈춘다.
     """
-    decoder = Decoder(model, inputs.tokenizer, inputs.end_id)
-    examples, samples = [], []
+    try:
+        fill_samples(inputs, model, samples)
+    except KeyboardInterrupt:
+        return "Ctrl+C로 멈추었다"
+    except torch.OutOfMemoryError:
+        return "메모리가 모자란다"
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return None
+
+
+def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
+    """예시 질문과 검증 질문에 답한다. 질문 없이 글만 있는 행은 건너뛴다."""
+    examples = []
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
-        ids = inputs.encoder.encode_prompt(prompt)
+        examples.append((fill_placeholder(instruction, context), inputs.encoder.encode_prompt(prompt)))
+    settings = Sampling(temperature=0.0)
+    asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_id, longest=asked + settings.max_new_tokens)
+    for question, ids in examples:
         if len(ids) < decoder.context:
-            examples.append({"question": fill_placeholder(instruction, context), **answers(decoder, inputs, ids)})
+            samples.examples.append({"question": question, **answers(decoder, inputs, ids)})
     began = time.perf_counter()
     for member in inputs.held_out:
-        compared = len(samples) < N_COMPARED
-        if len(samples) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
+        compared = len(samples.held_out) < N_COMPARED
+        if len(samples.held_out) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
             break
         tokens, is_answer = inputs.documents.document(member)
         start = int(np.argmax(is_answer))
-        if start:
-            samples.append({"question": inputs.tokenizer.decode(tokens[:start]),
-                            "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
-                            **answers(decoder, inputs, tokens[:start].tolist(), compared)})
-    return examples, samples
+        if 0 < start < decoder.context:
+            samples.held_out.append({"question": inputs.tokenizer.decode(tokens[:start]),
+                                     "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
+                                     **answers(decoder, inputs, tokens[:start].tolist(), compared)})
 
 
 def answers(decoder: Decoder, inputs: Inputs, input_ids: list[int], compared: bool = True) -> dict[str, str]:

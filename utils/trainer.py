@@ -11,11 +11,12 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from utils.batches import MicroBatches, PaddedBlocks, block_key, count_documents, split_rows, stack_blocks
-from utils.captured import CapturedStep, check_isolation
+from utils.captured import CapturedStep
 from utils.engine.train_layers import restore_embedding, why_not
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
-from utils.microstep import IGNORE, AutogradStep, recompute_all, shifted_targets
+from utils.microstep import IGNORE, autograd_ways, recompute_all, shifted_targets
+from utils.parity import choose_step
 from utils.planner import MemoryPlan
 
 
@@ -80,22 +81,24 @@ class LeanTrainer(Trainer):
         self.accelerator.prepare_model = lambda model, **_: model  # DDP로 감싸지 않는다. 합은 step마다 한 번 낸다
         self.step = CapturedStep(self._choose_step(), args.device)
         self._micro_step = 0
-        if train_dataset is not None:
-            block = len(train_dataset[0]["input_ids"])
-            vocab = model.get_input_embeddings().weight.shape[0]
-            check_isolation(self.step, vocab, self.rows, block, self._keys(self.rows))
 
     @property
     def path(self) -> str:
         return "Trainer의 길(모델을 여러 프로세스에 나눈다)" if self.sharded else self.step.path
 
     def _choose_step(self):
+        """가장 빠른 길부터, 모델과 같은 값을 내는 첫 micro-step."""
         plan = self.plan or MemoryPlan(self.args.per_device_train_batch_size)
         reason = why_not(self.model)
-        if reason is not None:
-            return AutogradStep(self.model, plan.recompute_layers > 0, reason)
-        documents = max(count_documents(data) for data in (self.train_dataset, self.eval_dataset))
-        return NeoxStep(self.model, plan.recompute_layers, max(2, documents))  # 격리 검사는 두 문서를 쓴다
+        documents = max(2, *(count_documents(data) for data in (self.train_dataset, self.eval_dataset)))
+
+        candidates = autograd_ways(self.model, recompute=plan.recompute_layers > 0, reason=reason or "")
+        if reason is None:
+            candidates.insert(0, lambda: NeoxStep(self.model, plan.recompute_layers, documents))
+        if self.train_dataset is None:
+            return candidates[0]()
+        return choose_step(candidates, self.model, self.train_dataset, documents, self.args.device, self.say,
+                           reject=lambda: restore_embedding(self.model))
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""
