@@ -6,7 +6,7 @@ import torch
 
 SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
 END = 2
-CONTEXT = 96
+CONTEXT = 72
 TEXT = """\
 ### 질문: 하늘은 왜 파란가요?
 
@@ -77,8 +77,34 @@ SIZES = {
 }
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
           "num_encoder_layers", "num_decoder_layers", "num_blocks")
-# 이름만으로는 알 수 없는 것
-ODD: dict[str, dict] = {}
+# 이름만으로는 알 수 없는 것. "start"는 기본 설정을 만들 때부터, "fields"는 줄인 다음에 적는다.
+ODD: dict[str, dict] = {
+    "bamba": {"fields": {"attn_layer_indices": [1]}},
+    "cohere_compass_text": {"fields": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                            "full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}},
+    "dbrx": {"start": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0},
+                       "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 32, "moe_num_experts": 4,
+                                      "moe_top_k": 2}}},
+    "deepseek_v2": {"start": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1}},
+    "dory": {"fields": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                        "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1}},
+    "dots1": {"start": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
+                        "topk_group": 1}},
+    "gemma4_assistant": {"start": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
+                                                    "vocab_size_per_layer_input": 0}}},
+    "granitemoehybrid": {"fields": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}},
+    "hunyuan_v1_moe": {"fields": {"moe_topk": 2, "num_experts": 4}},
+    "jamba": {"fields": {"attn_layer_period": 2, "attn_layer_offset": 1}},
+    "lfm2_moe": {"fields": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}},
+    "longcat_flash": {"fields": {"head_dim": 8}},
+    "mamba2": {"fields": {"num_heads": 8, "head_dim": 16}},
+    "recurrent_gemma": {"fields": {"num_hidden_layers": 3}},
+    "reformer": {"start": {"is_decoder": True}, "fields": {
+        "attn_layers": ["local", "local"], "axial_pos_shape": [8, 9], "axial_pos_embds_dim": [32, 32],
+        "local_attn_chunk_length": 8, "max_position_embeddings": CONTEXT}},
+}
 
 
 def build_tokenizer(folder: Path, vocab_size: int = 384):
@@ -114,6 +140,13 @@ def tiny_config(model_type: str, vocab_size: int, **overrides):
 def _shrunk(config, vocab_size: int) -> dict:
     fields = config.to_dict()
     small = {name: size for name, size in SIZES.items() if isinstance(fields.get(name), int)}
+    if "qk_rope_head_dim" in fields:  # MLA는 head_dim을 스스로 정한다. K와 V를 낮은 차원에 함께 담아 kv head가 없다
+        small.pop("head_dim", None)
+        small |= {name: HEADS for name in ("num_key_value_heads",) if name in small}
+    elif "head_dim" in fields:
+        small["head_dim"] = HEAD
+    if fields.get("num_key_value_heads", 0) is None:
+        small["num_key_value_heads"] = KV_HEADS
     ids = {name: value for name, value in fields.items() if name.endswith(("token_id", "token_index", "_idx"))}
     small |= {name: END for name in ids if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     small |= {name: vocab_size for name in fields if name in ("vocab_size", "decoder_vocab_size",
