@@ -78,12 +78,12 @@ def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, da
         if reason is None:
             return step
         reject()
-        say(f"{step.path}: {reason}. 다른 길을 쓴다")
+        say(f"{reason}. 다른 길을 쓴다")
     raise UsageError(f"이 모델의 학습 계산이 모델의 forward와 달라 학습하지 않는다. {reason}. 다른 기반 모델을 쓴다")
 
 
 def disagreement(step, model: nn.Module, truth: Truth, device: torch.device) -> str | None:
-    """`step`의 값이 참값과 다르면 무엇이 얼마나 다른지. 같으면 None."""
+    """`step`의 값이 참값과 다르면 어느 길의 무엇이 얼마나 다른지. 같으면 None."""
     loss_limit, gradient_limit = TOLERANCE[model_dtype(model)]
     try:
         with nudged(model), without_dropout(model, step):
@@ -105,13 +105,13 @@ def disagreement(step, model: nn.Module, truth: Truth, device: torch.device) -> 
         return str(error)
     except Exception as error:  # 부르는 모양이 다른 구조다. 다음 길이 그것을 받는다
         take_gradients(model)
-        return f"계산하지 못했다({first_line(error)})"
+        return f"{step.path}: 계산하지 못했다({first_line(error)})"
     for ours, theirs in ((loss, truth.loss), (short_loss, truth.short_loss)):
         if not abs(ours - theirs) <= loss_limit * abs(theirs):
-            return f"손실이 모델의 forward에서는 {theirs:.4f}인데 {ours:.4f}다"
+            return f"{step.path}: 손실이 모델의 forward에서는 {theirs:.4f}인데 {ours:.4f}다"
     apart, name = furthest(gradients, truth.gradients)
     if not apart <= gradient_limit:
-        return f"{name}의 gradient가 모델의 forward와 {apart:.0%} 다르다"
+        return f"{step.path}: {name}의 gradient가 모델의 forward와 {apart:.0%} 다르다"
     return None
 
 
