@@ -18,7 +18,7 @@ from conftest import ROOT, load_script
 from torch.nn import functional
 
 # 문서마다의 합과 묶은 합은 더하는 순서만 다르다. 합친 모델은 가중치를 16비트로 한 번 반올림한다
-LIMITS = {"loss": 1e-3, "gradient": 1e-2, "validation": 1e-3, "merged": 2e-2, "merged_4bit": 2e-2, "answer": 0.0,
+LIMITS = {"loss": 1e-3, "gradient": 1e-2, "validation": 1e-3, "merged": 5e-3, "merged_4bit": 5e-3, "answer": 0.0,
           "answer_4bit": 0.0}
 ANSWER_TOKENS = 10
 NEAR = 1e-3  # 두 logit의 차이가 이보다 작으면 반올림이 고른 것이므로 어느 쪽이든 맞다
@@ -209,13 +209,15 @@ def gradient_norm(model) -> float:
 
 @torch.no_grad()
 def logit_gap(ours, theirs, texts: list[torch.Tensor]) -> float:
-    """두 모델의 logits의 차이의 크기. 참값의 logits에서 평균을 뺀 크기를 1로 잰다."""
-    gap = size = 0.0
+    """두 모델의 logits의 차이의 크기를 토큰마다 재어 가운데 값을 낸다. 참값에서 평균을 뺀 크기가 1이다.
+
+    16비트 반올림이 전문가를 바꾸어 고르는 토큰이 드물게 있어, 가장 큰 것을 보지 않는다.
+    """
+    gaps = []
     for ids in texts:
         one, other = (model(input_ids=ids[None], use_cache=False).logits[0].double() for model in (ours, theirs))
-        gap += float(((one - other) ** 2).sum())
-        size += float(((other - other.mean(-1, keepdim=True)) ** 2).sum())
-    return (gap / size) ** 0.5
+        gaps.append((one - other).norm(dim=-1) / (other - other.mean(-1, keepdim=True)).norm(dim=-1))
+    return float(torch.cat(gaps).median())
 
 
 def answer_gap(model, **source) -> float:
