@@ -85,19 +85,20 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from types import SimpleNamespace
+    from utils import datareport, finetune, planner, results, rundir
+    from utils.train.fit import fit
+    from utils.train.records import Settings
 
-    from utils import datareport, finetune, results, rundir
-
-    settings = SimpleNamespace(**{**flags, "base_model": base_model, "data_path": data_path})
+    settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
     if check_data or repair_data is not None:
         datareport.check(settings, cli.say)
         return
     inputs = finetune.prepare(settings, cli.say)
     plan = finetune.plan(settings, inputs, cli.say)
     with rundir.open_run(settings, inputs, cli.say) as run:
+        planner.cap_allocator(plan.memory, inputs.device.device, vram_gb)
         model = finetune.build_model(settings, inputs, cli.say)
-        result = finetune.fit(settings, inputs, plan, model, run, cli.say)
+        result = fit(settings, inputs, plan, model, run, cli.say)
         with run.saving():
             results.write(settings, inputs, plan, result, cli.say)
     say_next(base_model, output_dir)

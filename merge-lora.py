@@ -55,6 +55,8 @@ def merge(
     if export:
         gguf_export.require_exportable(job.base.config)
     merger.check_target(output_dir, job, job.base.n_bytes if export else 0)
+    for warning in job.warnings:
+        cli.say(f"경고: {warning}")
     cli.say(f"어댑터: {shown(job.adapter)}  기반 모델: {shown(job.base.path)}  갱신할 행렬 {len(job.updates)}개")
     with staging.staged(output_dir) as folder:
         hashed = merger.write_model(folder, job, max_bytes, cli.say)
@@ -67,12 +69,14 @@ def merge(
 
 
 def prove(job, folder) -> dict:
-    """검산하고 그 결과를 알린다. 기준에 못 미치면 멈춘다."""
+    """검산하고 그 결과를 알린다. 쓴 것이 쓰려던 것과 다르면 멈추고, 배운 것과 다르면 경고한다."""
     from utils import proof
 
     report = proof.prove(job, folder)
     proof.judge(report)
     cli.say(f"검산: {proof.describe(report)}")
+    for warning in proof.warnings(report):
+        cli.say(f"경고: {warning}")
     return report
 
 

@@ -130,6 +130,16 @@ def load_script(name: str):
     return module
 
 
+def train_settings(**changed):
+    """`finetune-lora.py`의 기본값에서 몇 가지만 바꾼 학습 설정."""
+    import inspect
+
+    from utils.train.records import Settings
+
+    defaults = inspect.signature(load_script("finetune-lora.py").train).parameters
+    return Settings(**{name: parameter.default for name, parameter in defaults.items()} | changed)
+
+
 def pytest_configure(config):
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다

@@ -126,7 +126,8 @@ def serve() -> None:
     import torch
     import transformers  # noqa: F401
 
-    from utils import cli, finetune, progress, results, resumable  # noqa: F401
+    from utils import cli, finetune, progress, results  # noqa: F401
+    from utils.train import fit  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

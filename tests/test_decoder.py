@@ -62,7 +62,7 @@ def generate(model, ids, **settings):
 @pytest.mark.parametrize("build", [neox, llama])
 def test_greedy_equals_generate(build, tokenizer):
     model = build()
-    decoder = Decoder(model, tokenizer, end_id=10_000)
+    decoder = Decoder(model, tokenizer, (10_000,))
     for ids in prompts(20):
         expected = generate(model, ids, do_sample=False, max_new_tokens=128, eos_token_id=None)
         assert list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=128))) == expected
@@ -71,14 +71,14 @@ def test_greedy_equals_generate(build, tokenizer):
 
 def test_stops_at_the_end_token_without_yielding_it(tokenizer):
     model, ids = neox(), prompts(1)[0]
-    full = list(Decoder(model, tokenizer, end_id=10_000).stream(ids, Sampling(**GREEDY, max_new_tokens=60)))
-    decoder = Decoder(model, tokenizer, end_id=full[20])
+    full = list(Decoder(model, tokenizer, (10_000,)).stream(ids, Sampling(**GREEDY, max_new_tokens=60)))
+    decoder = Decoder(model, tokenizer, (full[20],))
     assert list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=60))) == full[: full.index(full[20])]
     assert decoder.finish_reason == "stop"
 
 
 def test_stop_event_ends_within_one_token(tokenizer):
-    decoder, stop = Decoder(neox(), tokenizer, END + 10_000), threading.Event()
+    decoder, stop = Decoder(neox(), tokenizer, (10_000,)), threading.Event()
     stream = decoder.stream(prompts(1)[0], Sampling(**GREEDY, max_new_tokens=100), stop)
     for _ in range(5):
         next(stream)
@@ -87,7 +87,7 @@ def test_stop_event_ends_within_one_token(tokenizer):
 
 
 def test_closing_the_stream_cancels_and_the_next_answer_works(tokenizer):
-    decoder, ids, settings = Decoder(neox(), tokenizer, 10_000), prompts(1)[0], Sampling(**GREEDY, max_new_tokens=9)
+    decoder, ids, settings = Decoder(neox(), tokenizer, (10_000,)), prompts(1)[0], Sampling(**GREEDY, max_new_tokens=9)
     stream = decoder.stream(ids, settings)
     first = next(stream)
     stream.close()
@@ -97,7 +97,7 @@ def test_closing_the_stream_cancels_and_the_next_answer_works(tokenizer):
 
 
 def test_prompt_and_answer_never_pass_the_context(tokenizer):
-    decoder = Decoder(neox(context=32), tokenizer, 10_000)
+    decoder = Decoder(neox(context=32), tokenizer, (10_000,))
     assert len(list(decoder.stream([5] * 30, Sampling(**GREEDY, max_new_tokens=100)))) == 2
     assert decoder.finish_reason == "length"
     for bad in ([5] * 32, [5] * 500, []):
@@ -106,7 +106,7 @@ def test_prompt_and_answer_never_pass_the_context(tokenizer):
 
 
 def test_ids_without_text_are_never_chosen(tokenizer):
-    decoder = Decoder(neox(vocab=400), tokenizer, 10_000)
+    decoder = Decoder(neox(vocab=400), tokenizer, (10_000,))
     chosen = [token for ids in prompts(6) for token in
               decoder.stream(ids, Sampling(temperature=5.0, top_p=1.0, top_k=0, max_new_tokens=100, seed=1))]
     assert max(chosen) < len(tokenizer)
@@ -114,13 +114,13 @@ def test_ids_without_text_are_never_chosen(tokenizer):
 
 def test_adapter_off_answers_like_the_base(tokenizer):
     ids, settings = prompts(1)[0], Sampling(**GREEDY, max_new_tokens=40)
-    base = list(Decoder(neox(), tokenizer, 10_000).stream(ids, settings))
+    base = list(Decoder(neox(), tokenizer, (10_000,)).stream(ids, settings))
     tuned = get_peft_model(neox(), LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5)
-    decoder = Decoder(tuned, tokenizer, 10_000)
+    decoder = Decoder(tuned, tokenizer, (10_000,))
     with_adapter = list(decoder.stream(ids, settings))
     decoder.use_adapter(False)
     assert list(decoder.stream(ids, settings)) == base != with_adapter
@@ -129,7 +129,7 @@ def test_adapter_off_answers_like_the_base(tokenizer):
 
 
 def test_same_seed_same_answer(tokenizer):
-    decoder, ids = Decoder(neox(), tokenizer, 10_000), prompts(1)[0]
+    decoder, ids = Decoder(neox(), tokenizer, (10_000,)), prompts(1)[0]
     answers = [list(decoder.stream(ids, Sampling(temperature=1.5, top_p=1.0, top_k=0, max_new_tokens=30, seed=seed)))
                for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
@@ -147,7 +147,7 @@ def test_penalties_touch_the_answer_only():
 def test_penalties_equal_generate_on_an_empty_question(tokenizer):
     """질문이 벌점에 들어가지 않으므로, `generate`의 벌점과 같아지는 것은 질문이 답의 첫 토큰 하나일 때다."""
     model = neox()
-    decoder = Decoder(model, tokenizer, 10_000)
+    decoder = Decoder(model, tokenizer, (10_000,))
     settings = Sampling(**GREEDY, max_new_tokens=50, repetition_penalty=1.3, no_repeat_ngram_size=3)
     ours = list(decoder.stream([7], settings))
     from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -199,7 +199,7 @@ def test_bad_settings_are_refused(bad):
 def test_at_least_as_fast_as_generate_on_the_cpu(tokenizer):
     """번갈아 재어 가장 빠른 것끼리 견준다. 여유 10 %는 시계와 이웃의 몫이다."""
     model, ids = neox(), prompts(1)[0]
-    decoder = Decoder(model, tokenizer, 10_000)
+    decoder = Decoder(model, tokenizer, (10_000,))
     ours, theirs = [], []
     for _ in range(5):
         start = time.perf_counter()

@@ -50,7 +50,7 @@ def answerer(talk_run):
     tokenizer = loader.load_tokenizer(base)
     model = loader.load_adapter(loader.load_base(base, loader.choose_device()), talk_run)
     end_id = loader.end_token_id(tokenizer)
-    return Answerer(Decoder(model, tokenizer, end_id), tokenizer, Prompter(), end_id, print, can_compare=True)
+    return Answerer(Decoder(model, tokenizer, (end_id,)), tokenizer, Prompter(), end_id, print, can_compare=True)
 
 
 def test_validation_questions_are_the_held_out_rows(answerer, talk_run):

@@ -1,16 +1,15 @@
 """학습 단계는 잘못된 입력을 모델을 올리기 전에 한 줄로 거절하고, 좋은 입력으로는 어댑터와 기록을 남긴다."""
 
 import json
-from types import SimpleNamespace
 
 import conftest
 import pytest
-from conftest import load_script, run_script
+from conftest import load_script, run_script, train_settings
 
 from utils import finetune, loader, results
-from utils.finetune import Schedule
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.targets import choose_targets
+from utils.train.records import Schedule
 
 finetune_lora = load_script("finetune-lora.py")
 
@@ -97,10 +96,9 @@ def test_run_shows_what_both_models_say_to_the_examples(tiny_run):
 
 def test_validation_counts_only_answers_whatever_is_learnt(tiny_neox, tiny_data, tmp_path):
     """검증 loss는 학습하는 자리를 바꾸어도 같은 것을 잰다."""
-    inputs = [finetune.prepare(SimpleNamespace(
-        base_model=tiny_neox, data_path=tiny_data, cache_dir=str(tmp_path), cutoff_len=64, val_set_size=20.0, seed=42,
-        train_on_inputs=flag, prompt_template="default", lora_target_modules=("auto",), report_to="none",
-        wandb_project=None), lambda line: None) for flag in (True, False)]
+    inputs = [finetune.prepare(train_settings(
+        base_model=str(tiny_neox), data_path=str(tiny_data), cache_dir=str(tmp_path), cutoff_len=64, val_set_size=20.0,
+        train_on_inputs=flag, lora_target_modules=("auto",)), lambda line: None) for flag in (True, False)]
     labels = [[int((block["labels"] >= 0).sum()) for block in (each.eval_set[0], each.train_set[0])] for each in inputs]
     assert labels[0][0] == labels[1][0] and labels[0][1] > labels[1][1]
 

@@ -125,6 +125,7 @@ class Scripted:
     """정해 둔 토큰을 내놓는 Decoder의 자리. 줄의 규칙만 볼 때 쓴다."""
 
     context = 1024
+    n_rows = 2**20
     finish_reason = "stop"
     stats = Stats()
 
@@ -277,7 +278,7 @@ def test_answer_ends_at_the_tokenizers_end_token(tiny_neox):
     assert model.config.eos_token_id == 0
     end_id = loader.end_token_id(tokenizer)
     model.get_output_embeddings().weight.data.zero_()
-    decoder = Decoder(model, tokenizer, end_id)
+    decoder = Decoder(model, tokenizer, (end_id,))
     answerer = Answerer(decoder, tokenizer, Prompter(), end_id, print)
     never = Answer(answerer.ask("질문"), Sampling(temperature=0, max_new_tokens=5))
     assert list(answerer.pieces(never)) == [] and never.finish_reason == "length"

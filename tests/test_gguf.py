@@ -1,7 +1,8 @@
-"""GGUF의 약속: llama.cpp가 transformers와 같은 토큰으로 답한다. llama-cpp-python이 깔린 곳에서만 답까지 견준다."""
+"""GGUF의 약속: llama.cpp가 transformers와 같은 토큰으로 답한다. xllamacpp가 설치된 곳에서만 답까지 비교한다."""
 
 import json
 import shutil
+import urllib.request
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from utils import gguf_export
 from utils.errors import UsageError
 from utils.paths import BASE_DEMO
 
-gguf = pytest.importorskip("gguf", reason="gguf가 깔리지 않았다")
+gguf = pytest.importorskip("gguf", reason="gguf가 설치되지 않았다")
 
 TIE = 0.01
 PROMPTS = [f"### 질문: {question}\n\n### 답변:" for question in (
@@ -74,39 +75,109 @@ def demo(tmp_path_factory):
     return shutil.copytree(BASE_DEMO, tmp_path_factory.mktemp("gguf") / "demo")
 
 
+def reshaped(neox, llama, folder, kind: str, **changes):
+    """설정을 바꾼 작은 모델. 무작위 가중치는 답이 한쪽으로 뚜렷하게 갈리도록 크게 잡는다."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = neox if kind == "gpt_neox" else llama
+    config = AutoConfig.from_pretrained(source)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0, 0.15)
+    model.half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
 @pytest.mark.parametrize("family", ["demo", "neox", "llama"])
-def test_llama_cpp_answers_with_the_same_tokens(request, family):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python이 깔리지 않았다")
+def test_llama_cpp_answers_with_the_same_tokens(request, family, kind):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp가 설치되지 않았다")
     folder = request.getfixturevalue(family)
-    compare(llama_cpp, folder, folder / gguf_export.write(folder, "f16"))
+    compare(xllamacpp, folder, folder / gguf_export.write(folder, kind), exact=kind == "f16")
 
 
-def compare(llama_cpp, folder, gguf_path, n_new: int = 24) -> None:
-    """질문 20개에 두 쪽이 탐욕적으로 고른 토큰이 모두 같은지 본다.
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("gpt_neox", {"attention_bias": False}),
+    ("gpt_neox", {"tie_word_embeddings": True}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}),
+    ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
+    ("gpt_neox", {"layer_norm_eps": 1e-2, "hidden_act": "gelu_pytorch_tanh"}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"head_dim": 32, "rms_norm_eps": 1e-2}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+])
+def test_every_setting_reaches_llama_cpp(neox, llama, tmp_path, kind, changes):
+    folder = reshaped(neox, llama, tmp_path / "model", kind, **changes)
+    written = folder / gguf_export.write(folder, "f16")
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp가 설치되지 않았다")
+    compare(xllamacpp, folder, written, n_prompts=4)
+
+
+@pytest.mark.parametrize(("kind", "changes", "named"), [
+    ("gpt_neox", {"hidden_act": "relu"}, "relu"),
+    ("gpt_neox", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
+    ("gpt_neox", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.1}}, "폭"),
+    ("gpt_neox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ("llama", {"hidden_act": "gelu"}, "gelu"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, "llama3"),
+])
+def test_settings_that_gguf_cannot_say_are_refused_by_name(neox, llama, kind, changes, named):
+    config = json.loads(((neox if kind == "gpt_neox" else llama) / "config.json").read_text(encoding="utf-8"))
+    gguf_export.require_exportable(config)
+    with pytest.raises(UsageError, match=named):
+        gguf_export.require_exportable({**config, **changes})
+
+
+def ask(server, request: dict) -> dict:
+    """llama.cpp의 서버에 묻는다. 토큰의 번호를 주는 것은 /completion뿐이다."""
+    where = f"{server.listening_address}/completion"
+    body = urllib.request.Request(where, json.dumps(request).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(body, timeout=60) as reply:
+        return json.load(reply)
+
+
+def compare(xllamacpp, folder, gguf_path, n_new: int = 16, n_prompts: int = len(PROMPTS), exact: bool = True) -> None:
+    """질문마다 두 쪽이 탐욕적으로 고른 토큰이 모두 같은지 본다.
 
     llama.cpp는 KV cache를 fp16으로 두므로, logit이 `TIE`보다 덜 벌어진 두 토큰 가운데서는 다른 쪽을 고르기도 한다.
+
+    Args:
+        exact: False면(8비트) 글을 같은 토큰으로 자르고 첫 토큰을 대개 같게 고르는지만 본다.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    other = llama_cpp.Llama(str(gguf_path), n_ctx=256, n_threads=1, verbose=False)
-    for prompt in PROMPTS:
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = str(gguf_path), 256, 1, False
+    settings.cpuparams.n_threads = 1
+    server = xllamacpp.Server(settings)
+    request = {"temperature": 0, "return_tokens": True, "cache_prompt": False, "ignore_eos": True,
+               "n_predict": n_new if exact else 1}
+    agreed = 0
+    for prompt in PROMPTS[:n_prompts]:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        assert other.tokenize(prompt.encode(), add_bos=False, special=False) == ids
-        expected = model.generate(torch.tensor([ids]), max_new_tokens=n_new, do_sample=False, eos_token_id=-1,
-                                  pad_token_id=0)[0, len(ids):].tolist()
-        other.reset()
-        answer = []
-        for token in other.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
-            answer.append(token)
-            if len(answer) == n_new:
-                break
-        if answer != expected:
+        answer = ask(server, {**request, "prompt": ids})["tokens"]
+        written = ask(server, {**request, "prompt": prompt})
+        assert written["tokens"] == answer and written["tokens_evaluated"] == len(ids)
+        banned = [[end] for end in tokenizer.all_special_ids]  # ignore_eos는 끝 토큰을 고르지 못하게 한다
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=len(answer), do_sample=False, eos_token_id=-1,
+                                  pad_token_id=0, bad_words_ids=banned)[0, len(ids):].tolist()
+        agreed += answer == expected
+        if exact and answer != expected:
             at = next(i for i, pair in enumerate(zip(answer, expected, strict=True)) if len(set(pair)) == 2)
             with torch.no_grad():
                 logits = model(torch.tensor([ids + expected[:at]])).logits[0, -1]
             assert logits[expected[at]] - logits[answer[at]] < TIE
+    assert agreed >= 0.7 * n_prompts
 
 
 def test_modelfile_carries_template_and_stop(neox):
@@ -122,3 +193,65 @@ def test_unknown_kinds_are_refused_by_name(neox):
     assert gguf_export._pre_tokenizer(tokenizer["pre_tokenizer"]) == "gpt-2"
     with pytest.raises(UsageError, match="Whitespace"):
         gguf_export._pre_tokenizer({"type": "Whitespace"})
+
+
+CHATML = ("{% for m in messages %}"
+          "{{ '<|sep|>' + m['role'] + '\\n' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|sep|>assistant\\n' }}{% endif %}")
+
+
+def test_chat_template_bos_and_every_end_are_carried(neox, tmp_path):
+    from transformers import AutoTokenizer
+
+    from utils.loader import PromptInfo, write_prompt_info
+
+    folder = shutil.copytree(neox, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.bos_token = CHATML, "<|unused1|>"
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}', encoding="utf-8")
+    write_prompt_info(folder, PromptInfo({"name": "chat"}, "<|endoftext|>", 2, 64))
+    reader = gguf.GGUFReader(folder / gguf_export.write(folder, "f16"))
+    fields = {name: reader.fields[f"tokenizer.{name}"].contents() for name in (
+        "chat_template", "ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.add_bos_token")}
+    assert fields == {"chat_template": CHATML, "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, "ggml.eot_token_id": 3,
+                      "ggml.add_bos_token": False}
+    text = (folder / "Modelfile").read_text(encoding="utf-8")
+    assert 'PARAMETER stop "<|endoftext|>"' in text and 'PARAMETER stop "<|sep|>"' in text
+    told = "<|sep|>user\n{{ .Prompt }}<|endoftext|>\n<|sep|>assistant\n{{ .Response }}<|endoftext|>\n"
+    system = "<|sep|>system\n{{ .System }}<|endoftext|>\n"
+    assert f'TEMPLATE """{{{{ if .System }}}}{system}{told}{{{{ else }}}}{told}{{{{ end }}}}"""' in text
+
+
+def test_a_template_that_refuses_a_system_turn_is_carried_without_it(neox, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(neox)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHATML
+    assert gguf_export._chat_form(tokenizer).startswith("<|sep|>user\n{{ .Prompt }}")
+
+
+def test_braces_of_a_template_stay_letters(neox):
+    assert gguf_export._literal("{{x}} <질문의 자리>") == '{{ "{{" }}x}} {{ .Prompt }}'
+
+
+def test_published_neox_is_exported_without_its_masks(tmp_path):
+    from tiny import published_neox
+
+    folder = published_neox(tmp_path / "base", torch.float16, 2)
+    reader = gguf.GGUFReader(folder / gguf_export.write(folder, "f16"))
+    assert not [tensor.name for tensor in reader.tensors if "mask" in tensor.name or "inv_freq" in tensor.name]
+    assert len(reader.tensors) == 28
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 2
+
+
+def test_values_beyond_fp16_are_refused(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    state = {name: value.bfloat16() for name, value in load_file(folder / "model.safetensors").items()}
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="fp16"):
+        gguf_export.write(folder, "f16")

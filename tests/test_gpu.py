@@ -16,6 +16,12 @@ from utils.engine.train_layers import restore_embedding
 from utils.engine.train_ops import CudaOps, TorchOps
 from utils.engine.train_step import NeoxStep
 from utils.microstep import AutogradStep
+from utils.planner import MemoryPlan
+from utils.train.group import ALONE
+from utils.train.loop import Loop
+from utils.train.records import Recipe
+from utils.train.step import open_step
+from utils.train.weights import ReplicatedWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
 CUDA = torch.device("cuda")
@@ -176,20 +182,13 @@ def test_autograd_step_is_captured_too(model, batch):
     assert step.captured, step.path
 
 
-
-
-def test_training_gives_the_model_back_as_it_was(model, batch, tmp_path):
-    from transformers import TrainingArguments
-
-    from utils.trainer import LeanTrainer
-
+def test_training_gives_the_model_back_as_it_was(model, batch):
     blocks = [{name: batch[name][row].cpu() for name in ("input_ids", "labels", "position_ids")} for row in range(ROWS)]
-    settings = TrainingArguments(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=1, report_to=[],
-                                 save_strategy="no", bf16=half() is torch.bfloat16, fp16=half() is torch.float16)
-    said = []
-    trainer = LeanTrainer(model, settings, blocks, blocks, say=said.append)
-    assert "손으로 쓴" in trainer.path, said  # 시작할 때의 비교를 지났다
-    trainer.train()
+    weights = ReplicatedWeights(model, ALONE, fp16=half() is torch.float16)
+    step = open_step(model, MemoryPlan(1), blocks, blocks, CUDA, weights.gradients, print)
+    loop = Loop(step, weights, Recipe(4, 0, 4, 1, ROWS, learning_rate=1e-3, seed=42), blocks, blocks, group=ALONE,
+                device=CUDA)
+    loop.run()
     embedding = model.get_input_embeddings()
     assert type(embedding) is torch.nn.Embedding and embedding.weight.is_cuda
-    assert trainer.evaluate()["eval_loss"] > 0
+    assert loop.evaluate() > 0

@@ -115,7 +115,7 @@ def trained():
 def test_greedy_equals_generate():
     model, rows = trained()
     model = model.to(half())
-    decoder = Decoder(model, range(512), end_id=-1)
+    decoder = Decoder(model, range(512), (-1,))
     assert "전용 CUDA 커널" in decoder.path
     for row in rows.tolist():
         ids = torch.tensor([row[:24]], device="cuda")
@@ -127,8 +127,8 @@ def test_greedy_equals_generate():
 def test_adapter_switch_stop_and_seed():
     base, ids = quantized(True), list(range(100, 150))
     settings = Sampling(**GREEDY, max_new_tokens=40)
-    answer = list(Decoder(base, range(VOCAB), -1).stream(ids, settings))
-    decoder = Decoder(add_lora(base, up=0.3), range(VOCAB), -1)
+    answer = list(Decoder(base, range(VOCAB), (-1,)).stream(ids, settings))
+    decoder = Decoder(add_lora(base, up=0.3), range(VOCAB), (-1,))
     tuned = list(decoder.stream(ids, settings))
     decoder.use_adapter(False)
     assert list(decoder.stream(ids, settings)) == answer != tuned
@@ -194,7 +194,7 @@ def test_other_models_take_the_captured_forward():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                                          num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
                                          eos_token_id=None)).cuda().eval()
-    decoder, ids = Decoder(model, range(300), -1), torch.arange(1, 30, device="cuda")[None]
+    decoder, ids = Decoder(model, range(300), (-1,)), torch.arange(1, 30, device="cuda")[None]
     assert "CUDA graph" in decoder.path and "llama" in decoder.path
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=50,
                               pad_token_id=0)[0, 29:].tolist()

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from gather_too import compare
 from safetensors.torch import load_file
 
 FLAGS = ["--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1", "--val_set_size", "20",
@@ -63,12 +64,16 @@ def test_two_processes_learn_what_one_learns(launcher, single, tiny_neox, tiny_d
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
 def test_a_sharded_model_learns_the_same_and_resumes_exactly(single, tiny_neox, tiny_data, tmp_path):
-    fsdp = torchrun(str(ROOT / "tests/fsdp_on_cpu.py"))
+    gathered = tmp_path / "gathered.safetensors"
+    fsdp = torchrun(str(ROOT / "tests/fsdp_on_cpu.py"), str(ROOT / "tests/gather_too.py"), str(gathered))
     output = tmp_path / "run"
     done = launch(fsdp, tiny_neox, tiny_data, output)
     assert done.returncode == 0, done.stdout + done.stderr
+    found = compare(output / "adapter_model.safetensors", gathered)
+    assert found == {"tensors": 4, "values": 4096, "zeros": 0, "different": 0}
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
     assert "나눈다" in run["path"]
+    assert run["eval_loss_before"] == pytest.approx(single["eval_loss_before"], rel=1e-4)
     for key in ("loss", "eval_loss"):
         values = [[row[key] for row in each["history"] if row.get("step") and key in row] for each in (single, run)]
         assert values[1] == pytest.approx(values[0][-len(values[1]):], rel=1e-4)

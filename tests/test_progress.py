@@ -1,37 +1,34 @@
 """진행 표시: log step마다 한 줄, 끝에 표. 사람이 읽지 못할 것은 찍지 않는다."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
-from utils.progress import MAX_LINES, ProgressCallback, clock, summary_lines, width
+from utils.progress import MAX_LINES, Progress, Speed, clock, summary_lines, width
+from utils.train.state import TrainState
 
 
 def play(steps: int) -> list[str]:
     """steps번 배우고 열 번에 한 번 검증하는 학습이 말한 줄들."""
-    said, state = [], SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True,
-                                      log_history=[{}])
-    callback = ProgressCallback(said.append, tokens_per_step=1000)
-    callback.on_log(None, state, None, logs={"eval_loss": 9.0})
-    callback.on_train_begin(None, state, None)
+    said, state, speed = [], TrainState(max_steps=steps), Speed(tokens_per_step=1000)
+    progress = Progress(said.append, speed)
+    progress.log({"eval_loss": 9.0}, state)
+    progress.begin(state)
     for step in range(1, steps + 1):
-        callback.on_step_begin(None, state, None)
-        state.global_step = step
-        callback.on_step_end(None, state, None)
-        logs = {"loss": 3.0, "grad_norm": 0.5, "learning_rate": 1e-3}
-        callback.on_log(None, state, None, logs=logs)
-        assert logs["tokens_per_second"] > 0
+        with speed:
+            state.global_step = step
+        assert speed.figures()["tokens_per_second"] > 0
+        row = {"loss": 3.0, "grad_norm": 0.5, "learning_rate": 1e-3, **speed.figures()}
+        progress.log(row, state)
         if step % 10 == 0:
-            callback.on_log(None, state, None, logs={"eval_loss": 3.0 - step if step < 20 else 3.0})
-    callback.on_log(None, state, None, logs={"train_runtime": 1.0})
-    callback.on_train_end(None, state, None)
+            progress.log({"eval_loss": 3.0 - step if step < 20 else 3.0}, state)
+    progress.close()
     return said
 
 
 def test_one_line_a_step_with_loss_speed_and_time_left():
     said = play(20)
-    assert len(said) == 22
+    assert len(said) == 23 and said.pop(0) == "학습 전 검증 loss 9.0000"
     form = r"   1/20  loss 3\.0000  기울기 0\.500  학습률 1\.00e-03  [\d,]+ 토큰/초  남은 시간 \d+:\d\d"
     assert re.fullmatch(form, said[0])
     assert [line for line in said if "검증" in line] == ["  검증 loss -7.0000 (가장 좋다)", "  검증 loss 3.0000"]

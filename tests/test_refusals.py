@@ -213,5 +213,5 @@ def test_samples_do_not_size_the_cache_by_the_context(tmp_path):
 
     tokenizer = build_tokenizer(tmp_path)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**TEXT, "max_position_embeddings": 131072}))
-    assert results.Decoder(model, tokenizer, 2).context == 131072
-    assert results.Decoder(model, tokenizer, 2, longest=300).context == 300
+    assert results.Decoder(model, tokenizer, (2,)).context == 131072
+    assert results.Decoder(model, tokenizer, (2,), longest=300).context == 300

@@ -3,30 +3,17 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, train_settings
 
 from utils import tracking
 from utils.errors import UsageError
 
-ASKED = {"report_to": "none", "wandb_project": None, "wandb_run_name": None, "wandb_watch": None,
-         "wandb_log_model": None, "output_dir": "out"}
-
 
 @pytest.fixture
-def restored_environ(monkeypatch):
-    for name in ("WANDB_PROJECT", "WANDB_WATCH", "WANDB_LOG_MODEL", "WANDB_DIR", "WANDB_API_KEY",
-                 "TENSORBOARD_LOGGING_DIR"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    return monkeypatch
-
-
-def settings(**asked) -> SimpleNamespace:
-    return SimpleNamespace(**{**ASKED, **asked})
 
 
 @pytest.mark.parametrize(("asked", "expected"), [
@@ -36,21 +23,23 @@ def settings(**asked) -> SimpleNamespace:
     ({"wandb_project": "pgko"}, ["wandb"]),
     ({"wandb_project": "pgko", "report_to": "tensorboard"}, ["tensorboard", "wandb"]),
 ])
-def test_trackers_follow_the_flags(restored_environ, asked, expected):
-    assert tracking.choose_trackers(settings(**asked)) == expected
+def test_trackers_follow_the_flags(offline, asked, expected):
+    assert tracking.choose_trackers(train_settings(**asked)).names == expected
 
 
-def test_flags_become_what_the_integration_reads(restored_environ, tmp_path):
-    tracking.choose_trackers(settings(wandb_project="pgko", wandb_watch="gradients", wandb_log_model="end",
-                                      output_dir=str(tmp_path)))
-    names = ("WANDB_PROJECT", "WANDB_WATCH", "WANDB_LOG_MODEL", "WANDB_DIR")
-    assert [os.environ[name] for name in names] == ["pgko", "gradients", "end", str(tmp_path)]
+def test_choosing_keeps_the_flags_and_leaves_the_environment_alone(offline, tmp_path):
+    before = dict(os.environ)
+    chosen = tracking.choose_trackers(train_settings(
+        wandb_project="pgko", wandb_run_name="첫 실행", wandb_watch="gradients", wandb_log_model="end",
+        report_to="tensorboard", output_dir=str(tmp_path)))
+    assert chosen == tracking.TrackerChoice(tmp_path, "pgko", "첫 실행", "gradients", "end", tmp_path / "tensorboard")
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("asked", [{"wandb_watch": "everything"}, {"wandb_log_model": "always"}])
-def test_wrong_values_are_refused(restored_environ, asked):
+def test_wrong_values_are_refused(offline, asked):
     with pytest.raises(UsageError, match="가운데 하나다"):
-        tracking.choose_trackers(settings(wandb_project="pgko", **asked))
+        tracking.choose_trackers(train_settings(wandb_project="pgko", **asked))
 
 
 def test_wandb_without_an_account_is_one_line_and_not_a_question(tiny_neox, tiny_data, tmp_path):
@@ -64,9 +53,13 @@ def test_wandb_without_an_account_is_one_line_and_not_a_question(tiny_neox, tiny
 
 
 def test_nothing_is_imported_unless_asked():
-    code = ("import sys; from types import SimpleNamespace as S; from utils.tracking import choose_trackers;"
-            f"assert choose_trackers(S(**{ASKED})) == []; assert 'wandb' not in sys.modules")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    code = ("import sys; sys.path.insert(0, 'tests'); from conftest import train_settings;"
+            "from utils.tracking import choose_trackers, open_trackers;"
+            "asked = train_settings(); chosen = choose_trackers(asked);"
+            "assert chosen.names == [] and open_trackers(chosen, asked, None) == [];"
+            "assert not {'wandb', 'torch.utils.tensorboard'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
 
 
 def test_both_trackers_record_speed_and_loss_offline(tiny_neox, tiny_data, tmp_path):
@@ -74,12 +67,16 @@ def test_both_trackers_record_speed_and_loss_offline(tiny_neox, tiny_data, tmp_p
     done = run_script("finetune-lora.py", "--base_model", str(tiny_neox), "--data_path", str(tiny_data),
                       "--output_dir", str(output), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1",
                       "--val_set_size", "20", "--report_to", "tensorboard", "--wandb_project", "pgko",
-                      "--wandb_run_name", "첫 실행", "--wandb_watch", "gradients", cwd=tmp_path,
-                      env={"WANDB_MODE": "offline"})
+                      "--wandb_run_name", "첫 실행", "--wandb_watch", "gradients", "--wandb_log_model", "end",
+                      cwd=tmp_path, env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(output.glob("wandb/offline-run-*/run-*.wandb"))
-    assert read_scalars(output / "tensorboard") >= {"train/loss", "eval/loss", "train/tokens_per_second",
-                                                    "train/learning_rate"}
+    (recorded,) = output.glob("wandb/offline-run-*/run-*.wandb")
+    content = recorded.read_bytes()
+    expected = ("pgko", "첫 실행", "train/global_step", "train/tokens_per_second", "eval/loss", "gradients/",
+                "adapter_model.safetensors")
+    assert [text for text in expected if text.encode() not in content] == []
+    scalars = read_scalars(output / "tensorboard")
+    assert scalars >= {"train/loss", "eval/loss", "train/tokens_per_second", "train/learning_rate"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

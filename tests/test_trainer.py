@@ -1,6 +1,7 @@
 """학습기의 약속: 토큰 평균 손실, 문서의 격리, 메모리 부족에서의 회복, 정확한 재개, 여러 프로세스의 합."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -8,18 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_neox
+from conftest import build_neox, build_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from utils.captured import check_isolation
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
+from utils.loader import PromptInfo
 from utils.microstep import AutogradStep
-from utils.trainer import LeanTrainer
+from utils.planner import MemoryPlan
+from utils.rundir import Run
+from utils.train.group import ALONE, join_group
+from utils.train.loop import Loop
+from utils.train.records import Recipe
+from utils.train.resume import Checkpoints
+from utils.train.step import open_step
+from utils.train.weights import ReplicatedWeights
 
 BLOCK = 32
+CPU = torch.device("cpu")
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -60,42 +70,47 @@ def llama(dropout: float = 0.2):
                                            task_type="CAUSAL_LM"))
 
 
-def make(model, folder, count: int = 10, micro: int = 2, accumulation: int = 2, trainer=LeanTrainer, **settings):
-    arguments = {"max_steps": 4, "save_strategy": "no", **settings}
-    args = TrainingArguments(output_dir=str(folder), per_device_train_batch_size=micro, learning_rate=1e-2,
-                             gradient_accumulation_steps=accumulation, logging_steps=1, use_cpu=True, report_to=[],
-                             disable_tqdm=True, **arguments)
-    return trainer(model, args, Blocks(count), Blocks(3))
+def make(model, *, count: int = 10, micro: int = 2, accumulation: int = 2, steps: int = 4, interval: int = 100,
+         evaluates: bool = False, wrap=lambda step: step, checkpoints=None) -> Loop:
+    """CPU에서 도는 학습 루프. `wrap`은 micro-step을 감싼다."""
+    group, weights = join_group(CPU), ReplicatedWeights(model, join_group(CPU))
+    train_set, said = Blocks(count), []
+    step = open_step(model, MemoryPlan(micro), train_set, Blocks(3), CPU, weights.gradients, said.append)
+    step.step = wrap(step.step)
+    loop = Loop(step, weights, Recipe(steps, 0, interval, micro, accumulation, learning_rate=1e-2, seed=42), train_set,
+                Blocks(3) if evaluates else None, group=group, device=CPU, checkpoints=checkpoints)
+    loop.said = said
+    return loop
 
 
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def losses(loop: Loop) -> list[float]:
+    return [entry["loss"] for entry in loop.state.log_history if "loss" in entry]
 
 
 def adapter(model) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
-def run(model, folder, **settings):
-    trainer = make(model, folder, **settings)
-    trainer.train()
-    return losses(trainer), adapter(model), trainer
+def run(model, stop_at: int | None = None, **settings):
+    loop = make(model, **settings)
+    loop.run(should_stop=lambda: loop.state.global_step == stop_at)
+    return losses(loop), adapter(model), loop
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
-def test_micro_batches_do_not_change_the_result(architecture, tiny_neox, tmp_path):
+def test_micro_batches_do_not_change_the_result(architecture, tiny_neox):
     results = []
     for micro, accumulation in ((1, 4), (2, 2), (4, 1)):
         model = neox(tiny_neox) if architecture == "neox" else llama(0.0)
-        results.append(run(model, tmp_path, micro=micro, accumulation=accumulation)[:2])
+        results.append(run(model, micro=micro, accumulation=accumulation)[:2])
     for other in results[1:]:
         assert other[0] == pytest.approx(results[0][0], abs=1e-5)
         torch.testing.assert_close(other[1], results[0][1], atol=2e-5, rtol=1e-3)
 
 
-def test_loss_is_the_mean_over_the_tokens_of_the_batch(tiny_neox, tmp_path):
+def test_loss_is_the_mean_over_the_tokens_of_the_batch(tiny_neox):
     model = neox(tiny_neox, dropout=0.0)
-    trainer = make(model, tmp_path, count=4, micro=1, accumulation=4, max_steps=1)
+    loop = make(model, count=4, micro=1, accumulation=4, steps=1)
     nll = tokens = 0.0
     for block in Blocks(4):
         starts = [*(block["position_ids"] == 0).nonzero()[:, 0].tolist(), BLOCK]
@@ -104,24 +119,25 @@ def test_loss_is_the_mean_over_the_tokens_of_the_batch(tiny_neox, tmp_path):
             labels = block["labels"][start + 1:end]
             nll += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             tokens += int((labels >= 0).sum())
-    trainer.train()
-    assert losses(trainer)[0] == pytest.approx(nll / tokens, rel=1e-5)
+    loop.run()
+    assert losses(loop)[0] == pytest.approx(nll / tokens, rel=1e-5)
 
 
-def test_eval_loss_is_the_mean_over_tokens_and_leaves_training_alone(tiny_neox, tmp_path):
-    trainer = make(neox(tiny_neox), tmp_path, micro=2)
-    nll = sum(float(trainer.step.evaluate({**{k: v[None] for k, v in block.items()}, **trainer._keys(1)}))
+def test_eval_loss_is_the_mean_over_tokens_and_leaves_training_alone(tiny_neox):
+    loop = make(neox(tiny_neox), micro=2, evaluates=True)
+    nll = sum(float(loop.step.evaluate({**{k: v[None] for k, v in block.items()}, "keys": loop.dropout_keys(1)}))
               for block in Blocks(3))
     tokens = sum(int((block["labels"][1:] >= 0).sum()) for block in Blocks(3))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll / tokens, rel=1e-6)
-    plain = run(neox(tiny_neox), tmp_path)
-    evaluated = run(neox(tiny_neox), tmp_path, eval_strategy="steps", eval_steps=1)
+    assert loop.evaluate() == pytest.approx(nll / tokens, rel=1e-6)
+    plain = run(neox(tiny_neox))
+    evaluated = run(neox(tiny_neox), evaluates=True, interval=1)
+    assert [entry["step"] for entry in evaluated[2].state.log_history if "eval_loss" in entry] == [1, 2, 3, 4]
     assert plain[0] == evaluated[0] and torch.equal(plain[1], evaluated[1])
 
 
-def test_the_path_is_named(tiny_neox, tmp_path):
-    assert "손으로 쓴 GPT-NeoX" in make(neox(tiny_neox), tmp_path).path
-    path = make(llama(), tmp_path).path
+def test_the_path_is_named(tiny_neox):
+    assert "손으로 쓴 GPT-NeoX" in make(neox(tiny_neox)).step.path
+    path = make(llama()).step.path
     assert "자동미분" in path and "llama" in path
 
 
@@ -149,7 +165,7 @@ class ShortOfMemory:
     """`limit` 블록보다 크면 gradient를 더하다가 메모리가 모자라는 micro-step."""
 
     def __init__(self, step, limit: int):
-        self.step, self.limit, self.path = step, limit, step.path
+        self.step, self.limit, self.path, self.captured = step, limit, step.path, False
 
     def train(self, batch):
         loss = self.step.train(batch)
@@ -168,28 +184,35 @@ class ShortOfMemory:
 
 
 def short_of_memory(limit: int):
-    class Trainer(LeanTrainer):
-        def _choose_step(self):
-            self.said = []
-            self.say = self.said.append
-            return ShortOfMemory(super()._choose_step(), limit)
-
-    return Trainer
+    return lambda step: ShortOfMemory(step, limit)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tiny_neox, tmp_path):
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tiny_neox):
     settings = {"micro": 4, "accumulation": 2, "count": 16}
-    whole = run(neox(tiny_neox), tmp_path, **settings)
-    halved = run(neox(tiny_neox), tmp_path, trainer=short_of_memory(1), **settings)
+    whole = run(neox(tiny_neox), **settings)
+    halved = run(neox(tiny_neox), wrap=short_of_memory(1), **settings)
     assert halved[0] == pytest.approx(whole[0], abs=1e-5)
     torch.testing.assert_close(halved[1], whole[1], atol=2e-5, rtol=1e-3)
-    assert halved[2].rows == 1
+    assert halved[2].step.rows == 1
     assert ["2로" in line or "1로" in line for line in halved[2].said] == [True, True]
 
 
-def test_a_block_that_never_fits_is_one_line(tiny_neox, tmp_path):
+def test_a_block_that_never_fits_is_one_line(tiny_neox):
     with pytest.raises(UsageError, match="--cutoff_len 16"):
-        run(neox(tiny_neox), tmp_path, trainer=short_of_memory(0))
+        run(neox(tiny_neox), wrap=short_of_memory(0))
+
+
+def test_a_run_that_diverges_stops_before_its_weights_are_touched(tiny_neox):
+    class Infinite(ShortOfMemory):
+        def train(self, batch):
+            return self.step.train(batch) * (math.inf if loop.state.global_step == 2 else 1.0)
+
+    model = neox(tiny_neox)
+    loop = make(model, wrap=lambda step: Infinite(step, 99))
+    two_steps = run(neox(tiny_neox), steps=4, stop_at=2)
+    with pytest.raises(UsageError, match="step 3에서 loss"):
+        loop.run()
+    assert torch.equal(adapter(model), two_steps[1])
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
@@ -198,13 +221,20 @@ def test_resume_is_the_same_run(architecture, step, tiny_neox, tmp_path):
     def model():
         return neox(tiny_neox) if architecture == "neox" else llama()
 
-    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
-    straight = run(model(), tmp_path / "a", **settings)
+    def store(checkpoint=None) -> Checkpoints:
+        opened = Run(tmp_path, checkpoint, {}, PromptInfo({}, "<|endoftext|>", 2, BLOCK), "")
+        return Checkpoints(opened, build_tokenizer(tmp_path / "tokenizer"), 10, ALONE, print)
+
+    settings = {"steps": 7, "interval": 2, "evaluates": True}
+    straight = run(model(), **settings)
+    run(model(), stop_at=step, checkpoints=store(), **settings)
     resumed = model()
-    trainer = make(resumed, tmp_path / "b", **settings)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    loop = make(resumed, checkpoints=store(tmp_path / f"checkpoint-{step}"), **settings)
+    loop.checkpoints.restore(loop)
+    assert loop.state.global_step == step
+    loop.run()
     assert torch.equal(adapter(resumed), straight[1])
-    assert losses(trainer) == straight[0]
+    assert losses(loop) == straight[0]
 
 
 SCRIPT = """
@@ -214,12 +244,12 @@ import torch
 from pathlib import Path
 from test_trainer import adapter, losses, make, neox
 model = neox(Path({folder!r}))
-trainer = make(model, {output!r}, count=11, micro={micro}, accumulation={accumulation}, max_steps=5)
-assert trainer.args.world_size == {world}
-evaluated = trainer.evaluate()["eval_loss"]
-trainer.train()
-if trainer.args.process_index == 0:
-    torch.save((adapter(model), losses(trainer), evaluated), {output!r} + "/result.pt")
+loop = make(model, count=11, micro={micro}, accumulation={accumulation}, steps=5, evaluates=True)
+assert loop.group.world == {world}
+evaluated = loop.evaluate()
+loop.run()
+if loop.group.is_first:
+    torch.save((adapter(model), losses(loop), evaluated), {output!r} + "/result.pt")
 """
 
 
@@ -236,7 +266,7 @@ def test_two_processes_equal_one(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
                    str(script)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(output / "result.pt"))
     one, two = results

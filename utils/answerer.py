@@ -65,7 +65,7 @@ class Answerer:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.end_id = end_id
-        self.encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT)
+        self.encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -83,7 +83,7 @@ class Answerer:
             past: 앞서 주고받은 (질문, 답)들.
 
         Raises:
-            UsageError: 질문이 비었거나, 답할 자리가 남지 않을 만큼 길다.
+            UsageError: 질문이 비었거나, 답할 자리가 남지 않을 만큼 길거나, 모델이 모르는 토큰이 나온다.
         """
         if not instruction.strip():
             raise UsageError("질문이 비어 있다. 질문을 적는다")

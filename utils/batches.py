@@ -1,55 +1,75 @@
-"""블록을 micro batch로 나누는 일을 맡는다: 섞는 순서, 모자라는 자리, 블록마다의 dropout 씨앗."""
+"""블록을 micro batch로 나누는 법: 섞는 순서, 모자라는 자리, 블록마다의 dropout 씨앗."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Dataset, Sampler
 
 from utils.microstep import IGNORE
+from utils.train.group import ALONE, Group
+
+NAMES = ("input_ids", "labels", "position_ids")
 
 
-class MicroBatches(Sampler):
-    """한 epoch의 블록을 섞어 이 프로세스의 micro-batch로 나눈다. 순서는 seed와 epoch만으로 정해진다.
+@dataclass(frozen=True)
+class MicroBatches:
+    """이 프로세스가 epoch마다 배울 블록의 번호들. 순서는 seed와 epoch만으로 정해진다.
 
     모자라는 자리는 -1로 채운다. 학습은 그 자리를 정답이 없는 블록으로 읽으므로 손실과 gradient가 변하지 않는다.
+
+    Attributes:
+        size: 블록의 수.
+        rows: micro batch의 블록 수.
+        accumulation: optimizer step마다 이 프로세스가 계산하는 micro batch의 수.
     """
 
-    def __init__(self, trainer, size: int, rows: int):
-        self.trainer, self.size, self.rows = trainer, size, rows
-        self.rank, self.world = trainer.args.process_index, trainer.args.world_size
+    size: int
+    rows: int
+    accumulation: int
+    seed: int
+    group: Group = ALONE
 
-    def __len__(self) -> int:
-        return math.ceil(self.size / (self.rows * self.world))
+    @property
+    def per_epoch(self) -> int:
+        """epoch마다의 micro batch 수."""
+        return math.ceil(self.size / (self.rows * self.group.world))
 
-    def __iter__(self):
-        args = self.trainer.args
-        steps_per_epoch = math.ceil(len(self) / args.gradient_accumulation_steps)
-        epoch = self.trainer.state.global_step // steps_per_epoch
-        seed = args.seed if args.data_seed is None else args.data_seed
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-        stride = self.rows * self.world
-        order += [-1] * (len(self) * stride - self.size)
-        for start in range(self.rank * self.rows, len(order), stride):
-            yield order[start:start + self.rows]
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.per_epoch / self.accumulation)
 
-
-class PaddedBlocks(Dataset):
-    """-1번 블록을 정답이 없는 블록으로 읽어 주는 dataset."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        block = self.dataset[max(index, 0)]
-        return block if index >= 0 else {**block, "labels": torch.full_like(block["labels"], IGNORE)}
+    def steps(self, epoch: int) -> list[list[list[int]]]:
+        """epoch의 optimizer step마다, 거기서 배울 micro batch들(블록 번호의 목록)."""
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+        stride = self.rows * self.group.world
+        order += [-1] * (self.per_epoch * stride - self.size)
+        micros = [order[at:at + self.rows] for at in range(self.group.rank * self.rows, len(order), stride)]
+        return [micros[at:at + self.accumulation] for at in range(0, len(micros), self.accumulation)]
 
 
-def stack_blocks(blocks: list[dict]) -> dict:
-    """묶인 블록들을 [rows, block] 모양의 tensor로 쌓는다."""
-    return {name: torch.stack([block[name] for block in blocks]) for name in ("input_ids", "labels", "position_ids")}
+def evaluation_batches(size: int, rows: int, group: Group) -> list[list[int]]:
+    """이 프로세스가 평가할 블록의 번호들. 프로세스마다 같은 수가 되도록 모자라는 자리를 -1로 채운다."""
+    mine = list(range(group.rank, size, group.world))
+    share = math.ceil(math.ceil(size / group.world) / rows) * rows
+    mine += [-1] * (share - len(mine))
+    return [mine[at:at + rows] for at in range(0, share, rows)]
+
+
+def read_blocks(dataset, indices: list[int], pin: bool = False) -> dict[str, torch.Tensor]:
+    """블록들을 [rows, block] 모양의 tensor로 쌓는다. -1번은 정답이 없는 블록이다.
+
+    Args:
+        pin: GPU로 빨리 옮길 수 있는 메모리에 담는다.
+    """
+    blocks = [dataset[max(index, 0)] for index in indices]
+    batch = {name: torch.stack([block[name] for block in blocks]) for name in NAMES}
+    batch["labels"][[index < 0 for index in indices]] = IGNORE
+    return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
+
+
+def n_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """정답이 있는 토큰의 수. 블록의 첫 토큰은 아무도 맞히지 않는다."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
 def block_key(*parts: int) -> tuple[int, int]:

@@ -77,9 +77,14 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest if inside else None
 
 
+def staging_of(final: Path) -> Path:
+    """`final`을 쓰는 동안의 임시 폴더."""
+    return final.with_name(STAGING + final.name)
+
+
 def stage(final: Path) -> Path:
     """`final`을 쓸 임시 폴더를 비워서 만든다."""
-    staging = final.with_name(STAGING + final.name)
+    staging = staging_of(final)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging

@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from utils import datacheck, dataset, rows
 from utils.datafile import END_TOKEN, staged_file
 from utils.errors import UsageError
 from utils.finetune import read_data
+from utils.train.records import Settings
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Repaired:
     dropped: int
 
 
-def check(settings: SimpleNamespace, say: Callable[[str], None]) -> None:
+def check(settings: Settings, say: Callable[[str], None]) -> None:
     """데이터를 끝까지 검사해 찾은 것과 두 행의 loss 자리를 보인다. `repair_data`가 있으면 고친 파일도 쓴다.
 
     Raises:
@@ -29,7 +29,8 @@ def check(settings: SimpleNamespace, say: Callable[[str], None]) -> None:
     """
     if settings.repair_data is not None:
         check_target(settings.data_path, settings.repair_data)
-    tokenizer, _, prompter, _, documents = read_data(settings, say, skip_bad=True)
+    read = read_data(settings, say, skip_bad=True)
+    documents = read.documents
     train, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
     found = {**documents.found, **datacheck.document_faults(documents, train, held_out)}
     lengths = documents.full_lengths()
@@ -39,10 +40,10 @@ def check(settings: SimpleNamespace, say: Callable[[str], None]) -> None:
     for line in datacheck.short_lines(found):
         say(line)
     say("두 행의 보기(⟦ ⟧ 안을 배운다):")
-    for line in datacheck.rendered_lines(documents, tokenizer, settings.train_on_inputs):
+    for line in datacheck.rendered_lines(documents, read.tokenizer, settings.train_on_inputs):
         say(line)
     if settings.repair_data is not None:
-        done = repair(settings.data_path, settings.repair_data, prompter, settings.cache_dir)
+        done = repair(settings.data_path, settings.repair_data, read.prompter, settings.cache_dir)
         say(f"고친 파일: {settings.repair_data} ({done.written:,}행을 썼다. 그 가운데 {done.changed:,}행을 고쳤고, "
             f"{done.dropped:,}행은 버렸다)")
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from utils.engine.decode_engine import NeoxDecode
 from utils.engine.weights import why_not
 from utils.errors import UsageError
 from utils.forward_decode import ForwardDecode
+from utils.loader import require_known_ids
 from utils.sampling import Sampling
 
 
@@ -33,22 +34,30 @@ class Stats:
 class Decoder:
     """모델 하나와 KV cache를 쥐고 답을 만든다. 한 번에 답 하나만 만든다.
 
+    Args:
+        end_ids: 답을 끝내는 토큰들. 어느 것이 나와도 멈춘다.
+        longest: 질문과 답을 합친 길이를 이보다 짧게 잡는다.
+
     Attributes:
         path: 고른 길과 그 까닭 한 줄.
         finish_reason: 마지막 답이 끝난 까닭. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
         stats: 마지막 답의 통계.
         context: 질문과 답을 합친 길이의 한계(토큰).
+        n_rows: 입력 embedding의 행 수. 이보다 큰 번호의 토큰은 읽지 못한다.
     """
 
-    def __init__(self, model, tokenizer, end_id: int, longest: int | None = None):
-        self.end_id = end_id
-        self.context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None):
+        config = model.config.get_text_config(decoder=True)
+        self.end_ids = frozenset(end_ids)
+        self.context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
         self.finish_reason = "length"
         self.stats = Stats()
         model.eval()
-        self._engine, self.path = _engine(model, self.context, min(len(tokenizer), model.config.vocab_size))
+        self._tokenizer = tokenizer
+        self.n_rows = model.get_input_embeddings().weight.shape[0]
+        self._engine, self.path = _engine(model, self.context, min(len(tokenizer), config.vocab_size))
 
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다."""
@@ -63,10 +72,11 @@ class Decoder:
             stop: 켜지면 한 토큰 안에 멈춘다.
 
         Raises:
-            UsageError: 질문이 비었거나 모델이 읽을 수 있는 길이를 넘는다.
+            UsageError: 질문이 비었거나, 모델이 읽을 수 있는 길이를 넘거나, 모델이 모르는 토큰이 들어 있다.
         """
         if not input_ids:
             raise UsageError("질문이 비어 있다")
+        require_known_ids(input_ids, self.n_rows, self._tokenizer, "질문")
         room = self.context - len(input_ids)
         if room < 1:
             raise UsageError(f"질문이 너무 길다: {len(input_ids)}토큰. "
@@ -81,7 +91,7 @@ class Decoder:
             return
         for count, token in enumerate(self._engine.tokens(input_ids, settings, limit), start=1):
             now = time.perf_counter()
-            if token == self.end_id:
+            if token in self.end_ids:
                 self.finish_reason = "stop"
                 return
             first = first or now

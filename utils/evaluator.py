@@ -63,7 +63,7 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
         raise UsageError("검증 질문을 남기지 않은 학습이다(val_set_size 0)")
     _, held_out = dataset.split_by_content(documents, settings["val_set_size"], settings["seed"])
     questions = []
-    for member in held_out:
+    for member in dataset.with_answers(documents, held_out):
         tokens, is_answer = documents.document(member)
         start = int(np.argmax(is_answer))
         if start == 0:

@@ -1,11 +1,8 @@
 """미세조정 한 번의 준비, 계획, 실행을 맡는다. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
 
-import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,8 +14,8 @@ from utils.modelfolder import require_base
 from utils.modelshape import empty_model
 from utils.prompter import CHAT, make_prompter
 from utils.rows import require_data
-from utils.rundir import Run
 from utils.targets import TRANSPOSED, choose_targets, linear_names, peft_targets, require_targets
+from utils.train.records import Plan, Schedule, Settings
 
 
 @dataclass
@@ -29,6 +26,7 @@ class Inputs:
     config: dict
     tokenizer: object
     end_id: int
+    end_ids: tuple[int, ...]
     prompter: object
     encoder: dataset.Encoder
     documents: dataset.Documents
@@ -37,24 +35,21 @@ class Inputs:
     eval_set: dataset.PackedDataset | None
     data_sha256: str
     targets: tuple[str, ...]
-    trackers: list[str]
+    trackers: tracking.TrackerChoice
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다."""
+class Read:
+    """읽은 데이터와, 그것을 읽는 데 쓴 것들."""
 
-    steps: int
-    warmup: int
-    interval: int
-
-    @classmethod
-    def from_blocks(cls, n_blocks: int, batch_size: int, epochs: float) -> "Schedule":
-        steps = max(1, math.ceil(math.ceil(n_blocks / batch_size) * epochs))
-        return cls(steps, min(100, round(steps * 0.06)), max(1, steps // 10))
+    tokenizer: object
+    end_id: int
+    prompter: object
+    encoder: dataset.Encoder
+    documents: dataset.Documents
 
 
-def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
+def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     """장치, 토크나이저, 데이터를 갖춘다. 모델은 아직 올리지 않는다.
 
     Raises:
@@ -69,21 +64,24 @@ def prepare(settings: SimpleNamespace, say: Callable[[str], None]) -> Inputs:
     check_block_fits(settings.cutoff_len, config)
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
-    tokenizer, end_id, prompter, encoder, documents = read_data(settings, say)
+    read = read_data(settings, say)
+    documents = read.documents
     chosen, held_out = dataset.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
     chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
 
     def packed(members: np.ndarray, train_on_inputs: bool) -> dataset.PackedDataset:
-        return dataset.PackedDataset(documents, members, settings.cutoff_len, end_id, train_on_inputs, settings.seed)
+        return dataset.PackedDataset(documents, members, settings.cutoff_len, read.end_id, train_on_inputs,
+                                     settings.seed)
 
+    end_ids = loader.end_token_ids(read.tokenizer, settings.base_model)
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
-    return Inputs(device, config, tokenizer, end_id, prompter, encoder, documents, held_out, train_set, eval_set,
-                  documents.sha256, targets, trackers)
+    return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
+                  held_out, train_set, eval_set, documents.sha256, targets, trackers)
 
 
-def find_targets(settings: SimpleNamespace, config: dict) -> tuple[str, ...]:
+def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
     """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 없는 이름을 가린다."""
     from transformers import AutoConfig
 
@@ -94,7 +92,7 @@ def find_targets(settings: SimpleNamespace, config: dict) -> tuple[str, ...]:
     return targets
 
 
-def drop_answerless(settings: SimpleNamespace, documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
+def drop_answerless(settings: Settings, documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
                     say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
     """답이 모두 잘린 행을 뺀 (학습 문서 번호, 검증 문서 번호). 질문도 배우면 학습에서는 빼지 않는다.
 
@@ -112,8 +110,8 @@ def drop_answerless(settings: SimpleNamespace, documents: dataset.Documents, cho
     return kept, measured
 
 
-def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: bool = False) -> tuple:
-    """(토크나이저, 끝 토큰, Prompter, Encoder, 문서들). 오래 걸리면 터미널에 막대를 그린다.
+def read_data(settings: Settings, say: Callable[[str], None], skip_bad: bool = False) -> Read:
+    """데이터를 읽는다. 오래 걸리면 터미널에 막대를 그린다.
 
     Args:
         skip_bad: True면 잘못된 행에서 멈추지 않고 센다.
@@ -129,7 +127,7 @@ def read_data(settings: SimpleNamespace, say: Callable[[str], None], skip_bad: b
     with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
         documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
                                            settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)
-    return tokenizer, end_id, prompter, encoder, documents
+    return Read(tokenizer, end_id, prompter, encoder, documents)
 
 
 def report_data(documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
@@ -153,7 +151,7 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def share_of_batch(settings: SimpleNamespace) -> int:
+def share_of_batch(settings: Settings) -> int:
     """프로세스 하나가 optimizer step마다 계산하는 블록의 수.
 
     Raises:
@@ -167,7 +165,7 @@ def share_of_batch(settings: SimpleNamespace) -> int:
     return share
 
 
-def plan(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]) -> tuple[Schedule, planner.MemoryPlan]:
+def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan:
     """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
     share = share_of_batch(settings)
     schedule = Schedule.from_blocks(len(inputs.train_set), settings.batch_size, settings.num_train_epochs)
@@ -188,10 +186,10 @@ def plan(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]) 
         f"batch {settings.batch_size} = micro {parts}")
     for line in memory.lines():
         say(line)
-    return schedule, memory
+    return Plan(schedule, memory, share // memory.micro_batch_size, n_processes())
 
 
-def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], None]):
+def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
     """기반 모델을 4비트로 올리고 LoRA를 붙인다.
 
     Raises:
@@ -209,84 +207,3 @@ def build_model(settings: SimpleNamespace, inputs: Inputs, say: Callable[[str], 
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
     return model
-
-
-def fit(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, planner.MemoryPlan], model, run: Run,
-        say: Callable[[str], None]) -> SimpleNamespace:
-    """학습하고, 가장 좋은 어댑터를 `output_dir`에 남긴다.
-
-    Returns:
-        trainer, 학습 전후의 검증 loss(before, after), 걸린 시간(seconds).
-
-    Raises:
-        SystemExit: 멈추라는 신호를 받아 저장하고 멈추었다. 이어 가는 명령을 말한 뒤다.
-    """
-    from transformers import EarlyStoppingCallback
-
-    from utils import progress
-    from utils.interrupt import Interrupt, StopAtStepEnd
-    from utils.resumable import ResumableTrainer
-
-    schedule, memory = plan
-    run.require_space(model.get_nb_trainable_parameters()[0])
-    torch.manual_seed(settings.seed)
-    patience = settings.early_stopping_patience
-    trainer = ResumableTrainer(model=model, args=training_arguments(settings, inputs, schedule, memory), run=run,
-                               train_dataset=inputs.train_set, eval_dataset=inputs.eval_set, plan=memory, say=say,
-                               processing_class=inputs.tokenizer,
-                               callbacks=[] if patience is None else [EarlyStoppingCallback(patience)])
-    progress.attach(trainer, say, inputs.train_set.n_tokens * settings.num_train_epochs / schedule.steps)
-    say(f"학습 길: {trainer.path}")
-    before = trainer.evaluate()["eval_loss"] if inputs.eval_set and not loader.is_sharded() else None
-    if before is not None:
-        say(f"학습 전 검증 loss {before:.4f}")
-    began = time.perf_counter()
-    with Interrupt(say) as interrupt:
-        trainer.add_callback(StopAtStepEnd(interrupt))
-        trainer.resume()
-    if interrupt.code is not None:
-        say(f"checkpoint-{trainer.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
-        raise SystemExit(interrupt.code)
-    seconds = time.perf_counter() - began
-    if memory.parts:
-        say(memory.outcome(torch.cuda.max_memory_reserved()))
-    after = trainer.state.best_metric
-    if before is not None:
-        say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {1 - after / before:.1%} 줄었다)")
-    trainer.save_adapter()
-    return SimpleNamespace(trainer=trainer, model=model, before=before, after=after, seconds=seconds)
-
-
-def training_arguments(settings: SimpleNamespace, inputs: Inputs, schedule: Schedule, memory: planner.MemoryPlan):
-    """`transformers.TrainingArguments`로 옮긴 설정."""
-    from transformers import TrainingArguments
-
-    evaluates = inputs.eval_set is not None
-    return TrainingArguments(
-        output_dir=settings.output_dir,
-        num_train_epochs=settings.num_train_epochs,
-        per_device_train_batch_size=memory.micro_batch_size,
-        per_device_eval_batch_size=memory.micro_batch_size,
-        gradient_accumulation_steps=share_of_batch(settings) // memory.micro_batch_size,
-        learning_rate=settings.learning_rate,
-        warmup_steps=schedule.warmup,
-        logging_steps=1,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=schedule.interval if evaluates else None,
-        save_strategy="steps",
-        save_steps=schedule.interval,
-        restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=evaluates,
-        metric_for_best_model="eval_loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
-        logging_nan_inf_filter=False,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        bf16=inputs.device.dtype is torch.bfloat16,
-        fp16=inputs.device.dtype is torch.float16 and inputs.device.device.type == "cuda",
-        use_cpu=inputs.device.device.type == "cpu",
-        report_to=inputs.trackers,
-        run_name=settings.wandb_run_name,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 CONSOLE_ENDS = (2, 5, 6)  # Windows의 CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
@@ -79,18 +78,6 @@ class Interrupt:
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         self.code = int(code) or None
         return self.code is not None
-
-
-class StopAtStepEnd(TrainerCallback):
-    """신호를 받았으면 step이 끝난 자리에서 저장하고 멈추게 한다."""
-
-    def __init__(self, interrupt: Interrupt):
-        self.interrupt = interrupt
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupt.asked:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def silence() -> None:

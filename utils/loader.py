@@ -10,7 +10,7 @@ import torch
 
 from utils.checkpoint import MANIFEST, damage, newest_valid
 from utils.errors import UsageError
-from utils.modelfolder import read_json, require_base
+from utils.modelfolder import read_json, require_base, text_config
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -34,12 +34,14 @@ class PromptInfo:
         end_token: 답의 끝을 뜻하는 토큰의 글자.
         end_token_id: 그 토큰의 번호.
         cutoff_len: 학습한 블록의 길이(토큰).
+        end_token_ids: 답을 멈추게 하는 모든 토큰의 번호. 옛 파일에는 없어서 비어 있다.
     """
 
     template: dict
     end_token: str
     end_token_id: int
     cutoff_len: int
+    end_token_ids: tuple[int, ...] = ()
 
 
 def choose_device() -> Device:
@@ -142,8 +144,44 @@ def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
     outside = ids[(ids < 0) | (ids >= n_rows)]
     if len(outside):
         worst = int(outside.max())
-        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {tokenizer.convert_ids_to_tokens(worst)!r}의 번호는 "
+        token = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
+        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {token!r}의 번호는 "
                          f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
+
+
+def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:
+    """답을 끝내는 토큰들: 토크나이저의 eos, 모델의 두 설정 파일이 말하는 것, 대화 템플릿이 답 뒤에 놓는 것의 차례다.
+
+    대화 모델은 끝이 여럿이다(Gemma의 `<end_of_turn>`은 generation_config.json에만 있다). 설정 파일의 것은 토크나이저의
+    특수 토큰일 때만 믿는다. polyglot-ko의 0은 쓰지 않는 자리(`<|unused0|>`)다.
+
+    Args:
+        folder: 기반 모델의 폴더. None이거나 폴더가 아니면 설정 파일은 보지 않는다.
+    """
+    ends = [end_token_id(tokenizer)]
+    for name in ("generation_config.json", "config.json") if folder is not None else ():
+        file = Path(folder) / name
+        content = read_json(file, "") if file.is_file() else {}
+        for holder in (content, text_config(content)) if isinstance(content, dict) else ():
+            said = holder.get("eos_token_id")
+            ends += said if isinstance(said, list) else [said]
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends.append(next((number for number in _after_answer(tokenizer) if number in special), None))
+    known = [end for end in ends[1:] if type(end) is int and end in special and "unused" not in special[end]]
+    return tuple(dict.fromkeys([ends[0], *known]))
+
+
+def _after_answer(tokenizer) -> list[int]:
+    """대화 템플릿이 답 바로 뒤에 놓는 토큰들. 템플릿이 없거나 쓸 수 없으면 비어 있다."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    answer = "여기까지"
+    turns = [{"role": "user", "content": "가"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
+        return []
+    return tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
 
 
 def load_base(base_model: str | Path, device: Device, quantize: str | None = None, cache_dir: str | None = None):
@@ -212,15 +250,29 @@ def load_adapter(model, adapter: Path):
     Raises:
         UsageError: 설정이 잘못되었거나, 이 모델의 어댑터가 아니다.
     """
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
+    advice = "배운 기반 모델이 맞는지, 파일이 온전한지 본다"
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        # PEFT는 자리를 못 찾은 tensor를 말없이 버린다. 같은 값을 한 번 더 넣어 그 이름을 받는다
+        state = load_file(Path(adapter) / ADAPTER_FILES[1])
+        found = set_peft_model_state_dict(tuned, state)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({_first_line(error)}). 배운 기반 모델이 맞는지, "
-                         "파일이 온전한지 본다") from None
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({_first_line(error)}). {advice}") from None
+    empty = sorted(name for name in found.missing_keys if _learned(name))
+    for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
+        if names:
+            raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {names[0]}(모두 {len(names)}개)가 {said}. {advice}")
+    return tuned
+
+
+def _learned(name: str) -> bool:
+    """어댑터가 채워야 하는 자리의 이름인지. 다른 이름은 기반 모델의 가중치다."""
+    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 def find_adapter(peft_root: str | Path) -> Path:
@@ -257,8 +309,8 @@ def read_prompt_info(folder: str | Path) -> PromptInfo | None:
         return None
     content = read_json(file, "")
     try:
-        return PromptInfo(**content)
-    except TypeError:
+        return PromptInfo(**{**content, "end_token_ids": tuple(content.get("end_token_ids", ()))})
+    except (AttributeError, TypeError):
         raise UsageError(f"{file}의 항목이 맞지 않는다") from None
 
 

@@ -2,24 +2,27 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from utils.diskmap import DiskMap
 from utils.errors import UsageError
-from utils.modelfolder import ModelFolder, TensorEntry, read_json, read_safetensors_header
+from utils.modelfolder import ModelFolder, TensorEntry, read_json, read_safetensors_header, text_config
 from utils.shards import DTYPES, read_rows, row_spans
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SAVED_BASE = ".base_layer.weight"  # 머리나 embedding을 배우면 PEFT는 기반 모델의 것도 함께 담는다
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# 값이 있으면 W + scale * B @ A 가 아니게 되는 설정들. 값은 아무 일도 하지 않는 기본값이다.
-_PLAIN = {"bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False, "modules_to_save": None,
-          "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
-          "megatron_config": None, "alora_invocation_tokens": None, "monteclora_config": None, "velora_config": None,
-          "use_bdlora": None, "arrow_config": None, "kasa_config": None}
+# 있어도 갱신이 W + scale * B @ A인 설정들. 다른 설정은 비어 있어야 하고, 모르는 설정도 그렇다.
+_HARMLESS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+             "fan_in_fan_out", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern",
+             "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "qalora_group_size",
+             "runtime_config", "ensure_weight_tying", "lora_ga_config", "corda_config"}
+_EMPTY = (None, False, "none", [], {})
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -57,7 +60,7 @@ def read_config(adapter: Path) -> dict:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UsageError(f"LoRA 어댑터만 합칠 수 있다. {adapter}의 peft_type은 {kind!r}이다")
-    odd = [f"{name}={config[name]!r}" for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain, None)]
+    odd = [f"{name}={value!r}" for name, value in config.items() if name not in _HARMLESS and value not in _EMPTY]
     if config.get("init_lora_weights", True) not in _PLAIN_INIT:
         odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if odd:
@@ -69,7 +72,7 @@ def read_config(adapter: Path) -> dict:
 
 
 def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
-    """층의 이름 -> 갱신.
+    """메모리에서의 층의 이름 -> 갱신.
 
     Raises:
         UsageError: 가중치가 짝이 맞지 않거나, NaN이 있거나, LoRA가 아닌 tensor가 섞여 있거나, 모두 0이다.
@@ -77,6 +80,9 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
     file = adapter / WEIGHTS_FILE
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for entry in read_safetensors_header(file):
+        if not entry.name.startswith(_PREFIX):
+            raise UsageError(f"{file}의 {entry.name}은 PEFT의 이름({_PREFIX}...)이 아니다. "
+                             "PEFT의 save_pretrained로 다시 저장한 어댑터를 쓴다")
         if entry.name.endswith(_SAVED_BASE):
             continue
         match = _MATRIX.fullmatch(entry.name.removeprefix(_PREFIX))
@@ -95,44 +101,39 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
             raise UsageError(f"{module}의 rank가 설정과 다르다. 설정 {rank}, 가중치 {pair['A'].shape[0]}")
         alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        updates[module] = Update(pair["A"], pair["B"], scale, bool(config.get("fan_in_fan_out")))
+        updates[module] = Update(pair["A"], pair["B"], scale)
     if not any(update.b.any() and update.a.any() for update in updates.values()):
         raise UsageError(f"어댑터가 아무것도 바꾸지 않는다(모든 갱신이 0이다): {adapter}. 학습이 끝난 어댑터인지 본다")
     return updates
 
 
-def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder) -> dict[str, Update]:
-    """기반 모델의 tensor 이름 -> 갱신.
+def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, disk: DiskMap) -> dict[str, Update]:
+    """디스크의 기반 모델의 tensor 이름 -> 갱신.
 
     Raises:
-        UsageError: 기반 모델에 그 층이 없거나, 모양이 다르거나, 묶인 embedding이다.
+        UsageError: 기반 모델에 그 층이 없거나, 모양이 다르거나, 묶인 embedding이거나, 다른 tensor를 합쳐 만드는 층이다.
     """
     matched = {}
-    tied = bool(base.config.get("tie_word_embeddings"))
+    tied = text_config(base.config).get("tie_word_embeddings", False)
     for module, update in updates.items():
-        entry = find_tensor(base.tensors, f"{module}.weight")
+        entry = disk.entries.get(f"{module}.weight")
+        if f"{module}.weight" in disk.built:
+            raise UsageError(f"어댑터의 층 {module}은 파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 합칠 수 없다")
         if entry is None:
             raise UsageError(f"어댑터의 층 {module}이 기반 모델 {base.path}에 없다. 어댑터를 배운 기반 모델을 적는다")
+        update = replace(update, transposed=module in disk.transposed)
         if entry.shape != update.shape or entry.dtype not in DTYPES:
             raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
                              f"어댑터 {list(update.shape)}. 어댑터를 배운 기반 모델을 적는다")
-        if tied and any(part in module for part in ("embed", "lm_head", "wte")):
+        if entry.name in disk.shared or (tied and any(part in module for part in ("embed", "lm_head", "wte"))):
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
     for saved in read_safetensors_header(adapter / WEIGHTS_FILE):
         if saved.name.endswith(_SAVED_BASE):
-            entry = find_tensor(base.tensors, saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
+            entry = disk.entries.get(saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
             if entry is None or not _same(saved, entry):
                 raise UsageError(f"어댑터에 든 {saved.name}이 기반 모델 {base.path}의 것과 다르다")
     return matched
-
-
-def find_tensor(tensors: dict[str, TensorEntry], name: str) -> TensorEntry | None:
-    """메모리에서의 이름으로 디스크의 tensor를 찾는다. GPT-NeoX의 머리는 디스크에서 `embed_out`이다."""
-    for alias in (name, name.replace("lm_head.", "embed_out."), name.replace("embed_out.", "lm_head.")):
-        if alias in tensors:
-            return tensors[alias]
-    return None
 
 
 def _same(one: TensorEntry, other: TensorEntry) -> bool:

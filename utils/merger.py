@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import checkpoint, lora, modelcard, nf4, shards
+from utils import checkpoint, diskmap, lora, modelcard, nf4, shards
 from utils.errors import UsageError
-from utils.loader import PROMPT_FILE, find_adapter, load_tokenizer, read_prompt_info
+from utils.loader import PROMPT_FILE, end_token_id, end_token_ids, find_adapter, load_tokenizer, read_prompt_info
 from utils.modelfolder import (
     ModelFolder,
     TensorEntry,
-    looks_like_hub_id,
     open_model_folder,
     read_json,
     require_base,
+    text_config,
 )
 from utils.paths import find_input
 from utils.rundir import model_digest
@@ -44,23 +44,27 @@ class Job:
     Attributes:
         root: 사용자가 적은 어댑터 폴더. prompt.json과 run.json이 여기에 있다.
         adapter: 실제로 쓸 어댑터 폴더(root 자신이나 그 안의 체크포인트).
-        updates: 기반 모델의 tensor 이름 -> 갱신.
+        disk: 기반 모델의 tensor들이 메모리의 어디에 놓이는지.
+        updates: 디스크의 기반 모델의 tensor 이름 -> 갱신.
         onto: original(기반 모델의 원래 가중치)이나 quantized(NF4를 다녀온 가중치)에 합친다.
         trained_dtype: 학습할 때 기반 모델을 올린 dtype.
+        warnings: 합치기 전에 알릴 것들.
     """
 
     root: Path
     adapter: Path
     config: dict
     base: ModelFolder
+    disk: diskmap.DiskMap
     updates: dict[str, lora.Update]
     onto: str
     trained_dtype: torch.dtype
+    warnings: tuple[str, ...] = ()
 
-    def base_rows(self, entry: TensorEntry, quantised: set[str]) -> Callable[[int, int], torch.Tensor]:
-        """합칠 바탕의 [start, stop) 행을 fp32로 주는 함수."""
-        if self.onto == "quantized" and entry.name in quantised:
-            return nf4.NF4Rows(entry, self.trained_dtype).rows
+    def base_rows(self, entry: TensorEntry, quantised: dict[str, bool]) -> Callable[[int, int], torch.Tensor]:
+        """`quantised`의 것은 NF4를 다녀온 값, 다른 것은 원래 값의 [start, stop) 행을 fp32로 주는 함수."""
+        if entry.name in quantised:
+            return nf4.NF4Rows(entry, self.trained_dtype, quantised[entry.name]).rows
         return lambda start, stop: shards.read_rows(entry, start, stop).float()
 
 
@@ -83,35 +87,53 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     config = lora.read_config(adapter)
     updates = lora.read_updates(adapter, config)
     facts = (checkpoint.read_manifest(adapter) or {}).get("run", {})
-    base = open_model_folder(find_base(base_model, config, facts, cache_dir))
+    folder, warning = find_base(base_model, config, facts, cache_dir)
+    base = open_model_folder(folder)
+    disk = diskmap.read(base)
     dtype = getattr(torch, str(facts.get("dtype", {}).get("shown", "float32")), torch.float32)
-    return Job(root, adapter, config, base, lora.match_base(updates, adapter, base), onto, dtype)
+    return Job(root, adapter, config, base, disk, lora.match_base(updates, adapter, base, disk), onto, dtype,
+               (warning,) if warning else ())
 
 
-def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> Path:
-    """기반 모델의 폴더. 적지 않았으면 어댑터가 말하는 것이고, hub id면 받아 온다.
+def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> tuple[Path, str | None]:
+    """기반 모델의 폴더와 알릴 것. 적지 않았으면 어댑터가 말하는 것이고, hub id면 받아 온다.
+
+    맞는지는 모양이 정한다. 사용자가 손수 적은 것의 이름이나 설정이 다르면 알리기만 한다.
 
     Raises:
-        UsageError: 폴더가 없거나, 어댑터를 배운 기반 모델이 아니다.
+        UsageError: 폴더가 없거나 받지 못했다.
     """
     trained_on = str(config.get("base_model_name_or_path") or "")
     if base_model is None and not trained_on:
         raise UsageError("어댑터가 기반 모델을 말하지 않는다. --base_model을 적는다")
     asked = find_input(base_model or trained_on)
-    require_base(asked, shapes=False)  # 검산이 두 모델을 실제로 올려 본다
-    if not Path(asked).is_dir() and looks_like_hub_id(asked):
-        from huggingface_hub import snapshot_download
-
-        asked = snapshot_download(asked, cache_dir=cache_dir,
-                                  allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    try:
+        require_base(asked, shapes=False)  # 이름과 모양은 diskmap과 match_base가 본다
+    except UsageError as error:
+        if base_model is not None:
+            raise
+        raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
+    if not Path(asked).is_dir():
+        asked = _download(asked, cache_dir)
     expected = facts.get("base_model", {}).get("id")
     from_folder = expected not in (None, hashlib.sha256(trained_on.encode()).hexdigest())
-    if from_folder and expected != model_digest(asked):
-        raise UsageError(f"기반 모델이 어댑터를 배운 것과 다르다: {asked} (어댑터는 {trained_on}에서 배웠다)")
-    name = Path(trained_on.replace("\\", "/")).name
-    if base_model is not None and not from_folder and name and name != Path(base_model.replace("\\", "/")).name:
-        raise UsageError(f"기반 모델이 어댑터를 배운 것과 다르다: {base_model} (어댑터는 {trained_on}에서 배웠다)")
-    return Path(asked)
+    name, given = (Path(text.replace("\\", "/")).name for text in (trained_on, base_model or trained_on))
+    differs = expected != model_digest(asked) if from_folder else bool(name) and name != given
+    warning = (f"기반 모델 {asked}는 어댑터가 말하는 {trained_on}과 이름이나 설정이 다르다. 모양이 맞으면 합친다. "
+               "배운 기반 모델이 맞는지 본다")
+    return Path(asked), warning if differs else None
+
+
+def _download(hub_id: str, cache_dir: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(hub_id, cache_dir=cache_dir,
+                                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except Exception as error:  # 연결, 권한, 이름 가운데 무엇이 잘못되었든 할 일은 같다
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"기반 모델 {hub_id}을 받지 못했다({type(error).__name__}: {reason}). 받아 둔 폴더를 "
+                         f"--base_model로 적거나, 인터넷에 이어진 곳에서 받는다: hf download {hub_id}") from None
 
 
 def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
@@ -127,31 +149,35 @@ def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output_dir이 비어 있지 않다: {output_dir}. 새 폴더를 적거나 먼저 지운다")
     parent = next(folder for folder in output.parents if folder.is_dir())
-    needed = sum(tensor.n_bytes for tensor in plan(job, set())) + extra_bytes + SPARE_BYTES
+    needed = sum(tensor.n_bytes for tensor in plan(job, {})) + extra_bytes + SPARE_BYTES
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UsageError(f"디스크에 {needed / 1e9:.2f} GB가 필요한데 {free / 1e9:.2f} GB만 남았다: {parent}")
 
 
-def quantised_names(job: Job) -> set[str]:
-    """`quantized`로 합칠 때 NF4를 다녀오는 tensor의 이름."""
-    if job.onto != "quantized":
-        return set()
-    found = (lora.find_tensor(job.base.tensors, f"{name}.weight") for name in nf4.quantised_modules(job.base.path))
-    return {entry.name for entry in found if entry is not None}
+def quantised_entries(job: Job) -> dict[str, bool]:
+    """4비트로 올릴 때 NF4를 다녀오는 디스크의 tensor의 이름 -> [in, out]으로 놓였는지."""
+    found = {name: job.disk.entries.get(f"{name}.weight") for name in nf4.quantised_modules(job.base.path)}
+    return {entry.name: name in job.disk.transposed for name, entry in found.items() if entry is not None}
 
 
-def plan(job: Job, quantised: set[str]) -> list[Planned]:
+def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:
     """쓸 tensor들. 기반 모델의 차례 그대로다.
 
     갱신이 없는 16비트 tensor는 바이트 그대로 옮긴다. 32비트 모델은 fp16으로 적는다.
+    모델이 읽지 않는 tensor(옛 GPT-NeoX의 mask)는 가중치가 아니므로 값을 따지지도 고치지도 않는다.
     """
+    used = job.disk.used
     sizes: dict[str, int] = {}
     for entry in job.base.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+        if entry.name in used:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
     halve = max(sizes, key=lambda dtype: sizes[dtype]) == "F32"
     planned = []
     for entry in sorted(job.base.tensors.values(), key=lambda entry: (entry.file.name, entry.start)):
+        if entry.name not in used:
+            planned.append(Planned(entry.name, entry.dtype, entry.shape, partial(shards.raw_chunks, entry)))
+            continue
         dtype = "F16" if halve and entry.dtype == "F32" else entry.dtype
         update = job.updates.get(entry.name)
         plain = update is None and entry.name not in quantised and dtype == entry.dtype
@@ -167,7 +193,7 @@ def _copied(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def _merged(job: Job, entry: TensorEntry, update: lora.Update | None, dtype: str,
-            quantised: set[str]) -> Iterator[memoryview]:
+            quantised: dict[str, bool]) -> Iterator[memoryview]:
     """fp32로 더하고 `dtype`으로 한 번만 반올림한다."""
     rows = job.base_rows(entry, quantised)
     for start, stop in shards.row_spans(entry.shape):
@@ -191,19 +217,28 @@ def require_finite(chunk: memoryview, dtype: str, entry: TensorEntry) -> None:
 
 def write_model(folder: Path, job: Job, max_bytes: int, say: Callable[[str], None]) -> dict:
     """가중치와 그 곁의 파일을 모두 쓴다. shard마다의 크기와 sha256을 돌려준다."""
-    hashed = shards.write_model(folder, plan(job, quantised_names(job)), max_bytes, say)
+    quantised = quantised_entries(job) if job.onto == "quantized" else {}
+    hashed = shards.write_model(folder, plan(job, quantised), max_bytes, say)
     write_companions(folder, job)
     return hashed
 
 
 def write_companions(folder: Path, job: Job) -> None:
     """설정, 토크나이저, 템플릿, 어댑터, 모델 카드를 쓴다. 끝 토큰은 토크나이저의 것으로 바로잡는다."""
-    end_id = end_token_id(job.base.path)
-    dtypes = {tensor.dtype for tensor in plan(job, set())}
+    tokenizer = load_tokenizer(job.base.path)
+    ends = list(end_token_ids(tokenizer, job.base.path))
+    ends = ends if len(ends) > 1 else ends[0]
+    dtypes = {tensor.dtype for tensor in plan(job, {})}
     dtype = "bfloat16" if "BF16" in dtypes else "float16"
     config = {key: value for key, value in job.base.config.items() if key not in ("torch_dtype", "_name_or_path")}
-    _write_json(folder / "config.json", {**config, "dtype": dtype, "eos_token_id": end_id})
-    _write_json(folder / "generation_config.json", {"eos_token_id": end_id, "pad_token_id": end_id})
+    config |= {"dtype": dtype, "eos_token_id": ends}
+    if text_config(config) is not config:
+        config["text_config"] = {**config["text_config"], "dtype": dtype, "eos_token_id": ends}
+        config["text_config"].pop("torch_dtype", None)
+    _write_json(folder / "config.json", config)
+    generation = _read_json(job.base.path / "generation_config.json")
+    pad = generation.get("pad_token_id", end_token_id(tokenizer))
+    _write_json(folder / "generation_config.json", {**generation, "eos_token_id": ends, "pad_token_id": pad})
     for name in TOKENIZER_FILES:
         if (job.base.path / name).is_file():
             shutil.copyfile(job.base.path / name, folder / name)
@@ -214,15 +249,6 @@ def write_companions(folder: Path, job: Job) -> None:
     for name in (lora.CONFIG_FILE, lora.WEIGHTS_FILE):
         shutil.copyfile(job.adapter / name, folder / ADAPTER_FOLDER / name)
     (folder / "README.md").write_text(modelcard.render(job, folder), encoding="utf-8")
-
-
-def end_token_id(folder: Path) -> int:
-    """토크나이저의 끝 토큰. 두 JSON 파일에 적혀 있으면 거기서 읽는다. transformers를 불러오는 데만 1초가 걸린다."""
-    settings, tokenizer = (_read_json(folder / name) for name in ("tokenizer_config.json", "tokenizer.json"))
-    token = settings.get("eos_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    ids = {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
-    return ids[content] if content in ids else int(load_tokenizer(folder).eos_token_id)
 
 
 def finish(folder: Path, job: Job, hashed: dict, proof: dict | None) -> None:

@@ -27,7 +27,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-- 끝 토큰은 토크나이저의 것이다. 설정 파일의 eos도 그것으로 적혀 있다.
+- 끝 토큰은 토크나이저의 것이 맨 앞이고, 기반 모델의 설정이 말하는 다른 끝이 뒤따른다. 설정 파일에도 그렇게 적혀 있다.
 - `prompt.json`에 학습에 쓴 템플릿이 있다. 다른 형식으로 물으면 답이 나빠진다.
 - `adapter/`는 4비트로 띄울 때 쓴다. 합친 가중치를 그대로 4비트로 줄이면 배운 것의 일부가 반올림에 묻힌다.
   `python generate.py --load_4bit True --base_model {name}`은 어댑터를 뺀 가중치를 4비트로 올리고 어댑터를 얹는다.

@@ -76,11 +76,18 @@ def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_b
         return MemoryPlan(micro_batch_size or 1)
     free, total = torch.cuda.mem_get_info(device.device)
     budget = min(free + CONTEXT - MARGIN, total) if vram_gb is None else vram_gb * GB
-    if vram_gb is not None or sys.platform == "win32":
-        # Windows의 드라이버는 모자라는 VRAM을 말없이 RAM으로 메워 열 배 느려진다
-        torch.cuda.set_per_process_memory_fraction(min((budget - CONTEXT) / total, 1.0))
     return fit(config, budget, cutoff_len, batch_size, micro_batch_size, lora_r, targets, max_documents,
                grow=vram_gb is not None)
+
+
+def cap_allocator(plan: MemoryPlan, device: torch.device, vram_gb: float | None) -> None:
+    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 Windows일 때만이다.
+
+    Windows의 드라이버는 모자라는 VRAM을 말없이 RAM으로 메워 열 배 느려진다. 막아 두면 메모리 부족으로 드러난다.
+    """
+    if device.type == "cuda" and (vram_gb is not None or sys.platform == "win32"):
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min((plan.budget - CONTEXT) / total, 1.0))
 
 
 def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_batch_size: int | None, lora_r: int,

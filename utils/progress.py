@@ -3,10 +3,13 @@
 import time
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from utils.rundir import is_first_process
+from utils.train.state import TrainState
 
 MAX_LINES = 100
 BAR = "{desc}|{bar:30}| {n_fmt}/{total_fmt} 남은 시간 {remaining}"
@@ -21,76 +24,84 @@ SUMMARY = (
 )
 
 
-class ProgressCallback(TrainerCallback):
-    """log step마다 한 줄(loss, 기울기, 토큰/초, 남은 시간)을 말하고, 터미널이면 막대도 그린다.
+class Speed:
+    """`with` 안에서 보낸 시간을 더해 속도를 잰다. 평가하고 저장하는 시간은 세지 않는다.
 
     Args:
-        say: 한 줄을 내보내는 함수.
         tokens_per_step: optimizer step 하나가 배우는 토큰의 수.
     """
 
-    def __init__(self, say: Callable[[str], None], tokens_per_step: float):
-        self.say, self.tokens_per_step = say, tokens_per_step
-        self.bar = tqdm(disable=True)
-        self.busy, self.done, self.step_began, self.best = 0.0, 0, 0.0, float("inf")
+    def __init__(self, tokens_per_step: float = 0.0):
+        self.tokens_per_step = tokens_per_step
+        self.busy, self.done, self._began = 0.0, 0, 0.0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.busy, self.done = 0.0, 0
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=BAR, leave=False,
-                        disable=None if state.is_world_process_zero else True)
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step_began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.busy += time.perf_counter() - self.step_began
+    def __exit__(self, *error) -> None:
+        self.busy += time.perf_counter() - self._began
         self.done += 1
+
+    def figures(self) -> dict[str, float]:
+        """step의 기록에 더할 속도와 VRAM."""
+        figures = {"tokens_per_second": self.done * self.tokens_per_step / self.busy if self.busy else 0.0}
+        if torch.cuda.is_available():
+            figures["peak_vram_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        return figures
+
+    def seconds_left(self, n_steps: int) -> float:
+        return n_steps * self.busy / max(self.done, 1)
+
+
+class Progress:
+    """step마다 한 줄(loss, 기울기, 토큰/초, 남은 시간)을 말하고, 터미널이면 막대도 그린다.
+
+    Args:
+        say: 한 줄을 내보내는 함수.
+        speed: 학습 루프가 재는 속도.
+    """
+
+    def __init__(self, say: Callable[[str], None], speed: Speed):
+        self.say, self.speed, self.best = say, speed, float("inf")
+        self.bar = tqdm(disable=True)
+
+    def begin(self, state: TrainState) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=BAR, leave=False,
+                        disable=None if is_first_process() else True)
+
+    def log(self, row: dict[str, float], state: TrainState) -> None:
+        if "eval_loss" in row:
+            self._write(self._evaluation_line(row["eval_loss"], state))
+            return
+        self.bar.set_description_str(f"loss {row['loss']:.3f} ", refresh=False)
         self.bar.update(state.global_step - self.bar.n)
+        every = max(1, state.max_steps // MAX_LINES)
+        if state.global_step % every == 0 or state.global_step in (1, state.max_steps):
+            self._write(self._line(row, state))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            speed = self._speed()
-            logs.update(speed)  # wandb와 TensorBoard로 간다
-            state.log_history[-1].update(speed)  # run.json으로 간다
-            every = max(1, state.max_steps // MAX_LINES)
-            if state.global_step % every == 0 or state.global_step in (1, state.max_steps):
-                self._write(self._line(state, logs))
-        elif "eval_loss" in logs and state.global_step:
-            better = logs["eval_loss"] < self.best
-            self.best = min(self.best, logs["eval_loss"])
-            self._write(f"  검증 loss {logs['eval_loss']:.4f}{' (가장 좋다)' if better else ''}")
+    def saved(self, folder: Path, state: TrainState, final: bool) -> None:
+        """저장은 말하지 않는다."""
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
         self.bar.close()
 
-    def _speed(self) -> dict[str, float]:
-        speed = {"tokens_per_second": self.done * self.tokens_per_step / self.busy if self.busy else 0.0}
-        if torch.cuda.is_available():
-            speed["peak_vram_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        return speed
+    def _evaluation_line(self, loss: float, state: TrainState) -> str:
+        if state.global_step == 0:
+            return f"학습 전 검증 loss {loss:.4f}"
+        better, self.best = loss < self.best, min(self.best, loss)
+        return f"  검증 loss {loss:.4f}{' (가장 좋다)' if better else ''}"
 
-    def _line(self, state, logs: dict) -> str:
-        left = (state.max_steps - state.global_step) * self.busy / max(self.done, 1)
+    def _line(self, row: dict[str, float], state: TrainState) -> str:
+        left = self.speed.seconds_left(state.max_steps - state.global_step)
         width = len(str(state.max_steps))
-        gradient = f"  기울기 {logs['grad_norm']:.3f}" if "grad_norm" in logs else ""
-        self.bar.set_description_str(f"loss {logs['loss']:.3f} ", refresh=False)
-        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {logs['loss']:.4f}{gradient}  "
-                f"학습률 {logs.get('learning_rate', 0):.2e}  {logs['tokens_per_second']:,.0f} 토큰/초  "
-                f"남은 시간 {clock(left)}")
+        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {row['loss']:.4f}  "
+                f"기울기 {row['grad_norm']:.3f}  학습률 {row['learning_rate']:.2e}  "
+                f"{row['tokens_per_second']:,.0f} 토큰/초  남은 시간 {clock(left)}")
 
     def _write(self, line: str) -> None:
         self.bar.clear()
         self.say(line)
         self.bar.refresh()
-
-
-def attach(trainer: Trainer, say: Callable[[str], None], tokens_per_step: float) -> None:
-    """dict를 그대로 찍는 기본 표시 대신 진행 표시를 맨 앞에 단다.
-
-    맨 앞이어야 뒤에 오는 wandb와 TensorBoard에도 속도와 VRAM이 기록된다.
-    """
-    trainer.remove_callback(PrinterCallback)
-    trainer.callback_handler.callbacks.insert(0, ProgressCallback(say, tokens_per_step))
 
 
 def summary_lines(run: dict) -> list[str]:

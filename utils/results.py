@@ -3,30 +3,28 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from utils import progress, report
 from utils.decoder import Decoder
-from utils.finetune import Inputs, Schedule
+from utils.finetune import Inputs
 from utils.machine import installed_version, peak_ram_bytes
-from utils.planner import MemoryPlan
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import Sampling
+from utils.train.records import Plan, Result, Settings
 
 N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 그 뒤로는 학습한 모델만 시간이 허락하는 만큼 답한다
 MAX_SAMPLES, SAMPLE_SECONDS = 64, 30.0
 SHOWN_CHARS = 120
 
 
-def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
-          result: SimpleNamespace, say: Callable[[str], None]) -> None:
+def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: Callable[[str], None]) -> None:
     """run.json, curves.png, samples.md를 쓰고 요약을 말한다."""
-    if not result.trainer.args.should_save:
+    if not result.is_first:
         return
     run = describe_run(settings, inputs, plan, result)
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
@@ -36,7 +34,7 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
         say(line)
     samples = Samples([], [])
     # 나뉜 모델로는 답하지 않는다
-    problem = None if result.trainer.sharded else answer_samples(inputs, result.model, samples)
+    problem = None if result.sharded else answer_samples(inputs, result.model, samples)
     report.write_samples(settings.output_dir, samples.examples + samples.held_out)
     if problem is not None:
         say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
@@ -63,23 +61,20 @@ def stopped_line(samples: list[dict]) -> str:
     return f"검증 질문에 스스로 멈춘 답({report.SAMPLES_FILE}): {', '.join(counts)}"
 
 
-def describe_run(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, MemoryPlan],
-                 result: SimpleNamespace) -> dict:
+def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
     """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
-    schedule, memory = plan
-    state = result.trainer.state
-    seconds = result.trainer.earlier_seconds + result.seconds
+    schedule, state, seconds = plan.schedule, result.state, result.seconds
     tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
-        "settings": vars(settings),
+        "settings": asdict(settings),
         "versions": versions(),
         "device": {"name": str(inputs.device.device), "dtype": str(inputs.device.dtype), "why": inputs.device.reason},
         "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents), "cut": inputs.documents.n_cut,
                  "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
                  "validation_rows": len(inputs.held_out)},
         "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
-                 "micro_batch_size": memory.micro_batch_size, "processes": result.trainer.args.world_size},
-        "path": result.trainer.path,
+                 "micro_batch_size": plan.memory.micro_batch_size, "processes": plan.processes},
+        "path": result.path,
         "eval_loss_before": result.before,
         "eval_loss_after": result.after,
         "train_seconds": seconds,
@@ -127,7 +122,7 @@ def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
         examples.append((fill_placeholder(instruction, context), inputs.encoder.encode_prompt(prompt)))
     settings = Sampling(temperature=0.0)
     asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
-    decoder = Decoder(model, inputs.tokenizer, inputs.end_id, longest=asked + settings.max_new_tokens)
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + settings.max_new_tokens)
     for question, ids in examples:
         if len(ids) < decoder.context:
             samples.examples.append({"question": question, **answers(decoder, inputs, ids)})

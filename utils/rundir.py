@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
 from utils import checkpoint
 from utils.errors import UsageError
 from utils.loader import PromptInfo
+from utils.train.records import Settings
 
 LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
@@ -85,7 +85,7 @@ def checkpoint_bytes(n_trainable: int) -> int:
 
 
 @contextlib.contextmanager
-def open_run(settings: SimpleNamespace, inputs, say: Callable[[str], None]) -> Iterator[Run]:
+def open_run(settings: Settings, inputs, say: Callable[[str], None]) -> Iterator[Run]:
     """`output_dir`를 잠그고 새로 시작할지 이어 갈지 정한다. `with`를 나가거나 프로세스가 죽으면 잠금이 풀린다.
 
     Raises:
@@ -94,7 +94,7 @@ def open_run(settings: SimpleNamespace, inputs, say: Callable[[str], None]) -> I
     folder = Path(settings.output_dir)
     facts = describe(settings, inputs)
     info = PromptInfo(inputs.prompter.template, inputs.tokenizer.convert_ids_to_tokens(inputs.end_id), inputs.end_id,
-                      settings.cutoff_len)
+                      settings.cutoff_len, inputs.end_ids)
     if not folder.exists():
         choose_checkpoint(settings, facts, say)
     with locked(folder):
@@ -130,7 +130,7 @@ def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]
         lock.release()
 
 
-def choose_checkpoint(settings: SimpleNamespace, facts: dict, say: Callable[[str], None]) -> Path | None:
+def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None]) -> Path | None:
     """이어 갈 체크포인트를 고른다. 청하지 않으면 이어 가지 않고, 이미 있는 실행 위에 쓰지도 않는다."""
     folder, asked = Path(settings.output_dir), settings.resume_from_checkpoint
     if asked is None or asked is False:
@@ -169,7 +169,7 @@ def is_finished(folder: Path, facts: dict) -> bool:
     return manifest["run"].get(EPOCHS, {}).get("id", 0) >= facts[EPOCHS]["id"]
 
 
-def describe(settings: SimpleNamespace, inputs) -> dict:
+def describe(settings: Settings, inputs) -> dict:
     """실행의 조건. 이것이 같으면 이어서 배운 것이 한 번에 배운 것과 같다."""
     facts = {name: _fact(getattr(settings, name)) for name in (*SAME_FLAGS, EPOCHS)}
     template = json.dumps(inputs.prompter.template, ensure_ascii=False, sort_keys=True)

@@ -1,11 +1,12 @@
 """합친 모델을 4비트로 올린다. 배운 것이 반올림에 묻히지 않게, 어댑터를 뺀 가중치를 양자화하고 어댑터를 얹는다."""
 
 import filecmp
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from utils import lora, shards
+from utils import diskmap, lora, shards
 from utils.loader import Device, load_adapter, load_base
 from utils.merger import ADAPTER_FOLDER
 from utils.modelfolder import open_model_folder
@@ -36,14 +37,15 @@ def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None =
     folder = Path(folder)
     adapter = folder / ADAPTER_FOLDER
     updates = lora.read_updates(adapter, lora.read_config(adapter))
-    tensors = open_model_folder(folder).tensors
+    disk = diskmap.read(open_model_folder(folder))
     model = load_base(folder, device, "4bit", cache_dir)
     for name, update in updates.items():
         module = model.get_submodule(name)
         if isinstance(module, Linear4bit):
-            entry = lora.find_tensor(tensors, f"{name}.weight")
+            entry, update = disk.entries[f"{name}.weight"], replace(update, transposed=name in disk.transposed)
             weight = torch.cat([shards.read_rows(entry, *span).float() - update.rows(*span)
                                 for span in shards.row_spans(entry.shape)])
+            weight = weight.T.contiguous() if update.transposed else weight  # bitsandbytes는 [out, in]으로 둔다
             module.weight = Params4bit(weight.to(device.dtype), requires_grad=False, compress_statistics=True,
                                        quant_type="nf4", module=module).to(device.device)
     return load_adapter(model, adapter)

@@ -63,7 +63,7 @@ class HashingFile:
 
 
 def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
-    """tensor의 바이트를 고치지 않고 조각으로 준다. 같은 그릇을 다시 쓰므로 다음 조각을 받기 전에 다 써야 한다."""
+    """tensor의 바이트를 고치지 않고 조각으로 준다. 같은 버퍼를 다시 쓰므로 다음 조각을 받기 전에 다 써야 한다."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.end - entry.start)))
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
@@ -77,8 +77,8 @@ def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """첫 차원의 [start, stop) 행을 파일의 dtype 그대로 읽는다."""
-    row_bytes = (entry.end - entry.start) // max(1, entry.shape[0])
+    """첫 차원의 [start, stop) 행을 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다."""
+    row_bytes = (entry.end - entry.start) // max(1, *entry.shape[:1])
     buffer = bytearray((stop - start) * row_bytes)
     with entry.file.open("rb") as stream:
         stream.seek(entry.start + start * row_bytes)
@@ -87,14 +87,20 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
 
 
+def read_whole(entry: TensorEntry) -> torch.Tensor:
+    """온전한 tensor. 파일의 dtype 그대로다."""
+    return read_rows(entry, 0, *(entry.shape[:1] or (1,))).view(entry.shape)
+
+
 def row_spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """fp32로 펼쳐도 조각 하나의 크기를 넘지 않는 행의 범위들."""
+    """fp32로 펼쳐도 조각 하나의 크기를 넘지 않는 행의 범위들. 스칼라는 한 행이다."""
+    rows = shape[0] if shape else 1
     width = 1
     for side in shape[1:]:
         width *= side
     step = max(1, CHUNK_BYTES // (4 * max(1, width)))
-    for start in range(0, shape[0], step):
-        yield start, min(shape[0], start + step)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
 
 
 def to_bytes(values: torch.Tensor) -> memoryview:

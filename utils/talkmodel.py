@@ -71,15 +71,26 @@ def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None,
         model = loader.load_base(source.base_model, device, quantize, cache_dir)
         if source.adapter:
             model = loader.load_adapter(model, source.adapter)
-    decoder = Decoder(model, tokenizer, end_id)
+    decoder = Decoder(model, tokenizer, find_ends(source, tokenizer))
     say(f"계산: {decoder.path}")
     return Answerer(decoder, tokenizer, prompter, end_id, say, can_compare)
 
 
+def find_ends(source: Source, tokenizer) -> set[int]:
+    """답을 끝내는 토큰들: 기반 모델의 것과, 학습할 때 적어 둔 것."""
+    info = read_prompt_info(source)
+    return {*loader.end_token_ids(tokenizer, source.base_model), *(info.end_token_ids if info else ())}
+
+
+def read_prompt_info(source: Source) -> loader.PromptInfo | None:
+    """어댑터나 모델에 저장된 템플릿과 끝 토큰."""
+    folders = [folder for folder in (source.adapter, source.run_dir, source.base_model) if folder]
+    return next(filter(None, map(loader.read_prompt_info, folders)), None)
+
+
 def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say: Callable[[str], None]):
     """저장된 템플릿을 쓴다. 다른 것을 고르면 알린다."""
-    folders = [folder for folder in (source.adapter, source.run_dir, source.base_model) if folder]
-    info = next(filter(None, map(loader.read_prompt_info, folders)), None)
+    info = read_prompt_info(source)
     prompter = make_prompter(prompt_template or (info.template if info else "default"), tokenizer)
     if info and prompter.template != info.template:
         say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")

@@ -85,7 +85,7 @@ def measure_decoder(model) -> dict:
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    decoder = Decoder(model, range(VOCAB), end_id=-1)
+    decoder = Decoder(model, range(VOCAB), (-1,))
     result = {"start_seconds": time.perf_counter() - begin, "path": decoder.path}
     prompt = list(range(100, 100 + PROMPT))
     ways = ("", Sampling(0.0, 1.0, 0, ANSWER)), ("sampled_", Sampling(0.7, 0.9, 40, ANSWER, 1.1, 4, seed=1))

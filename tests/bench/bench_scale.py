@@ -1,8 +1,12 @@
-"""프로세스 하나와 둘의 학습을 같은 기계에서 견준다(torchrun). 표를 찍고 마지막 줄에 JSON을 남긴다.
+"""카드 두 장의 학습을 한 번에 잰다. 표를 찍고 마지막 줄에 JSON을 남긴다.
 
-    python tests/bench/bench_scale.py --work /tmp/scale --shape 1.3b --fsdp_shape 12.8b
+    python tests/bench/bench_scale.py --work /tmp/scale
 
-NVIDIA H100 80GB 두 장, torch 2.11+cu130, transformers 5.17, bitsandbytes 0.50.2, `--steps 20`:
+1. 나누어 담는 학습: 12.8b를 FSDP로 두 장에 나누어 13 step 배우고, 저장한 어댑터를 all_gather로 모은 것과 비교하고,
+   5 step을 이어서 배우고, 합친다.
+2. 데이터 병렬: 1.3b(batch 64)와, 모든 선형층에 LoRA를 붙인 Qwen3-1.7B(batch 16)를 한 장과 두 장에서 배운다.
+
+NVIDIA H100 80GB 두 장, torch 2.11+cu130, transformers 5.17, bitsandbytes 0.50.2, `--steps 20`으로 잰 앞 루프의 값:
 
 | 모양 | batch | 프로세스 | 토큰/초 | 카드마다 GB | 효율 | loss 차이 |
 |---|---|---|---|---|---|---|
@@ -23,96 +27,143 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 FSDP = ("--use_fsdp", "--fsdp_version", "1", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
         "--fsdp_transformer_layer_cls_to_wrap", "GPTNeoXLayer", "--fsdp_use_orig_params", "false",
         "--fsdp_sync_module_states", "true", "--fsdp_cpu_ram_efficient_loading", "false",
         "--fsdp_state_dict_type", "FULL_STATE_DICT", "--mixed_precision", "bf16")
+QWEN = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
+ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+FIRST, MORE = 13, 5  # 나누어 담는 학습의 step과, 이어서 배우는 step
+# NVLink의 multicast는 카드를 함께 쓰는 다른 프로그램까지 멈추게 할 수 있어 끈다
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+ADAPTER = "adapter_model.safetensors"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", default="/tmp/scale")
     parser.add_argument("--data", default=str(ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"))
-    parser.add_argument("--shape", default="1.3b")
-    parser.add_argument("--fsdp_shape", default="12.8b")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--timeout", type=int, default=200)
+    parser.add_argument("--shapes", default="12.8b,1.3b,qwen3-1.7b")
+    parser.add_argument("--steps", type=int, default=20, help="데이터 병렬의 step")
+    parser.add_argument("--seconds", type=int, default=560, help="모두 합쳐 이보다 오래 걸리면 남은 것을 하지 않는다")
     options = parser.parse_args()
-    work = Path(options.work)
+    options.deadline = time.perf_counter() + options.seconds
+    Path(options.work).mkdir(parents=True, exist_ok=True)
     rows = []
-    base = write_folder(options.shape, work / options.shape)
-    for batch in (16, 64):
-        one, two = (run(options, base, work / f"b{batch}-n{n}", batch, ddp(n)) for n in (1, 2))
-        row = compare(one, two) | {"shape": options.shape, "batch": batch}
+    for shape in options.shapes.split(","):
+        try:
+            row = sharded(options, shape) if shape == "12.8b" else parallel(options, shape)
+        except subprocess.TimeoutExpired as late:
+            row = {"shape": shape, "error": f"시간이 모자란다: {late.cmd[-1]}"}
+        except RuntimeError as error:
+            row = {"shape": shape, "error": str(error)}
         rows.append(row)
-        print(json.dumps(row), flush=True)
-    shutil.rmtree(work / options.shape)
-    if options.fsdp_shape:
-        base = write_folder(options.fsdp_shape, work / options.fsdp_shape)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *FSDP]
-        done = run(options, base, work / "fsdp", 4, launch, steps=6)
-        rows.append({"shape": options.fsdp_shape, "batch": 4, "fsdp": done})
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+        shutil.rmtree(Path(options.work) / shape, ignore_errors=True)
     print_table(rows)
-    print(json.dumps(rows))
+    print(json.dumps(rows, ensure_ascii=False))
 
 
-def ddp(processes: int) -> list[str]:
+def sharded(options, shape: str) -> dict:
+    """나누어 담아 배우고, 저장한 것을 확인하고, 이어서 배우고, 합친다."""
+    from gather_too import compare
+
+    base, work = write_folder(shape, Path(options.work) / shape), Path(options.work)
+    output, gathered = work / "sharded", work / "gathered.safetensors"
+    shutil.rmtree(output, ignore_errors=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *FSDP,
+              str(ROOT / "tests/gather_too.py"), str(gathered)]
+    first = train(options, launch, base, output, 4, FIRST)
+    saved = compare(output / ADAPTER, gathered)
+    again = train(options, launch, base, output, 4, FIRST + MORE, "--resume_from_checkpoint", "True")
+    resumed = compare(output / ADAPTER, gathered)
+    began = time.perf_counter()
+    merged = work / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    call(options, [sys.executable, str(ROOT / "merge-lora.py"), "--peft_root", str(output), "--output_dir",
+                   str(merged)])
+    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+    row = {"shape": shape, "batch": 4, "fsdp": first, "saved": saved, "resumed": again | {"saved": resumed},
+           "merge_s": time.perf_counter() - began, "merged_gb": size / 1e9,
+           "resumed_at": FIRST + 1, "kept_history": again["losses"][:FIRST] == first["losses"]}
+    shutil.rmtree(merged)
+    return row
+
+
+def parallel(options, shape: str) -> dict:
+    """같은 것을 한 장과 두 장에서 배운다."""
+    base, batch = write_folder(shape, Path(options.work) / shape), 64 if shape == "1.3b" else 16
+    extra = () if shape == "1.3b" else ("--lora_target_modules", ALL_LINEAR)
+    one, two = (train(options, torchrun(n), base, Path(options.work) / f"{shape}-{n}", batch, options.steps, *extra)
+                for n in (1, 2))
+    gap = max(abs(a - b) / abs(a) for a, b in zip(one["losses"], two["losses"], strict=True))
+    speedup = two["tokens_per_second"] / one["tokens_per_second"]
+    return {"shape": shape, "batch": batch, "one": one, "two": two, "efficiency": speedup / 2, "loss_gap": gap}
+
+
+def torchrun(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
-def run(options, base: Path, output: Path, batch: int, launch: list[str], steps: int | None = None) -> dict:
-    """실제 스크립트를 실행하고 run.json에서 속도, VRAM, step마다의 loss를 읽는다."""
-    epochs = epochs_for(options, batch, steps or options.steps)
-    command = [*launch, str(ROOT / "finetune-lora.py"), "--base_model", str(base), "--data_path", options.data,
-               "--output_dir", str(output), "--batch_size", str(batch), "--num_train_epochs", f"{epochs:.4f}",
-               "--val_set_size", "0"]
+def call(options, command: list[str]) -> None:
+    """실제 스크립트를 실행한다.
+
+    Raises:
+        RuntimeError: 실패했다. 출력의 끝을 말한다.
+    """
+    left = options.deadline - time.perf_counter()
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=max(left, 1),
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8", **NO_MULTICAST})
+    if done.returncode:
+        raise RuntimeError(f"종료 코드 {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}")
+
+
+def train(options, launch: list[str], base: Path, output: Path, batch: int, steps: int, *more: str) -> dict:
+    """배우고, run.json에서 속도, VRAM, step마다의 loss를 읽는다."""
+    if not more or more[0] != "--resume_from_checkpoint":
+        shutil.rmtree(output, ignore_errors=True)
+    epochs = (steps - 0.01) / -(-count_blocks(options) // batch)  # 적은 값을 올림해도 step이 늘지 않게 한다
     began = time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=options.timeout,
-                              env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-    except subprocess.TimeoutExpired as late:
-        return {"error": f"{options.timeout}초를 넘겼다", "tail": str(late.stdout)[-800:]}
-    wall = time.perf_counter() - began
-    if done.returncode or not (output / "run.json").is_file():
-        return {"error": done.returncode, "tail": (done.stdout[-1500:] + done.stderr[-2500:])}
+    call(options, [*launch, str(ROOT / "finetune-lora.py"), "--base_model", str(base), "--data_path", options.data,
+                   "--output_dir", str(output), "--batch_size", str(batch), "--num_train_epochs", f"{epochs:.6f}",
+                   "--val_set_size", "0", *more])
     report = json.loads((output / "run.json").read_text(encoding="utf-8"))
     history = [entry for entry in report["history"] if "loss" in entry]
     return {"steps": report["plan"]["steps"], "processes": report["plan"]["processes"], "path": report["path"],
-            "micro": report["plan"]["micro_batch_size"], "vram_gb": report["peak_vram_gb"], "wall_s": wall,
-            "tokens_per_second": steady_speed(history, report["data"]["train_tokens"] * epochs / len(history)),
-            "losses": [entry["loss"] for entry in history]}
+            "micro": report["plan"]["micro_batch_size"], "vram_gb": report["peak_vram_gb"],
+            "wall_s": time.perf_counter() - began, "losses": [entry["loss"] for entry in history],
+            "tokens_per_second": steady_speed(history, report["data"]["train_tokens"] * epochs / len(history))}
 
 
 def steady_speed(history: list[dict], tokens_per_step: float, skip: int = 5) -> float:
-    """처음 몇 step(커널 컴파일, graph 캡처)을 뺀 토큰/초. 기록된 값은 처음부터의 평균이므로 걸린 시간으로 되돌린다."""
-    skip = min(skip, len(history) - 1)
-    spent = [(n + 1) * tokens_per_step / entry["tokens_per_second"] for n, entry in enumerate(history)]
-    return (len(history) - skip) * tokens_per_step / (spent[-1] - (spent[skip - 1] if skip else 0.0))
+    """처음 몇 step(커널 컴파일, graph 캡처)을 뺀 토큰/초. 기록된 값은 처음부터의 평균이므로 걸린 시간으로 되돌린다.
+
+    이어서 배운 실행은 이어 간 자리부터 다시 재므로, 마지막으로 이어 간 자리 뒤의 것만 본다.
+    """
+    spent: list[float] = []
+    for entry in history:
+        total = (len(spent) + 1) * tokens_per_step / entry["tokens_per_second"]
+        if spent and total < spent[-1]:  # 다시 재기 시작했다
+            spent, total = [], tokens_per_step / entry["tokens_per_second"]
+        spent.append(total)
+    skip = min(skip, len(spent) - 1)
+    return (len(spent) - skip) * tokens_per_step / (spent[-1] - (spent[skip - 1] if skip else 0.0))
 
 
-def epochs_for(options, batch: int, steps: int) -> float:
-    """원하는 step 수가 되는 epoch. 블록의 수는 데이터와 토크나이저가 정한다."""
+def count_blocks(options) -> int:
+    """데이터가 채우는 1,024토큰 블록의 수. 데이터와 토크나이저가 정한다."""
     if not hasattr(options, "blocks"):
-        from types import SimpleNamespace
-
         from utils import dataset, loader
         from utils.prompter import Prompter
 
         tokenizer = loader.load_tokenizer(ROOT / "resources/polyglot-ko-demo")
         end_id = loader.end_token_id(tokenizer)
         documents = dataset.load_documents(options.data, Prompter(), dataset.Encoder(tokenizer, end_id), 1024, end_id)
-        options.blocks = len(dataset.pack(documents.lengths(), 1024, SimpleNamespace(seed=42).seed))
-    per_epoch = -(-options.blocks // batch)
-    return steps / per_epoch
-
-
-def compare(one: dict, two: dict) -> dict:
-    if "error" in one or "error" in two:
-        return {"one": one, "two": two}
-    gap = max(abs(a - b) / abs(a) for a, b in zip(one["losses"], two["losses"], strict=True))
-    speedup = two["tokens_per_second"] / one["tokens_per_second"]
-    return {"one": one, "two": two, "speedup": speedup, "efficiency": speedup / 2, "max_relative_loss_gap": gap}
+        options.blocks = len(dataset.pack(documents.lengths(), 1024, 42))
+    return options.blocks
 
 
 def write_folder(shape: str, folder: Path) -> Path:
@@ -120,22 +171,26 @@ def write_folder(shape: str, folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
     from standin import config_of
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen3Config
 
     shutil.rmtree(folder, ignore_errors=True)  # 끊긴 실행이 남긴 것
     folder.mkdir(parents=True)
-    config = GPTNeoXConfig(**{k: v for k, v in config_of(shape).items() if k != "model_type"} | {
-        "bos_token_id": 0, "eos_token_id": 0})
-    config.architectures = ["GPTNeoXForCausalLM"]
-    config.save_pretrained(folder)
+    if shape.startswith("qwen3"):
+        config = Qwen3Config(**QWEN)
+    else:
+        sizes = {name: value for name, value in config_of(shape).items() if name != "model_type"}
+        config = GPTNeoXConfig(**sizes | {"bos_token_id": 0, "eos_token_id": 0})
     with torch.device("meta"):
-        skeleton = GPTNeoXForCausalLM(config)
+        skeleton = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(skeleton).__name__]
+    config.save_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight_map, shard, size = {}, {}, 0
     parameters = list(skeleton.named_parameters())
     for index, (name, parameter) in enumerate(parameters):
         value = torch.randn(parameter.shape, device=device) * 0.02
-        shard[name.replace("lm_head.", "embed_out.")] = (value + ("norm" in name and "weight" in name)).half().cpu()
+        disk_name = name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name
+        shard[disk_name] = (value + ("norm" in name and "weight" in name)).half().cpu()
         size += value.numel() * 2
         if size > 2**31 or index == len(parameters) - 1:
             file = f"model-{len(set(weight_map.values())):05d}.safetensors"
@@ -152,17 +207,19 @@ def write_folder(shape: str, folder: Path) -> Path:
 def print_table(rows: list[dict]) -> None:
     print("\n| 모양 | batch | 프로세스 | 토큰/초 | 카드마다 GB | 효율 | loss 차이 |\n|---|---|---|---|---|---|---|")
     for row in rows:
-        for label in ("one", "two", "fsdp"):
+        if "error" in row:
+            print(f"| {row['shape']} | | 실패 | | | | |")
+            print(row["error"], file=sys.stderr)
+        for label in ("one", "two", "fsdp", "resumed"):
             done = row.get(label)
-            if not done:
-                continue
-            if "error" in done:
-                print(f"| {row['shape']} | {row['batch']} | {label} | 실패 | | | |")
-                print(done["tail"], file=sys.stderr)
-                continue
-            extra = f"{row['efficiency']:.3f} | {row['max_relative_loss_gap']:.1e}" if label == "two" else " | "
-            print(f"| {row['shape']} | {row['batch']} | {done['processes']} | {done['tokens_per_second']:,.0f} | "
-                  f"{done['vram_gb'] or 0:.2f} | {extra} |")
+            if done:
+                extra = f"{row['efficiency']:.3f} | {row['loss_gap']:.1e}" if label == "two" else " | "
+                print(f"| {row['shape']} {label} | {row['batch']} | {done['processes']} | "
+                      f"{done['tokens_per_second']:,.0f} | {done['vram_gb'] or 0:.2f} | {extra} |")
+        if "saved" in row:
+            print(f"\n저장한 어댑터 {row['saved']}, 이어 배운 어댑터 {row['resumed']['saved']}, "
+                  f"앞의 기록이 그대로인가 {row['kept_history']}, "
+                  f"합치기 {row['merge_s']:.0f}초({row['merged_gb']:.1f} GB)")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,15 @@ from utils import planner  # noqa: E402
 from utils.dataset import pack  # noqa: E402
 from utils.engine.train_ops import drop_scale  # noqa: E402
 from utils.planner import GB, MemoryPlan  # noqa: E402
-from utils.trainer import LeanTrainer  # noqa: E402
+from utils.progress import Speed  # noqa: E402
+from utils.train.group import ALONE  # noqa: E402
+from utils.train.loop import Loop  # noqa: E402
+from utils.train.records import Recipe  # noqa: E402
+from utils.train.step import open_step  # noqa: E402
+from utils.train.weights import ReplicatedWeights  # noqa: E402
 
 BATCH, BLOCK, TARGETS = 16, 1024, ("query_key_value",)
-BF16 = torch.bfloat16
+BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -58,23 +63,26 @@ class Plain(torch.utils.data.Dataset):
         return {name: value for name, value in self.blocks[index].items() if name != "position_ids"}
 
 
-class Clock(TrainerCallback):
-    """optimizer step마다의 시각과 손실을 적고, `profile`번째 step의 CUDA 커널 시간을 더한다."""
+class Clock(Speed):
+    """optimizer step마다의 시간을 적고, `profile`번째 step의 CUDA 커널 시간을 더한다."""
 
     def __init__(self, profile: int | None = None):
-        self.times, self.kernel, self.losses, self.profile, self.table = [], None, [], profile, ""
+        super().__init__()
+        self.times, self.kernel, self.profile, self.table = [], None, profile, ""
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def __enter__(self) -> None:
         torch.cuda.synchronize()
-        if state.global_step == self.profile:
+        if len(self.times) == self.profile:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.start()
         self.times.append(time.perf_counter())
+        super().__enter__()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
         torch.cuda.synchronize()
         self.times[-1] = time.perf_counter() - self.times[-1]
-        if state.global_step - 1 == self.profile:
+        if len(self.times) - 1 == self.profile:
             self.profiler.stop()
             rows = self.profiler.key_averages()
             self.kernel = sum(row.self_device_time_total for row in rows) / 1e6
@@ -82,9 +90,18 @@ class Clock(TrainerCallback):
             self.table = "\n".join(f"    {row.self_device_time_total / 1e3:8.2f} ms {row.count:6d} {row.key[:90]}"
                                    for row in rows)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
+
+class Ticking(TrainerCallback):
+    """`transformers.Trainer`의 step도 같은 시계로 잰다."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.clock.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.clock.__exit__()
 
 
 def arguments(folder: str, micro: int, steps: int, **settings) -> TrainingArguments:
@@ -103,24 +120,29 @@ def forget() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def measure(make_trainer, tokens: float, steps: int, average=statistics.median) -> dict:
-    """앞의 두 step은 준비 운동이다. 다음 3번의 가운데 값으로 속도를 내고, 마지막 step의 커널 시간을 잰다."""
+def measure(make, tokens: float, steps: int, average=statistics.median) -> dict:
+    """앞의 두 step은 워밍업이다. 다음 3번의 가운데 값으로 속도를 내고, 마지막 step의 커널 시간을 잰다.
+
+    Args:
+        make: (step의 수, Clock)으로 (학습하는 함수, 손실들을 주는 함수, 길의 설명)을 만드는 함수.
+    """
     forget()
     clock = Clock(profile=steps - 1)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, steps)
-        trainer.add_callback(clock)
-        trainer.train()
-        path = getattr(trainer, "path", "transformers.Trainer")
+    train, losses, path = make(steps, clock)
+    train()
     seconds = average(clock.times[2:-1])
     result = {"tokens_per_s": round(tokens / seconds), "reserved_gb": round(torch.cuda.max_memory_reserved() / GB, 3),
-              "kernel_us_per_token": round(clock.kernel * 1e6 / tokens, 3), "path": path, "losses": clock.losses,
+              "kernel_us_per_token": round(clock.kernel * 1e6 / tokens, 3), "path": path, "losses": losses(),
               "spread": round((max(clock.times[2:-1]) - min(clock.times[2:-1])) / seconds, 4)}
     print(f"  {result['tokens_per_s']:>7,} tok/s  {result['reserved_gb']:.2f} GB  "
           f"{result['kernel_us_per_token']:.2f} us/tok  {path}\n{clock.table}", flush=True)
-    del trainer, make_trainer
+    del train, losses, make
     forget()
     return result
+
+
+def losses_of(history: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def plain(shape: str, micro: int, data, steps: int = 6, tokens: float = BATCH * BLOCK,
@@ -130,12 +152,25 @@ def plain(shape: str, micro: int, data, steps: int = 6, tokens: float = BATCH * 
 
     print(f"plain {shape} micro {micro}", flush=True)
 
-    def make(folder, steps):
+    def make(steps, clock):
         model = prepare_model_for_kbit_training(build(shape, torch.float16, False, BF16))
-        return Trainer(add_lora(model), arguments(folder, micro, steps, fp16=True, optim="adamw_torch"),
-                       train_dataset=Plain(data), data_collator=collator)
+        settings = arguments(tempfile.mkdtemp(), micro, steps, fp16=True, optim="adamw_torch")
+        trainer = Trainer(add_lora(model), settings, train_dataset=Plain(data), data_collator=collator,
+                          callbacks=[Ticking(clock)])
+        return trainer.train, lambda: losses_of(trainer.state.log_history), "transformers.Trainer"
 
     return measure(make, tokens, steps, average)
+
+
+def make_loop(shape: str, plan: MemoryPlan, data, steps: int, accumulation: int, clock: Speed | None = None,
+              wrap=lambda step: step) -> Loop:
+    """새 모델의 학습 루프. `wrap`은 micro-step을 감싼다."""
+    model = add_lora(build(shape, BF16, True, BF16))
+    forget()
+    weights = ReplicatedWeights(model, ALONE)
+    step = open_step(model, plan, data, None, CUDA, weights.gradients, print)
+    recipe = Recipe(steps, 0, steps, plan.micro_batch_size, accumulation, learning_rate=1e-3, seed=42)
+    return Loop(wrap(step), weights, recipe, data, group=ALONE, device=CUDA, speed=clock)
 
 
 def ours(shape: str, plan: MemoryPlan, data, steps: int = 6, tokens: float = BATCH * BLOCK,
@@ -143,10 +178,9 @@ def ours(shape: str, plan: MemoryPlan, data, steps: int = 6, tokens: float = BAT
     print(f"ours {shape} micro {plan.micro_batch_size} recompute {plan.recompute_layers} "
           f"predicted {plan.reserved / GB:.2f}", flush=True)
 
-    def make(folder, steps):
-        model = add_lora(build(shape, BF16, True, BF16))
-        forget()
-        return LeanTrainer(model, arguments(folder, plan.micro_batch_size, steps, bf16=True), data, plan=plan)
+    def make(steps, clock):
+        loop = make_loop(shape, plan, data, steps, BATCH // plan.micro_batch_size, clock)
+        return loop.run, lambda: losses_of(loop.state.log_history), loop.step.path
 
     return {**measure(make, tokens, steps, average), "predicted_gb": round(plan.reserved / GB, 3)}
 
@@ -200,22 +234,17 @@ def peaks() -> dict:
     """예측한 VRAM과 실제 최댓값."""
     results = {}
     for shape in ("1.3b", "3.8b", "5.8b"):
-        model = add_lora(build(shape, BF16, True, BF16))
         for block in (512, 1024, 2048):
             for recompute in (0,):
                 micro = max(1, BLOCK // block)
                 plan = fixed(shape, micro, recompute, block)
                 forget()
-                with tempfile.TemporaryDirectory() as folder:
-                    settings = arguments(folder, micro, 2, bf16=True)
-                    settings.gradient_accumulation_steps = 3
-                    LeanTrainer(model, settings, Blocks(16, block), plan=plan).train()
+                make_loop(shape, plan, Blocks(16, block), 2, 3).run()
                 real = torch.cuda.max_memory_reserved() / GB
                 results[f"{shape} {block} {recompute}"] = (round(plan.reserved / GB, 3), round(real, 3),
                                                            round(plan.reserved / GB / real - 1, 4))
                 print(f"  {shape} {block} 재계산 {recompute}: {results[f'{shape} {block} {recompute}']} "
                       f"allocated {torch.cuda.max_memory_allocated() / GB:.3f}", flush=True)
-        del model
         forget()
     return results
 
@@ -313,18 +342,15 @@ def loss(steps: int = 30, batch: int = 4, documents: int = 4) -> dict:
     """같은 batch를 eager로, 묶지 않고, logits를 나누지 않고 학습한 손실과 견준다. dropout의 난수도 같다."""
     data, taken = Blocks(steps * batch, documents=documents), []
 
-    class Recorded(LeanTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            taken.append((inputs, self._keys(1, self._micro_step)["keys"]))
-            return super().training_step(model, inputs, num_items_in_batch)
+    def recorded(step):
+        train = step.train
+        step.train = lambda given: taken.append((given, given["keys"])) or train(given)
+        return step
 
-    model = add_lora(build("1.3b", BF16, True, BF16))
-    with tempfile.TemporaryDirectory() as folder:
-        settings = arguments(folder, 1, steps, bf16=True)
-        settings.gradient_accumulation_steps = batch
-        clock = Clock()
-        Recorded(model, settings, data, plan=fixed("1.3b", 1, 0, BLOCK, documents), callbacks=[clock]).train()
-    del model
+    loop = make_loop("1.3b", fixed("1.3b", 1, 0, BLOCK, documents), data, steps, batch, wrap=recorded)
+    loop.run()
+    found = losses_of(loop.state.log_history)
+    del loop
     forget()
     model, keys, losses = add_lora(build("1.3b", BF16, True, BF16)), [None], []
     for index, layer in enumerate(model.get_base_model().gpt_neox.layers):
@@ -348,10 +374,10 @@ def loss(steps: int = 30, batch: int = 4, documents: int = 4) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    worst = max(abs(a - b) / b for a, b in zip(clock.losses, losses, strict=True))
-    print(f"  손실: 처음 {clock.losses[0]:.5f}와 {losses[0]:.5f}, 끝 {clock.losses[-1]:.5f}와 {losses[-1]:.5f}, "
+    worst = max(abs(a - b) / b for a, b in zip(found, losses, strict=True))
+    print(f"  손실: 처음 {found[0]:.5f}와 {losses[0]:.5f}, 끝 {found[-1]:.5f}와 {losses[-1]:.5f}, "
           f"가장 큰 상대 차이 {worst:.2e}")
-    return {"worst_relative": worst, "ours": clock.losses, "eager": losses}
+    return {"worst_relative": worst, "ours": found, "eager": losses}
 
 
 PARTS = {"default": default, "lean": lean, "5.8b": five, "12.8b": twelve, "rows": rows, "loss": loss,

@@ -1,0 +1,115 @@
+"""어떤 폴더를 적어도 transformers와 같은 답을 하거나 한 줄로 거절한다. 말없이 다른 답을 하지 않는다."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import build_tokenizer
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from utils import api, loader, talkmodel
+from utils.answerer import Answer
+from utils.decoder import Decoder
+from utils.errors import UsageError
+from utils.sampling import Sampling
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
+SMALL = 785  # 토크나이저(800)보다 작은 embedding의 행 수
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def open_answerer(base, prompt_template: str | None = None):
+    return talkmodel.load_answerer(talkmodel.find_source(str(base), None, silent), None, None, False, prompt_template,
+                                   silent)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma3_text", "gpt2", "bloom", "qwen3_moe", "llama"])
+def test_greedy_answers_equal_generate(tmp_path, kind):
+    """그림도 보는 Gemma 3는 글의 설정을 text_config에 담는다."""
+    base = tiny_model(tmp_path / kind, kind)
+    answerer = open_answerer(base)
+    assert answerer.context > 100
+    answer = Answer(answerer.ask("하늘은 왜 파란색이야?"), GREEDY)
+    list(answerer.pieces(answer))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.tensor([answer.input_ids])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+                              eos_token_id=[2], pad_token_id=2)[0, ids.shape[1]:].tolist()
+    assert answer.ids == [token for token in expected if token != 2] and len(answer.ids) > 5
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """토크나이저의 뒤쪽 토큰을 모르는 모델."""
+    folder = tmp_path_factory.mktemp("small") / "base"
+    folder.mkdir()
+    build_tokenizer(folder)
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=SMALL, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=128, max_position_embeddings=128)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outside(small):
+    """embedding 밖의 토큰이 되는 글 하나."""
+    tokenizer = loader.load_tokenizer(small)
+    words = ((number, tokenizer.decode([number])) for number in range(SMALL, len(tokenizer)))
+    return next(word for number, word in words
+                if word.isalpha() and tokenizer(word, add_special_tokens=False)["input_ids"] == [number])
+
+
+def test_a_question_beyond_the_embedding_is_refused_by_the_token(small, outside):
+    answerer = open_answerer(small)
+    for ask in (lambda: answerer.ask(outside), lambda: answerer.ask("a", f"a {outside}"),
+                lambda: answerer.continue_text(outside), lambda: answerer.ask("a", past=[(outside, "a")]),
+                lambda: answerer.ask("a", past=[("a", f"\n{outside}")])):
+        with pytest.raises(UsageError, match="embedding은 785행") as error:
+            ask()
+        assert "\n" not in str(error.value)
+    model = AutoModelForCausalLM.from_pretrained(small)
+    decoder = Decoder(model, answerer.tokenizer, (2,))
+    for bad in ([5, SMALL], [SMALL + 10_000], [-1]):
+        with pytest.raises(UsageError, match="모델이 모르는 토큰"):
+            decoder.stream(bad, GREEDY)
+
+
+def test_the_api_says_400(small, outside):
+    client = TestClient(Starlette(routes=api.routes(open_answerer(small), "lite", None)))
+    for path, body in (("chat/completions", {"messages": [{"role": "user", "content": outside}]}),
+                       ("completions", {"prompt": outside})):
+        reply = client.post(f"/v1/{path}", json={**body, "max_tokens": 4})
+        assert reply.status_code == 400 and "모델이 모르는 토큰" in reply.json()["error"]["message"]
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4}).status_code == 200
+
+
+def test_a_chat_template_beyond_the_embedding_is_refused(small, tmp_path):
+    """대화 템플릿이 더한 특수 토큰은 embedding을 넓히지 않고 토크나이저에만 있을 때가 많다."""
+    base = shutil.copytree(small, tmp_path / "chat")
+    tokenizer = loader.load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UsageError, match="im_start"):
+        open_answerer(base, "chat").ask("a")
+
+
+def test_an_end_beyond_the_embedding_is_refused_at_the_start(small, tmp_path):
+    base = shutil.copytree(small, tmp_path / "end")
+    tokenizer = loader.load_tokenizer(base)
+    tokenizer.add_special_tokens({"eos_token": "<|new_end|>"})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UsageError, match="답의 끝에 모델이 모르는 토큰"):
+        open_answerer(base)
+
+
+def test_answers_stay_inside_the_smaller_of_the_two(small):
+    answerer = open_answerer(small)
+    answer = Answer(answerer.ask("a"), Sampling(temperature=100.0, top_p=1.0, top_k=0, max_new_tokens=100, seed=1))
+    assert "\ufffd" not in "".join(answerer.pieces(answer)) and max(answer.ids) < SMALL

@@ -1,0 +1,115 @@
+"""학습 루프를 짓고 돌려, 가장 좋은 어댑터를 `output_dir`에 남긴다."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from utils import loader
+from utils.finetune import Inputs
+from utils.interrupt import Interrupt
+from utils.progress import Progress, Speed
+from utils.rundir import Run
+from utils.tracking import open_trackers
+from utils.train.group import Group, join_group
+from utils.train.loop import Loop
+from utils.train.records import Plan, Recipe, Result, Settings
+from utils.train.resume import Checkpoints
+from utils.train.step import RunningStep, open_step
+from utils.train.weights import ReplicatedWeights, Weights
+
+
+def fit(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: Run,
+        say: Callable[[str], None]) -> Result:
+    """학습하고, 가장 좋은 어댑터를 `output_dir`에 남긴다.
+
+    Raises:
+        SystemExit: 멈추라는 신호를 받아 저장하고 멈추었다. 이어 가는 명령을 말한 뒤다.
+    """
+    n_trainable = model.get_nb_trainable_parameters()[0]
+    run.require_space(n_trainable)
+    torch.manual_seed(settings.seed)
+    group = join_group(inputs.device.device)
+    checkpoints = Checkpoints(run, inputs.tokenizer, n_trainable, group, say)
+    parts = place(model, inputs, plan, group, say)
+    say(f"학습 길: {parts.step.path}")
+    with contextlib.ExitStack() as opened:
+        speed = Speed(inputs.train_set.n_tokens * settings.num_train_epochs / plan.schedule.steps)
+        listeners = [Progress(say, speed)]
+        if group.is_first:
+            listeners += open_trackers(inputs.trackers, settings, model)
+        for listener in listeners:
+            opened.callback(listener.close)
+        loop = Loop(parts.step, parts.weights, recipe_of(settings, plan), inputs.train_set, inputs.eval_set,
+                    group=group, device=inputs.device.device, checkpoints=checkpoints, listeners=listeners,
+                    speed=speed)
+        before = measure_before(loop)
+        checkpoints.restore(loop)
+        with Interrupt(say) as interrupt:
+            loop.run(should_stop=lambda: interrupt.asked)
+        if interrupt.asked:
+            say(f"checkpoint-{loop.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
+            raise SystemExit(interrupt.code)
+        seconds = checkpoints.seconds
+        report_end(plan, before, loop.state.best_metric, say)
+        checkpoints.keep_best(loop)
+        checkpoints.save_adapter(loop)
+        for listener in listeners:
+            listener.saved(run.folder, loop.state, final=True)
+    return Result(model, loop.state, parts.step.path, before, loop.state.best_metric, seconds, loader.is_sharded(),
+                  group.is_first)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """장치에 놓인 모델: micro-step과 배우는 가중치."""
+
+    step: RunningStep
+    weights: Weights
+
+
+def place(model: nn.Module, inputs: Inputs, plan: Plan, group: Group, say: Callable[[str], None]) -> Placed:
+    """모델을 프로세스마다 온전히 두거나, `accelerate launch --use_fsdp`로 시작했으면 나눈다.
+
+    Raises:
+        UsageError: 이 모델을 묶은 블록으로 학습하면 값이 틀린다.
+    """
+    device, rows = inputs.device, plan.memory.micro_batch_size
+    fp16 = device.dtype is torch.float16 and device.device.type == "cuda"
+    if not loader.is_sharded():
+        weights = ReplicatedWeights(model, group, fp16)
+        step = open_step(model, plan.memory, inputs.train_set, inputs.eval_set, device.device, weights.gradients, say)
+        return Placed(step, weights)
+
+    from utils.train import fsdp
+
+    config, vocab = model.peft_config["default"], model.get_input_embeddings().weight.shape[0]
+    model = fsdp.shard(model, device.device, device.dtype)
+    step = fsdp.ShardedStep(model, rows, group, device.device)
+    step.check(vocab, len(inputs.train_set[0]["input_ids"]))
+    return Placed(step, fsdp.ShardedWeights(model, config, group, fp16))
+
+
+def recipe_of(settings: Settings, plan: Plan) -> Recipe:
+    schedule = plan.schedule
+    return Recipe(schedule.steps, schedule.warmup, schedule.interval, plan.memory.micro_batch_size, plan.accumulation,
+                  settings.learning_rate, settings.seed, settings.early_stopping_patience)
+
+
+def measure_before(loop: Loop) -> float | None:
+    """학습 전의 검증 loss를 재어 알린다. 검증하지 않으면 None."""
+    if loop.eval_set is None:
+        return None
+    before = loop.evaluate()
+    for listener in loop.listeners:
+        listener.log({"eval_loss": before}, loop.state)
+    return before
+
+
+def report_end(plan: Plan, before: float | None, after: float | None, say: Callable[[str], None]) -> None:
+    if plan.memory.parts:
+        say(plan.memory.outcome(torch.cuda.max_memory_reserved()))
+    if before is not None:
+        say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {1 - after / before:.1%} 줄었다)")

@@ -1,0 +1,181 @@
+"""학습 루프: epoch마다 블록을 섞고, optimizer step마다 micro-step들의 gradient를 모아 가중치를 한 번 고친다."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+
+import torch
+from transformers import get_linear_schedule_with_warmup
+
+from utils.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
+from utils.errors import UsageError
+from utils.progress import Speed
+from utils.train.group import Group
+from utils.train.listener import Listener
+from utils.train.records import Recipe
+from utils.train.resume import Checkpoints
+from utils.train.state import TrainState
+from utils.train.step import Batch, RunningStep
+from utils.train.weights import Weights
+
+
+class Loop:
+    """QLoRA 학습. 손실은 effective batch 전체의 토큰 평균이다.
+
+    Args:
+        train_set: 블록의 dataset. 블록은 `input_ids`, `labels`, `position_ids`가 모두 [block]이다.
+        eval_set: 검증할 블록. None이면 검증하지 않는다.
+        checkpoints: 저장할 곳. None이면 저장하지 않는다.
+    """
+
+    def __init__(self, step: RunningStep, weights: Weights, recipe: Recipe, train_set, eval_set=None, *, group: Group,
+                 device: torch.device, checkpoints: Checkpoints | None = None, listeners: Iterable[Listener] = (),
+                 speed: Speed | None = None):
+        self.step, self.weights, self.recipe, self.train_set, self.eval_set = step, weights, recipe, train_set, eval_set
+        self.group, self.device, self.checkpoints = group, device, checkpoints
+        self.listeners, self.speed = tuple(listeners), speed or Speed()
+        self.state = TrainState(max_steps=recipe.steps)
+        self.batches = MicroBatches(len(train_set), recipe.rows, recipe.accumulation, recipe.seed, group)
+        self.optimizer = torch.optim.AdamW(weights.parameters, recipe.learning_rate, weight_decay=0.0, fused=True)
+        self.follow_schedule(0)
+
+    def follow_schedule(self, taken: int) -> None:
+        """가중치를 `taken`번 고친 자리의 학습률에서 시작한다."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.recipe.learning_rate
+        self.schedule = get_linear_schedule_with_warmup(self.optimizer, self.recipe.warmup, self.recipe.steps,
+                                                        last_epoch=taken - 1)
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """끝까지, 참을성이 다할 때까지, 또는 `should_stop`이 참일 때까지 배운다.
+
+        Raises:
+            UsageError: loss나 기울기가 NaN이나 inf가 되었다. 가중치를 고치기 전이다.
+        """
+        for listener in self.listeners:
+            listener.begin(self.state)
+        with closing(self.step):
+            while not self.is_finished:
+                epoch, done = divmod(self.state.global_step, self.batches.steps_per_epoch)
+                for indices in self.batches.steps(epoch)[done:]:
+                    row = self.learn(indices)
+                    stop = should_stop()
+                    self.log(row)
+                    if self.is_due and self.eval_set is not None:
+                        self.validate()
+                    if self.is_due or stop:
+                        self.save()
+                    if stop or self.is_finished:
+                        return
+
+    def learn(self, indices: list[list[int]]) -> dict[str, float]:
+        """effective batch 하나로 가중치를 한 번 고치고, 기록할 한 줄을 돌려준다.
+
+        Args:
+            indices: micro batch마다의 블록 번호.
+        """
+        with self.speed:
+            micro_batches = [read_blocks(self.train_set, rows, pin=self.device.type == "cuda") for rows in indices]
+            targets = sum(n_targets(batch) for batch in micro_batches).to(self.device, torch.float32)
+            targets = self.group.add_up(targets).clamp(min=1)
+
+            self.weights.zero_gradients()
+            loss = sum(self.micro_step(number, batch, targets) for number, batch in enumerate(micro_batches))
+            loss = self.group.add_up(loss)
+            self.weights.sum_gradients()
+
+            self.weights.scaler.unscale_(self.optimizer)
+            norm = self.weights.clip_gradients(self.recipe.max_grad_norm)
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.refuse_divergence(loss, norm, rate)
+            self.update_weights()
+        self.state.global_step += 1
+        epoch, done = divmod(self.state.global_step, self.batches.steps_per_epoch)
+        self.state.epoch = epoch + done * self.recipe.accumulation / self.batches.per_epoch
+        return {"loss": float(loss), "grad_norm": float(norm), "learning_rate": rate, **self.speed.figures()}
+
+    def micro_step(self, number: int, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
+        """micro batch 하나의 gradient를 더하고, effective batch의 손실 가운데 이 micro batch의 몫을 돌려준다.
+
+        Args:
+            number: optimizer step 안에서 이 프로세스의 몇 번째 micro batch인지.
+            targets: effective batch에서 정답이 있는 토큰의 수.
+        """
+        factor = 1 / targets
+        scale = self.weights.scaler.scale(torch.ones_like(factor))  # fp16이 아니면 1
+        rows = len(batch["input_ids"])
+        keys = self.dropout_keys(rows, first=(number * self.group.world + self.group.rank) * rows)
+        return self.step.train({**batch, "keys": keys, "factor": factor * scale}) / scale
+
+    def dropout_keys(self, rows: int, first: int = 0) -> torch.Tensor:
+        """블록마다의 dropout 씨앗 [rows, 2], int32. (seed, global step, batch 안의 자리)로 정해진다.
+
+        그래서 재개해도, 나누어 계산해도, 프로세스의 수가 달라도 같다.
+        """
+        keys = [block_key(self.recipe.seed, self.state.global_step, first + row) for row in range(rows)]
+        return torch.tensor(keys, dtype=torch.int32)
+
+    def update_weights(self) -> None:
+        """가중치와 학습률을 고친다. fp16의 기울기가 넘쳤으면 scaler가 건너뛰고, 그때는 학습률도 그대로다."""
+        scaler = self.weights.scaler
+        before = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() >= before:
+            self.schedule.step()
+
+    def refuse_divergence(self, loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
+        """loss나 기울기가 유한하지 않으면 가중치를 건드리지 않고 멈춘다. fp16의 기울기는 scaler가 스스로 고친다."""
+        watched = loss if self.weights.scaler.is_enabled() else loss + norm
+        if torch.isfinite(watched):
+            return
+        bad = "loss" if not torch.isfinite(loss) else "기울기"
+        advice = "--learning_rate를 낮추어 다른 --output_dir에서 시작한다"
+        cause = "학습률이 너무 높다" if bad == "기울기" else "학습률이 너무 높거나 기반 모델이 계산 범위를 넘는다"
+        if self.state.global_step == 0:  # 아직 아무것도 고치지 않았다
+            cause = "기반 모델의 가중치에 NaN이나 inf가 있거나 계산 범위를 넘는다"
+            advice = "기반 모델을 다시 받는다"
+        last = self.checkpoints.newest() if self.checkpoints is not None else None
+        kept = f"마지막으로 온전한 것은 {last}이다" if last else "아직 저장한 체크포인트는 없다"
+        raise UsageError(f"step {self.state.global_step + 1}에서 {bad}가 NaN이나 inf가 되어, 가중치를 고치기 전에 "
+                         f"멈추었다. 이유: {cause}(지금 학습률 {rate:.1e}). {kept}. {advice}")
+
+    def evaluate(self) -> float:
+        """검증 블록의 손실: 정답이 있는 토큰마다의 음의 로그 가능도의 평균. 학습과 같은 모양으로 계산한다."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # 손실의 합, 토큰의 수
+        for rows in evaluation_batches(len(self.eval_set), self.step.rows, self.group):
+            batch = read_blocks(self.eval_set, rows, pin=self.device.type == "cuda")
+            total[0] += self.step.evaluate({**batch, "keys": self.dropout_keys(len(rows))})
+            total[1] += n_targets(batch)
+        nll, tokens = self.group.add_up(total).tolist()
+        return nll / max(tokens, 1)
+
+    def validate(self) -> None:
+        """평가하고, 가장 좋은 step을 기억한다."""
+        began = time.perf_counter()
+        loss = self.evaluate()
+        seconds = time.perf_counter() - began
+        self.state.remember(loss)
+        self.log({"eval_loss": loss, "eval_runtime": seconds, "eval_samples_per_second": len(self.eval_set) / seconds})
+
+    def log(self, row: dict[str, float]) -> None:
+        row = {**row, "epoch": self.state.epoch, "step": self.state.global_step}
+        self.state.log_history.append(row)
+        for listener in self.listeners:
+            listener.log(row, self.state)
+
+    def save(self) -> None:
+        if self.checkpoints is not None:
+            folder = self.checkpoints.save(self)
+            for listener in self.listeners:
+                listener.saved(folder, self.state, final=False)
+
+    @property
+    def is_due(self) -> bool:
+        """평가하고 저장할 step인지."""
+        return self.state.global_step % self.recipe.interval == 0 or self.state.global_step >= self.recipe.steps
+
+    @property
+    def is_finished(self) -> bool:
+        patience = self.recipe.patience
+        return self.state.global_step >= self.recipe.steps or (patience is not None and self.state.waited >= patience)

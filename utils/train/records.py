@@ -1,0 +1,121 @@
+"""학습 단계가 주고받는 기록: 설정(`Settings`), 계획(`Plan`), 루프가 따르는 값(`Recipe`), 결과(`Result`)."""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from utils.planner import MemoryPlan
+from utils.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`finetune-lora.py`의 플래그. 뜻과 기본값은 그 서명이 정한다."""
+
+    base_model: str
+    data_path: str
+    output_dir: str
+    cache_dir: str | None
+    num_train_epochs: float
+    batch_size: int
+    micro_batch_size: int | None
+    learning_rate: float
+    cutoff_len: int
+    val_set_size: float
+    train_on_inputs: bool
+    early_stopping_patience: int | None
+    seed: int
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_target_modules: tuple[str, ...]
+    prompt_template: str
+    vram_gb: float | None
+    resume_from_checkpoint: bool | str | None
+    check_data: bool
+    repair_data: str | None
+    report_to: str
+    wandb_project: str | None
+    wandb_run_name: str | None
+    wandb_watch: str | None
+    wandb_log_model: str | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다."""
+
+    steps: int
+    warmup: int
+    interval: int
+
+    @classmethod
+    def from_blocks(cls, n_blocks: int, batch_size: int, epochs: float) -> "Schedule":
+        steps = max(1, math.ceil(math.ceil(n_blocks / batch_size) * epochs))
+        return cls(steps, min(100, round(steps * 0.06)), max(1, steps // 10))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """모델을 올리기 전에 정하는 것.
+
+    Attributes:
+        accumulation: optimizer step마다 프로세스 하나가 계산하는 micro batch의 수.
+        processes: 함께 배우는 프로세스의 수.
+    """
+
+    schedule: Schedule
+    memory: MemoryPlan
+    accumulation: int
+    processes: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """무엇을 얼마나 배우는지.
+
+    effective batch는 `rows` x `accumulation` x 프로세스 수(블록)다.
+
+    Attributes:
+        steps: optimizer step의 수.
+        warmup: 학습률을 0에서 올리는 step의 수. 그 뒤로는 `steps`에서 0이 되게 내린다.
+        interval: 몇 step마다 평가하고 저장하는지.
+        rows: micro batch의 블록 수.
+        accumulation: optimizer step마다 프로세스 하나가 계산하는 micro batch의 수.
+        patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. None이면 끝까지 간다.
+        max_grad_norm: gradient의 크기를 이 아래로 줄인다.
+    """
+
+    steps: int
+    warmup: int
+    interval: int
+    rows: int
+    accumulation: int
+    learning_rate: float
+    seed: int
+    patience: int | None = None
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """학습이 남긴 것.
+
+    Attributes:
+        model: 가장 좋은 어댑터를 얹은 모델.
+        path: 어느 길로 학습했는지 설명하는 한 줄.
+        before, after: 학습 전후의 검증 loss. 검증하지 않았으면 None이다.
+        seconds: 걸린 시간. 이어 가기 전의 것도 센다.
+        sharded: 모델을 여러 카드에 나누어 배웠는지. 나뉜 모델로는 답하지 않는다.
+        is_first: 기록을 쓰는 프로세스인지.
+    """
+
+    model: nn.Module
+    state: TrainState
+    path: str
+    before: float | None
+    after: float | None
+    seconds: float
+    sharded: bool
+    is_first: bool

@@ -1,0 +1,126 @@
+"""micro-step: 블록 몇 개의 손실과 gradient를 구하는 법. 모델에 맞는 길을 고르고, 메모리가 모자라면 나누어 계산한다."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from utils.batches import count_documents, split_rows
+from utils.captured import CapturedStep
+from utils.engine.train_layers import restore_embedding, why_not
+from utils.engine.train_step import NeoxStep
+from utils.errors import UsageError
+from utils.microstep import autograd_ways
+from utils.parity import choose_step
+from utils.planner import MemoryPlan
+
+Batch = dict[str, torch.Tensor]
+
+
+class Step(Protocol):
+    """micro-step 하나를 계산하는 길.
+
+    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 씨앗 `keys`는 [rows, 2]다.
+    """
+
+    path: str  # 어느 길인지 설명하는 한 줄
+
+    def train(self, batch: Batch) -> torch.Tensor:
+        """`batch["factor"]`를 곱한 손실의 gradient를 `.grad`에 더하고 그 손실(스칼라)을 돌려준다."""
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """dropout 없이 구한 음의 로그 가능도의 합(스칼라)."""
+
+    def release(self) -> None:
+        """잡아 둔 메모리를 놓는다."""
+
+    def recompute_more(self) -> bool:
+        """backward에서 재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
+
+
+class RunningStep(Protocol):
+    """루프가 쓰는 micro-step: 한 번에 몇 블록을 계산할지 알고, 끝나면 모델을 되돌려 준다."""
+
+    path: str
+    rows: int  # 한 번에 계산하는 블록의 수
+
+    def train(self, batch: Batch) -> torch.Tensor: ...
+
+    def evaluate(self, batch: Batch) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+def open_step(model: nn.Module, plan: MemoryPlan, train_set, eval_set, device: torch.device, gradients: torch.Tensor,
+              say: Callable[[str], None]) -> "SplittingStep":
+    """가장 빠른 길부터, 모델과 같은 값을 내는 첫 micro-step을 연다.
+
+    Args:
+        gradients: 배우는 가중치의 `.grad`를 모두 담은 1차원 fp32 tensor.
+
+    Raises:
+        UsageError: 어느 길로도 모델과 같은 값이 나오지 않는다.
+    """
+    reason = why_not(model)
+    documents = max(2, *(count_documents(data) for data in (train_set, eval_set)))
+    candidates = autograd_ways(model, recompute=plan.recompute_layers > 0, reason=reason or "")
+    if reason is None:
+        candidates.insert(0, lambda: NeoxStep(model, plan.recompute_layers, documents))
+    step = choose_step(candidates, model, train_set, documents, device, say, reject=lambda: restore_embedding(model))
+    return SplittingStep(CapturedStep(step, device), model, plan.micro_batch_size, gradients, say)
+
+
+class SplittingStep:
+    """메모리가 모자라면 micro batch를 반으로 나누어 같은 것을 다시 계산하는 micro-step. 결과는 변하지 않는다.
+
+    Attributes:
+        rows: 한 번에 계산하는 블록의 수. 메모리가 모자랄 때마다 반이 된다.
+    """
+
+    def __init__(self, step: CapturedStep, model: nn.Module, rows: int, gradients: torch.Tensor,
+                 say: Callable[[str], None]):
+        self.step, self.model, self.rows, self.gradients, self.say = step, model, rows, gradients, say
+
+    @property
+    def path(self) -> str:
+        return self.step.path
+
+    def train(self, batch: Batch) -> torch.Tensor:
+        """micro batch를 `rows` 블록씩 계산한다. 메모리가 모자라면 덜 쓰는 길로 처음부터 다시 한다.
+
+        Raises:
+            UsageError: 블록 하나도 계산할 수 없다.
+        """
+        blocks = {name: value for name, value in batch.items() if name != "factor"}
+        before = None if self.step.captured else self.gradients.clone()  # 찍힌 graph는 메모리를 새로 잡지 않는다
+        while True:
+            parts = split_rows(blocks, self.rows)
+            try:
+                return sum(self.step.train({**part, "factor": batch["factor"]}) for part in parts)
+            except torch.OutOfMemoryError:
+                if before is None:
+                    raise
+            self.step.release()
+            self.gradients.copy_(before)
+            self._use_less_memory(batch["input_ids"].shape[1])
+
+    def _use_less_memory(self, block: int) -> None:
+        """micro batch를 반으로 줄이거나, 이미 한 블록이면 재계산하는 층을 늘린다."""
+        if self.rows > 1:
+            self.rows //= 2
+            how = f"micro batch를 {self.rows}로 줄여"
+        elif self.step.recompute_more():
+            how = "재계산하는 층을 늘려"
+        else:
+            raise UsageError(f"메모리가 모자라 {block}토큰 블록 하나도 학습할 수 없다. "
+                             f"--cutoff_len {block // 2} 또는 더 작은 모델을 쓴다")
+        self.say(f"메모리가 모자라 {how} 같은 batch를 다시 계산한다. effective batch는 그대로다")
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        return self.step.evaluate(batch)
+
+    def close(self) -> None:
+        """학습에 쓴 메모리를 놓고 모델을 평범한 모습으로 되돌린다."""
+        self.step.release()
+        restore_embedding(self.model)

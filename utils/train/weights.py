@@ -1,0 +1,87 @@
+"""배우는 가중치(LoRA)와 그 gradient: 지우기, 프로세스들의 합, 크기 줄이기, 파일에 쓰고 읽기."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from utils.checkpoint import ADAPTER
+from utils.train.group import Group
+
+
+class Weights(Protocol):
+    """배우는 가중치. 프로세스마다 온전히 있거나(`ReplicatedWeights`) 나뉘어 있다(`fsdp.ShardedWeights`).
+
+    모든 메서드는 모든 프로세스가 함께 부른다.
+    """
+
+    parameters: list[nn.Parameter]  # optimizer가 고칠 것
+    scaler: torch.amp.GradScaler  # fp16이 아니면 아무것도 하지 않는다
+
+    def zero_gradients(self) -> None: ...
+
+    def sum_gradients(self) -> None:
+        """프로세스들의 gradient를 더한다."""
+
+    def clip_gradients(self, limit: float) -> torch.Tensor:
+        """gradient의 크기를 `limit` 아래로 줄이고 줄이기 전의 크기(스칼라)를 돌려준다."""
+
+    def save_adapter(self, folder: Path) -> None:
+        """PEFT가 읽는 어댑터를 폴더에 쓴다."""
+
+    def load_adapter(self, folder: Path) -> None: ...
+
+    def optimizer_file(self, folder: Path) -> Path:
+        """이 프로세스의 optimizer 상태가 담긴 파일."""
+
+    def writes_optimizer(self) -> bool:
+        """이 프로세스가 optimizer 상태를 쓰는지."""
+
+
+class ReplicatedWeights:
+    """프로세스마다 온전히 있는 LoRA 가중치. gradient는 이어 붙인 fp32 tensor 하나이고 `.grad`는 그 조각이다.
+
+    0으로 지우기, 크기 재기, 여러 프로세스의 합이 저마다 연산 하나로 끝나고, CUDA graph가 가리키는 주소가 변하지 않는다.
+
+    Attributes:
+        gradients: [배우는 매개변수의 수], fp32.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, fp16: bool = False):
+        self.model, self.group = model, group
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.gradients = torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=device)
+        start = 0
+        for parameter in self.parameters:
+            parameter.data = parameter.data.float()  # 16비트로는 작은 갱신이 사라지므로 LoRA 가중치는 fp32로 둔다
+            parameter.grad = self.gradients[start:start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    def zero_gradients(self) -> None:
+        self.gradients.zero_()
+
+    def sum_gradients(self) -> None:
+        self.group.add_up(self.gradients)
+
+    def clip_gradients(self, limit: float) -> torch.Tensor:
+        norm = self.gradients.norm()
+        self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def save_adapter(self, folder: Path) -> None:
+        if self.group.is_first:
+            self.model.save_pretrained(folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        set_peft_model_state_dict(self.model, load_file(folder / ADAPTER[1]))
+
+    def optimizer_file(self, folder: Path) -> Path:
+        return folder / "optimizer.pt"
+
+    def writes_optimizer(self) -> bool:
+        return self.group.is_first
