@@ -1,7 +1,7 @@
 """어떤 설정의 모델이든 학습한 것이 그 모델이고, 합친 것이 배운 것이고, 답이 transformers의 것과 같다.
 
-구조마다 설정을 뽑아(활성화, bias, rotary의 비율, 묶임, kv group, norm, 배율, soft cap, 창, 잔차의 모양) 작은 모델을 만들고
-세 단계를 모두 지나며 transformers와 peft로 따로 구한 값과 비교한다. `-m slow`로 청하면 구조마다 스무 가지를 뽑는다.
+구조마다 설정을 뽑아(활성화, bias, rotary의 비율, 묶임, kv group, norm, 배율, soft cap, 창, 잔차의 모양) 작은 모델을
+만들고 세 단계를 모두 지나며 transformers와 peft로 따로 구한 값과 비교한다. `-m slow`로 청하면 구조마다 스무 가지를 뽑는다.
 """
 
 import tempfile

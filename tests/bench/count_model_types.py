@@ -47,8 +47,9 @@ def try_type(model_type: str) -> dict:
 
 
 def work(pipe, model_type: str) -> None:
-    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")
-    pipe.send(try_type(model_type))
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        pipe.send(try_type(model_type))
 
 
 def run_all(types: list[str]):
