@@ -1,7 +1,7 @@
 """어떤 설정의 모델이든 학습한 것이 그 모델이고, 합친 것이 배운 것이고, 답이 transformers의 것과 같다.
 
 구조마다 설정을 뽑아(활성화, bias, rotary의 비율, 묶임, kv group, norm, 배율, soft cap, 창, 잔차의 모양) 작은 모델을
-만들고 세 단계를 모두 지나며 transformers와 peft로 따로 구한 값과 비교한다. `-m slow`로 청하면 구조마다 스무 가지를 뽑는다.
+만들고 세 단계를 모두 지나며 transformers와 peft로 따로 구한 값과 비교한다. `-m slow`로 청하면 구조마다 스무 가지다.
 """
 
 import tempfile
@@ -56,6 +56,7 @@ FAMILIES = {
               "layer_norm_epsilon": NORMS},
     "falcon": {"new_decoder_architecture": (True, False), "multi_query": (True, False), "parallel_attn": (False, True),
                "bias": (True, False), "alibi": (True, False), "tie_word_embeddings": (False, True)},
+    "apertus": {name: SHORT[name] for name in ("tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")},
     "mixtral": {**SHORT, "sliding_window": (8, None), "num_experts_per_tok": (1, 2)},
     "stablelm": {"use_qkv_bias": (True, False), "qk_layernorm": (True, False), "rope_parameters": PARTS,
                  "use_parallel_residual": (True, False), "tie_word_embeddings": (True, False)},
