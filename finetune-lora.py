@@ -1,6 +1,6 @@
 """한국어 언어 모델을 QLoRA 4비트로 미세조정한다."""
 
-from utils import cli
+from utils import cli, console
 from utils.paths import BASE_DEMO, DATA_DEMO, find_input, shown
 
 MAX_BATCH = 1 << 16
@@ -85,22 +85,22 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils import datareport, finetune, planner, results, rundir
+    from utils.train import planner, results, run_folder, stage
     from utils.train.fit import fit
     from utils.train.records import Settings
 
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
     if check_data or repair_data is not None:
-        datareport.check(settings, cli.say)
+        stage.check_data(settings, console.say)
         return
-    inputs = finetune.prepare(settings, cli.say)
-    plan = finetune.plan(settings, inputs, cli.say)
-    with rundir.open_run(settings, inputs, cli.say) as run:
+    inputs = stage.prepare(settings, console.say)
+    plan = stage.plan(settings, inputs, console.say)
+    with run_folder.open_run(settings, inputs, console.say) as run:
         planner.cap_allocator(plan.memory, inputs.device.device, vram_gb)
-        model = finetune.build_model(settings, inputs, cli.say)
-        result = fit(settings, inputs, plan, model, run, cli.say)
+        model = stage.build_model(settings, inputs, console.say)
+        result = fit(settings, inputs, plan, model, run, console.say)
         with run.saving():
-            results.write(settings, inputs, plan, result, cli.say)
+            results.write(settings, inputs, plan, result, console.say)
     say_next(base_model, output_dir)
 
 
@@ -134,10 +134,10 @@ def check_flags(flags: dict) -> None:
 
 def say_next(base_model: str, output_dir: str) -> None:
     merged = f"{output_dir.rstrip('/')}-merged"
-    cli.say("\n다음 명령:")
-    cli.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
-    cli.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
-    cli.say(f"어댑터: {shown(output_dir)}  (기반 모델: {shown(base_model)})")
+    console.say("\n다음 명령:")
+    console.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
+    console.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
+    console.say(f"어댑터: {shown(output_dir)}  (기반 모델: {shown(base_model)})")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import time
 
-from utils import cli
+from utils import cli, console
 from utils.paths import find_input, shown
 
 
@@ -48,16 +48,16 @@ def serve(
     """
     check_flags(server_name, server_port, share_gradio, auth, bool(load_4bit and load_8bit), ask, eval, peft_root)
 
-    from utils import talkmodel
+    from utils.talk.source import find_source, load_answerer
 
-    source = talkmodel.find_source(base_model, peft_root, cli.say)
-    answerer = talkmodel.load_answerer(source, cache_dir, load_4bit, load_8bit, prompt_template, cli.say)
+    source = find_source(base_model, peft_root, console.say)
+    answerer = load_answerer(source, cache_dir, load_4bit, load_8bit, prompt_template, console.say)
     if ask is not None:
         print_answer(answerer, ask, input)
     elif eval is not None:
         print_scores(answerer, find_results(source, (), answerer, cache_dir), eval)
     else:
-        from utils.page import Access
+        from utils.talk.page import Access
 
         results = find_results(source, run_dirs, answerer, cache_dir)
         open_page(answerer, source.name, results, Access(server_name, server_port, share_gradio, auth, api))
@@ -66,7 +66,7 @@ def serve(
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
                 n_eval: int | None, peft_root: str | None) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
-    from utils.guard import exposure_problem
+    from utils.talk.guard import exposure_problem
 
     problem = exposure_problem(server_name, share, auth)
     cli.check(
@@ -85,66 +85,67 @@ def find_results(source, run_dirs: tuple[str, ...], answerer, cache_dir: str | N
     """페이지에서 보여 줄 학습들과 검증 질문."""
     from pathlib import Path
 
-    from utils import evaluator, report
-    from utils.page_results import Results
+    from utils import record
+    from utils.talk import scores
+    from utils.talk.page_runs import Results
 
     folders = [Path(find_input(folder)) for folder in run_dirs]
     own = source.run_dir
-    if own and (own / report.RUN_FILE).is_file() and own not in folders:
+    if own and (own / record.RUN_FILE).is_file() and own not in folders:
         folders.insert(0, own)
-    runs = {shown(folder): report.read_run(folder) for folder in folders}
-    can_learn = own is not None and (own / report.RUN_FILE).is_file()
-    return Results(runs, (lambda: evaluator.load_validation(own, answerer, cache_dir)) if can_learn else None)
+    runs = {shown(folder): record.read_run(folder) for folder in folders}
+    can_learn = own is not None and (own / record.RUN_FILE).is_file()
+    return Results(runs, (lambda: scores.load_validation(own, answerer, cache_dir)) if can_learn else None)
 
 
 def print_answer(answerer, ask: str, input: str) -> None:
     """질문 하나에 콘솔에서 답한다."""
-    from utils.answerer import Answer, describe
-    from utils.guard import check_text
     from utils.sampling import Sampling
+    from utils.talk.answerer import Answer, describe
+    from utils.talk.guard import check_text
 
     check_text(ask=ask, input=input)
     answer = Answer(answerer.ask(ask, input), Sampling())
     print()
     for piece in answerer.pieces(answer):
-        print(cli.printable(piece), end="", flush=True)
-    cli.say(f"\n\n[{describe(answer)}]")
+        print(console.printable(piece), end="", flush=True)
+    console.say(f"\n\n[{describe(answer)}]")
 
 
 def print_scores(answerer, results, n: int) -> None:
     """검증 질문 n개로 기반 모델과 학습한 모델을 재어 표로 보여 준다."""
-    from utils import evaluator
     from utils.errors import UsageError
+    from utils.talk import scores
 
     if results.load is None:
         raise UsageError("어댑터에 run.json이 없어 검증 질문을 알 수 없다. finetune-lora.py의 --output_dir를 적는다")
     questions = results.validation().questions[:n]
     rows = []
-    for row in evaluator.evaluate(answerer, questions):
+    for row in scores.evaluate(answerer, questions):
         rows.append(row)
-        cli.say(f"[{len(rows)}/{len(questions)}] {row['question'][:60]}\n  기반: {row['base_text'][:100]}\n"
+        console.say(f"[{len(rows)}/{len(questions)}] {row['question'][:60]}\n  기반: {row['base_text'][:100]}\n"
                 f"  학습: {row['tuned_text'][:100]}")
-    cli.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
-    for title, base, tuned, change in evaluator.table(rows):
-        cli.say(f"  {title}: 기반 {base}, 학습 후 {tuned} ({change})")
+    console.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
+    for title, base, tuned, change in scores.table(rows):
+        console.say(f"  {title}: 기반 {base}, 학습 후 {tuned} ({change})")
 
 
 def open_page(answerer, model_name: str, results, access) -> None:
     """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
-    from utils import page
+    from utils.talk import page
 
     blocks = page.build(answerer, "Polyglot-ko-1.3b-lite", f"모델: {model_name}", results)
     local, shared = page.launch(blocks, answerer, model_name, access)
-    cli.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
+    console.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
     if shared:
-        cli.say(f"공유 링크: {shared}")
+        console.say(f"공유 링크: {shared}")
     if access.api:
-        cli.say(f"API: {local.rstrip('/')}/v1")
+        console.say(f"API: {local.rstrip('/')}/v1")
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        cli.say("\n페이지를 닫는다")
+        console.say("\n페이지를 닫는다")
         blocks.close(verbose=False)
 
 

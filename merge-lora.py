@@ -2,7 +2,7 @@
 
 import gc
 
-from utils import cli
+from utils import cli, console
 from utils.paths import find_input, shown
 
 ONTO = ("original", "quantized")
@@ -46,37 +46,39 @@ def merge(
         (gguf_type in GGUF_TYPES, f"gguf_type은 {', '.join(GGUF_TYPES)} 가운데 하나다: {gguf_type}"),
     ])
     gc.disable()  # torch를 불러오고 끝낼 때 객체 수십만 개를 거듭 훑지 않게 한다. 0.4초가 준다
-    from utils import gguf_export, merger, staging
+    from utils import files
+    from utils.merge import gguf, writer
+    from utils.merge.job import open_job
 
     gc.freeze()
     gc.enable()
-    max_bytes = merger.parse_size(max_shard_size)
-    job = merger.open_job(find_input(peft_root), base_model, cache_dir, merge_onto)
+    max_bytes = writer.parse_size(max_shard_size)
+    job = open_job(find_input(peft_root), base_model, cache_dir, merge_onto)
     if export:
-        gguf_export.require_exportable(job.base.config)
-    merger.check_target(output_dir, job, job.base.n_bytes if export else 0)
+        gguf.require_exportable(job.base.config)
+    writer.check_target(output_dir, job, job.base.n_bytes if export else 0)
     for warning in job.warnings:
-        cli.say(f"경고: {warning}")
-    cli.say(f"어댑터: {shown(job.adapter)}  기반 모델: {shown(job.base.path)}  갱신할 행렬 {len(job.updates)}개")
-    with staging.staged(output_dir) as folder:
-        hashed = merger.write_model(folder, job, max_bytes, cli.say)
+        console.say(f"경고: {warning}")
+    console.say(f"어댑터: {shown(job.adapter)}  기반 모델: {shown(job.base.path)}  갱신할 행렬 {len(job.updates)}개")
+    with files.staged(output_dir) as folder:
+        hashed = writer.write_model(folder, job, max_bytes, console.say)
         proof = prove(job, folder) if verify else None
         if export:
-            cli.say(f"GGUF: {gguf_export.write(folder, gguf_type)}")
-        merger.finish(folder, job, hashed, proof)
-    cli.say(f"합친 모델: {shown(output_dir)}")
-    cli.say(f'  대화: python generate.py --base_model "{output_dir}"')
+            console.say(f"GGUF: {gguf.write(folder, gguf_type)}")
+        writer.finish(folder, job, hashed, proof)
+    console.say(f"합친 모델: {shown(output_dir)}")
+    console.say(f'  대화: python generate.py --base_model "{output_dir}"')
 
 
 def prove(job, folder) -> dict:
     """검산하고 그 결과를 알린다. 쓴 것이 쓰려던 것과 다르면 멈추고, 배운 것과 다르면 경고한다."""
-    from utils import proof
+    from utils.merge import proof
 
     report = proof.prove(job, folder)
     proof.judge(report)
-    cli.say(f"검산: {proof.describe(report)}")
+    console.say(f"검산: {proof.describe(report)}")
     for warning in proof.warnings(report):
-        cli.say(f"경고: {warning}")
+        console.say(f"경고: {warning}")
     return report
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from utils import cli, console
 from utils.errors import UsageError
 
 HUB_ID = "beomi/KoAlpaca-v1.1a"
@@ -21,9 +21,9 @@ def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str 
         output: 쓸 파일. 다 쓴 뒤에야 이 이름으로 나타난다.
         cache_dir: 받은 원본을 둘 폴더.
     """
-    from utils.datafile import staged_file
+    from utils.data.rows import END_TOKEN, read_rows, segmenter
+    from utils.files import staged_file
     from utils.prompter import Prompter
-    from utils.rows import END_TOKEN, read_rows, segmenter
 
     target, prompter, to_pieces, written, left_out = Path(output), Prompter(), None, 0, 0
     with staged_file(target, "쓰지 못했다") as stream:
@@ -39,7 +39,7 @@ def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str 
             written += 1
         if not written:
             raise UsageError(f"{source}에 쓸 수 있는 행이 하나도 없다")
-    cli.say(f"{written:,}행을 썼다: {target}" + (f" (글이 빈 {left_out:,}행은 뺐다)" if left_out else ""))
+    console.say(f"{written:,}행을 썼다: {target}" + (f" (글이 빈 {left_out:,}행은 뺐다)" if left_out else ""))
 
 
 if __name__ == "__main__":

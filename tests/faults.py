@@ -126,8 +126,12 @@ def serve() -> None:
     import torch
     import transformers  # noqa: F401
 
-    from utils import cli, finetune, progress, results  # noqa: F401
-    from utils.train import fit  # noqa: F401
+    from utils.train import (  # noqa: F401
+        fit,
+        progress,
+        results,
+        stage,
+    )
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -175,7 +179,7 @@ def run_trial(trial: dict, writer: int) -> None:
         sys.argv = ["finetune-lora.py", *trial["argv"]]
         raise_signals(cli, trial["signals"])
         if not trial["answers"]:
-            from utils import results
+            from utils.train import results
 
             results.write = lambda *everything: None
         if trial["oom"] is not None:
@@ -198,11 +202,11 @@ def run_trial(trial: dict, writer: int) -> None:
         os._exit(code)
 
 
-def raise_signals(cli, signals: list) -> None:
+def raise_signals(console, signals: list) -> None:
     """진행을 알리는 줄에 정한 step이 나오면 자신에게 신호를 보낸다. [step, 신호의 이름, ...] RAM도 함께 적는다."""
     import psutil
 
-    say, memory = cli.say, psutil.Process().memory_info
+    say, memory = console.say, psutil.Process().memory_info
 
     def heard(text: str = "") -> None:
         say(text)
@@ -213,14 +217,14 @@ def raise_signals(cli, signals: list) -> None:
                 for name in names:
                     os.kill(os.getpid(), getattr(signal, name))
 
-    cli.say = heard
+    console.say = heard
 
 
 def run_out_of_memory(at: int) -> None:
     """`at`번째 micro-step에서 한 번, 블록이 둘 이상이면 메모리가 모자란다."""
     import torch
 
-    from utils.captured import CapturedStep
+    from utils.train.graph_step import CapturedStep
 
     train, calls = CapturedStep.train, [0]
 

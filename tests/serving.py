@@ -126,7 +126,8 @@ def write_talk_run(folder: Path, base: Path, data: Path, name: str = "run") -> P
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils import loader, report
+    from utils import record
+    from utils.model import adapter
     from utils.prompter import Prompter
 
     torch.manual_seed(1)
@@ -136,11 +137,11 @@ def write_talk_run(folder: Path, base: Path, data: Path, name: str = "run") -> P
     run = folder / name
     model.save_pretrained(run, safe_serialization=True)
     end_id = AutoTokenizer.from_pretrained(base).eos_token_id
-    loader.write_prompt_info(run, loader.PromptInfo(Prompter().template, "<|endoftext|>", end_id, 64))
+    adapter.write_prompt_info(run, adapter.PromptInfo(Prompter().template, "<|endoftext|>", end_id, 64))
     history = [{"step": step, "loss": 4 / step, "eval_loss": 4.2 / step, "learning_rate": 1e-3 / step,
                 "grad_norm": 1 / step} for step in range(1, 9)]
     settings = {"base_model": str(base), "data_path": str(data), "cutoff_len": 64, "val_set_size": 20, "seed": 42,
                 "num_train_epochs": 3, "batch_size": 16, "lora_r": 4}
-    report.write_run(run, {"settings": settings, "data": {"rows": 40}, "eval_loss_before": 4.5, "history": history,
+    record.write_run(run, {"settings": settings, "data": {"rows": 40}, "eval_loss_before": 4.5, "history": history,
                            "eval_loss_after": 0.5, "tokens_per_second": 1000.0, "peak_vram_gb": 1.27})
     return run

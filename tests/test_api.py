@@ -8,7 +8,7 @@ import openai
 import pytest
 from serving import serving
 
-from utils.api import _before_stop
+from utils.talk.api import _before_stop
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, build_tokenizer, run_script, write_rows
 
-from utils.targets import choose_targets
+from utils.model.targets import choose_targets
 
 CHAT_TEMPLATE = ("{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
                  "{% if add_generation_prompt %}[assistant] {% endif %}")

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils import checkpoint, rundir
+from utils import files
 from utils.errors import UsageError
+from utils.model import checkpoint
+from utils.train import run_folder
 
 FILES = (*checkpoint.RESUMABLE, "optimizer.pt", "rng_state.pth", "optimizer_0/shard.distcp")
 RUN = {"run": {"seed": {"id": 1, "shown": "1"}}, "step": 1, "rows": 1}
@@ -18,11 +20,11 @@ RUN = {"run": {"seed": {"id": 1, "shown": "1"}}, "step": 1, "rows": 1}
 
 def write_checkpoint(output: Path, step: int) -> Path:
     final = output / f"checkpoint-{step}"
-    staging = checkpoint.stage(final)
+    staging = files.stage(final)
     for name in FILES:
         (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_bytes(f"{name} {step}".encode() * 50)
-    checkpoint.publish(staging, final, RUN)
+    files.publish(staging, final, RUN)
     return final
 
 
@@ -31,7 +33,7 @@ def test_published_checkpoint_is_whole_and_leaves_nothing_behind(tmp_path):
     assert checkpoint.damage(final) is None
     assert checkpoint.newest_valid(tmp_path) == final
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
-    assert checkpoint.read_manifest(final)["run"] == RUN["run"]
+    assert files.read_manifest(final)["run"] == RUN["run"]
 
 
 def test_steps_are_ordered_as_numbers_and_other_folders_are_no_checkpoints(tmp_path):
@@ -44,7 +46,7 @@ def test_steps_are_ordered_as_numbers_and_other_folders_are_no_checkpoints(tmp_p
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "grow"])
-@pytest.mark.parametrize("name", [*FILES, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, files.MANIFEST])
 def test_any_harm_to_any_file_is_named_and_the_older_one_is_used(tmp_path, name, harm):
     older, newest = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
     file = newest / name
@@ -66,7 +68,7 @@ def test_any_harm_to_any_file_is_named_and_the_older_one_is_used(tmp_path, name,
                                   '{"files": {"C:\\\\x": {"size": 1}}, "run": {}}', '{"files": {"a": {}}, "run": []}'])
 def test_manifest_of_any_other_shape_is_damage(tmp_path, text):
     final = write_checkpoint(tmp_path, 1)
-    (final / checkpoint.MANIFEST).write_text(text, encoding="utf-8")
+    (final / files.MANIFEST).write_text(text, encoding="utf-8")
     assert checkpoint.damage(final)
 
 
@@ -90,14 +92,14 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
 
 def test_adapter_files_arrive_with_the_manifest_last(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
-    staging = checkpoint.stage(tmp_path / "adapter")
+    staging = files.stage(tmp_path / "adapter")
     for name in checkpoint.ADAPTER:
         (staging / name).write_bytes(b"new")
-    checkpoint.publish_files(staging, tmp_path, RUN)
-    assert checkpoint.damage(tmp_path, checkpoint.ADAPTER) is None
-    assert sorted(file.name for file in tmp_path.iterdir()) == [*checkpoint.ADAPTER, checkpoint.MANIFEST]
+    files.publish_files(staging, tmp_path, RUN)
+    assert files.damage(tmp_path, checkpoint.ADAPTER) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*checkpoint.ADAPTER, files.MANIFEST]
     (tmp_path / checkpoint.ADAPTER[1]).write_bytes(b"odd")
-    assert checkpoint.ADAPTER[1] in checkpoint.damage(tmp_path, checkpoint.ADAPTER)
+    assert checkpoint.ADAPTER[1] in files.damage(tmp_path, checkpoint.ADAPTER)
 
 
 @pytest.mark.parametrize("error, full", [
@@ -112,25 +114,25 @@ def test_adapter_files_arrive_with_the_manifest_last(tmp_path):
     (ValueError("28"), False),
 ])
 def test_full_disk_is_told_from_other_errors(error, full):
-    assert checkpoint.is_full_disk(error) == full
+    assert files.is_full_disk(error) == full
 
 
 def test_second_run_in_one_folder_is_refused_and_a_dead_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "run"
-    with rundir.locked(folder), pytest.raises(UsageError, match="다른 실행이 쓰는 중"), rundir.locked(folder):
+    with files.locked(folder), pytest.raises(UsageError, match="다른 실행이 쓰는 중"), files.locked(folder):
         pass
-    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from utils import rundir\n"
-            "with rundir.locked(Path(sys.argv[2])): os._exit(9)")
-    root = str(Path(rundir.__file__).parents[1])
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from utils import files\n"
+            "with files.locked(Path(sys.argv[2])): os._exit(9)")
+    root = str(Path(run_folder.__file__).parents[1])
     assert subprocess.run([sys.executable, "-c", code, root, str(folder)]).returncode == 9
-    with rundir.locked(folder):
+    with files.locked(folder):
         pass
 
 
 def test_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UsageError, match="쓸 수 없다"), rundir.locked(folder):
+        with pytest.raises(UsageError, match="쓸 수 없다"), files.locked(folder):
             pass
 
 
@@ -139,12 +141,12 @@ def test_differences_name_old_and_new_and_more_epochs_are_fine():
         return {name: {"id": value, "shown": str(value)} for name, value in values.items()}
 
     old = facts(seed=1, lora_r=8, num_train_epochs=3)
-    assert rundir.differences(old, facts(seed=1, lora_r=8, num_train_epochs=5)) == []
-    assert rundir.differences(old, facts(seed=2, lora_r=8, num_train_epochs=2)) == ["seed: 1 -> 2",
+    assert run_folder.differences(old, facts(seed=1, lora_r=8, num_train_epochs=5)) == []
+    assert run_folder.differences(old, facts(seed=2, lora_r=8, num_train_epochs=2)) == ["seed: 1 -> 2",
                                                                                   "num_train_epochs: 3 -> 2"]
     moved = {"data_path": {"id": "aa", "shown": "rows.json"}}, {"data_path": {"id": "bb", "shown": "rows.json"}}
-    assert rundir.differences(*moved) == ["data_path: rows.json -> rows.json(내용이 다르다)"]
-    assert rundir.differences({}, facts(seed=2)) == ["seed: 없음 -> 2"]
+    assert run_folder.differences(*moved) == ["data_path: rows.json -> rows.json(내용이 다르다)"]
+    assert run_folder.differences({}, facts(seed=2)) == ["seed: 없음 -> 2"]
 
 
 @pytest.mark.parametrize("argv", [
@@ -154,15 +156,15 @@ def test_differences_name_old_and_new_and_more_epochs_are_fine():
 ])
 def test_resume_command_is_the_command_given(monkeypatch, argv):
     monkeypatch.setattr(sys, "argv", argv)
-    resumed = rundir.command({"resume_from_checkpoint": "True"})
+    resumed = run_folder.command({"resume_from_checkpoint": "True"})
     assert resumed.startswith("python x.py") and resumed.endswith("--resume_from_checkpoint True")
     assert resumed.count("resume") == 1 and "--seed 3" in resumed and "a b" in resumed
-    elsewhere = rundir.command({"resume_from_checkpoint": None, "output_dir": "other"})
+    elsewhere = run_folder.command({"resume_from_checkpoint": None, "output_dir": "other"})
     assert "resume" not in elsewhere and "a b" not in elsewhere and elsewhere.endswith("--output_dir other")
 
 
 def test_space_is_asked_for_before_the_run(tmp_path):
-    run = rundir.Run(tmp_path, None, {}, None, "")
+    run = run_folder.Run(tmp_path, None, {}, None, "")
     run.require_space(1000)
     with pytest.raises(UsageError, match="MB가 필요한데"):
         run.require_space(10**15)
@@ -171,13 +173,13 @@ def test_space_is_asked_for_before_the_run(tmp_path):
 def test_unfinished_and_finished_folders_are_pointed_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune-lora.py", "--output_dir", str(tmp_path)])
     settings = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
-    assert rundir.choose_checkpoint(settings, {}, print) is None
+    assert run_folder.choose_checkpoint(settings, {}, print) is None
     write_checkpoint(tmp_path, 4)
     with pytest.raises(UsageError) as unfinished:
-        rundir.choose_checkpoint(settings, {}, print)
+        run_folder.choose_checkpoint(settings, {}, print)
     for word in ("checkpoint-4", "--resume_from_checkpoint True", f"--output_dir {tmp_path}-2"):
         assert word in str(unfinished.value)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "run.json").write_text(json.dumps({}), encoding="utf-8")
     with pytest.raises(UsageError, match="덮어쓰지 않는다"):
-        rundir.choose_checkpoint(settings, {}, print)
+        run_folder.choose_checkpoint(settings, {}, print)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils import cli
+from utils import cli, console
 from utils.errors import UsageError
 
 
@@ -90,5 +90,5 @@ def test_check_reports_every_broken_rule():
 
 
 def test_terminal_escapes_do_not_reach_the_console(capsys):
-    cli.say("안녕\x1b[31m\x07\x9b하세요\n")
+    console.say("안녕\x1b[31m\x07\x9b하세요\n")
     assert capsys.readouterr().out == "안녕[31m하세요\n\n"

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-from utils import cli, datacheck, datareport, dataset, loader, rows
+from utils import cli
+from utils.data import blocks, check, dataset, repair, rows
+from utils.data.encoder import Encoder
 from utils.errors import UsageError
+from utils.model import tokenizer
 from utils.prompter import Prompter
 
 SHIPPED = ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json"
@@ -22,7 +25,7 @@ finetune_lora = load_script("finetune-lora.py")
 
 @pytest.fixture(scope="module")
 def encoder(tiny_neox):
-    return dataset.Encoder(loader.load_tokenizer(tiny_neox), 2)
+    return Encoder(tokenizer.load_tokenizer(tiny_neox), 2)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,8 @@ def clean() -> list[tuple[str, str]]:
 
 def examine(path: Path, encoder, folder: Path, template: str = "default") -> dict:
     documents = dataset.load_documents(path, Prompter(template), encoder, CUTOFF, 2, str(folder), skip_bad=True)
-    sides = dataset.split_by_content(documents, 5, 42)
-    return {**documents.found, **datacheck.document_faults(documents, *sides)}
+    sides = blocks.split_by_content(documents, 5, 42)
+    return {**documents.found, **check.document_faults(documents, *sides)}
 
 
 def line(question: str, answer: str, end: str = END) -> str:
@@ -95,7 +98,7 @@ def seeded(tmp_path, clean) -> tuple[Path, dict[str, set[int]]]:
 
 def test_seeded_faults_are_all_found_and_nothing_else(seeded, encoder, monkeypatch):
     path, places = seeded
-    monkeypatch.setattr(datacheck, "N_EXAMPLES", 10**6)
+    monkeypatch.setattr(check, "N_EXAMPLES", 10**6)
     found = {kind: set(entry["rows"]) for kind, entry in examine(path, encoder, path.parent).items()}
     recall = {kind: len(found.get(kind, set()) & numbers) / len(numbers) for kind, numbers in places.items()}
     allowed = {kind: numbers | {number for other, also in ALSO.items() if kind in also for number in places[other]}
@@ -107,16 +110,16 @@ def test_seeded_faults_are_all_found_and_nothing_else(seeded, encoder, monkeypat
 
 
 def test_same_question_on_both_sides_is_found(tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr(datacheck, "N_EXAMPLES", 10**6)
+    monkeypatch.setattr(check, "N_EXAMPLES", 10**6)
     pairs = [(f"질문 {number % 150}?", f"{number}번째 답입니다.") for number in range(300)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(line(*pair) for pair in pairs), encoding="utf-8")
     documents = dataset.load_documents(path, Prompter(), encoder, CUTOFF, 2, str(tmp_path))
-    train, held_out = dataset.split_by_content(documents, 20, 42)
+    train, held_out = blocks.split_by_content(documents, 20, 42)
     asked = {pairs[index][0] for index in train}
     expected = [int(index) + 1 for index in held_out if pairs[index][0] in asked]
     assert expected
-    assert datacheck.document_faults(documents, train, held_out)["overlap"]["rows"] == expected
+    assert check.document_faults(documents, train, held_out)["overlap"]["rows"] == expected
 
 
 @pytest.mark.parametrize("encoding, named", [("cp949", "CP949"), ("utf-16", "UTF-16"), ("utf-8-sig", "UTF-8-SIG")])
@@ -146,15 +149,15 @@ def test_column_that_looks_wrong_is_told(tmp_path, encoder, kind, row):
 ])
 def test_no_false_alarm_on_real_data(tmp_path, encoder, path, template):
     found = examine(path, encoder, tmp_path, template)
-    assert set(found) <= {"long"}, datacheck.short_lines(found)  # 긴 행은 이 작은 토크나이저에서 정말로 길다
+    assert set(found) <= {"long"}, check.short_lines(found)  # 긴 행은 이 작은 토크나이저에서 정말로 길다
 
 
 def test_short_form_is_one_line_a_kind_with_row_numbers(seeded, encoder):
     path, places = seeded
-    lines = datacheck.short_lines(examine(path, encoder, path.parent))
+    lines = check.short_lines(examine(path, encoder, path.parent))
     assert len(lines) == len(places) and all("번째 행" in each for each in lines)
     assert any("99%가 들어가는 cutoff_len은" in each for each in lines)
-    assert set(places) <= set(datacheck.KINDS)
+    assert set(places) <= set(check.KINDS)
 
 
 # 고친 파일
@@ -163,7 +166,7 @@ def test_short_form_is_one_line_a_kind_with_row_numbers(seeded, encoder):
 def test_repaired_file_has_no_fault_that_can_be_mended(seeded, encoder, tmp_path):
     path, places = seeded
     before = path.read_bytes()
-    done = datareport.repair(path, tmp_path / "fixed.jsonl", Prompter())
+    done = repair.repair(path, tmp_path / "fixed.jsonl", Prompter())
     found = examine(tmp_path / "fixed.jsonl", encoder, tmp_path)
     assert set(found) <= {"copied", "off_template", "glued", "end_inside", "mojibake", "long", "answer_cut"}
     assert found["mojibake"]["count"] <= EACH // 2  # 잃어버린 글자가 있는 것은 되돌릴 수 없다
@@ -178,7 +181,7 @@ def test_repaired_file_has_no_fault_that_can_be_mended(seeded, encoder, tmp_path
     "안녕하세요. 반갑습니다.".encode("cp949").decode("latin-1"),
 ])
 def test_reversible_mojibake_is_restored(garbled):
-    assert datareport.fix_text(garbled) == "안녕하세요. 반갑습니다."
+    assert repair.fix_text(garbled) == "안녕하세요. 반갑습니다."
 
 
 @pytest.mark.parametrize("row", [
@@ -186,7 +189,7 @@ def test_reversible_mojibake_is_restored(garbled):
     {"messages": [{"role": "user", "content": "가?"}, {"role": "assistant", "content": "나"}]},
 ])
 def test_good_row_is_left_as_it_is(row):
-    assert datareport.fix_row(row, rows.choose_columns(set(row)), Prompter()) == row
+    assert repair.fix_row(row, rows.choose_columns(set(row)), Prompter()) == row
 
 
 @pytest.mark.parametrize("target, named", [("seeded.jsonl", "입력 파일"), ("other.jsonl", "이미 있는"),
@@ -195,14 +198,14 @@ def test_repair_never_writes_over_a_file(seeded, tmp_path, target, named):
     (tmp_path / "other.jsonl").write_text("그대로", encoding="utf-8")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(UsageError, match=named):
-        datareport.repair(seeded[0], tmp_path / target, Prompter())
+        repair.repair(seeded[0], tmp_path / target, Prompter())
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_nothing_usable_leaves_no_repaired_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{bad\n', encoding="utf-8")
     with pytest.raises(UsageError, match="하나도 없"):
-        datareport.repair(tmp_path / "a.jsonl", tmp_path / "b.jsonl", Prompter())
+        repair.repair(tmp_path / "a.jsonl", tmp_path / "b.jsonl", Prompter())
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import dataset, loader
+from utils.data import dataset
+from utils.data.blocks import PackedDataset, pack, split_by_content
+from utils.data.encoder import Encoder, content_digest
 from utils.errors import UsageError
+from utils.model.tokenizer import load_tokenizer
 from utils.prompter import Prompter
 
 CUTOFF = 64
@@ -26,12 +29,12 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_neox):
-    return loader.load_tokenizer(tiny_neox)
+    return load_tokenizer(tiny_neox)
 
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer):
-    return dataset.Encoder(tokenizer, END)
+    return Encoder(tokenizer, END)
 
 
 def write(path, rows: list[dict]):
@@ -44,7 +47,7 @@ def load(path, encoder, cutoff_len: int = 512, **options) -> dataset.Documents:
 
 
 def fake_documents(texts: list[str]) -> dataset.Documents:
-    digests = np.array([dataset.content_digest([("", text)]) for text in texts], np.uint64)
+    digests = np.array([content_digest([("", text)]) for text in texts], np.uint64)
     return dataset.Documents(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(len(texts) + 1, np.int64), digests)
 
 
@@ -61,7 +64,7 @@ def test_every_form_gives_the_same_tokens_and_learns_only_the_answer(tmp_path, t
     assert tokens[-1] == END and list(tokens).count(END) == 1
     assert answer[start:].all() and not answer[:start].any()
     for train_on_inputs in (True, False):
-        block = dataset.PackedDataset(documents, np.arange(1), 512, END, train_on_inputs, 0)[0]
+        block = PackedDataset(documents, np.arange(1), 512, END, train_on_inputs, 0)[0]
         learnt = block["labels"].numpy() != dataset.IGNORE
         expected = np.zeros(512, bool)
         expected[1 if train_on_inputs else start : len(tokens)] = True
@@ -126,7 +129,7 @@ def test_changed_data_or_template_is_not_read_from_the_cache(tmp_path, tokenizer
     assert len(other.tokens) != len(first.tokens)
     write(path, [FORMS["output"], FORMS["output"]])
     assert len(load(path, encoder)) == 2
-    assert encoder.fingerprint() != dataset.Encoder(tokenizer, END + 1).fingerprint()
+    assert encoder.fingerprint() != Encoder(tokenizer, END + 1).fingerprint()
 
 
 @pytest.mark.parametrize("name", ["tokens", "answer", "lengths", "digests", "meta.json"])
@@ -159,7 +162,7 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path, encoder):
 
 
 def test_old_caches_are_dropped(tmp_path, encoder):
-    from utils.tokencache import KEEP
+    from utils.data.documents import KEEP
 
     for number in range(KEEP + 3):
         load(write(tmp_path / f"{number}.jsonl", [{"text": f"글 {number}"}]), encoder)
@@ -176,7 +179,7 @@ texts_strategy = st.lists(st.text(alphabet="가나다라마바사", max_size=3),
 @settings(max_examples=300, deadline=None, database=None)
 def test_same_row_is_on_one_side_and_new_rows_move_no_old_row(old, new, percent, seed):
     def held(texts: list[str]) -> set[str]:
-        train, held_out = dataset.split_by_content(fake_documents(texts), percent, seed)
+        train, held_out = split_by_content(fake_documents(texts), percent, seed)
         assert sorted([*train, *held_out]) == list(range(len(texts)))
         assert len(train) and (len(held_out) or len(set(texts)) == 1)
         sides = [{texts[index] for index in side} for side in (train, held_out)]
@@ -192,7 +195,7 @@ def test_same_row_is_on_one_side_and_new_rows_move_no_old_row(old, new, percent,
 @given(percent=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None, database=None)
 def test_share_of_validation_is_as_asked(percent, seed):
-    _, held_out = dataset.split_by_content(MANY, percent, seed)
+    _, held_out = split_by_content(MANY, percent, seed)
     share, spread = percent / 100, (percent / 100 * (1 - percent / 100) / len(MANY)) ** 0.5
     assert abs(len(held_out) / len(MANY) - share) < 5 * spread
 
@@ -201,8 +204,8 @@ MANY = fake_documents([f"{number}번째 글" for number in range(10_000)])
 
 
 def test_no_validation_when_not_asked_or_when_all_rows_are_the_same():
-    assert len(dataset.split_by_content(MANY, 0, 42)[1]) == 0
-    train, held_out = dataset.split_by_content(fake_documents(["가"] * 30), 20, 42)
+    assert len(split_by_content(MANY, 0, 42)[1]) == 0
+    train, held_out = split_by_content(fake_documents(["가"] * 30), 20, 42)
     assert len(train) == 30 and len(held_out) == 0
 
 
@@ -213,17 +216,17 @@ def test_no_validation_when_not_asked_or_when_all_rows_are_the_same():
 @settings(max_examples=300, deadline=None, database=None)
 def test_every_document_is_in_one_block_and_no_block_overflows(lengths, seed):
     lengths = np.array(lengths)
-    blocks = dataset.pack(lengths, CUTOFF, seed)
+    blocks = pack(lengths, CUTOFF, seed)
     assert sorted(np.concatenate(blocks)) == list(range(len(lengths)))
     filled = [int(lengths[block].sum()) for block in blocks]
     assert max(filled) <= CUTOFF
     assert sum(room <= CUTOFF // 2 for room in filled) <= 1  # 반이 넘게 빈 블록 둘은 하나로 담긴다
-    assert all((a == b).all() for a, b in zip(blocks, dataset.pack(lengths, CUTOFF, seed), strict=True))
+    assert all((a == b).all() for a, b in zip(blocks, pack(lengths, CUTOFF, seed), strict=True))
 
 
 def test_positions_restart_and_padding_teaches_nothing(tiny_data, encoder, tmp_path):
     documents = dataset.load_documents(tiny_data, Prompter(), encoder, CUTOFF, END, str(tmp_path))
-    blocks = dataset.PackedDataset(documents, np.arange(len(documents)), CUTOFF, END, True, 0)
+    blocks = PackedDataset(documents, np.arange(len(documents)), CUTOFF, END, True, 0)
     for members, block in zip(blocks.blocks, blocks, strict=False):
         lengths = documents.lengths()[members]
         starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -246,7 +249,7 @@ def test_packed_documents_compute_as_if_alone(tmp_path, tiny_neox, encoder, atte
     rows = [{"instruction": f"{n}의 배수는?", "output": f"{', '.join(str(n * k) for k in range(1, 1 + n % 7))} 등"}
             for n in range(12)]
     documents = load(write(tmp_path / "a.jsonl", rows), encoder, 192)
-    blocks = dataset.PackedDataset(documents, np.arange(len(documents)), 192, END, True, 0)
+    blocks = PackedDataset(documents, np.arange(len(documents)), 192, END, True, 0)
     assert max(map(len, blocks.blocks)) >= 3
     worst = leaked = 0.0
     for members, block in zip(blocks.blocks, blocks, strict=False):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils.decoder import Decoder
+from utils.decode.decoder import Decoder
 from utils.errors import UsageError
 from utils.sampling import Sampling, penalize, pick, probabilities
 

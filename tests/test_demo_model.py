@@ -11,11 +11,12 @@ import torch
 from conftest import run_script
 from safetensors import safe_open
 
-from utils import report
-from utils.loader import Device, end_token_id, load_base, load_tokenizer
+from utils import record
+from utils.data.rows import END_TOKEN
+from utils.model.loader import Device, load_base
+from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.paths import BASE_DEMO
 from utils.prompter import EXAMPLES, fill_placeholder
-from utils.rows import END_TOKEN
 
 END_ID = 2
 
@@ -102,7 +103,7 @@ def test_finetuning_brings_back_sentences_and_their_end(tmp_path):
     done = run_script("finetune-lora.py", "--num_train_epochs", "3", "--batch_size", "4", "--output_dir",
                       str(tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = report.read_run(tmp_path / "run")
+    run = record.read_run(tmp_path / "run")
     assert run["eval_loss_after"] <= 0.65 * run["eval_loss_before"]
     stopped = [int(n) / int(asked) for asked, n in re.findall(r"모델 (\d+)개 가운데 (\d+)개", done.stdout)]
     assert stopped[0] <= 0.1 and stopped[1] >= 0.9  # 잰 값은 0.97이다. 검증 질문의 앞쪽만 답할 만큼 느릴 때가 있다

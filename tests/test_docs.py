@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, load_script, run_script
 
-from utils import cli, machine, modelfolder, report
+from utils import cli, environment, report
+from utils.model import folder
 
 DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md")),
         *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
@@ -24,7 +25,6 @@ FENCE = re.compile(r"^```(?:sh|bat|powershell)\n(.*?)^```$", re.MULTILINE | re.D
 # 글 속에 나오는 다른 도구(torchrun, accelerate, wsl)의 플래그
 FOREIGN_FLAGS = {"index_url", "nnodes", "node_rank", "rdzv_endpoint", "cpu", "num_processes", "update", "shutdown",
                  "help"}
-
 
 
 def commands() -> list[tuple[str, str]]:
@@ -50,7 +50,7 @@ def parse_script(words: list[str]) -> None:
 def parse_pip(words: list[str]) -> None:
     for flag, value in pairwise(words):
         assert flag != "-r" or (ROOT / value).is_file()
-    torch_range = machine.required_versions()["torch"]
+    torch_range = environment.required_versions()["torch"]
     assert all(word == f"torch{torch_range}" for word in words if word.startswith("torch"))
 
 
@@ -88,7 +88,7 @@ def test_command_in_the_documents_is_valid(document, command):
     elif words[0] in ("torchrun", "accelerate"):
         check_launcher(words)
     elif words[0] == "hf":
-        assert command == modelfolder.download_command(Path(words[-1]))
+        assert command == folder.download_command(Path(words[-1]))
     else:
         assert words[0] in SYSTEM_COMMANDS, f"알 수 없는 명령: {command}"
 
@@ -118,8 +118,8 @@ def test_memory_table_is_what_the_planner_says():
     sys.path.append(str(ROOT / "tests" / "bench"))
     from standin import config_of
 
-    from utils import planner
     from utils.errors import UsageError
+    from utils.train import planner
 
     rows = re.findall(r"^\| polyglot-ko-([\d.]+b) \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) == 4

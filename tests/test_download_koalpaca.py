@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import run_script
 
-from utils import rows
+from utils.data import rows
 from utils.prompter import Prompter
 
 SCRIPT = "ko-datasets/download-koalpaca.py"

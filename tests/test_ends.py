@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils import loader, talkmodel
-from utils.decoder import Decoder
-from utils.loader import end_token_ids
+from utils.decode.decoder import Decoder
+from utils.model import adapter
+from utils.model.tokenizer import end_token_ids, load_tokenizer
 from utils.sampling import Sampling
+from utils.talk.source import find_source, load_answerer
 
 EOS, SEP = 2, 3
 GREEDY = Sampling(temperature=0.0, max_new_tokens=48)
@@ -25,7 +26,7 @@ def base(tiny_neox, tmp_path):
 
 def chat_tokenizer(base, turn: str, template: str):
     """`turn`을 특수 토큰으로 더하고 대화 템플릿을 적은 토크나이저."""
-    tokenizer = loader.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     tokenizer.add_special_tokens({"additional_special_tokens": [turn]})
     tokenizer.chat_template = template
     return tokenizer
@@ -56,18 +57,18 @@ def test_every_end_of_the_settings_is_kept(base, file, content):
     path = base / file
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps({**before, **content}), encoding="utf-8")
-    assert end_token_ids(loader.load_tokenizer(base), base) == (EOS, SEP)
+    assert end_token_ids(load_tokenizer(base), base) == (EOS, SEP)
 
 
 @pytest.mark.parametrize("said", [0, None, [0, 300], [10**9], [], "2", [None, "3"], -1, {}, [[3]], True])
 def test_what_is_not_a_special_token_in_use_is_no_end(base, said):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": said}), encoding="utf-8")
-    assert end_token_ids(loader.load_tokenizer(base), base) == (EOS,)
+    assert end_token_ids(load_tokenizer(base), base) == (EOS,)
 
 
 def end_with(base, token: int) -> tuple[list[int], list[int]]:
     """(질문, 끝 앞까지의 탐욕적인 답). 답의 여섯째 토큰이 나올 자리마다 `token`이 나오도록 모델을 고쳐 쓴다."""
-    tokenizer = loader.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     ids = tokenizer("안녕", add_special_tokens=False)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     answer = list(Decoder(model, tokenizer, ()).stream(ids, GREEDY))
@@ -81,7 +82,7 @@ def end_with(base, token: int) -> tuple[list[int], list[int]]:
 
 def test_generation_stops_at_any_end_and_generate_agrees(base):
     ids, expected = end_with(base, SEP)
-    tokenizer = loader.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     decoder = Decoder(model, tokenizer, (EOS, SEP))
     assert list(decoder.stream(ids, GREEDY)) == expected and decoder.finish_reason == "stop"
@@ -100,10 +101,10 @@ def test_serving_stops_where_the_folder_says(base, place):
         content["eos_token_id"] = [EOS, SEP] if name == place else EOS
         (base / name).write_text(json.dumps(content), encoding="utf-8")
     if place == "prompt.json":
-        loader.write_prompt_info(base, loader.PromptInfo({"name": "chat"}, "<|endoftext|>", EOS, 64, (EOS, SEP)))
-    source = talkmodel.find_source(str(base), None, lambda line: None)
-    answerer = talkmodel.load_answerer(source, None, None, False, "default", lambda line: None)
-    from utils.answerer import Answer
+        adapter.write_prompt_info(base, adapter.PromptInfo({"name": "chat"}, "<|endoftext|>", EOS, 64, (EOS, SEP)))
+    source = find_source(str(base), None, lambda line: None)
+    answerer = load_answerer(source, None, None, False, "default", lambda line: None)
+    from utils.talk.answerer import Answer
 
     answer = Answer(ids, GREEDY)
     list(answerer.pieces(answer))
@@ -111,9 +112,9 @@ def test_serving_stops_where_the_folder_says(base, place):
 
 
 def test_the_record_keeps_every_end_and_old_records_still_open(tiny_run, tmp_path):
-    info = loader.read_prompt_info(tiny_run)
+    info = adapter.read_prompt_info(tiny_run)
     assert info.end_token_id == EOS and info.end_token_ids == (EOS,)
-    content = json.loads((tiny_run / loader.PROMPT_FILE).read_text(encoding="utf-8"))
+    content = json.loads((tiny_run / adapter.PROMPT_FILE).read_text(encoding="utf-8"))
     del content["end_token_ids"]
-    (tmp_path / loader.PROMPT_FILE).write_text(json.dumps(content), encoding="utf-8")
-    assert loader.read_prompt_info(tmp_path).end_token_ids == ()
+    (tmp_path / adapter.PROMPT_FILE).write_text(json.dumps(content), encoding="utf-8")
+    assert adapter.read_prompt_info(tmp_path).end_token_ids == ()

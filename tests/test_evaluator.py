@@ -5,11 +5,13 @@ import io
 
 import pytest
 
-from utils import evaluator, loader
-from utils.answerer import Answer, Answerer
-from utils.decoder import Decoder
+from utils.decode.decoder import Decoder
+from utils.model import adapter, loader
+from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
 from utils.sampling import Sampling
+from utils.talk import scores
+from utils.talk.answerer import Answer, Answerer
 
 
 @pytest.mark.parametrize("hypothesis, reference, expected", [
@@ -23,41 +25,41 @@ from utils.sampling import Sampling
     ("가나", "가나다라마바사아자차", 18.7166),
 ])
 def test_chrf_matches_sacrebleu(hypothesis, reference, expected):
-    assert evaluator.chrf(hypothesis, reference) == pytest.approx(expected, abs=0.01)
+    assert scores.chrf(hypothesis, reference) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("text, share", [("한글만 있다", 1.0), ("", 0.0), ("ab가나", 0.5), ("ㅋㅋ12", 0.5)])
 def test_hangul_share(text, share):
-    assert evaluator.hangul_share(text) == share
+    assert scores.hangul_share(text) == share
 
 
 def test_repetition_counts_repeated_four_grams():
-    assert evaluator.repetition([1, 2, 3]) == 0
-    assert evaluator.repetition(list(range(50))) == 0
-    assert evaluator.repetition([7] * 103) == pytest.approx(0.99)
+    assert scores.repetition([1, 2, 3]) == 0
+    assert scores.repetition(list(range(50))) == 0
+    assert scores.repetition([7] * 103) == pytest.approx(0.99)
 
 
 def test_echo_is_the_longest_copied_part_of_the_question():
-    assert evaluator.echo("하늘은 왜 파란색이야? 하늘은 왜", "하늘은 왜 파란색이야?") == 1
-    assert evaluator.echo("빛이 흩어지기 때문이다", "") == 0
-    assert evaluator.echo("가나다 xyz", "가나다라마바") == pytest.approx(0.5)
+    assert scores.echo("하늘은 왜 파란색이야? 하늘은 왜", "하늘은 왜 파란색이야?") == 1
+    assert scores.echo("빛이 흩어지기 때문이다", "") == 0
+    assert scores.echo("가나다 xyz", "가나다라마바") == pytest.approx(0.5)
 
 
 @pytest.fixture(scope="module")
 def answerer(talk_run):
-    config = loader.read_adapter_config(talk_run)
+    config = adapter.read_adapter_config(talk_run)
     base = config["base_model_name_or_path"]
-    tokenizer = loader.load_tokenizer(base)
-    model = loader.load_adapter(loader.load_base(base, loader.choose_device()), talk_run)
-    end_id = loader.end_token_id(tokenizer)
+    tokenizer = load_tokenizer(base)
+    model = adapter.load_adapter(loader.load_base(base, loader.choose_device()), talk_run)
+    end_id = end_token_id(tokenizer)
     return Answerer(Decoder(model, tokenizer, (end_id,)), tokenizer, Prompter(), end_id, print, can_compare=True)
 
 
 def test_validation_questions_are_the_held_out_rows(answerer, talk_run):
-    validation = evaluator.load_validation(talk_run, answerer)
+    validation = scores.load_validation(talk_run, answerer)
     assert 1 <= len(validation.questions) < 40 and not validation.changed
     for question in validation.questions:
-        plain = evaluator.plain_question(question, answerer.prompter)
+        plain = scores.plain_question(question, answerer.prompter)
         number = plain.split()[0]
         assert plain == f"{number} 더하기 {number}는?"
         assert question.reference == f"{number}에 {number}를 더하면 {2 * int(number)}입니다."
@@ -65,20 +67,20 @@ def test_validation_questions_are_the_held_out_rows(answerer, talk_run):
 
 
 def test_evaluate_gives_scores_and_a_csv_that_reads_back(answerer, talk_run):
-    questions = evaluator.load_validation(talk_run, answerer).questions[:2]
-    rows = list(evaluator.evaluate(answerer, questions))
+    questions = scores.load_validation(talk_run, answerer).questions[:2]
+    rows = list(scores.evaluate(answerer, questions))
     assert rows[0]["base_text"] != rows[0]["tuned_text"]
-    text = evaluator.to_csv(rows)
+    text = scores.to_csv(rows)
     assert text.startswith("\ufeff")
     head, *lines = csv.reader(io.StringIO(text.removeprefix("\ufeff")))
-    assert len(lines) == 2 and len(head) == len(lines[0]) == 4 + 2 * len(evaluator.METRICS)
+    assert len(lines) == 2 and len(head) == len(lines[0]) == 4 + 2 * len(scores.METRICS)
     assert lines[0][2] == rows[0]["base_text"]
-    assert [row[0].split("(")[0].rstrip(" ↑↓") for row in evaluator.table(rows)] == [
+    assert [row[0].split("(")[0].rstrip(" ↑↓") for row in scores.table(rows)] == [
         "스스로 멈춤", "chrF", "한글 비율", "반복", "질문 되풀이"]
 
 
 def test_scores_stay_between_0_and_100(answerer):
-    question = evaluator.Question("질문", "답", [5])
+    question = scores.Question("질문", "답", [5])
     for text in ("", "�", "답", "질문 질문 질문", "a" * 500):
         answer = Answer([5], Sampling(), text=text, ids=[1] * len(text), finish_reason="stop")
-        assert all(0 <= value <= 100 for value in evaluator.score(answer, question, "질문").values())
+        assert all(0 <= value <= 100 for value in scores.score(answer, question, "질문").values())

@@ -6,9 +6,10 @@ import conftest
 import pytest
 from conftest import load_script, run_script, train_settings
 
-from utils import finetune, loader, results
+from utils.model import adapter
+from utils.model.targets import choose_targets
 from utils.prompter import EXAMPLES, fill_placeholder
-from utils.targets import choose_targets
+from utils.train import results, stage
 from utils.train.records import Schedule
 
 finetune_lora = load_script("finetune-lora.py")
@@ -69,11 +70,11 @@ def test_block_longer_than_the_context(capsys, tiny_neox, tiny_data):
 
 def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
     run = json.loads((tiny_run / "run.json").read_text(encoding="utf-8"))
-    info = loader.read_prompt_info(tiny_run)
+    info = adapter.read_prompt_info(tiny_run)
     assert run["eval_loss_after"] < run["eval_loss_before"]
     assert info.end_token == "<|endoftext|>" and info.end_token_id == 2 and info.template["name"] == "default"
-    assert loader.find_adapter(tiny_run) == tiny_run
-    assert loader.read_adapter_config(tiny_run)["base_model_name_or_path"] == str(tiny_neox)
+    assert adapter.find_adapter(tiny_run) == tiny_run
+    assert adapter.read_adapter_config(tiny_run)["base_model_name_or_path"] == str(tiny_neox)
     for name in ("curves.png", "samples.md", "adapter_model.safetensors"):
         assert (tiny_run / name).stat().st_size > 0
 
@@ -96,7 +97,7 @@ def test_run_shows_what_both_models_say_to_the_examples(tiny_run):
 
 def test_validation_counts_only_answers_whatever_is_learnt(tiny_neox, tiny_data, tmp_path):
     """검증 loss는 학습하는 자리를 바꾸어도 같은 것을 잰다."""
-    inputs = [finetune.prepare(train_settings(
+    inputs = [stage.prepare(train_settings(
         base_model=str(tiny_neox), data_path=str(tiny_data), cache_dir=str(tmp_path), cutoff_len=64, val_set_size=20.0,
         train_on_inputs=flag, lora_target_modules=("auto",)), lambda line: None) for flag in (True, False)]
     labels = [[int((block["labels"] >= 0).sum()) for block in (each.eval_set[0], each.train_set[0])] for each in inputs]

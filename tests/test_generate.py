@@ -11,16 +11,17 @@ import pytest
 import torch
 from conftest import load_script, run_script
 
-from utils import loader
-from utils.answerer import WAITING, Answer, Answerer, Busy, describe
-from utils.decoder import Decoder, Stats
+from utils.decode.decoder import Decoder, Stats
 from utils.errors import UsageError
-from utils.loader import Device
-from utils.page import free_port
-from utils.precision import choose_precision
+from utils.model import adapter, loader
+from utils.model.loader import Device
+from utils.model.precision import choose_precision
+from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
 from utils.sampling import Sampling
-from utils.talkmodel import choose_prompter, find_source
+from utils.talk.answerer import WAITING, Answer, Answerer, Busy, describe
+from utils.talk.page import free_port
+from utils.talk.source import choose_prompter, find_source
 
 generate = load_script("generate.py")
 
@@ -57,7 +58,7 @@ def test_adapter_with_broken_weights_is_refused_before_loading(capsys, tmp_path,
 
 @pytest.fixture(scope="module")
 def base(talk_run) -> str:
-    return loader.read_adapter_config(talk_run)["base_model_name_or_path"]
+    return adapter.read_adapter_config(talk_run)["base_model_name_or_path"]
 
 
 def test_ask_prints_one_answer_and_no_page(talk_run):
@@ -84,17 +85,17 @@ class TestTemplate:
     """저장된 템플릿을 쓰고, 다른 것은 알린다."""
 
     def test_stored_template_is_used(self, talk_run, base, capsys):
-        prompter = choose_prompter(find_source(None, str(talk_run), print), None, loader.load_tokenizer(base), print)
+        prompter = choose_prompter(find_source(None, str(talk_run), print), None, load_tokenizer(base), print)
         assert prompter.name == "default" and "주의" not in capsys.readouterr().out
 
     def test_another_template_is_a_warning(self, talk_run, base, capsys):
         source = find_source(None, str(talk_run), print)
-        prompter = choose_prompter(source, "instruction-output", loader.load_tokenizer(base), print)
+        prompter = choose_prompter(source, "instruction-output", load_tokenizer(base), print)
         assert prompter.name != "default" and "주의" in capsys.readouterr().out
 
     def test_base_without_template_says_so(self, tiny_neox, capsys):
         source = find_source(str(tiny_neox), None, print)
-        choose_prompter(source, None, loader.load_tokenizer(tiny_neox), print)
+        choose_prompter(source, None, load_tokenizer(tiny_neox), print)
         assert "저장된 것이 없어" in capsys.readouterr().out
 
     def test_adapter_names_its_base(self, talk_run, base):
@@ -155,7 +156,7 @@ class Scripted:
 
 @pytest.fixture
 def make_answerer(tiny_neox):
-    tokenizer = loader.load_tokenizer(tiny_neox)
+    tokenizer = load_tokenizer(tiny_neox)
 
     def make(decoder, say=print):
         return Answerer(decoder, tokenizer, Prompter(), 2, say)
@@ -274,9 +275,9 @@ def test_question_tokens_are_the_training_tokens(make_answerer):
 def test_answer_ends_at_the_tokenizers_end_token(tiny_neox):
     """config는 eos를 0이라 하지만 2에서 멈춘다. 가중치를 고쳐 2를 늘 가장 그럴듯하게 만든다."""
     model = loader.load_base(tiny_neox, loader.choose_device())
-    tokenizer = loader.load_tokenizer(tiny_neox)
+    tokenizer = load_tokenizer(tiny_neox)
     assert model.config.eos_token_id == 0
-    end_id = loader.end_token_id(tokenizer)
+    end_id = end_token_id(tokenizer)
     model.get_output_embeddings().weight.data.zero_()
     decoder = Decoder(model, tokenizer, (end_id,))
     answerer = Answerer(decoder, tokenizer, Prompter(), end_id, print)

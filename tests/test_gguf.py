@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import build_neox
 
-from utils import gguf_export
 from utils.errors import UsageError
+from utils.merge.gguf import _chat_form, _literal, _pre_tokenizer, render_modelfile, require_exportable, write
 from utils.paths import BASE_DEMO
 
 gguf = pytest.importorskip("gguf", reason="gguf가 설치되지 않았다")
@@ -58,7 +58,7 @@ def llama(neox, tmp_path_factory):
 @pytest.mark.parametrize("family", ["neox", "llama"])
 def test_every_tensor_is_there_and_close(request, family, kind):
     folder = request.getfixturevalue(family)
-    reader = gguf.GGUFReader(folder / gguf_export.write(folder, kind))
+    reader = gguf.GGUFReader(folder / write(folder, kind))
     written = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     from safetensors.torch import load_file
 
@@ -98,7 +98,7 @@ def reshaped(neox, llama, folder, kind: str, **changes):
 def test_llama_cpp_answers_with_the_same_tokens(request, family, kind):
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp가 설치되지 않았다")
     folder = request.getfixturevalue(family)
-    compare(xllamacpp, folder, folder / gguf_export.write(folder, kind), exact=kind == "f16")
+    compare(xllamacpp, folder, folder / write(folder, kind), exact=kind == "f16")
 
 
 @pytest.mark.parametrize(("kind", "changes"), [
@@ -116,7 +116,7 @@ def test_llama_cpp_answers_with_the_same_tokens(request, family, kind):
 ])
 def test_every_setting_reaches_llama_cpp(neox, llama, tmp_path, kind, changes):
     folder = reshaped(neox, llama, tmp_path / "model", kind, **changes)
-    written = folder / gguf_export.write(folder, "f16")
+    written = folder / write(folder, "f16")
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp가 설치되지 않았다")
     compare(xllamacpp, folder, written, n_prompts=4)
 
@@ -131,9 +131,9 @@ def test_every_setting_reaches_llama_cpp(neox, llama, tmp_path, kind, changes):
 ])
 def test_settings_that_gguf_cannot_say_are_refused_by_name(neox, llama, kind, changes, named):
     config = json.loads(((neox if kind == "gpt_neox" else llama) / "config.json").read_text(encoding="utf-8"))
-    gguf_export.require_exportable(config)
+    require_exportable(config)
     with pytest.raises(UsageError, match=named):
-        gguf_export.require_exportable({**config, **changes})
+        require_exportable({**config, **changes})
 
 
 def ask(server, request: dict) -> dict:
@@ -181,18 +181,18 @@ def compare(xllamacpp, folder, gguf_path, n_new: int = 16, n_prompts: int = len(
 
 
 def test_modelfile_carries_template_and_stop(neox):
-    text = gguf_export.render_modelfile(neox, "m.gguf")
+    text = render_modelfile(neox, "m.gguf")
     assert "FROM ./m.gguf" in text and 'stop "<|endoftext|>"' in text
     assert 'TEMPLATE """### 질문: {{ .Prompt }}\n\n### 답변:"""' in text
 
 
 def test_unknown_kinds_are_refused_by_name(neox):
     with pytest.raises(UsageError, match="gpt2"):
-        gguf_export.require_exportable({"model_type": "gpt2"})
+        require_exportable({"model_type": "gpt2"})
     tokenizer = json.loads((neox / "tokenizer.json").read_text(encoding="utf-8"))
-    assert gguf_export._pre_tokenizer(tokenizer["pre_tokenizer"]) == "gpt-2"
+    assert _pre_tokenizer(tokenizer["pre_tokenizer"]) == "gpt-2"
     with pytest.raises(UsageError, match="Whitespace"):
-        gguf_export._pre_tokenizer({"type": "Whitespace"})
+        _pre_tokenizer({"type": "Whitespace"})
 
 
 CHATML = ("{% for m in messages %}"
@@ -203,7 +203,7 @@ CHATML = ("{% for m in messages %}"
 def test_chat_template_bos_and_every_end_are_carried(neox, tmp_path):
     from transformers import AutoTokenizer
 
-    from utils.loader import PromptInfo, write_prompt_info
+    from utils.model.adapter import PromptInfo, write_prompt_info
 
     folder = shutil.copytree(neox, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -211,7 +211,7 @@ def test_chat_template_bos_and_every_end_are_carried(neox, tmp_path):
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}', encoding="utf-8")
     write_prompt_info(folder, PromptInfo({"name": "chat"}, "<|endoftext|>", 2, 64))
-    reader = gguf.GGUFReader(folder / gguf_export.write(folder, "f16"))
+    reader = gguf.GGUFReader(folder / write(folder, "f16"))
     fields = {name: reader.fields[f"tokenizer.{name}"].contents() for name in (
         "chat_template", "ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.add_bos_token")}
     assert fields == {"chat_template": CHATML, "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, "ggml.eot_token_id": 3,
@@ -229,18 +229,18 @@ def test_a_template_that_refuses_a_system_turn_is_carried_without_it(neox, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(neox)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = refusal + CHATML
-    assert gguf_export._chat_form(tokenizer).startswith("<|sep|>user\n{{ .Prompt }}")
+    assert _chat_form(tokenizer).startswith("<|sep|>user\n{{ .Prompt }}")
 
 
 def test_braces_of_a_template_stay_letters(neox):
-    assert gguf_export._literal("{{x}} <질문의 자리>") == '{{ "{{" }}x}} {{ .Prompt }}'
+    assert _literal("{{x}} <질문의 자리>") == '{{ "{{" }}x}} {{ .Prompt }}'
 
 
 def test_published_neox_is_exported_without_its_masks(tmp_path):
     from tiny import published_neox
 
     folder = published_neox(tmp_path / "base", torch.float16, 2)
-    reader = gguf.GGUFReader(folder / gguf_export.write(folder, "f16"))
+    reader = gguf.GGUFReader(folder / write(folder, "f16"))
     assert not [tensor.name for tensor in reader.tensors if "mask" in tensor.name or "inv_freq" in tensor.name]
     assert len(reader.tensors) == 28
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 2
@@ -254,4 +254,4 @@ def test_values_beyond_fp16_are_refused(llama, tmp_path):
     state["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match="fp16"):
-        gguf_export.write(folder, "f16")
+        write(folder, "f16")

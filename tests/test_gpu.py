@@ -10,15 +10,15 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
 from standin import SHAPES, add_lora, build
 
-from utils.captured import CapturedStep
 from utils.engine.attention import Documents, FormulaAttention, choose_attention
 from utils.engine.train_layers import restore_embedding
 from utils.engine.train_ops import CudaOps, TorchOps
 from utils.engine.train_step import NeoxStep
-from utils.microstep import AutogradStep
-from utils.planner import MemoryPlan
+from utils.train.autograd_step import AutogradStep
+from utils.train.graph_step import CapturedStep
 from utils.train.group import ALONE
 from utils.train.loop import Loop
+from utils.train.planner import MemoryPlan
 from utils.train.records import Recipe
 from utils.train.step import open_step
 from utils.train.weights import ReplicatedWeights

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from standin import SHAPES, add_lora, build
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from utils.decoder import Decoder
+from utils.decode.decoder import Decoder
 from utils.engine.decode_engine import NeoxDecode
 from utils.engine.weights import why_not
 from utils.sampling import Sampling, penalize, probabilities

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from utils import guard
 from utils.errors import UsageError
+from utils.talk import guard
 
 
 def status(path="/", method="GET", server_name="127.0.0.1", share=False, api=False, **headers) -> int:

@@ -17,8 +17,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoint, cli, loader, merger, modelfolder, proof, rundir
+from utils import cli
 from utils.errors import UsageError
+from utils.merge import job, proof
+from utils.model import checkpoint
+from utils.model.adapter import find_adapter, read_adapter_config, read_prompt_info
+from utils.model.folder import open_model_folder
+from utils.train import run_folder
 
 finetune_lora = load_script("finetune-lora.py")
 PARAMETERS = inspect.signature(finetune_lora.train).parameters
@@ -95,9 +100,9 @@ def room(tmp_path_factory) -> Path:
                                         "manifest.json"]), documents))
 def test_any_adapter_folder_is_an_adapter_or_one_line(room, contents):
     before = fill(room, contents)
-    only_usage_error(loader.find_adapter, room)
-    only_usage_error(loader.read_adapter_config, room)
-    only_usage_error(loader.read_prompt_info, room)
+    only_usage_error(find_adapter, room)
+    only_usage_error(read_adapter_config, room)
+    only_usage_error(read_prompt_info, room)
     assert checkpoint.damage(room)
     assert listing(room) == before
 
@@ -127,7 +132,7 @@ def test_any_model_folder_is_a_model_or_one_line(room, files, config, index):
     if index is not None:
         contents["model.safetensors.index.json"] = index
     before = fill(room, contents)
-    only_usage_error(modelfolder.open_model_folder, room)
+    only_usage_error(open_model_folder, room)
     assert listing(room) == before
 
 
@@ -135,7 +140,7 @@ def test_any_model_folder_is_a_model_or_one_line(room, files, config, index):
 @given(st.dictionaries(st.sampled_from(["seed", "num_train_epochs", "lora_r", "x"]), json_values))
 def test_any_recorded_run_differs_by_name(old):
     new = {name: {"id": 1, "shown": "1"} for name in ("seed", "num_train_epochs", "lora_r")}
-    assert all(": " in line for line in rundir.differences(old, new))
+    assert all(": " in line for line in run_folder.differences(old, new))
 
 
 @pytest.fixture
@@ -224,7 +229,7 @@ def test_merge_is_proved_even_when_every_row_is_the_same(adapter, tmp_path):
     data.write_text('{"text": "### 질문: 가\\n\\n### 답변: 나"}\n' * 8, encoding="utf-8")
     run = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
     edit_json(adapter / "run.json", settings={**run["settings"], "data_path": str(data)})
-    windows = proof.read_windows(merger.open_job(str(adapter), None, None, "original"))
+    windows = proof.read_windows(job.open_job(str(adapter), None, None, "original"))
     assert windows.source == str(data) and windows.answer.any()
 
 

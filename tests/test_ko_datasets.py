@@ -9,8 +9,8 @@ from collections import defaultdict
 import pytest
 from conftest import ROOT
 
+from utils.data.rows import END_TOKEN, read_rows
 from utils.prompter import Prompter
-from utils.rows import END_TOKEN, read_rows
 
 TEXTONLY = ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json"
 COLUMNS = ROOT / "ko-datasets" / "polyglot-ko-lite.json"

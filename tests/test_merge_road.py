@@ -10,9 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import published_neox, rename_tensors, tiny_model
 
-from utils import diskmap, loader, merger, proof
 from utils.errors import UsageError
-from utils.modelfolder import open_model_folder
+from utils.merge import proof
+from utils.merge.job import open_job
+from utils.model import diskmap, loader
+from utils.model.adapter import load_adapter
+from utils.model.folder import open_model_folder
+from utils.model.tokenizer import load_tokenizer
 
 merge = load_script("merge-lora.py").merge
 TARGETS = {"gpt2": ["c_attn", "c_proj"], "bloom": ["query_key_value", "dense"], "neox": ["query_key_value"]}
@@ -76,7 +80,7 @@ def test_published_neox_goes_the_whole_road(tmp_path, dtype, shards):
 
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run)
     with torch.no_grad():
-        gap = (expected.eval()(input_ids=IDS).logits - logits_of(merged, IDS)).abs().max()
+        gap = (expected.served.eval()(input_ids=IDS).logits - logits_of(merged, IDS)).abs().max()
     assert gap < 0.02
 
 
@@ -93,9 +97,9 @@ def test_names_on_disk_need_not_be_those_in_memory(tmp_path, kind, prefix):
     assert set(open_model_folder(tmp_path / "merged").tensors) == set(open_model_folder(base).tensors)
     if kind == "bloom":
         return
-    from utils import served
+    from utils.talk.source import load_merged_4bit
 
-    four_bit = served.load_merged_4bit(tmp_path / "merged", loader.choose_device())
+    four_bit = load_merged_4bit(tmp_path / "merged", loader.choose_device())
     with torch.no_grad():
         assert (tuned(input_ids=IDS).logits - four_bit(input_ids=IDS).logits).abs().max() < 0.1
 
@@ -123,7 +127,7 @@ def test_every_kind_is_merged_and_proved(tmp_path, kind, onto, capsys):
 
 @pytest.mark.parametrize("kind", ["neox", "gpt2", "bloom", "mixtral", "qwen3_moe", "gemma3", "gemma2", "llama"])
 def test_streamed_model_is_the_model_transformers_loads(tmp_path, kind):
-    from utils import streamed
+    from utils.merge import streamed
 
     base = published_neox(tmp_path / "base") if kind == "neox" else tiny_model(tmp_path / "base", kind)
     folder = open_model_folder(base)
@@ -147,7 +151,7 @@ def hard(tmp_path_factory):
             value[:, ::64] = 3.0 * torch.sign(torch.randn(value[:, ::64].shape))
     save_file(state, base / "model.safetensors", {"format": "pt"})
     data = write_rows(folder / "rows.json", 24)
-    tokenizer = loader.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
     rows = torch.tensor([(tokenizer(text).input_ids + [2] * 48)[:48] for text in texts])
     tune(base, folder / "adapter", "all-linear", steps=80, ids=rows)
@@ -174,7 +178,7 @@ def trained_loss(hard, report: dict) -> float:
     """검산이 고른 행에서, transformers와 PEFT로 올린 배운 모델의 답의 loss."""
     from peft import PeftModel
 
-    job = merger.open_job(str(hard / "adapter"), None, None, "original")
+    job = open_job(str(hard / "adapter"), None, None, "original")
     windows = proof.read_windows(job)
     assert len(windows.ids) == report["prompts"]
     model = PeftModel.from_pretrained(loader.load_base(hard / "base", loader.choose_device(), "4bit"), hard / "adapter")
@@ -229,7 +233,7 @@ def test_adapter_that_finds_no_place_is_refused_everywhere(hard, tmp_path, renam
     adapter = change_keys(hard / "adapter", tmp_path / "adapter", rename)
     model = loader.load_base(hard / "base", loader.choose_device(), "4bit")
     with pytest.raises(UsageError, match="어댑터를 얹지 못했다"):
-        loader.load_adapter(model, adapter)
+        load_adapter(model, adapter)
     with pytest.raises(UsageError):
         merge(peft_root=str(adapter), output_dir=str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
@@ -238,7 +242,7 @@ def test_adapter_that_finds_no_place_is_refused_everywhere(hard, tmp_path, renam
 def test_good_adapter_is_applied_whole(hard):
     from peft import PeftModel
 
-    model = loader.load_adapter(loader.load_base(hard / "base", loader.choose_device(), "4bit"), hard / "adapter")
+    model = load_adapter(loader.load_base(hard / "base", loader.choose_device(), "4bit"), hard / "adapter")
     other = PeftModel.from_pretrained(loader.load_base(hard / "base", loader.choose_device(), "4bit"), hard / "adapter")
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
@@ -263,7 +267,7 @@ def test_adapters_beyond_lora_are_served_whole_and_refused_by_name_in_the_merge(
         if parameter.requires_grad:
             parameter.data += 0.05
     model.eval().save_pretrained(tmp_path / "adapter")
-    served = loader.load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter")
+    served = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter")
     with torch.no_grad():
         assert torch.allclose(model(input_ids=IDS).logits, served.eval()(input_ids=IDS).logits, atol=1e-5)
     named = next(iter(settings)) if "target_modules" not in settings else "lora_embedding_A"
@@ -282,7 +286,7 @@ def test_saved_embedding_is_refused_by_name(hard, tmp_path):
 
 
 def test_defaults_of_any_version_are_not_settings_but_unknown_settings_are(hard, tmp_path):
-    from utils import lora
+    from utils.model import lora
 
     adapter = shutil.copytree(hard / "adapter", tmp_path / "adapter")
     file = adapter / "adapter_config.json"

@@ -12,10 +12,15 @@ import torch
 from conftest import ROOT, build_neox, load_script, run_script, write_rows
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoint, loader, merger, nf4, proof, served, shards, staging
 from utils.errors import UsageError
-from utils.loader import choose_device
-from utils.modelfolder import open_model_folder
+from utils.files import damage, read_manifest, staged
+from utils.merge import proof, writer
+from utils.merge.job import open_job
+from utils.model import nf4, shards
+from utils.model.folder import open_model_folder
+from utils.model.loader import choose_device
+from utils.model.tokenizer import end_token_ids
+from utils.talk import source
 
 merge = load_script("merge-lora.py").merge
 
@@ -45,7 +50,7 @@ def trained(tmp_path_factory):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from utils.loader import keep_nf4_layout
+    from utils.model.loader import keep_nf4_layout
 
     folder = tmp_path_factory.mktemp("trained")
     base = build_neox(folder / "polyglot-ko-tiny")
@@ -73,7 +78,7 @@ def trained(tmp_path_factory):
 
 
 def open_one(trained, name: str = "one", onto: str = "original"):
-    return merger.open_job(str(trained / name), None, None, onto)
+    return open_job(str(trained / name), None, None, onto)
 
 
 def edit_config(adapter, **changes):
@@ -103,7 +108,7 @@ def peft_merge(base, adapter) -> dict[str, torch.Tensor]:
 ])
 def test_merge_is_bit_equal_to_peft_in_fp32(trained, adapter, changes):
     edit_config(adapter, **changes)
-    job = merger.open_job(str(adapter), None, None, "original")
+    job = open_job(str(adapter), None, None, "original")
     expected = peft_merge(job.base.path, adapter)
     assert len(job.updates) == 4
     for name, update in job.updates.items():
@@ -123,7 +128,7 @@ def test_rank_pattern_is_bit_equal_to_peft(trained, tmp_path):
         r=4, lora_alpha=8, target_modules=["query_key_value", "dense_h_to_4h", "lm_head"], init_lora_weights=False,
         rank_pattern={"layers.1.attention.query_key_value": 6}, base_model_name_or_path=str(base)))
     model.save_pretrained(tmp_path / "adapter")
-    job = merger.open_job(str(tmp_path / "adapter"), None, None, "original")
+    job = open_job(str(tmp_path / "adapter"), None, None, "original")
     assert "embed_out.weight" in job.updates or "lm_head.weight" in job.updates
     expected = peft_merge(base, tmp_path / "adapter")
     for name, update in job.updates.items():
@@ -172,15 +177,15 @@ def test_manifest_names_every_file_with_its_hash(trained, tmp_path):
 
 def test_manifest_is_sealed_like_a_checkpoint(trained, tmp_path):
     merge(peft_root=str(trained / "one"), output_dir=str(tmp_path / "merged"), verify=False)
-    assert checkpoint.damage(tmp_path / "merged", required=("config.json", "model.safetensors")) is None
+    assert damage(tmp_path / "merged", required=("config.json", "model.safetensors")) is None
     file = tmp_path / "merged/manifest.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"size": ', '"size": 1'), encoding="utf-8")
-    assert checkpoint.read_manifest(tmp_path / "merged") is None
+    assert read_manifest(tmp_path / "merged") is None
 
 
 def test_second_merge_into_the_same_folder_is_refused(trained, tmp_path):
     output = str(tmp_path / "merged")
-    with staging.staged(output) as folder:
+    with staged(output) as folder:
         (folder / "half.txt").write_text("x", encoding="utf-8")
         done = run_script("merge-lora.py", "--peft_root", str(trained / "one"), "--output_dir", output)
         assert done.returncode == 2 and f"다른 실행이 쓰는 중이다: {output}" in done.stderr
@@ -195,24 +200,24 @@ def test_finite_check_sees_every_bad_value(dtype):
     kind = shards.DTYPES[dtype]
     limits = torch.finfo(kind)
     good = torch.tensor([limits.max, limits.min, limits.tiny, -limits.tiny, 0.0, -0.0], dtype=kind)
-    merger.require_finite(shards.to_bytes(good), dtype, entry)
+    writer.require_finite(shards.to_bytes(good), dtype, entry)
     for bad in (float("inf"), -float("inf"), float("nan"), -float("nan")):
         for others in (good, good.abs(), -good.abs()):
             with pytest.raises(UsageError, match="NaN"):
-                merger.require_finite(shards.to_bytes(torch.cat([others, torch.tensor([bad], dtype=kind)])), dtype,
+                writer.require_finite(shards.to_bytes(torch.cat([others, torch.tensor([bad], dtype=kind)])), dtype,
                                       entry)
 
 
 def test_ends_are_the_tokenizers_and_the_special_ones_of_the_settings(trained, tmp_path):
-    from utils.loader import load_tokenizer
+    from utils.model.tokenizer import load_tokenizer
 
     folder = shutil.copytree(trained / "polyglot-ko-tiny", tmp_path / "base")
     tokenizer = load_tokenizer(folder)
-    assert loader.end_token_ids(tokenizer, folder) == (tokenizer.eos_token_id,) == (2,)  # 0은 쓰지 않는 자리다
-    assert loader.end_token_ids(tokenizer, None) == (2,)
+    assert end_token_ids(tokenizer, folder) == (tokenizer.eos_token_id,) == (2,)  # 0은 쓰지 않는 자리다
+    assert end_token_ids(tokenizer, None) == (2,)
     file = folder / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [0, 3, 300, 10**6], "temperature": 0.3}), encoding="utf-8")
-    assert loader.end_token_ids(tokenizer, folder) == (2, 3)  # 3은 <|sep|>, 300은 글자다
+    assert end_token_ids(tokenizer, folder) == (2, 3)  # 3은 <|sep|>, 300은 글자다
 
 
 def test_every_end_and_every_field_of_the_generation_settings_is_kept(trained, tmp_path):
@@ -241,7 +246,7 @@ def test_merge_onto_quantized_is_what_was_trained(trained, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from utils.loader import load_base
+    from utils.model.loader import load_base
 
     merge(peft_root=str(trained / "one"), output_dir=str(tmp_path / "merged"), merge_onto="quantized")
     ids = token_rows(trained / "polyglot-ko-tiny", trained / "other.json", 4)
@@ -254,7 +259,7 @@ def test_merge_onto_quantized_is_what_was_trained(trained, tmp_path):
 
 @pytest.mark.parametrize("onto", ["original", "quantized"])
 def test_four_bit_serving_keeps_what_was_learned(trained, tmp_path, onto):
-    from utils.loader import load_base
+    from utils.model.loader import load_base
 
     merge(peft_root=str(trained / "one"), output_dir=str(tmp_path / "merged"), merge_onto=onto, verify=False)
     ids = token_rows(trained / "polyglot-ko-tiny", trained / "other.json", 40)[24:]
@@ -266,14 +271,14 @@ def test_four_bit_serving_keeps_what_was_learned(trained, tmp_path, onto):
 
     device = choose_device()
     before = loss(load_base(trained / "polyglot-ko-tiny", device, "4bit"))
-    model = served.load_merged_4bit(tmp_path / "merged", device)
+    model = source.load_merged_4bit(tmp_path / "merged", device)
     tuned = loss(model)
     from peft import PeftModel
 
     trained_loss = loss(PeftModel.from_pretrained(load_base(trained / "polyglot-ko-tiny", device, "4bit"),
                                                   trained / "one"))
     assert (before - tuned) / (before - trained_loss) > 0.95
-    assert served.has_adapter(tmp_path / "merged") and not served.has_adapter(trained / "one")
+    assert source.has_adapter(tmp_path / "merged") and not source.has_adapter(trained / "one")
 
 
 def written(trained, tmp_path, name: str = "one"):
@@ -300,7 +305,7 @@ def test_proof_catches_a_wrong_alpha(trained, adapter, tmp_path):
     folder = written(trained, tmp_path)
     edit_config(adapter, lora_alpha=16)
     with pytest.raises(UsageError, match="합친 모델이 기반 모델"):
-        proof.judge(proof.prove(merger.open_job(str(adapter), None, None, "original"), folder))
+        proof.judge(proof.prove(open_job(str(adapter), None, None, "original"), folder))
 
 
 def test_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
@@ -396,7 +401,7 @@ def test_output_that_would_hurt_something_is_refused(trained, tmp_path):
 
 
 def test_full_disk_is_said_before_writing(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(merger, "SPARE_BYTES", 10**18)
+    monkeypatch.setattr(writer, "SPARE_BYTES", 10**18)
     with pytest.raises(UsageError, match="디스크"):
         merge(peft_root=str(trained / "one"), output_dir=str(tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []
@@ -429,13 +434,13 @@ def test_killed_anywhere_leaves_no_model_and_can_be_repeated(trained, tmp_path):
 @pytest.mark.parametrize(("text", "size"), [("1GB", 10**9), ("500MB", 5 * 10**8), ("1.5gb", 1500 * 10**6),
                                             ("2GiB", 2**31), ("4096", 4096)])
 def test_shard_sizes(text, size):
-    assert merger.parse_size(text) == size
+    assert writer.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "0", "1e3GB"])
 def test_bad_shard_sizes_are_refused(text):
     with pytest.raises(UsageError, match="max_shard_size"):
-        merger.parse_size(text)
+        writer.parse_size(text)
 
 
 def test_help_is_fast_and_bad_flags_are_all_named():
@@ -459,7 +464,7 @@ def test_gpt2_conv1d_is_bit_equal_to_peft(tmp_path):
         r=4, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True,
         base_model_name_or_path=str(base)))
     model.save_pretrained(tmp_path / "adapter")
-    job = merger.open_job(str(tmp_path / "adapter"), None, None, "original")
+    job = open_job(str(tmp_path / "adapter"), None, None, "original")
     expected = peft_merge(base, tmp_path / "adapter")
     for name, update in job.updates.items():
         rows = shards.read_rows(job.base.tensors[name], 0, update.shape[0]) + update.rows(0, update.shape[0])

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, build_neox
 from test_architectures import TARGETS, build_model
 
+from utils.environment import peak_ram_bytes
 from utils.errors import UsageError
-from utils.machine import peak_ram_bytes
-from utils.modelfolder import require_base
+from utils.model.loader import require_base
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 300}
 GATED = {**SMALL, "intermediate_size": 128, "num_key_value_heads": 1}

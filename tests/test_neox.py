@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from utils.data.blocks import document_mask
 from utils.engine.attention import Documents, FormulaAttention
 from utils.engine.cuda import CompileError, compile_to_cubin
 from utils.engine.train_layers import HostEmbedding, restore_embedding, why_not
 from utils.engine.train_ops import SOURCE, TorchOps, drop_scale, drop_threshold
 from utils.engine.train_step import NeoxStep
-from utils.microstep import AutogradStep, cross_entropy_, document_mask
+from utils.model.loss import cross_entropy_
+from utils.train.autograd_step import AutogradStep
 
 ROWS, BLOCK = 2, 48
 
@@ -32,7 +34,7 @@ def make_model(folder, dropout: float = 0.0, quantize: bool = False, rank: int =
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from utils.loader import Device, load_base
+    from utils.model.loader import Device, load_base
 
     if quantize:
         base = load_base(folder, Device(torch.device("cpu"), torch.float32, ""), "4bit")

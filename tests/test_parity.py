@@ -9,10 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils import parity
 from utils.errors import UsageError
-from utils.loader import require_known_ids
-from utils.microstep import AutogradStep, Head, autograd_ways
+from utils.model.loss import Head
+from utils.model.tokenizer import require_known_ids
+from utils.train import parity
+from utils.train.autograd_step import AutogradStep, autograd_ways
 
 VOCAB, BLOCK = 320, 64
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,

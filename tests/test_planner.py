@@ -12,8 +12,8 @@ from standin import SHAPES, config_of
 
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
-from utils.loader import Device
-from utils.planner import CONTEXT, GB, SAFETY, fit, make_plan, predict
+from utils.model.loader import Device
+from utils.train.planner import CONTEXT, GB, SAFETY, fit, make_plan, predict
 
 TARGETS = ("query_key_value",)
 

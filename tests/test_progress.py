@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from utils.progress import MAX_LINES, Progress, Speed, clock, summary_lines, width
+from utils.train.progress import MAX_LINES, Progress, Speed, clock, summary_lines, width
 from utils.train.state import TrainState
 
 

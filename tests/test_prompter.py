@@ -120,7 +120,7 @@ def test_unknown_template_names_the_known_ones():
 
 
 def test_chat_needs_a_tokenizer_that_can_talk(tiny_neox):
-    from utils.loader import load_tokenizer
+    from utils.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_neox)
     with pytest.raises(UsageError, match="default"):

@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import build_tokenizer, load_script, run_script
 
-from utils import dataset, finetune, loader, report, results
-from utils.documents import Documents
+from utils import record
+from utils.data.documents import Documents
+from utils.data.encoder import Encoder
 from utils.errors import UsageError
+from utils.model import loader
+from utils.model.targets import choose_targets
 from utils.prompter import make_prompter
-from utils.targets import choose_targets
+from utils.train import results, stage
 
 finetune_lora = load_script("finetune-lora.py")
 TEXT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -126,18 +129,18 @@ def test_tokens_outside_the_embedding_are_refused_in_data_and_template(tmp_path)
     tokenizer = build_tokenizer(tmp_path)
     n_rows = len(tokenizer)
     tokenizer.add_tokens(["<|질문|>"], special_tokens=False)
-    encoder = dataset.Encoder(tokenizer, 2, n_rows=n_rows)
+    encoder = Encoder(tokenizer, 2, n_rows=n_rows)
     assert encoder.encode_prompt("물음")
     for encode in (encoder.encode_prompt, lambda text: encoder.encode_batch([[("물음", text)]])):
         with pytest.raises(UsageError, match=rf"<\|질문\|>.*{n_rows}.*{n_rows}행"):
             encode("<|질문|>")
     with pytest.raises(UsageError, match="답의 끝"):
-        dataset.Encoder(tokenizer, n_rows, n_rows=n_rows)
+        Encoder(tokenizer, n_rows, n_rows=n_rows)
 
 
 def test_cache_of_another_embedding_is_not_reused(tmp_path):
     tokenizer = build_tokenizer(tmp_path)
-    prints = {dataset.Encoder(tokenizer, 2, n_rows=n_rows).fingerprint() for n_rows in (None, 900, 901)}
+    prints = {Encoder(tokenizer, 2, n_rows=n_rows).fingerprint() for n_rows in (None, 900, 901)}
     assert len(prints) == 3
 
 
@@ -155,10 +158,10 @@ def test_rows_whose_answer_is_cut_off_are_dropped_and_counted():
     everything, none = np.arange(3), np.arange(0)
     for flag, kept in ((False, [0, 1]), (True, [0, 1, 2])):
         settings = SimpleNamespace(train_on_inputs=flag, cutoff_len=16)
-        train, held = finetune.drop_answerless(settings, found, everything, np.array([2]), said.append)
+        train, held = stage.drop_answerless(settings, found, everything, np.array([2]), said.append)
         assert train.tolist() == kept and held.tolist() == []
     assert "학습 1행, 검증 1행" in said[0] and "학습 0행, 검증 1행" in said[1]
-    finetune.drop_answerless(settings, found, np.array([0]), none, said.append)
+    stage.drop_answerless(settings, found, np.array([0]), none, said.append)
     assert len(said) == 2
 
 
@@ -197,13 +200,13 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_id=2, prompter=make_prompter("default", tokenizer),
-                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10], [5], 16),
+                             encoder=Encoder(tokenizer, 2), documents=documents([10], [5], 16),
                              held_out=np.arange(0))
     samples = results.Samples([], [])
     problem = results.answer_samples(inputs, None, samples)
     assert named in problem and "\n" not in problem
     assert len(samples.examples) == 1 and "tuned" in samples.examples[0]
-    assert report.write_samples(tmp_path, samples.examples).is_file()
+    assert record.write_samples(tmp_path, samples.examples).is_file()
     assert 256 < made[0] < 1024
 
 

@@ -14,7 +14,9 @@ from conftest import ROOT, run_script
 from faults import lab, same, state_of  # noqa: F401
 from safetensors.torch import load_file
 
-from utils import checkpoint, interrupt, loader, rundir
+from utils import files
+from utils.model import adapter, checkpoint, loader
+from utils.train import signals
 
 NEVER = 10**9
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux의 신호와 pty로 시험한다")
@@ -112,7 +114,7 @@ def test_damage_to_each_real_file_is_named(cut, tmp_path, how):
         shutil.copytree(newest, copy)
         harm(copy / name, how)
         found = checkpoint.damage(copy)
-        assert found is not None and (name in found or name == checkpoint.MANIFEST), (name, found)
+        assert found is not None and (name in found or name == files.MANIFEST), (name, found)
 
 
 def test_damaged_newest_is_refused_by_name_and_the_older_one_goes_on(lab, cut, tmp_path):  # noqa: F811
@@ -137,10 +139,10 @@ def test_damaged_newest_is_refused_by_name_and_the_older_one_goes_on(lab, cut, t
 def test_damaged_adapter_is_refused_by_name(lab, tmp_path):  # noqa: F811
     output = tmp_path / "run"
     assert lab.train(output, num_train_epochs=1).code == 0
-    assert loader.find_adapter(output) == output
+    assert adapter.find_adapter(output) == output
     harm(output / "adapter_model.safetensors", "flip")
     with pytest.raises(loader.UsageError, match=r"adapter_model\.safetensors"):
-        loader.find_adapter(output)
+        adapter.find_adapter(output)
 
 
 def disk_fills_up(lab, output: Path, at: int, **options) -> None:  # noqa: F811
@@ -223,8 +225,8 @@ def test_closed_terminal_saves(tiny_neox, tiny_data, tmp_path):
 
 def test_console_that_closes_waits_for_the_save(monkeypatch):
     """Windows의 콘솔 닫기, 로그오프: 처리기가 돌아가면 프로세스가 끝나므로 저장될 때까지 돌아가지 않는다."""
-    monkeypatch.setattr(interrupt, "silence", lambda: None)
-    with interrupt.Interrupt(lambda line: None) as stop:
+    monkeypatch.setattr(signals, "silence", lambda: None)
+    with signals.Interrupt(lambda line: None) as stop:
         assert not stop.console_event(0) and stop.code is None  # CTRL_C는 신호로 온다
         thread = threading.Thread(target=stop.console_event, args=(2,))
         thread.start()
@@ -236,13 +238,13 @@ def test_console_that_closes_waits_for_the_save(monkeypatch):
 
 def test_break_and_ignored_signals(monkeypatch):
     heard = []
-    monkeypatch.setattr(interrupt.signal, "SIGBREAK", 21, raising=False)
-    stop = interrupt.Interrupt(heard.append)
+    monkeypatch.setattr(signals.signal, "SIGBREAK", 21, raising=False)
+    stop = signals.Interrupt(heard.append)
     stop.receive(21)
     assert stop.code == 130 and len(heard) == 1
     if hasattr(signal, "SIGHUP"):
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with interrupt.Interrupt(heard.append):
+        with signals.Interrupt(heard.append):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
         signal.signal(signal.SIGHUP, before)
 
@@ -261,7 +263,7 @@ def test_infinite_loss_stops_before_the_weights_are_touched(lab, tmp_path):  # n
 
 def test_second_run_in_one_folder_is_refused(lab, tmp_path):  # noqa: F811
     output = tmp_path / "run"
-    with rundir.locked(output):
+    with files.locked(output):
         refused = lab.train(output)
         assert refused.code == 2 and "다른 실행이 쓰는 중" in refused.error, refused.text
     assert lab.train(output, seconds=1.5).code == -signal.SIGKILL

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from utils import report
+from utils import record, report
 from utils.errors import UsageError
 
 
@@ -27,13 +27,13 @@ def history(n: int = 30) -> list[dict]:
 def test_run_is_valid_json_whatever_the_values(tmp_path):
     run = {"history": history(), "nan": math.nan, "inf": [np.float32(np.inf)], "tensor": torch.tensor(1.5),
            "path": Path("가/나"), "names": ("a", "b"), "flag": True, "nothing": None}
-    report.write_run(tmp_path, run)
+    record.write_run(tmp_path, run)
     text = (tmp_path / "run.json").read_text(encoding="utf-8")
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"JSON이 아닌 값: {name}"))
     assert (read["nan"], read["inf"], read["tensor"], read["flag"], read["nothing"]) == (None, [None], 1.5, True, None)
     assert read["path"] == str(Path("가/나"))
     assert "가" in text
-    assert report.read_run(tmp_path)["history"] == history()
+    assert record.read_run(tmp_path)["history"] == history()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"history": 3}', '{"history": [{"loss": 1}]}'])
@@ -41,12 +41,12 @@ def test_a_folder_without_a_run_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=r"run\.json"):
-        report.read_run(tmp_path)
+        record.read_run(tmp_path)
 
 
 def test_samples_keep_every_line_and_show_no_html(tmp_path):
     answer = "### 1. 개요\n\n- 가\n- 나 <b>굵게</b>"
-    report.write_samples(tmp_path, [{"question": "질문?", "reference": answer, "base": "", "tuned": "답"},
+    record.write_samples(tmp_path, [{"question": "질문?", "reference": answer, "base": "", "tuned": "답"},
                                     {"question": "예시?", "base": "", "tuned": "답"}])
     text = (tmp_path / "samples.md").read_text(encoding="utf-8")
     for line in ("> ### 1. 개요", "> - 나 \\<b>굵게\\</b>", "> (빈 답)", "> 답"):
@@ -78,7 +78,7 @@ def test_points_skip_what_cannot_be_drawn():
 def test_overlay_command(tmp_path):
     for name in ("e3", "한글 e5"):
         (tmp_path / name).mkdir()
-        report.write_run(tmp_path / name, {"history": history()})
+        record.write_run(tmp_path / name, {"history": history()})
     command = [sys.executable, "-m", "utils.report", str(tmp_path / "e3"), str(tmp_path / "한글 e5"), "--output",
                str(tmp_path / "둘.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)

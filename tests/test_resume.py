@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, write_rows
 from faults import lab, same, state_of  # noqa: F401
 
-from utils import checkpoint
+from utils import files
+from utils.model import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 LONG = {"num_train_epochs": 4.4}  # 40 step, 4 step마다 평가하고 저장한다
@@ -77,7 +78,7 @@ def test_micro_batch_halved_for_memory_stays_halved(lab, tmp_path):  # noqa: F81
     assert done.code == 0 and "micro batch를 2로 줄여" in done.text, done.text
     cut_and_resume(lab, tmp_path / "cut", 10, **options)
     newest = checkpoint.newest_valid(tmp_path / "cut")
-    assert checkpoint.read_manifest(newest)["rows"] == 2
+    assert files.read_manifest(newest)["rows"] == 2
     assert same(state_of(newest), state_of(tmp_path / "whole" / newest.name))
 
 
@@ -161,7 +162,7 @@ def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):  # noqa: F81
 def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):  # noqa: F811
     output = tmp_path / "run"
     assert lab.train(output, signals=[[13, "SIGTERM"]]).code == 143
-    before = checkpoint.read_manifest(output / "checkpoint-14")["seconds"]
+    before = files.read_manifest(output / "checkpoint-14")["seconds"]
     done = lab.resume(output, answers=True)
     assert done.code == 0, done.text
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -199,4 +200,4 @@ def test_two_processes_resume_exactly(tiny_neox, tiny_data, tmp_path):
         assert process.returncode == 0, text
     last = checkpoint.newest_valid(whole)
     assert same(state_of(output / last.name), state_of(last))
-    assert checkpoint.read_manifest(last)["run"]["processes"]["id"] == 2
+    assert files.read_manifest(last)["run"]["processes"]["id"] == 2

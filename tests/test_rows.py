@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils import datafile, rows
+from utils.data import readers, rows
 from utils.errors import UsageError
 from utils.prompter import Prompter
 
@@ -102,14 +102,14 @@ def test_broken_file_is_refused_by_place(tmp_path, name, content, named):
 def test_syntax_error_early_in_a_big_array_is_found_without_reading_on(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     path.write_text(f"[{LINE}, {{\"text\" 3}}, " + ", ".join([LINE] * 50_000) + "]", encoding="utf-8")
-    monkeypatch.setattr(datafile, "MAX_ROW_CHARS", 1 << 16)
+    monkeypatch.setattr(readers, "MAX_ROW_CHARS", 1 << 16)
     with pytest.raises(UsageError, match="2번째 행"):
         list(rows.read_rows(path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
 def test_endless_row_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(datafile, "MAX_ROW_CHARS", 1 << 21)
+    monkeypatch.setattr(readers, "MAX_ROW_CHARS", 1 << 21)
     opening = {"a.json": "[", "a.jsonl": "", "a.txt": ""}[name]
     refuse(tmp_path, name, opening + '{"text": "' + "가" * (1 << 22))
 

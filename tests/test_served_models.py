@@ -10,11 +10,12 @@ from starlette.testclient import TestClient
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from utils import api, loader, talkmodel
-from utils.answerer import Answer
-from utils.decoder import Decoder
+from utils.decode.decoder import Decoder
 from utils.errors import UsageError
+from utils.model.tokenizer import load_tokenizer
 from utils.sampling import Sampling
+from utils.talk import api, source
+from utils.talk.answerer import Answer
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 SMALL = 785  # 토크나이저(800)보다 작은 embedding의 행 수
@@ -25,7 +26,7 @@ def silent(line: str) -> None:
 
 
 def open_answerer(base, prompt_template: str | None = None):
-    return talkmodel.load_answerer(talkmodel.find_source(str(base), None, silent), None, None, False, prompt_template,
+    return source.load_answerer(source.find_source(str(base), None, silent), None, None, False, prompt_template,
                                    silent)
 
 
@@ -59,7 +60,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outside(small):
     """embedding 밖의 토큰이 되는 글 하나."""
-    tokenizer = loader.load_tokenizer(small)
+    tokenizer = load_tokenizer(small)
     words = ((number, tokenizer.decode([number])) for number in range(SMALL, len(tokenizer)))
     return next(word for number, word in words
                 if word.isalpha() and tokenizer(word, add_special_tokens=False)["input_ids"] == [number])
@@ -92,7 +93,7 @@ def test_the_api_says_400(small, outside):
 def test_a_chat_template_beyond_the_embedding_is_refused(small, tmp_path):
     """대화 템플릿이 더한 특수 토큰은 embedding을 넓히지 않고 토크나이저에만 있을 때가 많다."""
     base = shutil.copytree(small, tmp_path / "chat")
-    tokenizer = loader.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(base)
@@ -102,7 +103,7 @@ def test_a_chat_template_beyond_the_embedding_is_refused(small, tmp_path):
 
 def test_an_end_beyond_the_embedding_is_refused_at_the_start(small, tmp_path):
     base = shutil.copytree(small, tmp_path / "end")
-    tokenizer = loader.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     tokenizer.add_special_tokens({"eos_token": "<|new_end|>"})
     tokenizer.save_pretrained(base)
     with pytest.raises(UsageError, match="답의 끝에 모델이 모르는 토큰"):

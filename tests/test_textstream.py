@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.textstream import TextStream, byte_alphabet
+from utils.decode.textstream import TextStream, byte_alphabet
 
 PIECES = ["양파는 식물의 줄기입니다. ", "뷁쉛퉳 ", "漢字와 國語 ",
           "👩‍👩‍👧‍👦🇰🇷🥨", "ㅋㅋㅋ…", "def f(x):\n    return x ** 2\n", "\t{}\\n",

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, run_script, train_settings
 
-from utils import tracking
 from utils.errors import UsageError
+from utils.train import tracking
 
 
 @pytest.fixture

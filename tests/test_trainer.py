@@ -14,17 +14,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from utils.captured import check_isolation
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
-from utils.loader import PromptInfo
-from utils.microstep import AutogradStep
-from utils.planner import MemoryPlan
-from utils.rundir import Run
+from utils.model.adapter import PromptInfo
+from utils.train.autograd_step import AutogradStep
+from utils.train.graph_step import check_isolation
 from utils.train.group import ALONE, join_group
 from utils.train.loop import Loop
+from utils.train.planner import MemoryPlan
 from utils.train.records import Recipe
 from utils.train.resume import Checkpoints
+from utils.train.run_folder import Run
 from utils.train.step import open_step
 from utils.train.weights import ReplicatedWeights
 

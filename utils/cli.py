@@ -11,19 +11,18 @@ import errno
 import functools
 import inspect
 import io
-import logging
 import math
 import os
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import fire
 
-from utils import doctor
+from utils import environment
+from utils.console import hush_libraries, is_main_process, printable, say, use_utf8
 from utils.errors import UsageError
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
@@ -46,7 +45,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     try:
         flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
         if flags is not None:
-            doctor.quick(say)
+            environment.quick(say)
             stage(**flags)
     except UsageError as error:
         if is_main_process():
@@ -101,38 +100,6 @@ def check(rules: Iterable[tuple[bool, str]]) -> None:
     broken = [message for kept, message in rules if not kept]
     if broken:
         raise UsageError(" / ".join(broken))
-
-
-def say(text: str = "") -> None:
-    """한 줄을 출력한다. 여러 프로세스로 실행하면 rank 0만 말한다."""
-    if is_main_process():
-        print(printable(text), flush=True)
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def printable(text: str) -> str:
-    """터미널을 조종하는 제어 문자를 뺀다. 줄바꿈과 탭은 남긴다."""
-    return "".join(char for char in text if char in "\n\t" or (ord(char) >= 32 and not 127 <= ord(char) < 160))
-
-
-def use_utf8() -> None:
-    """cp949 콘솔에서도 한글과 모든 글자를 내보낼 수 있게 한다."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-def hush_libraries() -> None:
-    """사용자가 어찌할 수 없는 라이브러리의 알림과 진행 막대를 끈다. 라이브러리를 부르기 전에 불러야 한다."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="fan_in_fan_out", module="peft")  # 맞는 값을 peft가 스스로 고른다
 
 
 def _drop_retired(argv: list[str], retired: dict[str, str]) -> list[str]:

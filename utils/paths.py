@@ -18,3 +18,9 @@ def shown(path: str | Path) -> str:
     """사용자에게 보여 줄 경로. 지금 폴더 아래면 상대 경로다."""
     path = Path(path).resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def looks_like_hub_id(name: str | Path) -> bool:
+    """`소유자/이름`이고, 앞부분이 로컬 폴더가 아니면 hub id로 본다."""
+    parts = str(name).replace("\\", "/").split("/")
+    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~")) and not Path(parts[0]).is_dir()

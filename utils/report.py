@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -12,10 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UsageError
-from utils.modelfolder import read_json
+from utils.record import CURVES_FILE, FIGURES, read_run
 
-RUN_FILE, CURVES_FILE, SAMPLES_FILE = "run.json", "curves.png", "samples.md"
-MODELS = (("base", "기반 모델"), ("tuned", "학습한 모델"))  # (답의 열, 이름)
 # (history의 열, 한글 제목, 영어 제목, 로그 축인가)
 PANELS = (
     ("loss", "학습 loss", "train loss", False),
@@ -24,67 +21,11 @@ PANELS = (
     ("grad_norm", "기울기 크기", "gradient norm", True),
     ("eval_samples_per_second", "검증 속도 (블록/초)", "eval samples/s", False),
 )
-# (run의 열, 한글 제목, 영어 제목, 표시 형식)
-FIGURES = (
-    ("eval_loss_before", "검증 loss, 처음", "eval loss before", ".3f"),
-    ("eval_loss_after", "검증 loss, 끝", "eval loss after", ".3f"),
-    ("tokens_per_second", "학습 토큰/초", "train tokens/s", ",.0f"),
-    ("peak_vram_gb", "최대 VRAM (GB)", "peak VRAM (GB)", ".2f"),
-    ("peak_ram_gb", "최대 RAM (GB)", "peak RAM (GB)", ".2f"),
-    ("train_seconds", "걸린 시간 (초)", "seconds", ",.0f"),
-)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 KOREAN_FONTS = ("malgun", "applesdgothicneo", "notosanscjk-regular", "notosanskr-regular", "notosanscjkkr-regular",
                 "nanumgothic", "nanumbarungothic", "applegothic", "gulim", "undotum", "notoserifcjk-regular")
 WSL_FONT = Path("/mnt/c/Windows/Fonts/malgun.ttf")
-
-
-def write_run(output_dir: str | Path, run: dict) -> Path:
-    """학습의 기록을 run.json으로 쓴다. 쓰다 끊겨도 앞의 파일이 남는다.
-
-    Args:
-        run: `history`는 Trainer의 `log_history`(step마다의 dict)다. 그 밖의 항목은 그대로 담긴다. JSON에 없는 값은
-            글자로, NaN과 inf는 null로 바꾼다.
-    """
-    file = Path(output_dir) / RUN_FILE
-    staged = file.with_suffix(".tmp")
-    text = json.dumps(_plain(run), ensure_ascii=False, indent=2, allow_nan=False)
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(file)
-    return file
-
-
-def read_run(run_dir: str | Path) -> dict:
-    """run.json을 읽는다.
-
-    Raises:
-        UsageError: 없거나 깨졌거나 그릴 history가 없다.
-    """
-    file = Path(run_dir) / RUN_FILE
-    run = read_json(file, f"{RUN_FILE}이 없다: {file} (finetune-lora.py의 --output_dir를 적는다)")
-    rows = run.get("history") if isinstance(run, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise UsageError(f"{file}에 step마다의 기록(history)이 없다")
-    return run
-
-
-def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
-    """질문마다 모범 답, 기반 모델의 답, 학습한 모델의 답을 나란히 적는다.
-
-    Args:
-        samples: `question`과 `tuned`가 든 dict들. `reference`(검증 질문)와 `base`는 있으면 적는다.
-    """
-    parts = ["# 질문과 답\n\n모범 답이 있는 것은 학습에 쓰지 않은 검증 질문이고, 모범 답은 데이터에 적힌 답이다. "
-             "모범 답이 없는 것은 페이지의 예시 질문이다.\n"]
-    for number, sample in enumerate(samples, 1):
-        parts.append(f"## {number}. 질문\n\n{_quoted(sample['question'])}\n")
-        for key, title in (("reference", "모범 답"), *MODELS):
-            if key in sample:
-                parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
-    file = Path(output_dir) / SAMPLES_FILE
-    file.write_text("\n".join(parts), encoding="utf-8")
-    return file
 
 
 def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> Path | BinaryIO:
@@ -197,23 +138,6 @@ def _drawable(text: str, fonts: list[str]) -> str:
     return "".join(char if ord(char) in known else "?" for char in text).replace("$", r"\$")
 
 
-def _quoted(text: str) -> str:
-    escaped = str(text).replace("\\", "\\\\").replace("<", r"\<")
-    return "\n".join(f"> {line}  " if line.strip() else ">" for line in escaped.splitlines()) or "> (빈 답)"
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m utils.report", description="학습 곡선을 PNG 하나에 겹쳐 그린다.")
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run.json이 든 폴더. finetune-lora.py가 만든다")
@@ -225,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    from utils.cli import EXIT_USAGE, use_utf8
+    from utils.cli import EXIT_USAGE
+    from utils.console import use_utf8
 
     use_utf8()
     try:

@@ -50,18 +50,20 @@ def measure_load(folder: Path) -> dict:
     """검사하고 토큰으로 바꾸고 나누고 블록에 담는다. 둘째 실행은 캐시를 연다."""
     import resource
 
-    from utils import datacheck, dataset, loader
+    from utils.data import check, dataset, encoder
+    from utils.data.blocks import PackedDataset, split_by_content
+    from utils.model.tokenizer import end_token_id, load_tokenizer
     from utils.prompter import Prompter
 
-    tokenizer = loader.load_tokenizer(folder)
-    end_id = loader.end_token_id(tokenizer)
+    tokenizer = load_tokenizer(folder)
+    end_id = end_token_id(tokenizer)
     began = time.perf_counter()
-    documents = dataset.load_documents(folder / "rows.jsonl", Prompter(), dataset.Encoder(tokenizer, end_id), 1024,
+    documents = dataset.load_documents(folder / "rows.jsonl", Prompter(), encoder.Encoder(tokenizer, end_id), 1024,
                                        end_id, str(folder), on_row=lambda n: None)
     loaded = time.perf_counter()
-    train, held_out = dataset.split_by_content(documents, 5, 42)
-    found = datacheck.document_faults(documents, train, held_out)
-    blocks = dataset.PackedDataset(documents, train, 1024, end_id, True, 42)
+    train, held_out = split_by_content(documents, 5, 42)
+    found = check.document_faults(documents, train, held_out)
+    blocks = PackedDataset(documents, train, 1024, end_id, True, 42)
     return {"seconds": loaded - began, "split_and_pack_seconds": time.perf_counter() - loaded,
             "peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             "documents": len(documents), "tokens": len(documents.tokens), "blocks": len(blocks),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from standin import add_lora, build, config_of
 
-from utils.decoder import Decoder
+from utils.decode.decoder import Decoder
 from utils.sampling import Sampling
 
 PROMPT, ANSWER, REPEATS, VOCAB = 64, 128, 3, 30_003

@@ -21,9 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 
 import numpy as np  # noqa: E402
 
-from utils import shards  # noqa: E402
+from utils.model import shards  # noqa: E402
 
-IMPORTS = "import gc; gc.disable(); from utils import cli, gguf_export, merger; gc.freeze(); cli.say('')"
+IMPORTS = ("import gc; gc.disable(); from utils import console; from utils.merge import gguf, writer; gc.freeze(); "
+           "console.say('')")
 # ru_maxrss는 부모의 것을 물려받으므로 VmHWM을 읽는다
 RSS = ("import runpy, sys, time; sys.path.insert(0, {root!r});"
        "{body};"

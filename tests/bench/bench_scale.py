@@ -84,7 +84,7 @@ def sharded(options, shape: str) -> dict:
     merged = work / "merged"
     shutil.rmtree(merged, ignore_errors=True)
     call(options, [sys.executable, str(ROOT / "merge-lora.py"), "--peft_root", str(output), "--output_dir",
-                   str(merged)])
+                   str(merged), "--verify", "False"])  # 검산은 26 GB를 네 번 읽어 카드를 오래 붙든다
     size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
     row = {"shape": shape, "batch": 4, "fsdp": first, "saved": saved, "resumed": again | {"saved": resumed},
            "merge_s": time.perf_counter() - began, "merged_gb": size / 1e9,
@@ -156,13 +156,14 @@ def steady_speed(history: list[dict], tokens_per_step: float, skip: int = 5) -> 
 def count_blocks(options) -> int:
     """데이터가 채우는 1,024토큰 블록의 수. 데이터와 토크나이저가 정한다."""
     if not hasattr(options, "blocks"):
-        from utils import dataset, loader
+        from utils.data import blocks, dataset, encoder
+        from utils.model.tokenizer import end_token_id, load_tokenizer
         from utils.prompter import Prompter
 
-        tokenizer = loader.load_tokenizer(ROOT / "resources/polyglot-ko-demo")
-        end_id = loader.end_token_id(tokenizer)
-        documents = dataset.load_documents(options.data, Prompter(), dataset.Encoder(tokenizer, end_id), 1024, end_id)
-        options.blocks = len(dataset.pack(documents.lengths(), 1024, 42))
+        tokenizer = load_tokenizer(ROOT / "resources/polyglot-ko-demo")
+        end_id = end_token_id(tokenizer)
+        documents = dataset.load_documents(options.data, Prompter(), encoder.Encoder(tokenizer, end_id), 1024, end_id)
+        options.blocks = len(blocks.pack(documents.lengths(), 1024, 42))
     return options.blocks
 
 

@@ -19,13 +19,13 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from standin import add_lora, build, config_of  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator  # noqa: E402
 
-from utils import planner  # noqa: E402
-from utils.dataset import pack  # noqa: E402
+from utils.data.blocks import pack  # noqa: E402
 from utils.engine.train_ops import drop_scale  # noqa: E402
-from utils.planner import GB, MemoryPlan  # noqa: E402
-from utils.progress import Speed  # noqa: E402
+from utils.train import planner  # noqa: E402
 from utils.train.group import ALONE  # noqa: E402
 from utils.train.loop import Loop  # noqa: E402
+from utils.train.planner import GB, MemoryPlan  # noqa: E402
+from utils.train.progress import Speed  # noqa: E402
 from utils.train.records import Recipe  # noqa: E402
 from utils.train.step import open_step  # noqa: E402
 from utils.train.weights import ReplicatedWeights  # noqa: E402

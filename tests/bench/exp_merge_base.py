@@ -55,13 +55,15 @@ def main() -> None:
 
 def read_documents(options) -> tuple[list[list[int]], list[list[int]], int]:
     """(학습 문서, 검증 문서, 채움 토큰). 문서는 끝 토큰으로 끝나는 토큰 목록이다."""
-    from utils import dataset, loader
+    from utils.data import dataset, encoder
+    from utils.data.blocks import split_by_content
+    from utils.model.tokenizer import end_token_id, load_tokenizer
     from utils.prompter import Prompter
 
-    tokenizer = loader.load_tokenizer(options.model)
-    end = loader.end_token_id(tokenizer)
-    documents = dataset.load_documents(options.data, Prompter(), dataset.Encoder(tokenizer, end), options.cutoff, end)
-    train, held_out = dataset.split_by_content(documents, 100 * 1.2 * options.held_out / len(documents), 42)
+    tokenizer = load_tokenizer(options.model)
+    end = end_token_id(tokenizer)
+    documents = dataset.load_documents(options.data, Prompter(), encoder.Encoder(tokenizer, end), options.cutoff, end)
+    train, held_out = split_by_content(documents, 100 * 1.2 * options.held_out / len(documents), 42)
     tokens = [documents.document(i)[0].tolist() for i in (*train[: options.train_docs], *held_out[: options.held_out])]
     n = min(len(train), options.train_docs)
     return tokens[:n], tokens[n:], end
@@ -75,7 +77,7 @@ def target_names(model: str) -> list[str]:
 def load(model: str, device: str, four_bit: bool):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from utils.loader import keep_nf4_layout
+    from utils.model.loader import keep_nf4_layout
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                 bnb_4bit_compute_dtype=torch.float32) if four_bit else None

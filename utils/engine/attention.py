@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from utils.microstep import document_mask
+from utils.data.blocks import document_mask
 
 
 @dataclass(frozen=True)

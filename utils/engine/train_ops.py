@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 from utils.engine.cuda import load_kernels
-from utils.microstep import cross_entropy_
+from utils.model.loss import cross_entropy_
 
 SOURCE = Path(__file__).parent / "kernels" / "train.cu"
 NF4_BLOCK = 64

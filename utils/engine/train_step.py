@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from utils.data.blocks import shifted_targets
 from utils.engine.attention import Documents, choose_attention
 from utils.engine.cuda import CompileError
 from utils.engine.train_layers import HostEmbedding, Layer
 from utils.engine.train_ops import CudaOps, TorchOps, pad_rank
-from utils.microstep import HEAD_CHUNK, head_loss, shifted_targets
+from utils.model.loss import HEAD_CHUNK, head_loss
 
 
 @dataclass

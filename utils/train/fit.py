@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils import loader
-from utils.finetune import Inputs
-from utils.interrupt import Interrupt
-from utils.progress import Progress, Speed
-from utils.rundir import Run
-from utils.tracking import open_trackers
+from utils import process
 from utils.train.group import Group, join_group
 from utils.train.loop import Loop
+from utils.train.progress import Progress, Speed
 from utils.train.records import Plan, Recipe, Result, Settings
 from utils.train.resume import Checkpoints
+from utils.train.run_folder import Run
+from utils.train.signals import Interrupt
+from utils.train.stage import Inputs
 from utils.train.step import RunningStep, open_step
+from utils.train.tracking import open_trackers
 from utils.train.weights import ReplicatedWeights, Weights
 
 
@@ -58,7 +58,7 @@ def fit(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: R
         checkpoints.save_adapter(loop)
         for listener in listeners:
             listener.saved(run.folder, loop.state, final=True)
-    return Result(model, loop.state, parts.step.path, before, loop.state.best_metric, seconds, loader.is_sharded(),
+    return Result(model, loop.state, parts.step.path, before, loop.state.best_metric, seconds, process.is_sharded(),
                   group.is_first)
 
 
@@ -78,7 +78,7 @@ def place(model: nn.Module, inputs: Inputs, plan: Plan, group: Group, say: Calla
     """
     device, rows = inputs.device, plan.memory.micro_batch_size
     fp16 = device.dtype is torch.float16 and device.device.type == "cuda"
-    if not loader.is_sharded():
+    if not process.is_sharded():
         weights = ReplicatedWeights(model, group, fp16)
         step = open_step(model, plan.memory, inputs.train_set, inputs.eval_set, device.device, weights.gradients, say)
         return Placed(step, weights)

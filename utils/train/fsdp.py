@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from utils.captured import check_isolation
-from utils.checkpoint import ADAPTER
-from utils.microstep import IGNORE, recompute_all, shifted_targets
+from utils.data.blocks import IGNORE, shifted_targets
+from utils.model.checkpoint import ADAPTER
+from utils.train.autograd_step import recompute_all
+from utils.train.graph_step import check_isolation
 from utils.train.group import Group
 from utils.train.step import Batch
 

@@ -7,11 +7,11 @@ from contextlib import closing
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from utils.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
 from utils.errors import UsageError
-from utils.progress import Speed
+from utils.train.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
 from utils.train.group import Group
 from utils.train.listener import Listener
+from utils.train.progress import Speed
 from utils.train.records import Recipe
 from utils.train.resume import Checkpoints
 from utils.train.state import TrainState

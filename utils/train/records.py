@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from utils.planner import MemoryPlan
+from utils.train.planner import MemoryPlan
 from utils.train.state import TrainState
 
 

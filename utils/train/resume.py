@@ -7,10 +7,11 @@ from typing import Protocol
 
 import torch
 
-from utils import checkpoint, loader
+from utils import files
 from utils.errors import UsageError
-from utils.rundir import KEEP, Run, checkpoint_bytes
+from utils.model import adapter, checkpoint
 from utils.train.group import Group
+from utils.train.run_folder import KEEP, Run, checkpoint_bytes
 from utils.train.state import TrainState
 from utils.train.step import RunningStep
 from utils.train.weights import Weights
@@ -35,7 +36,7 @@ class Checkpoints:
     """실행 하나의 체크포인트들.
 
     Args:
-        run: `utils.rundir.open_run`이 연 실행.
+        run: `utils.train.run_folder.open_run`이 연 실행.
         n_trainable: 학습하는 매개변수의 수.
     """
 
@@ -59,9 +60,9 @@ class Checkpoints:
         """지금의 상태를 `checkpoint-N`에 쓴다. 모든 프로세스가 함께 부른다."""
         final = self.folder(loop.state.global_step)
         with self.run.saving(checkpoint_bytes(self.n_trainable)):
-            staging = checkpoint.staging_of(final)
+            staging = files.staging_of(final)
             if self.group.is_first:
-                checkpoint.stage(final)
+                files.stage(final)
             self.group.wait()
             loop.weights.save_adapter(staging)
             if loop.weights.writes_optimizer():
@@ -79,8 +80,8 @@ class Checkpoints:
 
     def publish(self, loop: Resumable, staging: Path, final: Path) -> None:
         """쓴 것을 봉하고 이름을 바꾼 다음, 오래된 것을 지운다."""
-        loader.write_prompt_info(staging, self.run.prompt_info)
-        checkpoint.publish(staging, final, self.facts(loop))
+        adapter.write_prompt_info(staging, self.run.prompt_info)
+        files.publish(staging, final, self.facts(loop))
         best = loop.state.best_global_step
         checkpoint.prune(self.run.folder, KEEP, None if best is None else self.folder(best))
 
@@ -91,7 +92,7 @@ class Checkpoints:
         """실행의 체크포인트에서 이어 갈 수 있게 되돌린다. 없으면 처음부터다."""
         folder = self.run.checkpoint
         if folder is not None:
-            manifest = checkpoint.read_manifest(folder)
+            manifest = files.read_manifest(folder)
             self.earlier_seconds = manifest.get("seconds", 0.0)
             loop.step.rows = min(loop.step.rows, manifest["rows"])  # 줄인 micro batch도 이어받아야 더하는 순서가 같다
             loop.state = TrainState.read(folder, loop.state.max_steps)
@@ -131,14 +132,14 @@ class Checkpoints:
         """지금의 어댑터를 `output_dir`에 남긴다. 모든 프로세스가 함께 부른다."""
         with self.run.saving():
             final = self.run.folder / "adapter"
-            staging = checkpoint.staging_of(final)
+            staging = files.staging_of(final)
             if self.group.is_first:
-                checkpoint.stage(final)
+                files.stage(final)
             self.group.wait()
             loop.weights.save_adapter(staging)
             if self.group.is_first:
-                loader.write_prompt_info(staging, self.run.prompt_info)
-                checkpoint.publish_files(staging, self.run.folder, self.facts(loop))
+                adapter.write_prompt_info(staging, self.run.prompt_info)
+                files.publish_files(staging, self.run.folder, self.facts(loop))
 
 
 def random_state() -> dict[str, torch.Tensor]:

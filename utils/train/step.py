@@ -6,14 +6,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from utils.batches import count_documents, split_rows
-from utils.captured import CapturedStep
 from utils.engine.train_layers import restore_embedding, why_not
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
-from utils.microstep import autograd_ways
-from utils.parity import choose_step
-from utils.planner import MemoryPlan
+from utils.train.autograd_step import autograd_ways
+from utils.train.batches import count_documents, split_rows
+from utils.train.graph_step import CapturedStep
+from utils.train.parity import choose_step
+from utils.train.planner import MemoryPlan
 
 Batch = dict[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from utils.checkpoint import ADAPTER
+from utils.model.checkpoint import ADAPTER
 from utils.train.group import Group
 
 

@@ -1,0 +1,114 @@
+"""문서들을 나누고 정해진 길이의 블록에 채운다. 정답의 자리와 문서의 경계도 여기서 정한다."""
+
+import bisect
+import hashlib
+
+import numpy as np
+import torch
+
+from utils.data.documents import Documents
+
+IGNORE = -100
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """길이가 `cutoff_len`인 블록들. 블록 안의 문서는 서로를 보지 않는다.
+
+    `position_ids`가 문서마다 0부터 다시 시작하는 것이 경계의 표시다. attention_mask는 넘기지 않는다.
+    """
+
+    def __init__(self, documents: Documents, chosen: np.ndarray, cutoff_len: int, end_id: int,
+                 train_on_inputs: bool, seed: int):
+        self._documents = documents
+        self._cutoff_len = cutoff_len
+        self._end_id = end_id
+        self._train_on_inputs = train_on_inputs
+        lengths = documents.lengths()[chosen]
+        self.blocks = [chosen[members] for members in pack(lengths, cutoff_len, seed)]
+        self.n_tokens = int(lengths.sum())
+        self.max_documents = max((len(block) for block in self.blocks), default=0) + 1
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids`, `labels`, `position_ids`: 모두 [cutoff_len] int64."""
+        input_ids = np.full(self._cutoff_len, self._end_id, np.int64)
+        labels = np.full(self._cutoff_len, IGNORE, np.int64)
+        position_ids = np.zeros(self._cutoff_len, np.int64)
+        at = 0
+        for member in self.blocks[index]:
+            tokens, answer = self._documents.document(member)
+            end = at + len(tokens)
+            input_ids[at:end] = tokens
+            labels[at:end] = tokens if self._train_on_inputs else np.where(answer, tokens, IGNORE)
+            labels[at] = IGNORE  # 첫 토큰은 앞 문서의 마지막 토큰이 예측하는 자리다
+            position_ids[at:end] = np.arange(len(tokens))
+            at = end
+        position_ids[at:] = np.arange(self._cutoff_len - at)
+        return {name: torch.from_numpy(value) for name, value in
+                (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids))}
+
+
+def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(학습 문서 번호, 검증 문서 번호). 내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다."""
+    if percent <= 0 or len(np.unique(documents.digests)) < 2:  # 모두 같은 행이면 나눌 수 없다
+        return np.arange(len(documents)), np.arange(0)
+    scrambled = documents.digests ^ np.uint64(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little"))
+    scrambled = scrambled * np.uint64(0x9E3779B97F4A7C15)
+    held_out = scrambled < np.uint64(int(percent / 100 * (2**64 - 1)))
+    if not held_out.any() or held_out.all():  # 행이 몇 안 될 때도 양쪽에 하나는 있게 한다
+        held_out = scrambled == scrambled.min()
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def with_answers(documents: Documents, members: np.ndarray) -> np.ndarray:
+    """`members` 가운데 자른 뒤에도 답이 남은 문서. 답이 모두 잘리면 배울 것이 질문 뒤의 끝 토큰뿐이다."""
+    cut = documents.full_lengths()[members] > documents.lengths()[members]
+    lost = [member for member in members[cut] if not documents.document(member)[1][:-1].any()]
+    return np.setdiff1d(members, lost)
+
+
+def pack(lengths: np.ndarray, cutoff_len: int, seed: int) -> list[np.ndarray]:
+    """문서를 블록에 나누어 담는다(best-fit decreasing). 블록마다 담긴 문서의 번호를 돌려준다."""
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    blocks: list[list[int]] = []
+    open_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for member in order:
+        need = int(lengths[member])
+        at = bisect.bisect_left(rooms, need)
+        if at < len(rooms):
+            room = rooms[at]
+            block = open_by_room[room].pop()
+            if not open_by_room[room]:
+                del open_by_room[room], rooms[at]
+        else:
+            room, block = cutoff_len, len(blocks)
+            blocks.append([])
+        blocks[block].append(int(member))
+        left = room - need
+        if left:
+            if left not in open_by_room:
+                bisect.insort(rooms, left)
+                open_by_room[left] = []
+            open_by_room[left].append(block)
+    return [np.asarray(block) for block in blocks]
+
+
+def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
+    """`labels`를 한 칸 당긴 다음 토큰의 정답. 블록의 마지막 자리는 정답이 없다. 모양 [rows, block]."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def document_ids(position_ids: torch.Tensor) -> torch.Tensor:
+    """자리 번호가 0으로 돌아가는 곳마다 하나씩 커지는 문서 번호. 모양 [rows, block]."""
+    return (position_ids == 0).long().cumsum(-1)
+
+
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """같은 문서의 앞쪽 토큰만 보이는 bool mask. 모양 [rows, 1, block, block]."""
+    ids = document_ids(position_ids)
+    same = ids[:, :, None] == ids[:, None, :]
+    return same.tril()[:, None]

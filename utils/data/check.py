@@ -1,0 +1,224 @@
+"""데이터에서 흔한 잘못을 찾아 말한다. 행을 하나씩 보므로 파일이 커도 메모리를 더 쓰지 않는다."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.readers import END_TOKEN, detect_encoding
+from utils.data.rows import Pieces, compose
+
+N_EXAMPLES = 5
+# 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
+KINDS = {
+    "encoding": "UTF-8이 아니어서 바꾸어 읽었다",
+    "broken": "읽을 수 없는 행",
+    "missing": "필요한 열이 없거나 글이 아닌 행",
+    "empty": "질문이나 답이 빈 행",
+    "duplicate": "앞의 행과 똑같은 행",
+    "overlap": "학습에도 같은 질문이 있는 검증 행",
+    "swapped": "질문과 답의 열이 바뀐 것 같다(답이 대부분 물음표로 끝난다)",
+    "wrong_column": "답의 열이 글이 아닌 것 같다(대부분 주소, 수, 번호다)",
+    "ignored_column": "쓰지 않는 열이 답보다 훨씬 길다. 답의 열을 잘못 고른 것일 수 있다",
+    "copied": "답이 질문과 똑같은 행",
+    "placeholder": "답이 nan, null, TODO 따위인 행",
+    "off_template": "글이 템플릿을 따르지 않는 행",
+    "glued": "두 행이 한 행으로 붙은 것 같은 행",
+    "end_missing": "다른 행과 달리 끝 토큰이 없는 행(도중에 잘린 글일 수 있다)",
+    "end_doubled": "끝 토큰이 겹친 행(하나로 보고 읽는다)",
+    "end_inside": "끝 토큰이 글 가운데에 있는 행",
+    "foreign_end": "다른 모델의 끝 토큰으로 끝나는 행",
+    "nfd": "풀어쓴 한글(NFD)이 든 행(모아쓰고 읽는다)",
+    "mojibake": "글자가 깨진 것 같은 행",
+    "control": "보이지 않는 제어 문자가 든 행",
+    "escaped": "줄바꿈이 \\n이라는 두 글자로 적힌 행",
+    "long": "블록보다 길어 잘리는 행(끝 토큰은 남긴다)",
+    "answer_cut": "질문만으로 블록이 차서 답이 남지 않는 행",
+}
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+FOREIGN_END = re.compile(r"(?:</s>|<\|(?:im_end|eot_id|end|end_of_text)\|>|<eos>|<pad>|<end_of_turn>|\[EOS\])\s*$")
+_CONTINUATION = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+_MOJIBAKE = re.compile(f"\ufffd|占쏙옙|[\xea-\xed][{_CONTINUATION}]{{2}}|[\xa1-\xfe]{{6}}")
+_QUESTION_MARKS = re.compile(r"\?[가-힣]")
+_PLACEHOLDERS = {"nan", "none", "null", "n/a", "#n/a", "undefined", "todo", "tbd", "-", ".", "..."}
+_NOT_PROSE = re.compile(r"(?:https?://\S+|[\d.,:/%+-]+|[0-9a-fA-F-]{8,})")
+
+
+class Inspector:
+    """행을 하나씩 보며 이상한 것을 센다.
+
+    Attributes:
+        found: 종류 -> {"count": 행의 수, "rows": 앞의 몇 행의 번호}. 파일 전체에 대한 것이면 "rows"가 비고
+            "note"가 있을 수 있다.
+    """
+
+    def __init__(self, prompter, source: str | Path):
+        self.found: dict[str, dict] = {}
+        self.n_rows = 0
+        self._prompter, self._source = prompter, Path(source)
+        self._head = prompter.template.get("prompt_no_input", "").split("{instruction}")[0].rstrip()
+        self._glued = re.compile("^" + re.escape(self._head), re.MULTILINE) if self._head.strip() else None
+        self._frame = len(prompter.prompt("가").rstrip(" ")) - 1
+        self._ends = self._questions_asked = self._answers_asked = self._not_prose = self._ignored_longer = 0
+        self._unended: dict = {"count": 0, "rows": []}
+        self._ignored: set[str] = set()
+
+    def look(self, number: int, row: dict, columns: tuple[str, ...], pieces: Pieces) -> None:
+        """쓸 수 있는 행 하나를 본다. `columns`는 `choose_columns`의 값이다."""
+        self.n_rows += 1
+        raw = _raw_texts(row, columns)
+        for kind in row_faults(raw, pieces, self._frame):
+            self._count(kind, number)
+        if columns == ("text",):
+            self._look_at_text(number, raw[0], *pieces[0])
+        self._look_at_columns(row, columns, *pieces[-1])
+
+    def broken(self, number: int, reason: str) -> None:
+        """읽을 수 없는 행 하나를 센다."""
+        self._count("broken", number)
+
+    def unusable(self, number: int, row: dict, columns: tuple[str, ...]) -> None:
+        """필요한 글이 없는 행 하나를 센다."""
+        values = [row.get(name) for name in columns]
+        whole = columns != ("messages",) and all(isinstance(value, str) for value in values)
+        self._count("empty" if whole and not any("\ud800" <= char <= "\udfff" for value in values for char in value)
+                    else "missing", number)
+
+    def finish(self) -> dict[str, dict]:
+        """파일 전체를 보아야 아는 것을 더하고 `found`를 돌려준다."""
+        if self._unended["count"] and self._ends:
+            self.found["end_missing"] = self._unended
+        if self.n_rows >= 5:
+            if self._answers_asked > 0.6 * self.n_rows and self._questions_asked < 0.4 * self.n_rows:
+                self.found["swapped"] = {"count": self._answers_asked, "rows": []}
+            if self._not_prose > 0.6 * self.n_rows:
+                self.found["wrong_column"] = {"count": self._not_prose, "rows": []}
+            if self._ignored_longer > 0.6 * self.n_rows:
+                names = ", ".join(sorted(self._ignored))
+                self.found["ignored_column"] = {"count": self._ignored_longer, "rows": [], "note": names}
+        if self._source.is_file() and self._source.suffix.lower() != ".parquet":
+            encoding = detect_encoding(self._source)
+            if encoding != "utf-8":
+                self.found["encoding"] = {"count": self.n_rows, "rows": [], "note": encoding.upper()}
+        return self.found
+
+    def _look_at_text(self, number: int, raw: str, prompt: str, answer: str) -> None:
+        stripped = raw.rstrip()
+        if stripped.endswith(END_TOKEN):
+            self._ends += 1
+            if stripped.removesuffix(END_TOKEN).rstrip().endswith(END_TOKEN):
+                self._count("end_doubled", number)
+        else:
+            _add(self._unended, number)
+        if self._head and not prompt.startswith(self._head):
+            self._count("off_template", number)
+        elif self._glued and self._glued.search(answer):
+            self._count("glued", number)
+
+    def _look_at_columns(self, row: dict, columns: tuple[str, ...], prompt: str, answer: str) -> None:
+        answer = answer.strip()
+        self._answers_asked += answer.endswith(("?", "?"))
+        self._not_prose += bool(_NOT_PROSE.fullmatch(answer))
+        if len(columns) == 2:
+            self._questions_asked += row[columns[0]].rstrip().endswith(("?", "?"))
+        elif prompt:
+            self._questions_asked += "?" in prompt
+        ignored = {name for name, value in row.items() if name not in (*columns, "input")
+                   and isinstance(value, str) and len(value) > max(80, 4 * len(answer))}
+        self._ignored_longer += bool(ignored) and columns != ("text",)
+        self._ignored |= ignored
+
+    def _count(self, kind: str, number: int) -> None:
+        _add(self.found.setdefault(kind, {"count": 0, "rows": []}), number)
+
+
+def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
+    """행 하나의 글에서 보이는 잘못의 종류.
+
+    Args:
+        raw: 행에 적힌 그대로의 글들.
+        pieces: 그 행의 (프롬프트, 답)들.
+        frame: 템플릿이 질문에 덧붙이는 글자의 수.
+    """
+    whole = "\x1e".join(raw)
+    answers = [answer.strip() for _, answer in pieces]
+    inside = any(END_TOKEN in prompt or END_TOKEN in answer for prompt, answer in pieces)
+    return [kind for kind, wrong in (
+        ("copied", any(answer in prompt and len(prompt) - len(answer) <= frame for (prompt, _), answer
+                       in zip(pieces, answers, strict=True))),
+        ("placeholder", any(answer.lower() in _PLACEHOLDERS for answer in answers)),
+        ("end_inside", inside),
+        ("foreign_end", any(FOREIGN_END.search(answer[-20:]) for answer in answers)),
+        ("nfd", any(compose(text) is not text for text in raw)),
+        ("mojibake", is_garbled(whole)),
+        ("control", CONTROL.search(whole.replace("\x1e", ""))),
+        ("escaped", any("\n" not in answer and answer.count("\\n") >= 2 for answer in answers)),
+    ) if wrong]
+
+
+def document_faults(documents, train: np.ndarray, held_out: np.ndarray) -> dict[str, dict]:
+    """토큰으로 바꾼 문서들을 견주어야 보이는 것: 같은 행, 나뉜 양쪽에 있는 질문, 긴 행."""
+    _, first = np.unique(documents.digests, return_index=True)
+    repeated = np.setdiff1d(np.arange(len(documents)), first)
+    shared = held_out[np.isin(documents.questions[held_out], documents.questions[train])]
+    long = np.flatnonzero(documents.full_lengths() > documents.lengths())
+    lost = [index for index in long if not documents.document(index)[1][:-1].any()]
+    found = {}
+    for kind, members in (("duplicate", repeated), ("overlap", shared), ("long", long), ("answer_cut", lost)):
+        if len(members):
+            rows = [int(documents.numbers[index]) for index in members[:N_EXAMPLES]]
+            found[kind] = {"count": len(members), "rows": rows}
+    if len(long):
+        fits = int(np.quantile(documents.full_lengths(), 0.99, method="higher"))
+        found["long"]["note"] = f"{len(long) / len(documents):.1%}, 99%가 들어가는 cutoff_len은 {fits}"
+    return found
+
+
+def short_lines(found: dict[str, dict]) -> list[str]:
+    """찾은 것만 한 줄씩. 없으면 빈 목록이다."""
+    lines = []
+    for kind, words in KINDS.items():
+        if kind in found:
+            note = f" [{found[kind]['note']}]" if "note" in found[kind] else ""
+            numbers = found[kind]["rows"]
+            more = ", ..." if found[kind]["count"] > len(numbers) else ""
+            where = f": {', '.join(map(str, numbers))}{more}번째 행" if numbers else ""
+            lines.append(f"  {words}{note} {found[kind]['count']:,}개{where}")
+    return lines
+
+
+def rendered_lines(documents, tokenizer, train_on_inputs: bool, n: int = 2) -> list[str]:
+    """문서 몇 개를 배우는 곳이 보이게 적는다. ⟦ ⟧ 안의 글만 loss에 든다(첫 토큰은 언제나 빠진다)."""
+    lines = []
+    for index in range(min(n, len(documents))):
+        tokens, answer = documents.document(index)
+        learnt = np.ones(len(tokens), bool) if train_on_inputs else answer.copy()
+        learnt[0] = False
+        edges = [0, *(np.flatnonzero(np.diff(learnt)) + 1), len(tokens)]
+        parts = [(tokenizer.decode(tokens[start:end], skip_special_tokens=False), learnt[start])
+                 for start, end in pairwise(edges)]
+        text = "".join(f"⟦{part}⟧" if kept else part for part, kept in parts)
+        lines += [f"{documents.numbers[index]}번째 행({len(tokens)} 토큰, 배우는 토큰 {int(learnt.sum())}):",
+                  *(f"  {line}" for line in text.splitlines())]
+    return lines
+
+
+def is_garbled(text: str) -> bool:
+    """다른 인코딩으로 잘못 읽은 글처럼 보이는가."""
+    if _MOJIBAKE.search(text):
+        return True
+    marks = _QUESTION_MARKS.findall(text) if text.count("?") >= 3 else []
+    return len(marks) >= 3 and len(marks) * 20 >= len(text)
+
+
+def _raw_texts(row: dict, columns: tuple[str, ...]) -> list[str]:
+    if columns == ("messages",):
+        return [message["content"] for message in row["messages"]]
+    return [row[name] for name in columns] + ([row["input"]] if row.get("input") else [])
+
+
+def _add(entry: dict, number: int) -> None:
+    entry["count"] += 1
+    if len(entry["rows"]) < N_EXAMPLES:
+        entry["rows"].append(number)

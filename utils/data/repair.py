@@ -1,0 +1,99 @@
+"""데이터 검사의 긴 보고와, 고쳐 쓴 파일을 맡는다. 입력 파일은 건드리지 않는다."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.data import check, encoder, rows
+from utils.data.readers import END_TOKEN
+from utils.errors import UsageError
+from utils.files import staged_file
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """고쳐 쓴 행의 수: 쓴 행, 그 가운데 고친 행, 버린 행."""
+
+    written: int
+    changed: int
+    dropped: int
+
+
+def check_target(source: str | Path, target: str | Path) -> None:
+    """고친 파일을 쓸 자리가 비었는지 본다. 있는 파일 위에는 쓰지 않는다."""
+    if Path(target).suffix.lower() != ".jsonl":
+        raise UsageError(f"repair_data는 .jsonl로 끝나야 한다: {target}")
+    if Path(target).exists():
+        same = Path(source).exists() and Path(target).samefile(source)
+        why = "입력 파일 위에는 쓰지 않는다" if same else "이미 있는 파일이다"
+        raise UsageError(f"repair_data에 쓸 수 없다. {why}: {target}. 다른 이름을 적는다")
+
+
+def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | None = None) -> Repaired:
+    """고칠 수 있는 행은 고치고, 쓸 수 없는 행과 되풀이된 행은 빼고 .jsonl로 쓴다. 다 쓴 뒤에야 제 이름을 준다.
+
+    Raises:
+        UsageError: 남는 행이 없거나 파일을 쓸 수 없다.
+    """
+    check_target(source, target)
+    counts, seen, to_pieces, columns = {"written": 0, "changed": 0, "dropped": 0}, set(), None, ()
+
+    def drop(number: int, reason: str) -> None:
+        counts["dropped"] += 1
+
+    with staged_file(Path(target), "고친 파일을 쓰지 못했다") as stream:
+        for number, row in rows.read_rows(source, cache_dir, drop):
+            if to_pieces is None:
+                to_pieces, columns = rows.segmenter(set(row), prompter, source), rows.choose_columns(set(row))
+            fixed = fix_row(row, columns, prompter)
+            try:
+                pieces = to_pieces(number, fixed)
+            except UsageError as error:
+                drop(number, str(error))
+                continue
+            digest = encoder.content_digest(pieces)
+            if digest in seen or "placeholder" in check.row_faults([], pieces, 0):
+                drop(number, "")
+                continue
+            seen.add(digest)
+            counts["written"] += 1
+            counts["changed"] += fixed != row
+            stream.write(json.dumps(fixed, ensure_ascii=False, default=str) + "\n")
+        if not counts["written"]:
+            raise UsageError(f"{source}에 쓸 수 있는 행이 하나도 없어 고친 파일을 쓰지 않았다")
+    return Repaired(**counts)
+
+
+def fix_row(row: dict, columns: tuple[str, ...], prompter) -> dict:
+    """쓰는 열의 글을 고친 행. 다른 열은 그대로 둔다."""
+    if columns == ("messages",) and isinstance(row.get("messages"), list):
+        return {**row, "messages": [{**message, "content": fix_text(message.get("content"))}
+                                    if isinstance(message, dict) else message for message in row["messages"]]}
+    if columns == ("text",) and isinstance(row.get("text"), str):
+        text = rows.strip_end(rows.compose(row["text"]))
+        prompt, answer = prompter.split(text) or ("", text)
+        return {**row, "text": f"{fix_text(prompt)}{fix_text(answer)}{END_TOKEN}"}
+    return {**row, **{name: fix_text(row[name]) for name in (*columns, "input") if name in row}}
+
+
+def fix_text(value: object) -> object:
+    """한글을 모아쓰고, 깨진 글자를 되돌리고, 제어 문자와 끝 토큰을 뺀다. 글이 아닌 값은 그대로 둔다."""
+    if not isinstance(value, str):
+        return value
+    text = check.CONTROL.sub("", rows.compose(ungarble(value)))
+    text = rows.strip_end(check.FOREIGN_END.sub("", rows.strip_end(text)))
+    return text.replace("\\n", "\n") if "\n" not in text and text.count("\\n") >= 2 else text
+
+
+def ungarble(text: str) -> str:
+    """UTF-8이나 CP949를 latin-1 계열로 잘못 읽은 글을 되돌린다. 되돌릴 수 없으면 그대로 둔다."""
+    if not check.is_garbled(text):
+        return text
+    for wrong, right in (("cp1252", "utf-8"), ("latin-1", "utf-8"), ("latin-1", "cp949")):
+        try:
+            restored = text.encode(wrong).decode(right)
+        except UnicodeError:
+            continue
+        if not check.is_garbled(restored):
+            return restored
+    return text

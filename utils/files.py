@@ -1,0 +1,244 @@
+"""파일을 잃지 않게 쓰는 한 가지 방법: 옆에 쓰고 이름을 바꾼다. 봉인(manifest)과 잠금도 여기에 있다."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import TextIO
+
+from filelock import FileLock, Timeout
+
+from utils.errors import UsageError
+from utils.process import is_first_process
+
+MANIFEST = "manifest.json"
+STAGING = ".tmp-"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXT = ("No space left", "os error 28)", "os error 27)", "os error 112)", "os error 122)",
+              "PytorchStreamWriter failed", "inline_container.cc", "iostream error", "file write failed")
+LOCK_FILE = ".lock"
+
+
+def damage(folder: Path, required: tuple[str, ...]) -> str | None:
+    """폴더의 어느 파일이 어떻게 손상되었는지 한마디로 말한다. 온전하면 None이다."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST}이 없거나 깨졌다"
+    gone = [name for name in required if name not in manifest["files"]]
+    if gone:
+        return f"{gone[0]}이 {MANIFEST}에 없다"
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name}이 없다"
+        size = file.stat().st_size
+        if size != expected.get("size"):
+            return f"{name}의 크기가 {size:,}바이트다(적힌 크기 {expected.get('size')}바이트)"
+        if file_sha256(file) != expected.get("sha256"):
+            return f"{name}의 내용이 적힌 sha256과 다르다"
+    return None
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """manifest.json의 내용. 없거나, 한 글자라도 바뀌었거나, 모양이 다르면 None이다."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
+        return None
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("run"), dict):
+        return None
+    inside = all(isinstance(entry, dict) and _is_inside(name) for name, entry in files.items())
+    return manifest if inside else None
+
+
+def staging_of(final: Path) -> Path:
+    """`final`을 쓰는 동안의 임시 폴더."""
+    return final.with_name(STAGING + final.name)
+
+
+def stage(final: Path) -> Path:
+    """`final`을 쓸 임시 폴더를 비워서 만든다."""
+    staging = staging_of(final)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """폴더의 파일을 모두 디스크에 내리고, 맨 끝에 manifest.json을 쓴 다음 다시 읽어 확인한다.
+
+    Args:
+        facts: manifest.json에 함께 적을 것. `run`(실행의 조건)이 들어 있어야 한다.
+
+    Raises:
+        OSError: 쓴 것과 읽은 것이 다르다. 디스크가 찼거나 고장났다.
+    """
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / MANIFEST:
+            _flush(file)
+            files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    write_manifest(folder, {**facts, "files": files})
+    found = damage(folder, required=())
+    if found:
+        raise OSError(errno.EIO, f"쓴 것을 다시 읽으니 {found}", str(folder))
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """manifest.json을 쓴다. `run`과 `files`에, 한 글자라도 바뀌면 드러나게 하는 `seal`을 더한다."""
+    text = json.dumps({**manifest, "seal": _seal(manifest)}, ensure_ascii=False, indent=2)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    _flush(folder / MANIFEST)
+
+
+def publish(staging: Path, final: Path, facts: dict) -> None:
+    """임시 폴더를 봉하고 제 이름으로 바꾼다. 같은 이름의 폴더가 있으면 비켜 놓았다가 지운다.
+
+    Windows는 있는 폴더 위로 이름을 바꾸지 못하고 폴더를 fsync하지 못한다. 그래서 둘 다 쓰지 않는다.
+    """
+    seal(staging, facts)
+    old = final.with_name(f"{STAGING}old-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        rename(final, old)
+    rename(staging, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_files(staging: Path, folder: Path, facts: dict) -> None:
+    """임시 폴더의 파일을 하나씩 `folder`로 옮긴다. manifest.json이 맨 끝이므로 도중에 끊기면 손상이 드러난다."""
+    seal(staging, facts)
+    names = [file.name for file in sorted(staging.iterdir()) if file.name != MANIFEST]
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in [*names, MANIFEST]:
+        (staging / name).replace(folder / name)
+    staging.rmdir()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """디스크가 차서 난 오류인지. torch와 safetensors는 errno 없이 글로만 알린다."""
+    return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXT)
+
+
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\:\0")
+
+
+def rename(source: Path, target: Path) -> None:
+    for wait in (0.1, 0.3, 1.0, 3.0):
+        try:
+            source.rename(target)
+            return
+        except PermissionError:  # Windows에서는 백신이나 색인이 파일을 잠깐 열어 두기도 한다
+            time.sleep(wait)
+    source.rename(target)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, failed: str) -> Iterator[TextIO]:
+    """글을 임시 이름에 쓰고, 블록이 무사히 끝나면 `target`의 이름을 준다. 도중에 끝나면 아무것도 남기지 않는다.
+
+    Raises:
+        UsageError: 쓰지 못했다. `failed`는 그때 할 말의 앞부분이다.
+    """
+    staged = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        staged.replace(target)
+    except OSError as error:
+        raise UsageError(f"{failed}: {target} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+
+
+def read_json(path: Path, missing: str) -> dict:
+    """JSON 파일을 읽는다. 없으면 `missing`을, 깨졌으면 그 자리를 말한다."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError:
+        raise UsageError(missing) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}가 올바른 JSON이 아니다: {error}") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]:
+    """폴더를 이 프로세스의 것으로 잠근다. 운영 체제의 잠금이므로 프로세스가 죽으면 남지 않는다.
+
+    Args:
+        output_dir: 사용자가 적은 폴더. 적지 않으면 `folder`다. 알리는 말에 쓴다.
+    """
+    output_dir = output_dir or folder
+    if not is_first_process():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_FILE)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 적는다"
+                         ) from None
+    except OSError as error:
+        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({error.strerror or error})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def staged(output_dir: str) -> Iterator[Path]:
+    """옆의 임시 폴더를 잠가 그 안에 쓸 자리를 주고, 탈 없이 끝나면 제자리로 옮긴다. 탈이 나면 지운다.
+
+    어디서 끊겨도 `output_dir`에는 아무것도 없거나 다 된 모델이 있다. 잠금은 프로세스가 죽으면 풀린다.
+
+    Raises:
+        UsageError: 같은 `output_dir`에 쓰는 다른 실행이 있다.
+    """
+    output = Path(output_dir).resolve()
+    staging = output.with_name(STAGING + output.name)
+    work = staging / output.name
+    try:
+        with locked(staging, output_dir):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                yield work
+                if output.is_dir():
+                    output.rmdir()  # Windows는 빈 폴더 위로도 이름을 바꾸지 못한다
+                work.rename(output)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+                with suppress(OSError):  # Windows는 잠근 파일을 지우지 못하고, 잠금을 풀 때 지운다
+                    (staging / LOCK_FILE).unlink()
+    finally:
+        with suppress(OSError):  # 그 사이에 다른 실행이 잠갔으면 그것의 폴더다
+            staging.rmdir()

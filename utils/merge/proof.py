@@ -1,0 +1,179 @@
+"""합친 모델을 디스크에서 다시 읽는 검산. 쓰려던 것이 쓰였는지와, 배운 것이 얼마나 남았는지를 따로 잰다."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils.data import blocks, dataset
+from utils.data.encoder import Encoder
+from utils.errors import UsageError
+from utils.merge import streamed, writer
+from utils.merge.job import Job
+from utils.model import adapter, diskmap
+from utils.model.folder import open_model_folder, text_config
+from utils.model.tokenizer import end_token_id, load_tokenizer
+from utils.paths import DATA_DEMO, find_input
+from utils.prompter import make_prompter
+
+N_PROMPTS = 8
+LOGIT_BYTES = 32 * 2**20
+ROWS = 16
+MIN_TOP1, MAX_KL = 0.98, 1e-3  # 쓴 것이 쓰려던 것과 같다고 보는 기준
+MIN_RETAINED = 0.9  # 배운 것이 이만큼 남지 않았으면 알린다
+MIN_GAIN = 0.02  # 토큰당 nat. 어댑터가 이만큼도 낫게 하지 못했으면 남은 몫을 따지지 않는다
+
+
+@dataclass(frozen=True)
+class Windows:
+    """검증 행에서 잘라 낸 토큰들. ids [n, length], 실제 토큰이면 True인 real, 답의 토큰이면 True인 answer.
+
+    `source`는 행을 읽은 파일이고, `absent`는 학습한 데이터인데 찾지 못한 파일이다.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    answer: torch.Tensor
+    source: str
+    absent: str | None
+
+
+def read_windows(job: Job) -> Windows:
+    """학습에서 검증에 쓴 행. 실행의 기록이 없으면 함께 든 데이터의 행이다. logits이 메모리에 맞게 짧게 자른다."""
+    tokenizer = load_tokenizer(job.base.path)
+    end_id = end_token_id(tokenizer)
+    info = adapter.read_prompt_info(job.adapter) or adapter.read_prompt_info(job.root)
+    settings = _run_settings(job.root)
+    data, absent = find_input(str(settings.get("data_path", DATA_DEMO))), None
+    if not Path(data).is_file():
+        data, settings, absent = str(DATA_DEMO), {}, data
+    prompter = make_prompter(info.template if info else "default", tokenizer)
+    encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == "chat")
+    documents = dataset.load_documents(data, prompter, encoder, settings.get("cutoff_len", 1024), end_id,
+                                       settings.get("cache_dir"))
+    percent = settings.get("val_set_size") or 5
+    _, held_out = blocks.split_by_content(documents, percent, settings.get("seed", 42))
+    chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
+    budget = min(512, max(64, LOGIT_BYTES // (4 * text_config(job.base.config)["vocab_size"])))
+    length = budget // len(chosen)
+    ids = np.full((len(chosen), length), end_id, np.int64)
+    real, answer = np.zeros((2, len(chosen), length), bool)
+    for row, member in enumerate(chosen):
+        tokens, is_answer = documents.document(member)
+        begin = max(0, int(np.argmax(is_answer)) - length // 3)
+        cut = slice(begin, begin + length)
+        n = len(tokens[cut])
+        ids[row, :n], real[row, :n], answer[row, :n] = tokens[cut], True, is_answer[cut]
+    return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
+
+
+def prove(job: Job, merged: Path) -> dict:
+    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과.
+
+    Returns:
+        쓰려던 것과의 top1(가장 높은 토큰이 같은 비율), kl(토큰당 평균 nat), largest_gap(logit 차이의 최댓값);
+        답의 토큰의 평균 loss인 base_loss(NF4로 올린 기반 모델), trained_loss(배운 모델), merged_loss(합친 모델);
+        retained(배운 개선 가운데 남은 몫; 개선이 거의 없으면 None).
+    """
+    windows = read_windows(job)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    written = open_model_folder(merged)
+    quantised = writer.quantised_entries(job)
+
+    def logits(kind: str, updates: dict) -> torch.Tensor:
+        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit."""
+        trained = kind == "quantized"
+        source = streamed.Source(job.base, job.disk, lambda entry: job.base_rows(entry, quantised if trained else {}),
+                                 updates, job.trained_dtype if trained else torch.float32)
+        return _logits(source, windows, device)
+
+    asked = logits(job.onto, job.updates)
+    actual = _logits(streamed.Source(written, diskmap.read(written), streamed.read_plain, {}), windows, device)
+    compared = _compare(asked, actual)
+    merged_loss = _answer_loss(actual, windows)
+    trained = asked if job.onto == "quantized" else logits("quantized", job.updates)
+    trained_loss = _answer_loss(trained, windows)
+    del asked, actual, trained
+    base_loss = _answer_loss(logits("quantized", {}), windows)
+    gain = base_loss - trained_loss
+    return {"prompts": len(windows.ids), "tokens": int(windows.real[:, 1:].sum()), "data": windows.source,
+            "absent_data": windows.absent, "merge_onto": job.onto, **compared, "base_loss": base_loss,
+            "trained_loss": trained_loss, "merged_loss": merged_loss,
+            "retained": (base_loss - merged_loss) / gain if gain >= MIN_GAIN else None}
+
+
+def judge(report: dict) -> None:
+    """쓴 것이 쓰려던 것과 다르면 이유를 말한다.
+
+    Raises:
+        UsageError: 기준에 못 미친다.
+    """
+    if not (report["top1"] >= MIN_TOP1 and report["kl"] <= MAX_KL):
+        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(report)} (기준: 같은 첫 토큰 "
+                         f"{MIN_TOP1:.0%} 이상, KL {MAX_KL:g} 이하). 디스크와 어댑터를 살피고 다시 합친다")
+
+
+def warnings(report: dict) -> list[str]:
+    """합친 것은 멀쩡하지만 사용자가 알아야 하는 것들."""
+    said = []
+    if report["absent_data"]:
+        said.append(f"학습한 데이터를 찾지 못해({report['absent_data']}) 함께 든 데이터({report['data']})로 검산했다. "
+                    "남은 개선은 그 데이터의 것이다")
+    lost = report["merged_loss"] - report["trained_loss"]
+    gain = max(0.0, report["base_loss"] - report["trained_loss"])
+    if lost > max((1 - MIN_RETAINED) * gain, MIN_GAIN):
+        how = ("기반 모델이 NF4로 반올림하면 많이 달라지는 모델이다. 배운 모델 그대로 합치려면 새 폴더에 "
+               "--merge_onto quantized로 다시 합친다" if report["merge_onto"] == "original" else
+               "16비트로 적으면서 잃었다. generate.py --peft_root로 어댑터를 얹어 쓴다")
+        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {report['trained_loss']:.3f}인데 "
+                    f"합친 모델은 {report['merged_loss']:.3f}다(학습 전 {report['base_loss']:.3f}). {how}")
+    return said
+
+
+def describe(report: dict) -> str:
+    kept = "개선이 거의 없어 따지지 않음" if report["retained"] is None else f"{report['retained']:.1%}"
+    return (f"프롬프트 {report['prompts']}개, 토큰 {report['tokens']}개. "
+            f"쓴 것과 쓰려던 것: 같은 첫 토큰 {report['top1']:.1%}, 평균 KL {report['kl']:.1e}, "
+            f"가장 큰 logit 차이 {report['largest_gap']:.3f}. 배운 모델과: 답의 loss "
+            f"{report['trained_loss']:.3f} -> {report['merged_loss']:.3f}(학습 전 {report['base_loss']:.3f}), "
+            f"남은 개선 {kept}")
+
+
+@torch.no_grad()
+def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> torch.Tensor:
+    """[실제 토큰의 수, vocab]의 logit. 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
+    model = streamed.build(source, device)
+    positions = torch.arange(windows.ids.shape[1], device=device).expand(windows.ids.shape)
+    logits = model(input_ids=windows.ids.to(device), position_ids=positions, use_cache=False).logits[:, :-1]
+    return logits[windows.real[:, 1:].to(device)].cpu()
+
+
+def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
+    same, kl, gap = 0, 0.0, 0.0
+    for one, other in zip(expected.split(ROWS), actual.split(ROWS), strict=True):
+        same += int((one.argmax(-1) == other.argmax(-1)).sum())
+        kl += F.kl_div(F.log_softmax(other.double(), -1), F.log_softmax(one.double(), -1), log_target=True,
+                       reduction="sum").item()
+        gap = max(gap, (one - other).abs().max().item())
+        if not torch.isfinite(other).all():
+            raise UsageError("합친 모델의 logit에 NaN이나 inf가 있다. 기반 모델과 어댑터를 살핀다")
+    return {"top1": same / len(expected), "kl": max(0.0, kl / len(expected)), "largest_gap": gap}
+
+
+def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:
+    goal = windows.ids[:, 1:][windows.real[:, 1:]]
+    scored = windows.answer[:, 1:][windows.real[:, 1:]]
+    return F.cross_entropy(logits[scored], goal[scored]).item()
+
+
+def _run_settings(root: Path) -> dict:
+    file = root / "run.json"
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{file}을 읽지 못했다. 깨졌으면 지우면 함께 든 데이터로 검산한다") from None

@@ -1,0 +1,106 @@
+"""어댑터 폴더 하나: 찾고, 읽고, 모델에 얹고, 스스로를 설명하는 prompt.json을 쓴다."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from utils.errors import UsageError
+from utils.files import MANIFEST, damage, read_json
+from utils.model.checkpoint import newest_valid
+from utils.model.loader import _learned
+from utils.model.tokenizer import _first_line
+
+PROMPT_FILE = "prompt.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """어댑터나 병합 모델이 스스로를 설명하는 정보. `prompt.json`에 담긴다.
+
+    Attributes:
+        template: 학습에 쓴 템플릿 전체.
+        end_token: 답의 끝을 뜻하는 토큰의 글자.
+        end_token_id: 그 토큰의 번호.
+        cutoff_len: 학습한 블록의 길이(토큰).
+        end_token_ids: 답을 멈추게 하는 모든 토큰의 번호. 옛 파일에는 없어서 비어 있다.
+    """
+
+    template: dict
+    end_token: str
+    end_token_id: int
+    cutoff_len: int
+    end_token_ids: tuple[int, ...] = ()
+
+
+def load_adapter(model, adapter: Path):
+    """`find_adapter`가 찾은 어댑터를 모델에 얹는다. 병합하지 않는다.
+
+    Raises:
+        UsageError: 설정이 잘못되었거나, 이 모델의 어댑터가 아니다.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    advice = "배운 기반 모델이 맞는지, 파일이 온전한지 본다"
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        # PEFT는 자리를 못 찾은 tensor를 말없이 버린다. 같은 값을 한 번 더 넣어 그 이름을 받는다
+        state = load_file(Path(adapter) / ADAPTER_FILES[1])
+        found = set_peft_model_state_dict(tuned, state)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({_first_line(error)}). {advice}") from None
+    empty = sorted(name for name in found.missing_keys if _learned(name))
+    for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
+        if names:
+            raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {names[0]}(모두 {len(names)}개)가 {said}. {advice}")
+    return tuned
+
+
+def find_adapter(peft_root: str | Path) -> Path:
+    """어댑터를 찾는 단 하나의 규칙: `peft_root` 안의 완성된 어댑터, 없으면 온전한 `checkpoint-N` 가운데 가장 새것.
+
+    Raises:
+        UsageError: 폴더가 없거나 어댑터가 없다.
+    """
+    root = Path(peft_root)
+    if not root.is_dir():
+        raise UsageError(f"어댑터 폴더가 없다: {root}")
+    if all((root / name).is_file() for name in ADAPTER_FILES):
+        found = damage(root, ADAPTER_FILES) if (root / MANIFEST).exists() else None
+        if found is None:
+            return root
+        raise UsageError(f"어댑터가 손상되었다. {root}: {found}. "
+                         "체크포인트가 남아 있으면 그 폴더를 --peft_root로 적는다")
+    checkpoint = newest_valid(root)
+    if checkpoint is not None:
+        return checkpoint
+    if (root / ADAPTER_FILES[0]).is_file():
+        raise UsageError(f"어댑터에 가중치({ADAPTER_FILES[1]})가 없다: {root}")
+    raise UsageError(f"어댑터가 없다: {root} (finetune-lora.py의 --output_dir를 적는다)")
+
+
+def read_adapter_config(adapter: Path) -> dict:
+    return read_json(adapter / ADAPTER_FILES[0], f"어댑터 설정이 없다: {adapter / ADAPTER_FILES[0]}")
+
+
+def read_prompt_info(folder: str | Path) -> PromptInfo | None:
+    """폴더에 담긴 템플릿과 끝 토큰을 읽는다. 이 도구가 만든 폴더가 아니면 None이다."""
+    file = Path(folder) / PROMPT_FILE
+    if not file.is_file():
+        return None
+    content = read_json(file, "")
+    try:
+        return PromptInfo(**{**content, "end_token_ids": tuple(content.get("end_token_ids", ()))})
+    except (AttributeError, TypeError):
+        raise UsageError(f"{file}의 항목이 맞지 않는다") from None
+
+
+def write_prompt_info(folder: str | Path, info: PromptInfo) -> None:
+    text = json.dumps(asdict(info), ensure_ascii=False, indent=2)
+    (Path(folder) / PROMPT_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""장치와 dtype, 토크나이저, 기반 모델, 어댑터를 고르고 올리는 일을 맡는다."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.errors import UsageError
+from utils.model.folder import download_command, open_model_folder
+from utils.model.tokenizer import _first_line
+from utils.paths import looks_like_hub_id
+from utils.process import is_sharded
+
+
+@dataclass(frozen=True)
+class Device:
+    """고른 장치와 계산 dtype, 그리고 고른 까닭."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_device() -> Device:
+    """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        major, minor = torch.cuda.get_device_capability()
+        card = f"{torch.cuda.get_device_name()}(compute capability {major}.{minor})"
+        if major >= 8:
+            return Device(device, torch.bfloat16, f"{card}는 bf16을 직접 계산한다")
+        return Device(device, torch.float16, f"{card}는 bf16이 없어 fp16을 쓴다")
+    if torch.backends.mps.is_available():
+        return Device(torch.device("mps"), torch.float16, "Apple GPU(MPS)는 fp16을 쓴다. bitsandbytes는 쓸 수 없다")
+    return Device(torch.device("cpu"), torch.float32, "쓸 수 있는 GPU가 없어 CPU에서 fp32를 쓴다")
+
+
+def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
+    """글을 다루는 부분의 설정을 dict로 읽는다.
+
+    구조마다 다른 이름(GPT-2의 `n_layer`)은 흔한 이름(`num_hidden_layers`)으로도 들어 있고, config.json에서 빠진 값은
+    transformers의 기본값이다. 이미 양자화된 모델이면 `quantization_config`가 있다.
+
+    Raises:
+        UsageError: 설정을 읽을 수 없다.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(base_model), cache_dir=cache_dir, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+    found = text.to_dict()
+    for common, own in text.attribute_map.items():
+        found.setdefault(common, found.get(own))
+    quantized = getattr(config, "quantization_config", None)
+    return found if quantized is None else {**found, "quantization_config": quantized}
+
+
+def require_trainable(base_model: str | Path, config: dict) -> None:
+    """이 도구의 세 단계를 모두 지날 수 있는 기반 모델인지 본다.
+
+    이미 양자화된 모델 위에서 배운 어댑터는 합칠 16비트 가중치가 없어, 학습이 끝난 뒤에야 막힌다.
+
+    Args:
+        config: `load_config`가 읽은 설정.
+
+    Raises:
+        UsageError: 이미 양자화되었다.
+    """
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        kind = getattr(kind, "value", kind) or "알 수 없는 방식"
+        raise UsageError(f"이미 양자화된 모델({kind})에서는 배우지 않는다: {base_model}. 배운 것을 합칠 16비트 "
+                         "가중치가 없다. 양자화하기 전의 모델을 --base_model로 적는다(4비트로 줄이는 일은 학습이 한다)")
+
+
+def load_base(base_model: str | Path, device: Device, quantize: str | None = None, cache_dir: str | None = None):
+    """기반 모델을 올린다. safetensors만 읽고 원격 코드는 실행하지 않는다.
+
+    Args:
+        quantize: None(장치의 dtype 그대로), "4bit"(NF4, 이중 양자화), "8bit".
+
+    Raises:
+        UsageError: 모델이 없거나 온전하지 않거나 NaN이 들어 있다.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    require_base(base_model)
+    if quantize and device.device.type == "mps":
+        raise UsageError("Apple GPU에서는 4비트와 8비트를 쓸 수 없다. --load_4bit와 --load_8bit를 빼고 실행한다")
+    settings = {
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                 "bnb_4bit_compute_dtype": device.dtype,
+                 "bnb_4bit_quant_storage": device.dtype if is_sharded() else torch.uint8},
+        "8bit": {"load_in_8bit": True},
+    }
+    quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
+    if is_sharded():  # RAM에서 양자화한다. torchrun은 프로세스마다 스레드를 하나만 주어 몇 분이 걸린다
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(base_model), dtype=device.dtype, quantization_config=quantization,
+            device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)  # attention은 sdpa, 없는 구조면 eager를 스스로 고른다
+    except (OSError, ValueError) as error:
+        raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise UsageError(f"config.json과 가중치의 모양이 맞지 않는다: {base_model}. 모델을 다시 받는다") from None
+    if loaded["missing_keys"]:
+        raise UsageError(f"config.json과 가중치가 맞지 않는다: {base_model}에 {sorted(loaded['missing_keys'])[0]}(모두 "
+                         f"{len(loaded['missing_keys'])}개)가 없다. 모델을 다시 받는다")
+    keep_nf4_layout(model)
+    _refuse_nan(model, base_model)
+    return model
+
+
+def keep_nf4_layout(model) -> None:
+    """bitsandbytes가 avx512_bf16 CPU에서 4비트 가중치를 제자리에서 바꾸어 놓지 못하게 한다.
+
+    바뀌면 그 뒤의 학습은 죽고, 재개는 정확하지 않고, 병합은 쓰레기가 된다.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def _learned(name: str) -> bool:
+    """어댑터가 채워야 하는 자리의 이름인지. 다른 이름은 기반 모델의 가중치다."""
+    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
+
+
+def _refuse_nan(model, base_model: str | Path) -> None:
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        values = parameter if state is None else (state.state2.absmax if state.nested else state.absmax)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
+
+
+def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:
+    """기반 모델이 로컬 폴더면 온전한지 검사해 config를 돌려준다. hub id면 None이다.
+
+    Args:
+        shapes: 설정과 가중치의 모양이 맞는지도 본다. transformers를 불러온다.
+
+    Raises:
+        UsageError: 폴더가 없거나 온전하지 않다. 받는 명령을 함께 말한다.
+    """
+    path = Path(base_model)
+    if path.is_dir():
+        folder = open_model_folder(path)
+        if shapes:
+            from utils.model.shape import require_shapes
+
+            require_shapes(folder)
+        return folder.config
+    if looks_like_hub_id(base_model):
+        return None
+    raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")

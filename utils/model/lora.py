@@ -1,0 +1,150 @@
+"""LoRA 어댑터 폴더를 tensor마다의 갱신으로 읽는다. 바르게 합칠 수 없는 어댑터는 이름을 대며 거절한다."""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from utils.errors import UsageError
+from utils.files import read_json
+from utils.model.diskmap import DiskMap
+from utils.model.folder import ModelFolder, TensorEntry, read_safetensors_header, text_config
+from utils.model.shards import DTYPES, read_rows, row_spans
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SAVED_BASE = ".base_layer.weight"  # 머리나 embedding을 배우면 PEFT는 기반 모델의 것도 함께 담는다
+_MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# 있어도 갱신이 W + scale * B @ A인 설정들. 다른 설정은 비어 있어야 하고, 모르는 설정도 그렇다.
+_HARMLESS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+             "fan_in_fan_out", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern",
+             "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "qalora_group_size",
+             "runtime_config", "ensure_weight_tying", "lora_ga_config", "corda_config"}
+_EMPTY = (None, False, "none", [], {})
+_PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Update:
+    """행렬 하나의 갱신 `scale * B @ A`. a는 [rank, in], b는 [out, rank], 둘 다 fp32다.
+
+    `transposed`면 가중치가 [in, out]으로 놓인 층(GPT-2의 Conv1D)이다.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """더할 값의 [start, stop) 행. PEFT의 `get_delta_weight`와 같은 차례로 계산한다."""
+        if self.transposed:
+            return (self.b @ self.a[:, start:stop]).mul_(self.scale).T
+        return (self.b[start:stop] @ self.a).mul_(self.scale)
+
+
+def read_config(adapter: Path) -> dict:
+    """어댑터의 설정. 합칠 수 없는 종류면 거절한다.
+
+    Raises:
+        UsageError: LoRA가 아니거나, 단순한 `W + scale * B @ A`가 아니다.
+    """
+    config = read_json(adapter / CONFIG_FILE, f"어댑터 설정이 없다: {adapter / CONFIG_FILE}")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UsageError(f"LoRA 어댑터만 합칠 수 있다. {adapter}의 peft_type은 {kind!r}이다")
+    odd = [f"{name}={value!r}" for name, value in config.items() if name not in _HARMLESS and value not in _EMPTY]
+    if config.get("init_lora_weights", True) not in _PLAIN_INIT:
+        odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
+    if odd:
+        raise UsageError(f"이런 어댑터는 합치지 않는다(반만 합쳐지는 것을 막는다): {', '.join(odd)} ({adapter})")
+    numbers = [config.get("r"), config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
+    if not all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers):
+        raise UsageError(f"{adapter / CONFIG_FILE}의 r이나 lora_alpha가 양수가 아니다")
+    return config
+
+
+def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
+    """메모리에서의 층의 이름 -> 갱신.
+
+    Raises:
+        UsageError: 가중치가 짝이 맞지 않거나, NaN이 있거나, LoRA가 아닌 tensor가 섞여 있거나, 모두 0이다.
+    """
+    file = adapter / WEIGHTS_FILE
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for entry in read_safetensors_header(file):
+        if not entry.name.startswith(_PREFIX):
+            raise UsageError(f"{file}의 {entry.name}은 PEFT의 이름({_PREFIX}...)이 아니다. "
+                             "PEFT의 save_pretrained로 다시 저장한 어댑터를 쓴다")
+        if entry.name.endswith(_SAVED_BASE):
+            continue
+        match = _MATRIX.fullmatch(entry.name.removeprefix(_PREFIX))
+        if match is None or len(entry.shape) != 2 or entry.dtype not in DTYPES:
+            raise UsageError(f"{file}에 합칠 줄 모르는 tensor가 있다: {entry.name} {entry.dtype} {list(entry.shape)}")
+        values = read_rows(entry, 0, entry.shape[0]).float()
+        if not torch.isfinite(values).all():
+            raise UsageError(f"{file}의 {entry.name}에 NaN이나 inf가 들어 있다. 학습이 잘못되었다")
+        pairs.setdefault(match["module"], {})[match["side"]] = values
+    updates = {}
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UsageError(f"{file}에서 {module}의 lora_A와 lora_B가 짝이 맞지 않는다")
+        rank = _by_pattern(config, "rank_pattern", module, config["r"])
+        if pair["A"].shape[0] != rank:
+            raise UsageError(f"{module}의 rank가 설정과 다르다. 설정 {rank}, 가중치 {pair['A'].shape[0]}")
+        alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        updates[module] = Update(pair["A"], pair["B"], scale)
+    if not any(update.b.any() and update.a.any() for update in updates.values()):
+        raise UsageError(f"어댑터가 아무것도 바꾸지 않는다(모든 갱신이 0이다): {adapter}. 학습이 끝난 어댑터인지 본다")
+    return updates
+
+
+def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, disk: DiskMap) -> dict[str, Update]:
+    """디스크의 기반 모델의 tensor 이름 -> 갱신.
+
+    Raises:
+        UsageError: 기반 모델에 그 층이 없거나, 모양이 다르거나, 묶인 embedding이거나, 다른 tensor를 합쳐 만드는 층이다.
+    """
+    matched = {}
+    tied = text_config(base.config).get("tie_word_embeddings", False)
+    for module, update in updates.items():
+        entry = disk.entries.get(f"{module}.weight")
+        if f"{module}.weight" in disk.built:
+            raise UsageError(f"어댑터의 층 {module}은 파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 합칠 수 없다")
+        if entry is None:
+            raise UsageError(f"어댑터의 층 {module}이 기반 모델 {base.path}에 없다. 어댑터를 배운 기반 모델을 적는다")
+        update = replace(update, transposed=module in disk.transposed)
+        if entry.shape != update.shape or entry.dtype not in DTYPES:
+            raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
+                             f"어댑터 {list(update.shape)}. 어댑터를 배운 기반 모델을 적는다")
+        if entry.name in disk.shared or (tied and any(part in module for part in ("embed", "lm_head", "wte"))):
+            raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
+        matched[entry.name] = update
+    for saved in read_safetensors_header(adapter / WEIGHTS_FILE):
+        if saved.name.endswith(_SAVED_BASE):
+            entry = disk.entries.get(saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
+            if entry is None or not _same(saved, entry):
+                raise UsageError(f"어댑터에 든 {saved.name}이 기반 모델 {base.path}의 것과 다르다")
+    return matched
+
+
+def _same(one: TensorEntry, other: TensorEntry) -> bool:
+    return one.shape == other.shape and all(
+        torch.equal(read_rows(one, *span).float(), read_rows(other, *span).float()) for span in row_spans(one.shape))
+
+
+def _by_pattern(config: dict, field: str, module: str, otherwise: float) -> float:
+    """rank_pattern과 alpha_pattern을 PEFT와 같은 규칙으로 찾는다: 이름의 끝과 맞는 첫 정규식."""
+    for pattern, value in (config.get(field) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise

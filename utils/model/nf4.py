@@ -1,0 +1,75 @@
+"""NF4와 이중 양자화를 다녀온 가중치를 조각으로 계산한다. bitsandbytes가 4비트로 올린 값과 같다."""
+
+import torch
+
+from utils.model.folder import TensorEntry
+from utils.model.shards import read_rows, read_whole, row_spans
+
+BLOCK = 64
+OFFSET_BLOCK = 256
+
+
+class NF4Rows:
+    """행렬 하나를 NF4로 올렸다가 다시 편 값을 행의 범위로 준다.
+
+    블록의 absmax는 행렬 전체의 평균을 뺀 뒤 한 번 더 양자화되므로, 먼저 행렬을 한 번 훑어 absmax를 모두 모은다.
+    absmax는 가중치 64개에 하나라 5.8b의 가장 큰 행렬에서도 4 MB다.
+    """
+
+    def __init__(self, entry: TensorEntry, dtype: torch.dtype = torch.float32, transposed: bool = False):
+        """
+        Args:
+            dtype: 학습할 때 가중치를 올린 dtype. 그 값으로 반올림한 다음에 양자화되고, 편 값도 그 dtype이다.
+            transposed: [in, out]으로 둔 가중치(Conv1D). bitsandbytes는 [out, in]으로 뒤집어 양자화한다.
+        """
+        from bitsandbytes import functional as bnb
+
+        self._entry, self._dtype, self._whole = entry, dtype, None
+        self.spans = list(row_spans(entry.shape))
+        if transposed or (entry.shape[1] % BLOCK and len(self.spans) > 1):  # 블록이 행을 걸치면 조각으로 나눌 수 없다
+            self._whole = self._round_trip(read_whole(entry), transposed)
+            return
+        absmax = torch.cat([self._quantize(read_rows(entry, *span))[1].absmax for span in self.spans])
+        offset = absmax.mean()
+        codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=OFFSET_BLOCK)
+        self._absmax = bnb.dequantize_blockwise(codes, state).float() + offset
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """[start, stop) 행. fp32. 범위는 `spans`의 것이어야 한다."""
+        from bitsandbytes import functional as bnb
+
+        if self._whole is not None:
+            return self._whole[start:stop].float()
+        codes, state = self._quantize(read_rows(self._entry, start, stop))
+        first = start * self._entry.shape[1] // BLOCK
+        state.absmax = self._absmax[first : first + len(state.absmax)]
+        return bnb.dequantize_4bit(codes, state).to(self._dtype).float()
+
+    def _quantize(self, values: torch.Tensor):
+        from bitsandbytes import functional as bnb
+
+        values = values.to(self._dtype).float()
+        return bnb.quantize_4bit(values, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+
+    def _round_trip(self, values: torch.Tensor, transposed: bool) -> torch.Tensor:
+        from bitsandbytes import functional as bnb
+
+        values = values.to(self._dtype).float()
+        values = values.T.contiguous() if transposed else values
+        codes, state = bnb.quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        values = bnb.dequantize_4bit(codes, state).to(self._dtype)
+        return values.T.contiguous() if transposed else values
+
+
+def quantised_modules(config_folder) -> set[str]:
+    """4비트로 올릴 때 bitsandbytes가 바꾸는 층의 이름. 무엇을 바꿀지는 transformers가 고른다."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = AutoConfig.from_pretrained(str(config_folder), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    quantizer.preprocess_model(model=model, dtype=torch.float32, device_map={"": "cpu"})
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}

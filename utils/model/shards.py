@@ -1,0 +1,183 @@
+"""safetensors shard를 조각으로 읽고 쓴다. 모델이 아무리 커도 한 번에 조각 몇 개만 메모리에 있다."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.model.folder import INDEX_FILE, SINGLE_FILE, TensorEntry
+
+CHUNK_BYTES = 2**20  # CPU의 캐시에 머무는 크기라서, 읽고 더하고 해시하고 쓰는 동안 RAM을 다시 오가지 않는다
+WRITERS = min(4, (os.cpu_count() or 1) + 1)  # 나란히 쓰는 shard의 수. 하나 더 있어야 끝에 노는 코어가 없다
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """쓸 tensor 하나. `chunks`를 부르면 그 내용을 앞에서부터 조각으로 준다."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[memoryview]]
+
+    @property
+    def n_bytes(self) -> int:
+        count = _ITEM_BYTES.get(self.dtype, 1)
+        for side in self.shape:
+            count *= side
+        return count
+
+
+class HashingFile:
+    """쓰면서 sha256을 센다. 다 쓴 것을 다시 읽지 않는다."""
+
+    def __init__(self, path: Path):
+        self._stream = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stream.close()
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        self._digest.update(chunk)
+        left = memoryview(chunk)
+        while left:
+            left = left[self._stream.write(left):]
+        self.size += len(chunk)
+
+    def facts(self) -> dict:
+        """지금까지 쓴 것의 크기와 sha256. manifest.json의 한 칸이다."""
+        return {"size": self.size, "sha256": self._digest.hexdigest()}
+
+
+def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
+    """tensor의 바이트를 고치지 않고 조각으로 준다. 같은 버퍼를 다시 쓰므로 다음 조각을 받기 전에 다 써야 한다."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.end - entry.start)))
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        left = entry.end - entry.start
+        while left:
+            chunk = buffer[:left]
+            if stream.readinto(chunk) != len(chunk):
+                raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
+            left -= len(chunk)
+            yield chunk
+
+
+def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    """첫 차원의 [start, stop) 행을 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다."""
+    row_bytes = (entry.end - entry.start) // max(1, math.prod(entry.shape[:1]))
+    buffer = bytearray((stop - start) * row_bytes)
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start + start * row_bytes)
+        if stream.readinto(buffer) != len(buffer):
+            raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
+    return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+
+
+def read_whole(entry: TensorEntry) -> torch.Tensor:
+    """온전한 tensor. 파일의 dtype 그대로다."""
+    return read_rows(entry, 0, *(entry.shape[:1] or (1,))).view(entry.shape)
+
+
+def row_spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """fp32로 펼쳐도 조각 하나의 크기를 넘지 않는 행의 범위들. 스칼라는 한 행이다."""
+    rows = shape[0] if shape else 1
+    width = 1
+    for side in shape[1:]:
+        width *= side
+    step = max(1, CHUNK_BYTES // (4 * max(1, width)))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def to_bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def split_shards(tensors: list[Planned], max_bytes: int) -> list[list[Planned]]:
+    """차례를 지키며 `max_bytes`를 넘지 않게 나눈다. 혼자서 넘는 tensor는 혼자 한 shard가 된다."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.n_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.n_bytes
+    return shards
+
+
+def write_model(folder: Path, tensors: list[Planned], max_bytes: int, say: Callable[[str], None]) -> dict:
+    """shard 여럿을 나란히 쓰고, 마지막에 index를 쓴다.
+
+    Args:
+        say: shard를 쓸 때마다 한 줄을 받는다.
+
+    Returns:
+        파일 이름 -> {"size", "sha256"}.
+    """
+    shards = split_shards(tensors, max_bytes)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE_FILE]
+    files = {}
+    with _one_torch_thread(), ThreadPoolExecutor(WRITERS) as pool:
+        for name, facts in zip(names, pool.map(_write_shard, [folder / name for name in names], shards), strict=True):
+            files[name] = facts
+            say(f"  {name} {facts['size'] / 1e6:,.0f} MB")
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, members in zip(names, shards, strict=True) for tensor in members}
+        index = {"metadata": {"total_size": sum(tensor.n_bytes for tensor in tensors)}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """shard를 나란히 쓰는 동안에는 torch의 연산 하나하나를 다시 나누지 않게 한다."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_shard(path: Path, members: list[Planned]) -> dict:
+    # 원소가 큰 dtype부터 놓아야 모든 tensor의 자리가 원소 크기의 배수가 된다
+    members = sorted(members, key=lambda tensor: -_ITEM_BYTES.get(tensor.dtype, 1))
+    with HashingFile(path) as file:
+        file.write(_header(members))
+        for tensor in members:
+            begin = file.size
+            for chunk in tensor.chunks():
+                file.write(chunk)
+            written = file.size - begin
+            if written != tensor.n_bytes:
+                raise OSError(f"{tensor.name}을 {tensor.n_bytes:,}바이트 써야 하는데 {written:,}바이트를 썼다")
+        return file.facts()
+
+
+def _header(members: list[Planned]) -> bytes:
+    header: dict = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in members:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape),
+                               "data_offsets": [at, at + tensor.n_bytes]}
+        at += tensor.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

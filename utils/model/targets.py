@@ -1,0 +1,64 @@
+"""LoRA를 붙일 층을 구조에 맞게 고른다."""
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from utils.errors import UsageError
+from utils.train.autograd_step import find_backbone
+
+AUTO_TARGETS = {
+    "gpt_neox": ("query_key_value",),
+    "gpt2": ("c_attn",),
+    "bloom": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "phi3": ("qkv_proj",),
+}
+TRANSPOSED = ("gpt2", "openai-gpt")  # 가중치를 [in, out]으로 두는 구조(Conv1D)
+COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FUSED_TARGETS = (("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("in_proj",))
+
+
+def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] | None = None) -> tuple[str, ...]:
+    """`auto`면 구조의 attention 층을 고른다. 기본값도 GPT-NeoX가 아니면 auto와 같다.
+
+    Args:
+        names: 모델에 있는 층의 이름. 주면 그 안에서만 고른다.
+    """
+    kind = config["model_type"]
+    if asked == ("auto",) or (asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon")):
+        usual = AUTO_TARGETS.get(kind, COMMON_TARGETS)
+        groups = (usual, COMMON_TARGETS, *FUSED_TARGETS)
+        present = (tuple(name for name in group if names is None or name in names) for group in groups)
+        return next(filter(None, present), usual)
+    return asked
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """LoRA를 붙일 수 있는 층의 이름. 글을 다루는 부분만 보고, 출력 행렬은 뺀다."""
+    body = find_backbone(model) or model
+    return {name.rsplit(".", 1)[-1] for name, module in body.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)} - {"lm_head", "embed_out"}
+
+
+def require_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """`targets`가 모두 모델의 층인지 본다. 가중치가 없는 모델(meta)이어도 된다.
+
+    Raises:
+        UsageError: 없는 이름이 있다. 쓸 수 있는 이름을 말한다.
+    """
+    names = linear_names(model)
+    unknown = [target for target in targets if target not in names]
+    if unknown:
+        raise UsageError(f"모델에 없는 층이다: {', '.join(unknown)}. 쓸 수 있는 이름: {', '.join(sorted(names))}")
+
+
+def peft_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str] | str:
+    """PEFT의 `target_modules`. 그림도 보는 모델에서는 글을 다루는 부분의 층만 고르는 정규식이다."""
+    body = find_backbone(model)
+    inside = next((name for name, module in model.named_modules() if module is body), "")
+    if model.config.get_text_config(decoder=True) is model.config or not inside:
+        return list(targets)
+    return rf"{re.escape(inside)}\..*\b({'|'.join(map(re.escape, targets))})"

@@ -1,0 +1,96 @@
+"""토크나이저: 읽기, 답의 끝을 뜻하는 토큰들, 모델이 아는 토큰인지의 검사."""
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UsageError
+from utils.files import read_json
+from utils.model.folder import text_config
+
+
+def load_tokenizer(model: str | Path, cache_dir: str | None = None):
+    """토크나이저를 읽는다. pad 토큰이 없으면 끝 토큰으로 정한다.
+
+    Raises:
+        UsageError: 토크나이저가 없거나 끝 토큰을 모른다.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), cache_dir=cache_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"토크나이저에 끝 토큰(eos_token)이 없다: {model}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_id(tokenizer) -> int:
+    """답의 끝을 뜻하는 토큰. 설정 파일의 eos가 아니라 토크나이저의 eos를 믿는다.
+
+    polyglot-ko의 config.json은 eos를 0이라 하지만 `<|endoftext|>`는 2다.
+    """
+    return int(tokenizer.eos_token_id)
+
+
+def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
+    """토큰 번호가 모두 embedding의 행 안에 있는지 본다. 밖의 번호는 CPU에서는 IndexError, 커널에서는 남의 메모리다.
+
+    Args:
+        ids: 토큰 번호의 배열이나 목록.
+        n_rows: 입력 embedding의 행 수.
+        tokenizer: 번호를 글자로 보여 줄 토크나이저.
+        where: 번호가 나온 곳. 메시지의 앞에 적힌다.
+
+    Raises:
+        UsageError: 밖의 번호가 있다. 그 토큰과 번호와 embedding의 크기를 말한다.
+    """
+    ids = np.asarray(ids, dtype=np.int64).ravel()
+    outside = ids[(ids < 0) | (ids >= n_rows)]
+    if len(outside):
+        worst = int(outside.max())
+        token = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
+        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {token!r}의 번호는 "
+                         f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
+
+
+def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:
+    """답을 끝내는 토큰들: 토크나이저의 eos, 모델의 두 설정 파일이 말하는 것, 대화 템플릿이 답 뒤에 놓는 것의 차례다.
+
+    대화 모델은 끝이 여럿이다(Gemma의 `<end_of_turn>`은 generation_config.json에만 있다). 설정 파일의 것은 토크나이저의
+    특수 토큰일 때만 믿는다. polyglot-ko의 0은 쓰지 않는 자리(`<|unused0|>`)다.
+
+    Args:
+        folder: 기반 모델의 폴더. None이거나 폴더가 아니면 설정 파일은 보지 않는다.
+    """
+    ends = [end_token_id(tokenizer)]
+    for name in ("generation_config.json", "config.json") if folder is not None else ():
+        file = Path(folder) / name
+        content = read_json(file, "") if file.is_file() else {}
+        for holder in (content, text_config(content)) if isinstance(content, dict) else ():
+            said = holder.get("eos_token_id")
+            ends += said if isinstance(said, list) else [said]
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends.append(next((number for number in _after_answer(tokenizer) if number in special), None))
+    known = [end for end in ends[1:] if type(end) is int and end in special and "unused" not in special[end]]
+    return tuple(dict.fromkeys([ends[0], *known]))
+
+
+def _after_answer(tokenizer) -> list[int]:
+    """대화 템플릿이 답 바로 뒤에 놓는 토큰들. 템플릿이 없거나 쓸 수 없으면 비어 있다."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    answer = "여기까지"
+    turns = [{"role": "user", "content": "가"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
+        return []
+    return tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,153 @@
+"""대화할 모델 하나를 찾고 올린다: 기반 모델, 어댑터, 템플릿, 가중치의 비트 수."""
+
+import filecmp
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from utils.decode.decoder import Decoder
+from utils.errors import UsageError
+from utils.model import diskmap, loader, lora, shards
+from utils.model.adapter import (
+    ADAPTER_FILES,
+    ADAPTER_FOLDER,
+    PromptInfo,
+    find_adapter,
+    load_adapter,
+    read_adapter_config,
+    read_prompt_info,
+)
+from utils.model.folder import open_model_folder, read_safetensors_header
+from utils.model.loader import Device, load_base, require_base
+from utils.model.precision import choose_precision
+from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.paths import BASE_DEMO, find_input, shown
+from utils.prompter import make_prompter
+from utils.talk.answerer import Answerer
+
+
+@dataclass(frozen=True)
+class Source:
+    """대화할 모델이 있는 곳.
+
+    Attributes:
+        adapter: 얹을 어댑터의 폴더. 없으면 기반 모델이나 병합한 모델만 쓴다.
+        run_dir: 사용자가 적은 학습 폴더. prompt.json과 run.json이 여기에 있다.
+    """
+
+    base_model: str
+    adapter: Path | None = None
+    run_dir: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.run_dir or self.base_model).name
+
+
+def find_source(base_model: str | None, peft_root: str | None, say: Callable[[str], None]) -> Source:
+    """쓸 모델을 찾고, 가중치를 올리기 전에 온전하고 안전한지 본다.
+
+    Raises:
+        UsageError: 모델이나 어댑터가 없거나, 온전하지 않거나, 안전하지 않다.
+    """
+    adapter = run_dir = None
+    if peft_root is not None:
+        run_dir = Path(find_input(peft_root))
+        adapter = find_adapter(run_dir)
+        read_safetensors_header(adapter / ADAPTER_FILES[1])
+        base_model = base_model or read_adapter_config(adapter).get("base_model_name_or_path")
+        say(f"어댑터: {shown(adapter)}")
+    base_model = find_input(base_model or str(BASE_DEMO))
+    require_base(base_model)
+    if adapter is not None and has_merged(base_model, adapter):
+        raise UsageError(f"이미 이 어댑터를 합친 모델이다: {base_model}. 두 번 얹지 않게 --peft_root를 빼고 실행한다")
+    return Source(base_model, adapter, run_dir)
+
+
+def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
+                  prompt_template: str | None, say: Callable[[str], None]) -> Answerer:
+    """모델을 올린다. 고른 것과 까닭을 모두 알린다."""
+    device = loader.choose_device()
+    say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    quantize, reason = choose_precision(source.base_model, device, load_4bit, load_8bit)
+    say(f"가중치: {reason}")
+    tokenizer = load_tokenizer(source.base_model, cache_dir)
+    end_id = end_token_id(tokenizer)
+    prompter = choose_prompter(source, prompt_template, tokenizer, say)
+    can_compare = source.adapter is not None
+    if quantize == "4bit" and not can_compare and has_adapter(source.base_model):
+        model = load_merged_4bit(source.base_model, device, cache_dir)
+        can_compare = True
+        say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
+    else:
+        model = loader.load_base(source.base_model, device, quantize, cache_dir)
+        if source.adapter:
+            model = load_adapter(model, source.adapter)
+    decoder = Decoder(model, tokenizer, find_ends(source, tokenizer))
+    say(f"계산: {decoder.path}")
+    return Answerer(decoder, tokenizer, prompter, end_id, say, can_compare)
+
+
+def find_ends(source: Source, tokenizer) -> set[int]:
+    """답을 끝내는 토큰들: 기반 모델의 것과, 학습할 때 적어 둔 것."""
+    info = find_prompt_info(source)
+    return {*end_token_ids(tokenizer, source.base_model), *(info.end_token_ids if info else ())}
+
+
+def find_prompt_info(source: Source) -> PromptInfo | None:
+    """어댑터나 모델에 저장된 템플릿과 끝 토큰."""
+    folders = [folder for folder in (source.adapter, source.run_dir, source.base_model) if folder]
+    return next(filter(None, map(read_prompt_info, folders)), None)
+
+
+def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say: Callable[[str], None]):
+    """저장된 템플릿을 쓴다. 다른 것을 고르면 알린다."""
+    info = find_prompt_info(source)
+    prompter = make_prompter(prompt_template or (info.template if info else "default"), tokenizer)
+    if info and prompter.template != info.template:
+        say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
+    if info and info.end_token_id != tokenizer.eos_token_id:
+        say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 토크나이저의 것은 {tokenizer.eos_token_id}번이다")
+    say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
+    return prompter
+
+
+def has_adapter(folder: str | Path) -> bool:
+    """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
+    return (Path(folder) / ADAPTER_FOLDER / lora.WEIGHTS_FILE).is_file()
+
+
+def has_merged(folder: str | Path, adapter: Path) -> bool:
+    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 견준다."""
+    return has_adapter(folder) and filecmp.cmp(
+        Path(folder) / ADAPTER_FOLDER / lora.WEIGHTS_FILE, adapter / lora.WEIGHTS_FILE, shallow=False)
+
+
+def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):
+    """합친 모델을 NF4로 올리고 어댑터를 얹은 PeftModel.
+
+    합친 가중치를 그대로 양자화하면 작은 갱신이 NF4의 눈금 사이로 사라진다. 합친 것에서 갱신을 빼면 원래 가중치가
+    16비트 반올림 안에서 되돌아오고, 그 NF4 코드는 학습할 때의 것과 거의 모두 같다.
+
+    Raises:
+        UsageError: 폴더가 온전하지 않거나 어댑터가 맞지 않는다.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    folder = Path(folder)
+    adapter = folder / ADAPTER_FOLDER
+    updates = lora.read_updates(adapter, lora.read_config(adapter))
+    disk = diskmap.read(open_model_folder(folder))
+    model = load_base(folder, device, "4bit", cache_dir)
+    for name, update in updates.items():
+        module = model.get_submodule(name)
+        if isinstance(module, Linear4bit):
+            entry, update = disk.entries[f"{name}.weight"], replace(update, transposed=name in disk.transposed)
+            weight = torch.cat([shards.read_rows(entry, *span).float() - update.rows(*span)
+                                for span in shards.row_spans(entry.shape)])
+            weight = weight.T.contiguous() if update.transposed else weight  # bitsandbytes는 [out, in]으로 둔다
+            module.weight = Params4bit(weight.to(device.dtype), requires_grad=False, compress_statistics=True,
+                                       quant_type="nf4", module=module).to(device.device)
+    return load_adapter(model, adapter)

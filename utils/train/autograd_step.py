@@ -1,0 +1,153 @@
+"""어떤 causal LM이든 자동미분으로 도는 micro-step과, 모든 micro-step이 함께 쓰는 조각 손실과 문서 경계를 맡는다.
+
+micro-step은 `[rows, block]` 모양의 블록 몇 개를 받아 gradient를 `.grad`에 더하고 손실을 돌려준다. GPT-NeoX는
+`utils/engine/train_step.py`의 손으로 쓴 길을, 다른 구조는 여기의 `AutogradStep`을 쓴다.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from utils.data.blocks import IGNORE, document_mask, shifted_targets
+from utils.model.loss import head_loss, measure_head
+
+
+def recompute_all(model: nn.Module) -> None:
+    """모든 층의 중간값을 간직하지 않고 backward에서 다시 계산하게 한다."""
+    model.config.use_cache = False
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, factor):
+        gradient = torch.empty_like(hidden)
+        loss = head_loss(hidden.detach(), head.weight, targets, factor, gradient, head=head).sum() * factor
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_output), None, None, None
+
+
+class AutogradStep:
+    """어떤 causal LM이든 자동미분으로 도는 micro-step.
+
+    Args:
+        model: PEFT로 감싼 모델.
+        recompute: backward에서 모든 층을 다시 계산한다.
+        reason: 손으로 쓴 길을 쓰지 않은 이유.
+        whole: 손실을 조각으로 구하지 않고 모델이 내놓은 logits에서 구한다.
+        separate: 블록의 문서를 하나씩 따로 계산한다. 한 블록의 문서를 떼어 놓지 못하는 구조(상태를 이어 가는 Mamba,
+            position_ids를 받지 않는 Bloom)가 쓴다.
+    """
+
+    def __init__(self, model: nn.Module, recompute: bool = False, reason: str = "", whole: bool = False,
+                 separate: bool = False):
+        self.model = model
+        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.separate = separate
+        self.capturable = not separate  # 문서의 수와 길이가 블록마다 다르면 CUDA graph로 찍을 수 없다
+        self.head = None if whole else measure_head(self.causal)
+        self.backbone = None if self.head is None else find_backbone(self.causal)
+        config = self.causal.config.get_text_config(decoder=True)
+        uniform = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        self.explicit_mask = config._attn_implementation == "sdpa" and uniform and not getattr(
+            config, "sliding_window", None)
+        self.recompute = False
+        if recompute:
+            self._enable_recompute()
+        notes = ["손실은 한 번에" if self.backbone is None else "손실은 조각으로"]
+        notes += ["문서마다 따로"] if separate else []
+        self.path = f"자동미분({'; '.join([*notes, reason] if reason else notes)})"
+
+    def _parts(self, batch: dict) -> Iterator[tuple[dict, torch.Tensor]]:
+        """(모델에 줄 것, 정답) [rows, tokens]. 떼어 계산하지 않으면 블록 전체가 하나다."""
+        if not self.separate:
+            # 다른 문서를 가리는 mask를 직접 주면 모양이 고정되어 CUDA graph로 찍을 수 있다. 2차원 mask는 주지 않는다
+            mask = document_mask(batch["position_ids"]) if self.explicit_mask else None
+            yield ({"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask},
+                   shifted_targets(batch["labels"]))
+            return
+        for row, positions in enumerate(batch["position_ids"]):
+            starts = torch.nonzero(positions == 0)[:, 0].tolist()
+            for start, end in pairwise([*starts, len(positions)]):
+                targets = shifted_targets(batch["labels"][row:row + 1, start:end])
+                if (targets != IGNORE).any():  # 블록의 끝을 채운 토큰에는 정답이 없다
+                    yield {"input_ids": batch["input_ids"][row:row + 1, start:end]}, targets
+
+    def _nll(self, call: dict, targets: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+        targets = targets.flatten()
+        if self.backbone is not None:
+            hidden = self.backbone(**call, use_cache=False).last_hidden_state.flatten(0, 1)
+            if factor is None:
+                return head_loss(hidden, self.head.weight, targets, head=self.head).sum()
+            return _HeadLoss.apply(hidden, self.head, targets, factor)
+        logits = self.causal(**call, use_cache=False).logits.flatten(0, 1)
+        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
+        return nll if factor is None else nll * factor
+
+    def train(self, batch: dict) -> torch.Tensor:
+        """gradient를 `.grad`에 더하고 `factor * 손실`을 돌려준다."""
+        if not self.model.training:
+            self.model.train()
+        total = torch.zeros((), device=batch["input_ids"].device)
+        for call, targets in self._parts(batch):
+            with torch.enable_grad():
+                loss = self._nll(call, targets, batch["factor"])
+                loss.backward()
+            total = total + loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict) -> torch.Tensor:
+        """dropout 없이 구한 음의 로그 가능도의 합."""
+        if self.model.training:
+            self.model.eval()
+        total = torch.zeros((), device=batch["input_ids"].device)
+        for call, targets in self._parts(batch):
+            total = total + self._nll(call, targets, None)
+        return total
+
+    def release(self) -> None:
+        """미리 잡아 둔 메모리가 없다."""
+
+    def recompute_more(self) -> bool:
+        """backward에서 재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
+        if self.recompute:
+            return False
+        self._enable_recompute()
+        return True
+
+    def _enable_recompute(self) -> None:
+        self.recompute = True
+        recompute_all(self.model)
+
+
+def autograd_ways(model: nn.Module, **settings) -> list[Callable[[], AutogradStep]]:
+    """`AutogradStep`을 만드는 함수들. 빠른 것부터다. 뒤의 것일수록 모델의 forward를 그대로 따른다.
+
+    앞 토큰의 상태를 이어 가는 구조(Mamba 따위)는 블록으로 묶으면 앞 문서가 새므로 처음부터 문서마다 따로 계산한다.
+
+    Args:
+        settings: `AutogradStep`에 그대로 주는 것.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    separates = (True,) if getattr(causal, "_is_stateful", False) else (False, True)
+    return [partial(AutogradStep, model, whole=whole, separate=separate, **settings)
+            for separate in separates for whole in (False, True)]
+
+
+def find_backbone(causal: nn.Module) -> nn.Module | None:
+    """출력 행렬 앞의 몸통. 그림도 보는 모델에서는 글을 다루는 부분이다. 찾지 못하면 None."""
+    if causal.config.get_text_config(decoder=True) is not causal.config:
+        body = causal.get_decoder()
+    else:
+        body = getattr(causal, causal.base_model_prefix, None)
+    return None if body is causal else body

@@ -1,0 +1,99 @@
+"""블록을 micro batch로 나누는 법: 섞는 순서, 모자라는 자리, 블록마다의 dropout 씨앗."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from utils.data.blocks import IGNORE
+from utils.train.group import ALONE, Group
+
+NAMES = ("input_ids", "labels", "position_ids")
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """이 프로세스가 epoch마다 배울 블록의 번호들. 순서는 seed와 epoch만으로 정해진다.
+
+    모자라는 자리는 -1로 채운다. 학습은 그 자리를 정답이 없는 블록으로 읽으므로 손실과 gradient가 변하지 않는다.
+
+    Attributes:
+        size: 블록의 수.
+        rows: micro batch의 블록 수.
+        accumulation: optimizer step마다 이 프로세스가 계산하는 micro batch의 수.
+    """
+
+    size: int
+    rows: int
+    accumulation: int
+    seed: int
+    group: Group = ALONE
+
+    @property
+    def per_epoch(self) -> int:
+        """epoch마다의 micro batch 수."""
+        return math.ceil(self.size / (self.rows * self.group.world))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.per_epoch / self.accumulation)
+
+    def steps(self, epoch: int) -> list[list[list[int]]]:
+        """epoch의 optimizer step마다, 거기서 배울 micro batch들(블록 번호의 목록)."""
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+        stride = self.rows * self.group.world
+        order += [-1] * (self.per_epoch * stride - self.size)
+        micros = [order[at:at + self.rows] for at in range(self.group.rank * self.rows, len(order), stride)]
+        return [micros[at:at + self.accumulation] for at in range(0, len(micros), self.accumulation)]
+
+
+def evaluation_batches(size: int, rows: int, group: Group) -> list[list[int]]:
+    """이 프로세스가 평가할 블록의 번호들. 프로세스마다 같은 수가 되도록 모자라는 자리를 -1로 채운다."""
+    mine = list(range(group.rank, size, group.world))
+    share = math.ceil(math.ceil(size / group.world) / rows) * rows
+    mine += [-1] * (share - len(mine))
+    return [mine[at:at + rows] for at in range(0, share, rows)]
+
+
+def read_blocks(dataset, indices: list[int], pin: bool = False) -> dict[str, torch.Tensor]:
+    """블록들을 [rows, block] 모양의 tensor로 쌓는다. -1번은 정답이 없는 블록이다.
+
+    Args:
+        pin: GPU로 빨리 옮길 수 있는 메모리에 담는다.
+    """
+    blocks = [dataset[max(index, 0)] for index in indices]
+    batch = {name: torch.stack([block[name] for block in blocks]) for name in NAMES}
+    batch["labels"][[index < 0 for index in indices]] = IGNORE
+    return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
+
+
+def n_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """정답이 있는 토큰의 수. 블록의 첫 토큰은 아무도 맞히지 않는다."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
+
+
+def block_key(*parts: int) -> tuple[int, int]:
+    """정수들로 정해지는 두 32비트 수(부호 있음). splitmix64로 섞는다."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    low, high = state & 0xFFFFFFFF, state >> 32
+    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
+
+
+def split_rows(batch: dict, rows: int) -> list[dict]:
+    """블록의 묶음을 `rows` 블록씩 나눈다."""
+    size = len(batch["input_ids"])
+    return [{name: value[at:at + rows] for name, value in batch.items()} for at in range(0, size, rows)]
+
+
+def count_documents(dataset) -> int:
+    """한 블록에 든 문서의 최대 수. dataset이 `max_documents`를 알면 그것을 쓴다."""
+    if dataset is None:
+        return 1
+    if hasattr(dataset, "max_documents"):
+        return dataset.max_documents
+    return max(int((dataset[index]["position_ids"] == 0).sum()) for index in range(len(dataset)))

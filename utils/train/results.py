@@ -1,0 +1,154 @@
+"""학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, samples.md."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import record, report
+from utils.decode.decoder import Decoder
+from utils.environment import installed_version, peak_ram_bytes
+from utils.prompter import EXAMPLES, fill_placeholder
+from utils.sampling import Sampling
+from utils.train import progress
+from utils.train.records import Plan, Result, Settings
+from utils.train.stage import Inputs
+
+N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 그 뒤로는 학습한 모델만 시간이 허락하는 만큼 답한다
+MAX_SAMPLES, SAMPLE_SECONDS = 64, 30.0
+SHOWN_CHARS = 120
+
+
+def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: Callable[[str], None]) -> None:
+    """run.json, curves.png, samples.md를 쓰고 요약을 말한다."""
+    if not result.is_first:
+        return
+    run = describe_run(settings, inputs, plan, result)
+    report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
+    record.write_run(settings.output_dir, run)  # 어댑터와 기록을 모두 쓴 뒤에 답한다. 답하다 죽어도 잃는 것이 없다
+    say("\n결과")
+    for line in progress.summary_lines(run):
+        say(line)
+    samples = Samples([], [])
+    # 나뉜 모델로는 답하지 않는다
+    problem = None if result.sharded else answer_samples(inputs, result.model, samples)
+    record.write_samples(settings.output_dir, samples.examples + samples.held_out)
+    if problem is not None:
+        say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
+    if samples.held_out:
+        say(stopped_line(samples.held_out))
+    for sample in samples.examples:
+        say(f"\n질문: {sample['question']}")
+        for name, title in record.MODELS:
+            say(f"  {title}의 답: {one_line(sample[name])}")
+
+
+def one_line(answer: str) -> str:
+    """콘솔에 보일 만큼의 답."""
+    line = " ".join(answer.split()) or "(빈 답)"
+    return line if len(line) <= SHOWN_CHARS else f"{line[:SHOWN_CHARS]}…"
+
+
+def stopped_line(samples: list[dict]) -> str:
+    """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
+    counts = []
+    for name, title in record.MODELS:
+        reasons = [sample[f"{name}_finish"] for sample in samples if name in sample]
+        counts.append(f"{title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
+    return f"검증 질문에 스스로 멈춘 답({record.SAMPLES_FILE}): {', '.join(counts)}"
+
+
+def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
+    """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
+    schedule, state, seconds = plan.schedule, result.state, result.seconds
+    tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
+    return {
+        "settings": asdict(settings),
+        "versions": versions(),
+        "device": {"name": str(inputs.device.device), "dtype": str(inputs.device.dtype), "why": inputs.device.reason},
+        "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents), "cut": inputs.documents.n_cut,
+                 "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
+                 "validation_rows": len(inputs.held_out)},
+        "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
+                 "micro_batch_size": plan.memory.micro_batch_size, "processes": plan.processes},
+        "path": result.path,
+        "eval_loss_before": result.before,
+        "eval_loss_after": result.after,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_vram_gb": torch.cuda.max_memory_reserved() / 1e9 if inputs.device.device.type == "cuda" else None,
+        "peak_ram_gb": peak_ram_bytes() / 1e9,
+        "history": state.log_history,
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """질문마다 두 모델의 답과 그 답이 끝난 이유. 검증 질문에는 모범 답도 있다."""
+
+    examples: list[dict]
+    held_out: list[dict]
+
+
+def answer_samples(inputs: Inputs, model, samples: Samples) -> str | None:
+    """답을 만드는 대로 `samples`에 더한다. 끝까지 만들지 못했으면 그 이유 한 줄을, 만들었으면 None을 돌려준다.
+
+    학습은 이미 끝났으므로 메모리 부족도, Ctrl+C도, 어떤 오류도 여기서 멈춘다.
+    """
+    try:
+        fill_samples(inputs, model, samples)
+    except KeyboardInterrupt:
+        return "Ctrl+C로 멈추었다"
+    except torch.OutOfMemoryError:
+        return "메모리가 모자란다"
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return None
+
+
+def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
+    """예시 질문과 검증 질문에 답한다. 질문 없이 글만 있는 행은 건너뛴다."""
+    examples = []
+    for instruction, context in EXAMPLES:
+        prompt, _ = inputs.prompter.pieces(instruction, context, "")
+        examples.append((fill_placeholder(instruction, context), inputs.encoder.encode_prompt(prompt)))
+    settings = Sampling(temperature=0.0)
+    asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + settings.max_new_tokens)
+    for question, ids in examples:
+        if len(ids) < decoder.context:
+            samples.examples.append({"question": question, **answers(decoder, inputs, ids)})
+    began = time.perf_counter()
+    for member in inputs.held_out:
+        compared = len(samples.held_out) < N_COMPARED
+        if len(samples.held_out) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
+            break
+        tokens, is_answer = inputs.documents.document(member)
+        start = int(np.argmax(is_answer))
+        if 0 < start < decoder.context:
+            samples.held_out.append({"question": inputs.tokenizer.decode(tokens[:start]),
+                                     "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
+                                     **answers(decoder, inputs, tokens[:start].tolist(), compared)})
+
+
+def answers(decoder: Decoder, inputs: Inputs, input_ids: list[int], compared: bool = True) -> dict[str, str]:
+    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다.
+
+    Args:
+        compared: False면 학습한 모델만 답한다.
+    """
+    given = {}
+    for name in ("base", "tuned") if compared else ("tuned",):
+        decoder.use_adapter(name == "tuned")
+        given[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
+        given[f"{name}_finish"] = decoder.finish_reason
+    return given

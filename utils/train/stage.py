@@ -1,0 +1,237 @@
+"""미세조정 한 번의 준비, 계획, 실행을 맡는다. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from utils.data import blocks, dataset
+from utils.data import check as data_check
+from utils.data.encoder import Encoder
+from utils.data.repair import check_target, repair
+from utils.data.rows import require_data
+from utils.errors import UsageError
+from utils.model import loader
+from utils.model.loader import require_base
+from utils.model.shape import empty_model
+from utils.model.targets import TRANSPOSED, choose_targets, linear_names, peft_targets, require_targets
+from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.process import n_processes
+from utils.prompter import CHAT, make_prompter
+from utils.train import planner, tracking
+from utils.train.records import Plan, Schedule, Settings
+
+
+@dataclass
+class Inputs:
+    """모델을 올리기 전에 갖추어지는 것들."""
+
+    device: loader.Device
+    config: dict
+    tokenizer: object
+    end_id: int
+    end_ids: tuple[int, ...]
+    prompter: object
+    encoder: Encoder
+    documents: dataset.Documents
+    held_out: np.ndarray
+    train_set: blocks.PackedDataset
+    eval_set: blocks.PackedDataset | None
+    data_sha256: str
+    targets: tuple[str, ...]
+    trackers: tracking.TrackerChoice
+
+
+@dataclass(frozen=True)
+class Read:
+    """읽은 데이터와, 그것을 읽는 데 쓴 것들."""
+
+    tokenizer: object
+    end_id: int
+    prompter: object
+    encoder: Encoder
+    documents: dataset.Documents
+
+
+def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
+    """장치, 토크나이저, 데이터를 갖춘다. 모델은 아직 올리지 않는다.
+
+    Raises:
+        UsageError: 기반 모델이나 데이터가 잘못되었다.
+    """
+    require_data(settings.data_path)
+    trackers = tracking.choose_trackers(settings)
+    require_base(settings.base_model)
+    config = loader.load_config(settings.base_model, settings.cache_dir)
+    loader.require_trainable(settings.base_model, config)
+    targets = find_targets(settings, config)
+    check_block_fits(settings.cutoff_len, config)
+    device = loader.choose_device()
+    say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    read = read_data(settings, say)
+    documents = read.documents
+    chosen, held_out = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
+    report_data(documents, chosen, held_out, say)
+    chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
+
+    def packed(members: np.ndarray, train_on_inputs: bool) -> blocks.PackedDataset:
+        return blocks.PackedDataset(documents, members, settings.cutoff_len, read.end_id, train_on_inputs,
+                                     settings.seed)
+
+    end_ids = end_token_ids(read.tokenizer, settings.base_model)
+    train_set = packed(chosen, settings.train_on_inputs)
+    eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
+    return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
+                  held_out, train_set, eval_set, documents.sha256, targets, trackers)
+
+
+def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
+    """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 없는 이름을 가린다."""
+    from transformers import AutoConfig
+
+    empty = empty_model(AutoConfig.from_pretrained(settings.base_model, cache_dir=settings.cache_dir,
+                                                   trust_remote_code=False))
+    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty))
+    require_targets(empty, targets)
+    return targets
+
+
+def drop_answerless(settings: Settings, documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
+                    say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
+    """답이 모두 잘린 행을 뺀 (학습 문서 번호, 검증 문서 번호). 질문도 배우면 학습에서는 빼지 않는다.
+
+    Raises:
+        UsageError: 배울 행이 하나도 남지 않는다.
+    """
+    kept = chosen if settings.train_on_inputs else blocks.with_answers(documents, chosen)
+    measured = blocks.with_answers(documents, held_out)
+    dropped = len(chosen) - len(kept), len(held_out) - len(measured)
+    if any(dropped):
+        say(f"답이 모두 잘린 행을 뺐다(cutoff_len {settings.cutoff_len}): 학습 {dropped[0]:,}행, 검증 {dropped[1]:,}행")
+    if not len(kept):
+        raise UsageError(f"모든 행의 답이 cutoff_len {settings.cutoff_len}에서 잘려 배울 것이 없다. --cutoff_len을 "
+                         "늘리거나 --train_on_inputs True로 질문도 배운다")
+    return kept, measured
+
+
+def read_data(settings: Settings, say: Callable[[str], None], skip_bad: bool = False) -> Read:
+    """데이터를 읽는다. 오래 걸리면 터미널에 막대를 그린다.
+
+    Args:
+        skip_bad: True면 잘못된 행에서 멈추지 않고 센다.
+
+    Raises:
+        UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다. 모델의 embedding에 없는 토큰이 나온다.
+    """
+    tokenizer = load_tokenizer(settings.base_model, settings.cache_dir)
+    end_id = end_token_id(tokenizer)
+    prompter = make_prompter(settings.prompt_template, tokenizer)
+    n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
+    encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=n_rows)
+    with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
+        documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
+                                           settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)
+    return Read(tokenizer, end_id, prompter, encoder, documents)
+
+
+def report_data(documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
+                say: Callable[[str], None]) -> None:
+    """데이터에서 이상한 것을 찾았으면 몇 줄로 말한다."""
+    lines = data_check.short_lines({**documents.found, **data_check.document_faults(documents, chosen, held_out)})
+    if lines:
+        say("데이터에서 찾은 것(자세히 보려면 --check_data True):")
+    for line in lines:
+        say(line)
+
+
+def check_block_fits(cutoff_len: int, config: dict) -> None:
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if limit and cutoff_len > limit:
+        raise UsageError(f"cutoff_len {cutoff_len}이 모델의 문맥 {limit}보다 길다. --cutoff_len {limit} 이하로 적는다")
+
+
+def share_of_batch(settings: Settings) -> int:
+    """프로세스 하나가 optimizer step마다 계산하는 블록의 수.
+
+    Raises:
+        UsageError: batch_size를 프로세스들에 똑같이 나눌 수 없다.
+    """
+    share, rest = divmod(settings.batch_size, n_processes())
+    if rest or not share or (settings.micro_batch_size and share % settings.micro_batch_size):
+        unit = n_processes() * (settings.micro_batch_size or 1)
+        raise UsageError(f"batch_size {settings.batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
+                         f"{settings.micro_batch_size or 1}로 나누어지지 않는다. --batch_size {unit}의 배수로 적는다")
+    return share
+
+
+def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan:
+    """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
+    share = share_of_batch(settings)
+    schedule = Schedule.from_blocks(len(inputs.train_set), settings.batch_size, settings.num_train_epochs)
+    memory = planner.make_plan(
+        inputs.config, device=inputs.device, cutoff_len=settings.cutoff_len, batch_size=share,
+        micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
+        vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents)
+    documents, lengths = inputs.documents, inputs.documents.lengths()
+    n_train = sum(map(len, inputs.train_set.blocks))
+    filled = inputs.train_set.n_tokens / (len(inputs.train_set) * settings.cutoff_len)
+    say(f"데이터: {len(documents):,}행(학습 {n_train:,}, 검증 {len(inputs.held_out):,}), "
+        f"토큰 {int(lengths.sum()):,}개, 행의 가운데 길이 {int(np.median(lengths))}")
+    parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
+    parts += f" x 프로세스 {n_processes()}" if n_processes() > 1 else ""
+    say(f"블록: {len(inputs.train_set):,}개 x {settings.cutoff_len} 토큰(채움 {filled:.1%}). "
+        "한 블록의 문서들은 서로 보지 않는다")
+    say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
+        f"batch {settings.batch_size} = micro {parts}")
+    for line in memory.lines():
+        say(line)
+    return Plan(schedule, memory, share // memory.micro_batch_size, n_processes())
+
+
+def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
+    """기반 모델을 4비트로 올리고 LoRA를 붙인다.
+
+    Raises:
+        UsageError: 모델을 읽지 못한다.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    quantize = None if inputs.device.device.type == "mps" else "4bit"
+    base = loader.load_base(settings.base_model, inputs.device, quantize, settings.cache_dir)
+    torch.manual_seed(settings.seed)
+    model = get_peft_model(base, LoraConfig(
+        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        target_modules=peft_targets(base, inputs.targets), task_type="CAUSAL_LM",
+        fan_in_fan_out=inputs.config["model_type"] in TRANSPOSED, base_model_name_or_path=str(settings.base_model)))
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
+    return model
+
+
+def check_data(settings: Settings, say: Callable[[str], None]) -> None:
+    """데이터를 끝까지 검사해 찾은 것과 두 행의 loss 자리를 보인다. `repair_data`가 있으면 고친 파일도 쓴다.
+
+    Raises:
+        UsageError: 데이터를 읽을 수 없거나 고친 파일을 쓸 수 없다.
+    """
+    if settings.repair_data is not None:
+        check_target(settings.data_path, settings.repair_data)
+    read = read_data(settings, say, skip_bad=True)
+    documents = read.documents
+    train, held_out = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
+    found = {**documents.found, **data_check.document_faults(documents, train, held_out)}
+    lengths = documents.full_lengths()
+    say(f"데이터: {len(documents):,}행(학습 {len(train):,}, 검증 {len(held_out):,}), 토큰 {int(lengths.sum()):,}개, "
+        f"행의 길이는 가운데 {int(sorted(lengths)[len(lengths) // 2])}, 가장 긴 것 {int(lengths.max())}")
+    say("찾은 것:" if found else "찾은 것: 없다")
+    for line in data_check.short_lines(found):
+        say(line)
+    say("두 행의 보기(⟦ ⟧ 안을 배운다):")
+    for line in data_check.rendered_lines(documents, read.tokenizer, settings.train_on_inputs):
+        say(line)
+    if settings.repair_data is not None:
+        done = repair(settings.data_path, settings.repair_data, read.prompter, settings.cache_dir)
+        say(f"고친 파일: {settings.repair_data} ({done.written:,}행을 썼다. 그 가운데 {done.changed:,}행을 고쳤고, "
+            f"{done.dropped:,}행은 버렸다)")
