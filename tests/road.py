@@ -11,7 +11,6 @@ import traceback
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from conftest import ROOT, load_script
@@ -119,10 +118,11 @@ def _walk(base: Path, folder: Path, both_bases: bool, flags: dict, road: Road) -
 
 def read_blocks(settings: dict) -> tuple[list[dict], list[dict]]:
     """학습한 블록과 검증한 블록."""
-    from utils import finetune
+    from utils.train import stage
+    from utils.train.records import Settings
 
     settings = {**settings, "lora_target_modules": tuple(settings["lora_target_modules"])}
-    inputs = finetune.prepare(SimpleNamespace(**settings), lambda line: None)
+    inputs = stage.prepare(Settings(**settings), lambda line: None)
     return tuple([part[at] for at in range(len(part))] if part else [] for part in (inputs.train_set, inputs.eval_set))
 
 
@@ -222,14 +222,14 @@ def logit_gap(ours, theirs, texts: list[torch.Tensor]) -> float:
 
 def answer_gap(model, **source) -> float:
     """generate.py의 답이 모델의 탐욕적인 답과 갈라지는 자리의 logit 차이. 같은 답이면 0이다."""
-    from utils import talkmodel
-    from utils.answerer import Answer
     from utils.sampling import Sampling
+    from utils.talk.answerer import Answer
+    from utils.talk.source import find_source, load_answerer
 
     quiet = lambda line: None  # noqa: E731
     load_4bit = source.pop("load_4bit")
-    found = talkmodel.find_source(source.get("base_model"), source.get("peft_root"), quiet)
-    answerer = talkmodel.load_answerer(found, None, load_4bit, False, None, quiet)
+    found = find_source(source.get("base_model"), source.get("peft_root"), quiet)
+    answerer = load_answerer(found, None, load_4bit, False, None, quiet)
     worst = 0.0
     for question in QUESTIONS:
         answer = Answer(answerer.ask(question), Sampling(temperature=0.0, max_new_tokens=ANSWER_TOKENS))

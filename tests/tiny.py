@@ -154,6 +154,7 @@ def _shrunk(config, vocab_size: int) -> dict:
     small |= {name: END for name in ids if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     small |= {name: vocab_size for name in fields if name in ("vocab_size", "decoder_vocab_size",
                                                               "vocab_size_per_layer_input", "unpadded_vocab_size")}
+    small |= {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, float)}
     depth = next((fields[name] for name in LAYERS if isinstance(fields.get(name), int)), 2)
     kept = _one_of_each(fields, depth)
     small |= {name: len(kept) for name in LAYERS if isinstance(fields.get(name), int)}

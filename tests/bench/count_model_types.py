@@ -78,17 +78,18 @@ def run_all(types: list[str]):
 def main(asked: list[str]) -> None:
     import bitsandbytes
     import datasets
+    import matplotlib.pyplot
     import peft
     import torch
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from utils import cli
+    from utils import console
 
-    cli.use_utf8()
-    cli.hush_libraries()
+    console.use_utf8()
+    console.hush_libraries()
     torch.set_num_threads(1)
-    del bitsandbytes, datasets
+    del bitsandbytes, datasets, matplotlib  # 갈라진 프로세스마다 다시 불러오지 않게 한다
     results = []
     for result in run_all(asked or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         results.append(result)
