@@ -97,6 +97,8 @@ ODD: dict[str, dict] = {
                         "topk_group": 1}},
     "gemma4_assistant": {"start": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
                                                     "vocab_size_per_layer_input": 0}}},
+    "gpt_neox": {"fields": {"num_attention_heads": 2, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}},
     "granitemoehybrid": {"fields": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}},
     "hunyuan_v1_moe": {"fields": {"moe_topk": 2, "num_experts": 4}},
     "jamba": {"fields": {"attn_layer_period": 2, "attn_layer_offset": 1}},
