@@ -89,3 +89,8 @@ def test_a_drawn_model_passes_the_whole_road(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_drawn_models_pass_the_whole_road(family):
     drawing(20)(given(configs(family))(lambda drawn: check(family, drawn)))()
+
+
+def test_the_proof_stays_within_the_context_when_there_is_one_validation_row(tmp_path):
+    road = walk(tiny("gpt2", tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
+    assert road.outcome == "pass", f"{road.note}\n{road.said}"
