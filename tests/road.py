@@ -21,9 +21,9 @@ LIMITS = {"loss": 1e-3, "gradient": 1e-2, "validation": 1e-3, "merged": 5e-3, "m
           "answer_4bit": 0.0}
 ANSWER_TOKENS = 10
 NEAR = 1e-3  # 두 logit의 차이가 이보다 작으면 반올림이 고른 것이므로 어느 쪽이든 맞다
-FLAGS = {"cutoff_len": 64, "batch_size": 8, "micro_batch_size": 2, "num_train_epochs": 2, "val_set_size": 13,
+FLAGS = {"cutoff_len": 56, "batch_size": 8, "micro_batch_size": 2, "num_train_epochs": 2, "val_set_size": 13,
          "learning_rate": 1e-2, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ("auto",)}
-QUESTIONS = ("3 더하기 4는?", "가을에 나뭇잎의 색이 바뀌는 까닭을 알려 주세요.")
+QUESTIONS = ("3 더하기 4는?", "하늘은 왜 파랗습니까?")
 
 
 @dataclass
@@ -46,9 +46,9 @@ class Road:
 
 
 def write_rows(file: Path, n: int = 8) -> Path:
-    """길이가 조금씩 다른 textonly 행."""
-    form = "### 질문: {0} 더하기 {0}는?\n\n### 답변: {0}에 {0}를 더하면 {1}입니다.{2}<|endoftext|>"
-    texts = [form.format(n, 2 * n, " 하늘은 파랗습니다." * (n % 3)) for n in range(n)]
+    """질문과 답이 있는 행과, 한 블록에 여럿이 묶이는 짧은 글."""
+    form = "### 질문: {0} 더하기 {0}는?\n\n### 답변: {1}입니다.<|endoftext|>"
+    texts = [form.format(at, 2 * at) if at % 2 else f"하늘은 {at}번 파랗습니다.<|endoftext|>" for at in range(n)]
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     return file
 

@@ -92,5 +92,5 @@ def test_many_drawn_models_pass_the_whole_road(family):
 
 
 def test_the_proof_stays_within_the_context_when_there_is_one_validation_row(tmp_path):
-    road = walk(tiny("gpt2", tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
+    road = walk(tiny("codegen", tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
     assert road.outcome == "pass", f"{road.note}\n{road.said}"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
 END = 2
-CONTEXT = 72
+CONTEXT = 56
 TEXT = """\
 ### 질문: 하늘은 왜 파란가요?
 
@@ -107,7 +107,7 @@ ODD: dict[str, dict] = {
     "mamba2": {"fields": {"num_heads": 8, "head_dim": 16}},
     "recurrent_gemma": {"fields": {"num_hidden_layers": 3}},
     "reformer": {"start": {"is_decoder": True}, "fields": {
-        "attn_layers": ["local", "local"], "axial_pos_shape": [8, 9], "axial_pos_embds_dim": [32, 32],
+        "attn_layers": ["local", "local"], "axial_pos_shape": [7, 8], "axial_pos_embds_dim": [32, 32],
         "local_attn_chunk_length": 8, "max_position_embeddings": CONTEXT}},
 }
 
