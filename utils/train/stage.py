@@ -17,7 +17,14 @@ from utils.errors import UsageError
 from utils.model import loader
 from utils.model.loader import require_base
 from utils.model.shape import empty_model
-from utils.model.targets import TRANSPOSED, choose_targets, linear_names, peft_targets, require_targets
+from utils.model.targets import (
+    TRANSPOSED,
+    attention_names,
+    choose_targets,
+    linear_names,
+    peft_targets,
+    require_targets,
+)
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.process import n_processes
 from utils.prompter import CHAT, make_prompter
@@ -95,7 +102,7 @@ def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
 
     empty = empty_model(AutoConfig.from_pretrained(settings.base_model, cache_dir=settings.cache_dir,
                                                    trust_remote_code=False))
-    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty))
+    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty), attention_names(empty))
     require_targets(empty, targets)
     return targets
 
