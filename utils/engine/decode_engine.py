@@ -1,6 +1,8 @@
 """GPT-NeoX를 위한 빠른 길을 맡는다: 토큰 하나의 계산과 뽑기 전체가 CUDA graph 하나다. 한 번에 답 하나만 만든다."""
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -91,6 +93,22 @@ class NeoxDecode:
         """어댑터를 켜거나 끈다. 커널이 읽는 값 하나를 바꿀 뿐이다."""
         self._adapter_on.fill_(float(on))
         self._prefill.adapter_on = on
+
+    def room(self, tokens: int) -> int:
+        """cache는 모델이 읽을 수 있는 길이만큼 처음부터 잡아 둔다."""
+        return tokens
+
+    def answer_rows(self, questions: list[list[int]], settings: Sampling, limits: list[int],
+                    end_ids: Sequence[int], until: float = math.inf) -> list[list[int]]:
+        """질문에 하나씩 답한다."""
+        answers = []
+        for question, limit in zip(questions, limits, strict=True):
+            answers.append([])
+            for token in self.tokens(question, settings, limit):
+                answers[-1].append(token)
+                if token in end_ids or time.perf_counter() > until:
+                    break
+        return answers
 
     def tokens(self, input_ids: list[int], settings: Sampling, limit: int) -> Iterator[int]:
         """토큰을 최대 `limit`개 내놓는다. GPU는 읽는 쪽보다 한 토큰만 앞서 간다."""
