@@ -10,8 +10,7 @@ from typing import Protocol
 import torch
 
 from utils.engine.cuda import CompileError
-from utils.engine.decode_engine import NeoxDecode
-from utils.engine.weights import why_not
+from utils.engine.decode_engine import FastDecode, why_not
 from utils.errors import UsageError
 from utils.forward_decode import ForwardDecode
 from utils.sampling import Sampling
@@ -166,7 +165,7 @@ def _engine(model, context: int, vocab: int) -> tuple[Engine, str]:
     reason = why_not(model)
     if reason is None:
         try:
-            engine = NeoxDecode(model, vocab)
+            engine = FastDecode(model, vocab)
             return engine, engine.path
         except CompileError as error:
             reason = f"커널을 컴파일하지 못함: {str(error).splitlines()[0][:100]}"
