@@ -220,6 +220,7 @@ static int max(int a, int b) { return a > b ? a : b; }
 static void wait_for_previous_kernel() {}
 static void let_next_kernel_start() {}
 static void prefetch(const void*) {}
+static void sync_lanes() { sync_warp(); }
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }
 static int load_arrivals(const int* at) {
     int value = __atomic_load_n(at, __ATOMIC_SEQ_CST);

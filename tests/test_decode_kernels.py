@@ -8,8 +8,8 @@ from families import add_lora, build, exact, quantize
 from utils.engine.cuda import CompileError, compile_to_cubin
 from utils.engine.decode_engine import kernel_source, why_not
 from utils.engine.decode_plan import INT8, NF4, PAGE, WIDE, Plan
-from utils.engine.decode_shape import shape_of
 from utils.engine.decode_step import DecodeStep, KvCache, kernel_names
+from utils.engine.families import describe, rotary_frequencies
 from utils.engine.prefill import Prefill
 from utils.engine.weights import Weights, why_not_weights
 
@@ -18,12 +18,12 @@ MULTIPROCESSORS, SHARED = 4, 100_000
 
 
 def prepare(model, folder) -> tuple[DecodeStep, Prefill]:
-    shape = shape_of(model)
-    assert why_not_weights(model, shape) is None
-    weights = Weights(model, shape)
-    plan = Plan(shape, VOCAB, weights.rank, weights.kind, weights.double_quant, weights.dtype == torch.bfloat16,
+    family = describe(model)
+    assert why_not_weights(model, family) is None
+    weights = Weights(model, family)
+    plan = Plan(family, VOCAB, weights.rank, weights.kind, weights.double_quant, weights.dtype == torch.bfloat16,
                 MULTIPROCESSORS, SHARED)
-    step = DecodeStep(weights, plan, cuda_on_cpu.load_kernels(kernel_names(shape), plan.defines, folder), VOCAB)
+    step = DecodeStep(weights, plan, cuda_on_cpu.load_kernels(kernel_names(family), plan.defines, folder), VOCAB)
     return step, Prefill(step)
 
 
@@ -37,7 +37,7 @@ def follow(step: DecodeStep, prefill: Prefill, ids: list[int], prompt: int) -> t
     step.choose(overlap=False)
     rows = [step.logits.clone()]
     for token in ids[prompt:]:
-        step.x.copy_(step.weights.embedding[token].float() * step.weights.shape.embedding_scale)
+        step.x.copy_(step.weights.embedding[token].float() * step.weights.embedding_scale)
         step.run(overlap=False)
         rows.append(step.logits.clone())
     return torch.stack(rows)
@@ -74,7 +74,7 @@ def big(name: str, **sizes):
     """실제 크기의 구조. 가중치 없이 크기만 있으면 된다."""
     from dataclasses import replace
 
-    return replace(shape_of(build(name)), **sizes)
+    return replace(describe(build(name)), **sizes)
 
 
 POLYGLOT = {"hidden": 2048, "ff": 8192, "layers": 24, "heads": 16, "kv_heads": 16, "head_dim": 128, "rotary": 64,
@@ -109,9 +109,9 @@ def test_kernels_compile(capability, name, sizes, vocab, rank, weight, double, b
 def test_every_grid_fits_and_covers_its_rows(multiprocessors, name, sizes):
     """블록마다의 묶음이 공유 메모리와 스레드 수에 들어가고, LoRA의 조각은 함께 도는 블록보다 많지 않다."""
     limit = 101_376
-    shape = big(name, **sizes)
-    plan = Plan(shape, 30_000, 8, NF4, True, True, multiprocessors, limit)
-    tiles = {"project_mlp": shape.ff // 16, "contract_out": shape.hidden // 16, "contract_down": shape.hidden // 16,
+    family = big(name, **sizes)
+    plan = Plan(family, 30_000, 8, NF4, True, True, multiprocessors, limit)
+    tiles = {"project_mlp": family.ff // 16, "contract_out": family.hidden // 16, "contract_down": family.hidden // 16,
              "head": 30_000 // 16}
     for grid_name, count in tiles.items():
         grid = getattr(plan, grid_name)
@@ -131,32 +131,33 @@ def test_reasons():
     assert "128" in why_not(build("llama", intermediate_size=200))
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "rotary" in why_not(build("llama", rope_parameters=dynamic))
-    assert "float32" in why_not_weights(build("llama"), shape_of(build("llama")))
+    assert "float32" in why_not_weights(build("llama"), describe(build("llama")))
     model = quantize(build("llama", torch.bfloat16), "nf4")
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(128, 256, bias=False, dtype=torch.bfloat16)
-    assert "층마다" in why_not_weights(model, shape_of(model))
+    assert "층마다" in why_not_weights(model, describe(model))
 
 
 def test_weights_as_the_kernels_read_them():
     """LoRA의 A는 나란한 행렬의 차례로 쌓이고, 없는 자리는 0이고, 배율은 B에 곱해 둔다."""
     model = add_lora(build("qwen2", torch.bfloat16), rank=4, targets=["q_proj", "v_proj", "down_proj"])
     layer = model.get_base_model().model.layers[0]
-    weights = Weights(model, shape_of(model))
+    weights = Weights(model, describe(model))
     qkv, down = weights.layers[0].qkv, weights.layers[0].down
     a = [layer.self_attn.q_proj.lora_A["default"].weight, None, layer.self_attn.v_proj.lora_A["default"].weight]
     assert weights.rank == 4 and qkv.adapter.down.shape == (12, 128) and weights.layers[0].out.adapter is None
     assert torch.equal(qkv.adapter.down[:4], a[0].float()) and not qkv.adapter.down[4:8].any()
     assert torch.equal(qkv.adapter.down[8:], a[2].float())
     assert torch.equal(down.adapter.up, layer.mlp.down_proj.lora_B["default"].weight.float() * 2)
-    assert torch.equal(qkv.bias[128:192], layer.self_attn.k_proj.base_layer.bias.float())
+    assert torch.equal(qkv.bias[128:192], layer.self_attn.k_proj.bias.float())
     assert weights.head.data_ptr() == weights.embedding.data_ptr()  # 묶인 출력 행렬은 베끼지 않는다
 
 
 def test_the_cache_grows_by_pages():
     """쪽은 쓰는 만큼만 늘고, 있던 쪽은 옮기지 않는다. Qwen3-1.7B의 2,048토큰이 200 MB를 넘지 않는다."""
-    shape = shape_of(build("qwen3"))
-    plan = Plan(shape, VOCAB, 0, WIDE, False, True, MULTIPROCESSORS, SHARED)
-    cache = KvCache(shape, plan, torch.device("cpu"))
+    family = describe(build("qwen3"))
+    plan = Plan(family, VOCAB, 0, WIDE, False, True, MULTIPROCESSORS, SHARED)
+    model = build("qwen3")
+    cache = KvCache(family, plan, rotary_frequencies(model, family), torch.device("cpu"))
     cache.grow(1)
     first = int(cache.table[0])
     cache.grow(PAGE + 1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.decode_plan import NF4, SOURCES, WIDE, Plan
-from utils.engine.decode_shape import shape_of
+from utils.engine.decode_plan import NF4, SOURCES, WIDE, Plan, odd_size
 from utils.engine.decode_step import DecodeStep, kernel_names
+from utils.engine.families import describe
 from utils.engine.prefill import CAPTURED, Prefill
 from utils.engine.weights import Weights, shape_dtype, why_not_weights
 from utils.sampling import Sampling
@@ -20,13 +20,14 @@ SPARE = 200e6  # 활성값과 라이브러리에 남겨 두는 바이트
 
 def why_not(model) -> str | None:
     """이 모델에 커널을 쓸 수 없는 이유. 쓸 수 있으면 None."""
-    shape = shape_of(model)
-    if isinstance(shape, str):
-        return shape
+    family = describe(model)
+    if isinstance(family, str):
+        return family
     device = next(model.parameters()).device
-    if device.type != "cuda":
-        return "GPU가 아님"
-    reason = why_not_weights(model, shape)
+    reason = odd_size(family)
+    if reason is None and device.type != "cuda":
+        reason = "GPU가 아님"
+    reason = reason or why_not_weights(model, family)
     if reason is None and shape_dtype(model) == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8:
         reason = "bf16이 없는 GPU"
     return reason
@@ -49,13 +50,13 @@ class FastDecode:
     """
 
     def __init__(self, model, vocab: int):
-        shape = shape_of(model)
-        weights = self._weights = Weights(model, shape)
+        family = describe(model)
+        weights = self._weights = Weights(model, family)
         device = weights.embedding.device
         properties = torch.cuda.get_device_properties(device)
-        plan = Plan(shape, vocab, weights.rank, weights.kind, weights.double_quant, weights.dtype == torch.bfloat16,
+        plan = Plan(family, vocab, weights.rank, weights.kind, weights.double_quant, weights.dtype == torch.bfloat16,
                     properties.multi_processor_count, properties.shared_memory_per_block_optin)
-        kernels = load_kernels(kernel_source(), kernel_names(shape), plan.defines)
+        kernels = load_kernels(kernel_source(), kernel_names(family), plan.defines)
         for name in ("project", "contract", "contract_attention", "contract_mlp", "head", "choose"):
             if name in kernels:
                 kernels[name].allow_shared(plan.shared(name))
@@ -68,7 +69,7 @@ class FastDecode:
         self._graph = self._capture()
         kind = str(weights.dtype).removeprefix("torch.") if weights.kind == WIDE else (
             "NF4" if weights.kind == NF4 else "int8")
-        self.path = f"전용 CUDA 커널({kind} {shape.kind}, 토큰 하나가 CUDA graph 하나)"
+        self.path = f"전용 CUDA 커널({kind} {family.kind}, 토큰 하나가 CUDA graph 하나)"
 
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 커널이 읽는 값 하나를 바꿀 뿐이다."""
@@ -77,7 +78,7 @@ class FastDecode:
 
     def room(self, tokens: int) -> int:
         """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 토큰의 수."""
-        cache, context = self._step.cache, self._weights.shape.context
+        cache, context = self._step.cache, self._weights.family.context
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free = torch.cuda.mem_get_info(self._weights.embedding.device)[0] + unused - SPARE
         fits = cache.fits(max(0.0, free))
@@ -115,7 +116,7 @@ class FastDecode:
         self._begin(input_ids, Sampling(temperature=0.0), len(answer))
         rows = [step.logits.clone()]
         for token in answer[:-1]:
-            step.x.copy_(self._weights.embedding[token].float() * self._weights.shape.embedding_scale)
+            step.x.copy_(self._weights.embedding[token].float() * self._weights.embedding_scale)
             self._graph.replay()
             rows.append(step.logits.clone())
         return torch.stack(rows)

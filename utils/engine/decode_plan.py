@@ -6,12 +6,15 @@
 from dataclasses import dataclass
 from math import ceil
 
+import torch
+
 from utils.engine.cuda import CompileError
+from utils.engine.families import Family
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_prefill.cu")
 ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
-WARPS = 16
+WARPS = 8            # 블록 둘이 SM 하나에 함께 올라, 다음 커널이 앞 커널의 끝을 기다리며 가중치를 미리 읽는다
 THREADS = WARPS * 32
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
@@ -41,11 +44,11 @@ class PageLayout:
     size: int
 
     @classmethod
-    def of(cls, shape) -> "PageLayout":
-        group = 16 if shape.head_dim % 32 else 32
-        values = 2 * shape.layers * shape.kv_heads * PAGE * shape.head_dim
+    def of(cls, family: Family) -> "PageLayout":
+        group = 16 if family.head_dim % 32 else 32
+        values = 2 * family.layers * family.kv_heads * PAGE * family.head_dim
         scales = values // group * 2
-        turns = len(shape.inv_freqs) * PAGE * (shape.rotary // 2) * 8
+        turns = len(family.rotary_kinds) * PAGE * (family.rotary // 2) * 8
         return cls(group, values, values + scales, values + scales + turns)
 
 
@@ -62,7 +65,7 @@ class Plan:
     """모델 하나와 GPU 하나를 위한 상수.
 
     Args:
-        shape: `decode_shape.Shape`.
+        family: 구조.
         vocab: 고를 수 있는 토큰의 수.
         rank: LoRA의 r. 없으면 0.
         weight: WIDE(16비트), NF4, INT8.
@@ -81,15 +84,15 @@ class Plan:
         CompileError: 이 GPU의 공유 메모리에 들어가지 않는다.
     """
 
-    def __init__(self, shape, vocab: int, rank: int, weight: int, double_quant: bool, bf16: bool, multiprocessors: int,
-                 shared_limit: int):
+    def __init__(self, family: Family, vocab: int, rank: int, weight: int, double_quant: bool, bf16: bool,
+                 multiprocessors: int, shared_limit: int):
         self._multiprocessors, self._limit = multiprocessors, shared_limit
-        hidden, ff = shape.hidden, shape.ff
-        q_dim, kv_dim = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        hidden, ff = family.hidden, family.ff
+        q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
         table = 32768 if weight == NF4 else 0
         copies = 2 if weight == WIDE else 1
-        pair = 2 if shape.gated else 1
-        qkv_parts = 1 if shape.interleaved else 3
+        pair = 2 if family.gated else 1
+        qkv_parts = 1 if family.interleaved else 3
         fixed = table + 1024  # NF4의 표와 8비트 코드표
 
         def space(lora_rows: int, rest: int) -> int:
@@ -98,7 +101,7 @@ class Plan:
 
         norm = SCRATCH + hidden * 4
         qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
-        if shape.parallel:
+        if family.parallel:
             extra = space(max(qkv_parts, pair) * rank, norm)
             self.qkv_blocks, grid = self._shared_grid(qkv_tiles, mlp_tiles, pair, extra)
             self.project_qkv = self.project_mlp = grid
@@ -113,32 +116,31 @@ class Plan:
             self.contract_down = self._grid(hidden // ROWS, space(2 * rank, ff * 2 * copies), 1)
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         self.choose_shared = 2 * ceil(vocab / 32) * 4
-        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if shape.heads // shape.kv_heads % q == 0)
-        self.pages = PageLayout.of(shape)
+        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
+        self.pages = PageLayout.of(family)
         # LoRA의 조각: (선형층의 입력, 나란한 행렬의 수, 블록의 수)
         self.lora = {"qkv": (hidden, qkv_parts, self.qkv_blocks), "mlp": (hidden, pair, mlp_blocks),
                      "out": (q_dim, 1, self.contract_out.blocks), "down": (ff, 1, self.contract_down.blocks)}
         self.defines = {
-            "HIDDEN": hidden, "FF": ff, "HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "HEAD_DIM": shape.head_dim,
-            "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": shape.rotary, "LAYERS": shape.layers, "CONTEXT": shape.context,
+            "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
+            "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
             "VOCAB": vocab, "RANK": rank,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
-            "RMS": int(shape.rms), "PRE_NORM": int(shape.pre_norm), "POST_NORM": int(shape.post_norm),
-            "PARALLEL": int(shape.parallel), "INTERLEAVED": int(shape.interleaved), "QKV_PARTS": qkv_parts,
-            "GATED": int(shape.gated), "ACTIVATION": ACTIVATIONS[shape.activation],
+            "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
+            "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
+            "GATED": int(family.gated), "ACTIVATION": ACTIVATIONS[family.activation],
             "GELU_TANH": ACTIVATIONS["gelu_tanh"], "SILU": ACTIVATIONS["silu"],
             "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS, "ATTENDERS": ATTENDERS,
             "CHUNK": CHUNK, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "GROUP": self.pages.group, "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
             **{f"UNIT_{name.upper()}": self._unit(width, blocks) for name, (width, _, blocks) in self.lora.items()},
-            "IN_SCALE": "0.015625f" if shape.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다
+            "IN_SCALE": "0.015625f" if family.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다
             **{name: f"{value:.9e}f" for name, value in (
-                ("EPS", shape.eps), ("ATTENTION_SCALE", shape.attention_scale),
-                ("ATTENTION_CAP", shape.attention_cap), ("LOGIT_CAP", shape.logit_cap),
-                ("LOGIT_SCALE", shape.logit_scale), ("RESIDUAL_SCALE", shape.residual_scale),
-                ("EMBEDDING_SCALE", shape.embedding_scale))}}
+                ("EPS", family.eps), ("ATTENTION_SCALE", family.attention_scale), ("LOGIT_CAP", family.logit_cap),
+                ("LOGIT_SCALE", family.logit_scale), ("RESIDUAL_SCALE", family.residual_scale),
+                ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))}}
 
     def shared(self, name: str) -> int:
         """커널이 쓰는 공유 메모리의 최댓값(바이트)."""
@@ -175,3 +177,14 @@ class Plan:
             if slots <= most * pair and ceil(qkv / qkv_blocks) <= THREADS // ROWS:
                 return qkv_blocks, Grid(blocks, slots, extra + slots * SLOT)
             blocks += 1
+
+
+def odd_size(family: Family) -> str | None:
+    """커널이 다루지 못하는 크기. 다룰 수 있으면 None.
+
+    NF4를 한 번에 128칸씩 읽으므로 선형층의 입력은 128의 배수여야 하고, 출력은 ROWS의 배수여야 한다.
+    """
+    inputs = family.hidden, family.ff, family.q_width
+    if any(width % 128 for width in inputs) or family.qkv_width % ROWS or family.head_dim % 16:
+        return "128의 배수가 아닌 크기"
+    return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, Plan
-from utils.engine.decode_shape import Shape
+from utils.engine.families import Family
 from utils.engine.weights import Layer, Linear, Norm, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
@@ -55,10 +55,10 @@ class KvCache:
         capacity: 지금 담을 수 있는 위치의 수.
     """
 
-    def __init__(self, shape: Shape, plan: Plan, device: torch.device):
-        self._shape, self._plan, self._device = shape, plan, device
+    def __init__(self, family: Family, plan: Plan, rotary: tuple, device: torch.device):
+        self._family, self._plan, self._rotary, self._device = family, plan, rotary, device
         self._pages: list[torch.Tensor] = []
-        self.table = torch.zeros(-(-shape.context // PAGE), dtype=torch.int64, device=device)
+        self.table = torch.zeros(-(-family.context // PAGE), dtype=torch.int64, device=device)
 
     @property
     def capacity(self) -> int:
@@ -66,7 +66,7 @@ class KvCache:
 
     def fits(self, free: float) -> int:
         """`free`바이트가 더 있을 때 담을 수 있는 위치의 수. 질문을 읽으며 층 하나의 K, V를 푸는 자리도 센다."""
-        widened = 2 * self._shape.kv_heads * self._shape.head_dim * 2 * PAGE
+        widened = 2 * self._family.kv_heads * self._family.head_dim * 2 * PAGE
         return int((free + len(self._pages) * self._plan.pages.size) // (self._plan.pages.size + 2 * widened)) * PAGE
 
     def grow(self, tokens: int) -> None:
@@ -81,7 +81,7 @@ class KvCache:
         """begin부터 PAGE개 위치의 (cos, sin) fp32 [rotary의 종류, PAGE, rotary / 2, 2]. transformers와 같은 수다."""
         positions = torch.arange(begin, begin + PAGE, device=self._device, dtype=torch.float32)[:, None]
         kinds = []
-        for inv_freq, scaling in self._shape.inv_freqs:
+        for inv_freq, scaling in self._rotary:
             angles = positions * inv_freq.to(self._device, torch.float32)
             kinds.append(torch.stack((angles.cos(), angles.sin()), -1) * scaling)
         return torch.stack(kinds).contiguous()
@@ -103,23 +103,23 @@ class DecodeStep:
 
     def __init__(self, weights: Weights, plan: Plan, kernels: dict[str, Callable], vocab: int):
         self.weights, self.plan, self.kernels = weights, plan, kernels
-        shape, device = weights.shape, weights.embedding.device
-        self.cache = KvCache(shape, plan, device)
-        q_dim, kv_dim = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.x = torch.zeros(shape.hidden, device=device)
+        family, device = weights.family, weights.embedding.device
+        self.cache = KvCache(family, plan, weights.rotary, device)
+        q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
+        self.x = torch.zeros(family.hidden, device=device)
         self._other_x = torch.zeros_like(self.x)
         self._y = torch.zeros_like(self.x)
         self._qkv = torch.zeros(q_dim + 2 * kv_dim, device=device)
         self._attended = torch.zeros(2, q_dim, dtype=torch.int16, device=device)
-        self._act = torch.zeros(2, shape.ff, dtype=torch.int16, device=device)
-        self._partial = torch.zeros(shape.heads, SPLITS, shape.head_dim + 2, device=device)
-        self._done = torch.zeros(shape.heads, dtype=torch.int32, device=device)
+        self._act = torch.zeros(2, family.ff, dtype=torch.int16, device=device)
+        self._partial = torch.zeros(family.heads, SPLITS, family.head_dim + 2, device=device)
+        self._done = torch.zeros(family.heads, dtype=torch.int32, device=device)
         self.logits = torch.zeros(vocab, device=device)
         self.state = torch.zeros(6, dtype=torch.int32, device=device)
         self.settings = torch.zeros(3, device=device)
         self.adapter_on = torch.ones(1, device=device)
-        self.answer = torch.zeros(shape.context, dtype=torch.int32, device=device)
-        self.told = torch.zeros(shape.context, dtype=torch.int32)
+        self.answer = torch.zeros(family.context, dtype=torch.int32, device=device)
+        self.told = torch.zeros(family.context, dtype=torch.int32)
         if device.type == "cuda":
             self.told = self.told.pin_memory()
         self._arrived = torch.zeros(len(weights.layers), len(PARTS), dtype=torch.int32, device=device)
@@ -135,7 +135,7 @@ class DecodeStep:
         Args:
             overlap: 앞 커널이 끝나기 전에 다음 커널을 시작하게 한다(compute capability 9.0부터).
         """
-        plan, kernels, shape = self.plan, self.kernels, self.weights.shape
+        plan, kernels, family = self.plan, self.kernels, self.weights.family
         code, adapter = self.weights.code, self.adapter_on
         pending = None  # 아직 잔차에 더하지 않은 y의 norm(POST_NORM)
         for index, (layer, arguments) in enumerate(zip(self.weights.layers, self._layers, strict=True)):
@@ -147,17 +147,17 @@ class DecodeStep:
             kernels["project"]((grid.blocks,), (THREADS,), self._residual(self.x, pending, self._other_x), *project,
                                plan.qkv_blocks, grid.slots, self._qkv, self._act, shared=grid.shared,
                                overlap=overlap and index > 0)
-            kernels["attend"]((shape.heads // plan.queries, SPLITS), (ATTENDERS,), self._qkv, attention,
+            kernels["attend"]((family.heads // plan.queries, SPLITS), (ATTENDERS,), self._qkv, attention,
                               self.cache.table, self.state, self._partial, self._done, self._attended, overlap=overlap)
             grid = plan.contract_out
-            if shape.parallel:
+            if family.parallel:
                 kernels["contract"]((grid.blocks,), (THREADS,), *contract, grid.slots // 2, shared=grid.shared,
                                     overlap=overlap)
                 continue
             kernels["contract_attention"]((grid.blocks,), (THREADS,), *contract, grid.slots, shared=grid.shared,
                                           overlap=overlap)
             # 출력의 norm이 있으면 두 잔차 x를 번갈아 쓴다. 다른 블록이 읽는 x를 고치지 않기 위해서다
-            source, target = (self._other_x, self.x) if shape.post_norm else (self.x, None)
+            source, target = (self._other_x, self.x) if family.post_norm else (self.x, None)
             grid = plan.project_mlp
             kernels["project"]((grid.blocks,), (THREADS,), self._residual(source, layer.post1, target), *project,
                                0, grid.slots, self._qkv, self._act, shared=grid.shared, overlap=overlap)
@@ -192,8 +192,8 @@ class DecodeStep:
 
     def _arguments(self, index: int, layer: Layer) -> tuple[dict[str, LinearArgument], AttentionArgument]:
         linears = {name: self._linear(getattr(layer, name), name, index) for name in PARTS}
-        shape = self.weights.shape
-        return linears, AttentionArgument(index, shape.windows[index], shape.turns[index], _pointer(layer.q_norm),
+        family = self.weights.family
+        return linears, AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
                                           _pointer(layer.k_norm))
 
     def _linear(self, linear: Linear, name: str, index: int) -> LinearArgument:
@@ -209,8 +209,8 @@ class DecodeStep:
         return argument
 
 
-def kernel_names(shape: Shape) -> list[str]:
-    return KERNELS + (PARALLEL_KERNELS if shape.parallel else SEQUENTIAL_KERNELS)
+def kernel_names(family: Family) -> list[str]:
+    return KERNELS + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:

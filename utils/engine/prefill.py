@@ -71,36 +71,36 @@ class Prefill:
 
     def _piece(self, ids: torch.Tensor, past: int) -> torch.Tensor:
         """토큰 ids [T]가 past번째부터 오는 조각. 잔차 fp32 [T, hidden]을 준다."""
-        x = F.embedding(ids, self._weights.embedding).float() * self._weights.shape.embedding_scale
+        x = F.embedding(ids, self._weights.embedding).float() * self._weights.embedding_scale
         for index, layer in enumerate(self._weights.layers):
             self._layer(x, index, layer, past)
         return x
 
     def _layer(self, x: torch.Tensor, index: int, layer: Layer, past: int) -> None:
         """x [T, hidden]에 층 하나를 더한다."""
-        parallel = self._weights.shape.parallel
+        parallel = self._weights.family.parallel
         second = self._mlp(self._normalize(x, layer.norm2), layer) if parallel else None
         self._add(x, self._attend(self._normalize(x, layer.norm1), index, layer, past), layer.post1)
         self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), layer), layer.post2)
 
     def _attend(self, x: torch.Tensor, index: int, layer: Layer, past: int) -> torch.Tensor:
         """x [T, hidden] -> attention의 출력 [T, hidden]. 이 조각의 K, V를 cache에 적는다."""
-        shape, tokens, cache = self._weights.shape, len(x), self._step.cache
-        total, block = past + tokens, (-(-shape.head_dim // 32) * 32,)
+        family, tokens, cache = self._weights.family, len(x), self._step.cache
+        total, block = past + tokens, (-(-family.head_dim // 32) * 32,)
         argument = self._step.attention_argument(index)
         qkv = self._product(x, layer.qkv)
-        query = x.new_empty(1, shape.heads, tokens, shape.head_dim)
-        keys, values = x.new_empty(2, 1, shape.kv_heads, total, shape.head_dim)
+        query = x.new_empty(1, family.heads, tokens, family.head_dim)
+        keys, values = x.new_empty(2, 1, family.kv_heads, total, family.head_dim)
         if past:
-            self._kernels["read_cache"]((past, shape.kv_heads), block, cache.table, index, total, keys, values)
-        self._kernels["split_heads"]((tokens, shape.heads + shape.kv_heads), (128,), qkv, argument, cache.table,
+            self._kernels["read_cache"]((past, family.kv_heads), block, cache.table, index, total, keys, values)
+        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (128,), qkv, argument, cache.table,
                                      self._past, tokens, total, query, keys, values)
-        attention = self._attention(query, keys, values, shape.windows[index])
+        attention = self._attention(query, keys, values, family.windows[index])
         return self._product(attention[0].transpose(0, 1).reshape(tokens, -1), layer.out)
 
     def _attention(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
         """query [1, heads, T, d], keys와 values [1, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
-        shape, tokens, total = self._weights.shape, query.shape[2], keys.shape[2]
+        family, tokens, total = self._weights.family, query.shape[2], keys.shape[2]
         if window and total > window:  # 조각의 첫 토큰이 볼 수 있는 데부터만 본다
             begin = max(0, total - tokens - window + 1)
             keys, values = keys[:, :, begin:], values[:, :, begin:]
@@ -110,16 +110,16 @@ class Prefill:
         else:
             mask, causal = (None, True) if tokens == total else (causal_lower_right(tokens, total), False)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
-                                              scale=shape.attention_scale, enable_gqa=shape.heads != shape.kv_heads)
+                                              scale=family.attention_scale, enable_gqa=family.heads != family.kv_heads)
 
     def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         """x [T, hidden] -> MLP의 출력 [T, hidden]."""
-        shape, both = self._weights.shape, self._product(x, layer.mlp)
-        gate, up = both.split(shape.ff, dim=1) if shape.gated else (both, None)
-        if shape.activation == "silu":
+        family, both = self._weights.family, self._product(x, layer.mlp)
+        gate, up = both.split(family.ff, dim=1) if family.gated else (both, None)
+        if family.activation == "silu":
             gate = F.silu(gate)
         else:
-            gate = F.gelu(gate, approximate="tanh" if shape.activation == "gelu_tanh" else "none")
+            gate = F.gelu(gate, approximate="tanh" if family.activation == "gelu_tanh" else "none")
         return self._product(gate if up is None else gate * up, layer.down)
 
     def _normalize(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Prefill:
     def _add(self, x: torch.Tensor, output: torch.Tensor, post: Norm | None) -> None:
         """선형층의 출력 16비트 [T, hidden]을 잔차 x에 더한다. 출력의 norm이 있으면 그것을 건다."""
         if post is None:
-            x.add_(output, alpha=self._weights.shape.residual_scale)
+            x.add_(output, alpha=self._weights.family.residual_scale)
         else:
             self._kernels["normalize"]((len(x),), (THREADS,), output.float(), post.weight, post.bias, None, x)
 

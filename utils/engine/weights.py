@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
-from utils.engine.decode_shape import LayerModules, Shape, layer_modules
-
-NF4_BLOCK = 64
+from utils.engine.families import NF4_BLOCK, Family, LayerModules, layer_modules, rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -102,41 +100,45 @@ class Weights:
     """모델 전체의 가중치.
 
     Attributes:
-        shape: 구조.
+        family: 구조.
         layers: `Layer`의 목록.
         kind: WIDE, NF4, INT8.
         double_quant: NF4의 절댓값도 양자화했는지.
         code: 이중 양자화의 8비트 코드표 fp32 [256]. 아니면 None.
         rank: LoRA의 r 가운데 가장 큰 것. 없으면 0.
         dtype: 활성값과 16비트 가중치의 dtype.
+        embedding_scale: 입력 embedding에 곱하는 수.
+        rotary: rotary의 종류마다 (주파수 [rotary / 2], cos과 sin의 배율).
         head: 출력 행렬 [어휘를 16의 배수로 올린 것, hidden]. 묶인 구조면 embedding과 같은 메모리다.
     """
 
-    def __init__(self, model, shape: Shape):
+    def __init__(self, model, family: Family):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.shape = shape
+        self.family = family
         self.embedding = base.get_input_embeddings().weight.detach()
         self.head = _whole_rows(base.get_output_embeddings().weight.detach())
         self.dtype = self.embedding.dtype
-        modules = layer_modules(base, shape)
+        self.embedding_scale = family.scale_of_embedding(self.dtype)
+        self.rotary = rotary_frequencies(base, family)
+        modules = layer_modules(base, family)
         state = getattr(unwrap(modules[0].out[0])[0].weight, "quant_state", None)
         self.kind = weight_kind(unwrap(modules[0].out[0])[0])
         self.double_quant = state is not None and state.nested
         self.code = state.state2.code.float().contiguous() if self.double_quant else None
         self.rank = max((adapter[0].shape[0] for layer in modules for group in layer.linears() for module in group
                          if (adapter := unwrap(module)[1])), default=0)
-        self.final_norm = self._norm(base.get_submodule(shape.final_norm))
+        self.final_norm = self._norm(base.get_submodule(family.final_norm))
         self.layers = [self._layer(layer) for layer in modules]
 
     def _layer(self, modules: LayerModules) -> Layer:
         norms = [module and self._norm(module) for module in (modules.norm1, modules.norm2)]
-        posts = [module and self._norm(module, self.shape.residual_scale) for module in (modules.post1, modules.post2)]
+        posts = [module and self._norm(module, self.family.residual_scale) for module in (modules.post1, modules.post2)]
         heads = [module and self._norm(module).weight for module in (modules.q_norm, modules.k_norm)]
         return Layer(*norms, *posts, *heads, *(self._linear(group) for group in modules.linears()))
 
     def _norm(self, module, scale: float = 1.0) -> Norm:
         bias = getattr(module, "bias", None)
-        weight = (module.weight.detach().float() + self.shape.norm_offset) * scale
+        weight = (module.weight.detach().float() + self.family.norm_offset) * scale
         return Norm(weight.contiguous(), None if bias is None else bias.detach().float() * scale)
 
     def _linear(self, modules: Sequence) -> Linear:
@@ -170,17 +172,15 @@ def shape_dtype(model) -> torch.dtype:
     return base.get_input_embeddings().weight.dtype
 
 
-def why_not_weights(model, shape: Shape) -> str | None:
+def why_not_weights(model, family: Family) -> str | None:
     """구조는 알지만 가중치의 꼴이나 어댑터를 커널이 읽지 못하는 이유. 읽을 수 있으면 None."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     edges = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     dtype = edges[0].dtype
     if {edge.dtype for edge in edges} not in ({torch.float16}, {torch.bfloat16}):
         return f"{str(dtype).removeprefix('torch.')} 가중치"
-    if getattr(base.get_output_embeddings(), "bias", None) is not None:
-        return "bias가 있는 출력 행렬"
     kinds = set()
-    for layer in layer_modules(base, shape):
+    for layer in layer_modules(base, family):
         for group in layer.linears():
             for module in group:
                 linear = getattr(module, "base_layer", module)

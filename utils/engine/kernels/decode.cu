@@ -5,6 +5,7 @@
 // fp16의 범위(65,504)를 넘지 않게 한다. 곱한 뒤에 되돌린다.
 
 #define PER_THREAD ((HIDDEN + THREADS - 1) / THREADS)
+#define EARLY_NORM (PER_THREAD <= 10)  // norm의 weight를 레지스터에 미리 읽어 둘 만큼 좁은지
 
 extern __shared__ char shared[];
 
@@ -58,8 +59,8 @@ struct Residual {
 };
 
 template <bool BF, bool NORMED>
-__device__ __forceinline__ void read_residual(const Residual& from, const Row& weight, const Row& bias, float scale,
-                                              u16* high, float2* scratch) {
+__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, float scale, u16* high,
+                                              float2* scratch) {
     Row x;
     x.load(from.x);
     if (POST_NORM) {
@@ -76,12 +77,15 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Row& w
             if (from.x_out && blockIdx.x == 0 && i < HIDDEN) from.x_out[i] = x.v[j];
         }
     }
+    if (NORMED && !EARLY_NORM) weight.load_constant(norm.weight);
     float2 moment = NORMED ? moments(x, scratch + WARPS) : float2{0.f, 1.f};
     #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
-        float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] + bias.v[j] : x.v[j];
-        if (i < HIDDEN) store_split<BF>(high + i, high + HIDDEN + i, value * scale);
+        if (i >= HIDDEN) continue;
+        float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] : x.v[j];
+        if (NORMED && !RMS && norm.bias) value += __ldg(norm.bias + i);
+        store_split<BF>(high + i, high + HIDDEN + i, value * scale);
     }
 }
 
@@ -134,15 +138,16 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     Space space(LORA_ROWS, slots);
     float2* scratch = (float2*)space.rest;
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight, bias;
-    weight.load_constant(norm.weight);
-    bias.load_constant(norm.bias);
+    Row weight;
+    if (PRE_NORM && EARLY_NORM) weight.load_constant(norm.weight);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
-    if (adapted && has_row) prefetch(linear.lora_b + (size_t)row * RANK);
+    RowEnd end, up_end;
+    if (has_row) end.load(linear, row, adapted);
+    if (has_row && PAIR == 2) up_end.load(linear, FF + row, adapted);
     space.fill(code);
     wait_for_previous_kernel();
-    read_residual<ACT_BF16, PRE_NORM>(from, weight, bias, IN_SCALE, high, scratch);
+    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, IN_SCALE, high, scratch);
     __syncthreads();
 
     Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
@@ -154,21 +159,20 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     const float* down = adapted ? space.down : 0;
     if (!MLP) {
         int part = Where::part(row / ROWS);
-        out[row] = finish_row(linear, Main::row(space.partial, threadIdx.x), row, down ? down + part * RANK : 0);
+        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), row, down ? down + part * RANK : 0);
         return;
     }
     // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
     int tile = threadIdx.x / ROWS, inside = threadIdx.x % ROWS;
-    float value = finish_row(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), row, down);
-    value = activate(value);
+    float value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), row, down));
     if (PAIR == 2)
-        value *= finish_row(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside), FF + row,
-                            down ? down + RANK : 0);
+        value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside), FF + row,
+                               down ? down + RANK : 0);
     store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
 }
 
 // qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) project(
     Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, const float* code, const float* adapter,
     int qkv_blocks, int slots, float* out, u16* act) {
     let_next_kernel_start();
@@ -207,8 +211,9 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     u16* acts = inputs + (OUT ? QDIM * COPIES : 0);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
-    if (out_adapted && has_row) prefetch(out.lora_b + (size_t)row * RANK);
-    if (down_adapted && has_row) prefetch(down.lora_b + (size_t)row * RANK);
+    RowEnd out_end, down_end;
+    if (has_row && OUT) out_end.load(out, row, out_adapted);
+    if (has_row && DOWN) down_end.load(down, row, down_adapted);
     space.fill(code);
     wait_for_previous_kernel();
     if (OUT)
@@ -232,14 +237,14 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     __syncthreads();
     if (!has_row) return;
     float sum = 0.f;
-    if (OUT) sum += finish_row(out, Out::row(space.partial, threadIdx.x), row, out_adapted ? space.down : 0);
-    if (DOWN) sum += finish_row(down, Down::row(down_partial, threadIdx.x), row, down_adapted ? space.down + RANK : 0);
+    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), row, out_adapted ? space.down : 0);
+    if (DOWN) sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), row, down_adapted ? space.down + RANK : 0);
     if (POST_NORM) y[row] = sum;
     else x[row] = value + sum * RESIDUAL_SCALE;
 }
 
 #define CONTRACT(NAME, OUT, DOWN)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                     \
         float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
         Linear down, int slots) {                                                                                      \
         let_next_kernel_start();                                                                                       \
@@ -253,7 +258,7 @@ CONTRACT(contract_mlp, false, true)
 #endif
 
 // logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Norm norm, Linear linear, float* logits,
+extern "C" __global__ void __launch_bounds__(THREADS, 2) head(Residual from, Norm norm, Linear linear, float* logits,
                                                               int slots) {
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
@@ -265,11 +270,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Nor
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight, bias;
-    weight.load_constant(norm.weight);
-    bias.load_constant(norm.bias);
+    Row weight;
+    if (EARLY_NORM) weight.load_constant(norm.weight);
     wait_for_previous_kernel();
-    read_residual<BF16, true>(from, weight, bias, 1.f, high, scratch);
+    read_residual<BF16, true>(from, norm, weight, 1.f, high, scratch);
     __syncthreads();
     product.run({high, high + HIDDEN, 0, 0}, partial);
     __syncthreads();

@@ -90,10 +90,6 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
     }
 }
 
-__device__ __forceinline__ float soft_cap(float score) {
-    return ATTENTION_CAP > 0.f ? ATTENTION_CAP * tanhf(score * (1.f / (ATTENTION_CAP > 0.f ? ATTENTION_CAP : 1.f))) : score;
-}
-
 // 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS).
 // 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 SPLITS로 나눈 한 토막을 맡는다. 토막은
 // CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
@@ -108,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __shared__ __align__(16) signed char fresh[2][HEAD_DIM];
     __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
     __shared__ bool last;
+    let_next_kernel_start();
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
@@ -133,7 +130,6 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     };
     load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
     wait_for_previous_kernel();
-    let_next_kernel_start();
 
     bool is_last = end == position + 1;  // 새 토큰의 위치를 맡은 블록
     for (int v = warp; v < Q + 2; v += ATTENDERS / 32) {
@@ -186,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
                 }
                 for (int step = SPAN / 2; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
                 if (part == 0 && sub + s * AT_ONCE < CHUNK)
-                    scores[h][sub + s * AT_ONCE] = row < end ? soft_cap(dot) : -1e30f;
+                    scores[h][sub + s * AT_ONCE] = row < end ? dot : -1e30f;
             }
         }
         __syncthreads();

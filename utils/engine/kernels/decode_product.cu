@@ -330,11 +330,11 @@ template <bool BF, int LORA_ROWS, int K, int UNIT> struct LoraDown {
         }
     }
 
-    // 모든 조각의 합을 공유 메모리 down[LORA_ROWS]에 모은다. 블록 전체가 함께 부른다.
+    // 모든 조각의 합을 공유 메모리 down[LORA_ROWS]에 모은다. 블록 전체가 함께 부르고, 그 뒤에 동기화해야 한다.
     __device__ __forceinline__ static void collect(const Linear& linear, float adapter, float* down) {
-        if (threadIdx.x == 0)
+        if ((threadIdx.x & 31) == 0)
             while (load_arrivals(linear.arrived) < UNITS) {}
-        __syncthreads();
+        sync_lanes();
         for (int row = threadIdx.x >> 5; row < LORA_ROWS; row += WARPS) {
             float sum = 0.f;
             for (int unit = threadIdx.x & 31; unit < UNITS; unit += 32)
@@ -342,17 +342,32 @@ template <bool BF, int LORA_ROWS, int K, int UNIT> struct LoraDown {
             sum = warp_sum(sum);
             if ((threadIdx.x & 31) == 0) down[row] = sum * adapter * (1.f / IN_SCALE);
         }
-        __syncthreads();
     }
 };
 
-// 출력 행 하나를 마무리한다: 배율, bias, LoRA의 위쪽 곱 B d.
-//   row: 선형층 전체에서의 행, down: 이 행이 든 행렬의 d [RANK]. 어댑터가 꺼져 있으면 널.
-__device__ __forceinline__ float finish_row(const Linear& linear, float sum, int row, const float* down) {
-    float value = sum * (1.f / IN_SCALE);
-    if (WEIGHT == INT8_WEIGHT) value *= __ldg(linear.row_scale + row);
-    if (linear.bias) value += __ldg(linear.bias + row);
-    if (down)
-        for (int r = 0; r < RANK; r++) value += __ldg(linear.lora_b + (size_t)row * RANK + r) * down[r];
-    return value;
-}
+// 출력 행 하나의 마무리: 배율, bias, LoRA의 위쪽 곱 B d. 앞 커널을 기다리기 전에 읽어 두어 끝에서 기다리지 않는다.
+struct RowEnd {
+    enum { HELD = RANK <= 16 ? RANK : 0 };  // r이 크면 B는 L2에만 당겨 둔다
+    float scale, bias, b[HELD ? HELD : 1];
+
+    __device__ __forceinline__ void load(const Linear& linear, int row, bool adapted) {
+        scale = WEIGHT == INT8_WEIGHT ? __ldg(linear.row_scale + row) * (1.f / IN_SCALE) : 1.f / IN_SCALE;
+        bias = linear.bias ? __ldg(linear.bias + row) : 0.f;
+        if (!adapted) return;
+        const float* source = linear.lora_b + (size_t)row * RANK;
+        if (!HELD) prefetch(source);
+        #pragma unroll
+        for (int r = 0; r < HELD; r++) b[HELD ? r : 0] = __ldg(source + r);
+    }
+
+    // row: 선형층 전체에서의 행, down: 이 행이 든 행렬의 d [RANK]. 어댑터가 꺼져 있으면 널.
+    __device__ __forceinline__ float finish(const Linear& linear, float sum, int row, const float* down) const {
+        float value = sum * scale + bias;
+        if (!down) return value;
+        #pragma unroll
+        for (int r = 0; r < HELD; r++) value += b[HELD ? r : 0] * down[r];
+        if (!HELD)
+            for (int r = 0; r < RANK; r++) value += __ldg(linear.lora_b + (size_t)row * RANK + r) * down[r];
+        return value;
+    }
+};

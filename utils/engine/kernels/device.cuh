@@ -80,6 +80,9 @@ __device__ __forceinline__ uint2 int8_to_fp16(u32 word) {
     return {low, high};
 }
 
+// 워프의 레인들이 서로가 읽고 쓴 것을 보게 한다.
+__device__ __forceinline__ void sync_lanes() { __syncwarp(); }
+
 // 다른 블록들이 적은 값이 보이게 된 뒤의 도착 수.
 __device__ __forceinline__ int load_arrivals(const int* arrived) {
     int value;
