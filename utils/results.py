@@ -17,8 +17,9 @@ from utils.planner import MemoryPlan
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import Sampling
 
-N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 그 뒤로는 학습한 모델만 시간이 허락하는 만큼 답한다
-MAX_SAMPLES, SAMPLE_SECONDS = 64, 30.0
+N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다
+MAX_SAMPLES = 64
+SAMPLE_SECONDS = 60.0  # 답을 만드는 시간은 이 값과 학습한 시간의 10 % 가운데 큰 쪽까지다
 SHOWN_CHARS = 120
 
 
@@ -29,7 +30,8 @@ def write(settings: SimpleNamespace, inputs: Inputs, plan: tuple[Schedule, Memor
         return
     run = describe_run(settings, inputs, plan, result)
     # 나뉜 모델로는 답하지 않는다
-    examples, samples = ([], []) if result.trainer.sharded else answer_samples(inputs, result.model)
+    examples, samples = ([], []) if result.trainer.sharded else answer_samples(
+        inputs, result.model, max(SAMPLE_SECONDS, 0.1 * result.seconds))
     report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
     report.write_samples(settings.output_dir, examples + samples)
     report.write_run(settings.output_dir, run)  # 맨 끝에 쓴다: run.json이 있으면 끝난 실행이다
@@ -91,41 +93,34 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
 
 
-def answer_samples(inputs: Inputs, model) -> tuple[list[dict], list[dict]]:
+def answer_samples(inputs: Inputs, model, seconds: float) -> tuple[list[dict], list[dict]]:
     """(예시 질문, 검증 질문)마다 두 모델의 답과 그 답이 끝난 까닭. 검증 질문에는 모범 답도 있다.
 
-    질문 없이 글만 있는 행은 건너뛴다.
+    여럿에 한꺼번에 답하고, 시간이 다 되면 다 만든 답만 담는다. 질문 없이 글만 있는 행은 건너뛴다.
+
+    Args:
+        seconds: 답을 만드는 데 쓸 수 있는 시간(초).
     """
+    until = time.perf_counter() + seconds
     decoder = Decoder(model, inputs.tokenizer, inputs.end_id)
     examples, samples = [], []
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
-        ids = inputs.encoder.encode_prompt(prompt)
-        if len(ids) < decoder.context:
-            examples.append({"question": fill_placeholder(instruction, context), **answers(decoder, inputs, ids)})
-    began = time.perf_counter()
+        examples.append(({"question": fill_placeholder(instruction, context)}, inputs.encoder.encode_prompt(prompt)))
     for member in inputs.held_out:
-        compared = len(samples) < N_COMPARED
-        if len(samples) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
-            break
         tokens, is_answer = inputs.documents.document(member)
         start = int(np.argmax(is_answer))
-        if start:
-            samples.append({"question": inputs.tokenizer.decode(tokens[:start]),
-                            "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
-                            **answers(decoder, inputs, tokens[:start].tolist(), compared)})
-    return examples, samples
-
-
-def answers(decoder: Decoder, inputs: Inputs, input_ids: list[int], compared: bool = True) -> dict[str, str]:
-    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다.
-
-    Args:
-        compared: False면 학습한 모델만 답한다.
-    """
-    given = {}
-    for name in ("base", "tuned") if compared else ("tuned",):
+        if start and len(samples) < MAX_SAMPLES:
+            samples.append(({"question": inputs.tokenizer.decode(tokens[:start]),
+                             "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}, tokens[:start].tolist()))
+    examples, samples = ([pair for pair in part if len(pair[1]) < decoder.context] for part in (examples, samples))
+    compared = examples + samples[:N_COMPARED]
+    for name, asked in (("tuned", compared), ("base", compared), ("tuned", samples[N_COMPARED:])):
         decoder.use_adapter(name == "tuned")
-        given[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
-        given[f"{name}_finish"] = decoder.finish_reason
-    return given
+        replies = decoder.answer_many([ids for _, ids in asked], Sampling(temperature=0.0), until)
+        for (sample, _), reply in zip(asked, replies, strict=True):
+            if reply.finish_reason != "cancelled":
+                sample[name] = inputs.tokenizer.decode(reply.ids).strip()
+                sample[f"{name}_finish"] = reply.finish_reason
+    return ([sample for sample, _ in examples if "tuned" in sample and "base" in sample],
+            [sample for sample, _ in samples if "tuned" in sample])

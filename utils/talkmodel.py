@@ -73,6 +73,7 @@ def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None,
             model = loader.load_adapter(model, source.adapter)
     decoder = Decoder(model, tokenizer, end_id)
     say(f"계산: {decoder.path}")
+    say(f"대화 길이: 질문과 답을 합쳐 {decoder.context:,}토큰까지 메모리에 들어간다")
     return Answerer(decoder, tokenizer, prompter, end_id, say, can_compare)
 
 

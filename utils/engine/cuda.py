@@ -89,8 +89,8 @@ _OVERLAP = _LaunchAttribute(id=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATI
 class Kernel:
     """컴파일된 커널 하나. `kernel(grid, block, *args)`로 지금의 stream에서 실행한다.
 
-    Tensor는 포인터로, None은 널 포인터로, int는 int32로, float는 float32로 넘어간다. 핀 고정된 CPU tensor도
-    넘길 수 있다(GPU가 PCIe로 직접 읽는다). CUDA graph로 캡처할 수 있다.
+    Tensor는 포인터로, None은 널 포인터로, int는 int32로, float는 float32로, ctypes의 구조체는 값으로 넘어간다.
+    핀 고정된 CPU tensor도 넘길 수 있다(GPU가 PCIe로 직접 읽는다). CUDA graph로 캡처할 수 있다.
     """
 
     def __init__(self, function: ctypes.c_void_p, name: str):
@@ -145,6 +145,8 @@ def _argument(value) -> ctypes._SimpleCData:
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(0)
+    if isinstance(value, ctypes.Structure):
+        return value
     if isinstance(value, int):
         return ctypes.c_int(value)
     if isinstance(value, float):

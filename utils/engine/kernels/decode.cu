@@ -1,160 +1,284 @@
-// GPT-NeoX(병렬 잔차)의 토큰 하나. 층마다 커널 셋(project, attend, contract)이고 끝에 head가 온다.
+// 토큰 하나의 층. 차례로 도는 층은 커널 다섯(project, attend, contract, project, contract), 병렬 잔차(GPT-NeoX)는
+// 셋(project, attend, contract)이고 끝에 head가 온다. 커널마다 앞 커널을 기다리기 전에 가중치를 미리 읽는다.
+//
+// 잔차 x는 fp32 [HIDDEN]이다. 선형층의 입력은 위, 아래 두 16비트로 나누고 IN_SCALE을 곱해 둔다: gate * up처럼 큰 값이
+// fp16의 범위(65,504)를 넘지 않게 한다. 곱한 뒤에 되돌린다.
 
 #define PER_THREAD ((HIDDEN + THREADS - 1) / THREADS)
-#define A_ROWS ((2 * RANK + ROWS - 1) / ROWS * ROWS)  // LoRA A의 행: fp16/bf16으로 나눈 위 절반과 아래 절반
-#define TABLE_BYTES (NF4 ? 32768 : 0)
+#define EARLY_NORM (PER_THREAD <= 10)  // norm의 weight를 레지스터에 미리 읽어 둘 만큼 좁은지
 
 extern __shared__ char shared[];
 
-// layer norm의 결과를 위, 아래 절반으로 적는다. 합과 제곱합을 함께 모아 동기화가 한 번이다.
-template <bool BF>
-__device__ __forceinline__ void layer_norm(const float* x, const float (&weight)[PER_THREAD],
-                                           const float (&bias)[PER_THREAD], float eps, u16* high, u16* low,
-                                           float2* scratch) {
-    float value[PER_THREAD];
-    float2 sum = {0.f, 0.f};
-    for (int j = 0; j < PER_THREAD; j++) {
-        int i = threadIdx.x + j * THREADS;
-        value[j] = i < HIDDEN ? __ldcg(x + i) : 0.f;
-        sum.x += value[j], sum.y += value[j] * value[j];
+struct Norm {
+    const float* weight;  // fp32 [HIDDEN]. 1을 더하는 구조(Gemma)면 더해 둔 것이다
+    const float* bias;    // RMS norm이면 널
+};
+
+// 블록의 스레드들이 나누어 쥔 벡터 [HIDDEN].
+struct Row {
+    float v[PER_THREAD];
+
+    __device__ __forceinline__ void load(const float* source) {
+        #pragma unroll
+        for (int j = 0; j < PER_THREAD; j++) {
+            int i = threadIdx.x + j * THREADS;
+            v[j] = source && i < HIDDEN ? __ldcg(source + i) : 0.f;
+        }
     }
-    for (int step = 16; step; step >>= 1)
-        sum.x += __shfl_xor_sync(~0u, sum.x, step), sum.y += __shfl_xor_sync(~0u, sum.y, step);
+    __device__ __forceinline__ void load_constant(const float* source) {
+        #pragma unroll
+        for (int j = 0; j < PER_THREAD; j++) {
+            int i = threadIdx.x + j * THREADS;
+            v[j] = source && i < HIDDEN ? __ldg(source + i) : 0.f;
+        }
+    }
+};
+
+// (평균, 표준편차의 역수). RMS norm이면 평균은 0이다. 합과 제곱합을 함께 모아 동기화가 한 번이다. scratch: [WARPS].
+__device__ __forceinline__ float2 moments(const Row& row, float2* scratch) {
+    float2 sum = {0.f, 0.f};
+    #pragma unroll
+    for (int j = 0; j < PER_THREAD; j++) sum.x += row.v[j], sum.y += row.v[j] * row.v[j];
+    sum.x = warp_sum(sum.x), sum.y = warp_sum(sum.y);
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = sum;
     __syncthreads();
     sum = scratch[threadIdx.x & WARPS - 1];
     for (int step = WARPS / 2; step; step >>= 1)
         sum.x += __shfl_xor_sync(~0u, sum.x, step), sum.y += __shfl_xor_sync(~0u, sum.y, step);
-    float mean = sum.x / HIDDEN, scale = rsqrtf(fmaxf(sum.y / HIDDEN - mean * mean, 0.f) + eps);
+    float mean = RMS ? 0.f : sum.x / HIDDEN;
+    return {mean, rsqrtf(fmaxf(sum.y / HIDDEN - mean * mean, 0.f) + EPS)};
+}
+
+// 잔차를 읽어 norm한 것을 위, 아래로 적는다. 앞 선형층의 출력에 norm을 거는 구조(POST_NORM)에서는 아직 더하지 않은 그
+// 출력 y에 norm을 걸어 더하고, 첫 블록이 새 잔차를 x_out에 적는다(다른 블록이 읽고 있는 x와 다른 자리다).
+struct Residual {
+    const float* x;
+    const float* y;     // 널이면 더할 것이 없다
+    const float* post;  // y의 norm의 weight. 잔차의 배율을 곱해 둔 것이다
+    float* x_out;
+};
+
+template <bool BF, bool NORMED>
+__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, float scale, u16* high,
+                                              float2* scratch) {
+    Row x;
+    x.load(from.x);
+    if (POST_NORM) {
+        if (from.y) {
+            Row y, post;
+            y.load(from.y);
+            post.load_constant(from.post);
+            float factor = moments(y, scratch).y;
+            #pragma unroll
+            for (int j = 0; j < PER_THREAD; j++) x.v[j] += y.v[j] * factor * post.v[j];
+        }
+        for (int j = 0; j < PER_THREAD; j++) {
+            int i = threadIdx.x + j * THREADS;
+            if (from.x_out && blockIdx.x == 0 && i < HIDDEN) from.x_out[i] = x.v[j];
+        }
+    }
+    if (NORMED && !EARLY_NORM) weight.load_constant(norm.weight);
+    float2 moment = NORMED ? moments(x, scratch + WARPS) : float2{0.f, 1.f};
+    #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
-        if (i < HIDDEN) store_split<BF>(high + i, low + i, (value[j] - mean) * scale * weight[j] + bias[j]);
+        if (i >= HIDDEN) continue;
+        float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] : x.v[j];
+        if (NORMED && !RMS && norm.bias) value += __ldg(norm.bias + i);
+        store_split<BF>(high + i, high + HIDDEN + i, value * scale);
     }
 }
 
-__device__ __forceinline__ void read_norm(const float* source, float (&target)[PER_THREAD]) {
-    for (int j = 0; j < PER_THREAD; j++) {
-        int i = threadIdx.x + j * THREADS;
-        target[j] = i < HIDDEN ? __ldg(source + i) : 0.f;
-    }
+__device__ __forceinline__ float activate(float value) {
+    if (ACTIVATION == SILU) return value / (1.f + expf(-value));
+    if (ACTIVATION == GELU_TANH)
+        return 0.5f * value * (1.f + tanhf(0.7978845608f * (value + 0.044715f * value * value * value)));
+    return 0.5f * value * (1.f + erff(value * 0.70710678f));
 }
 
-// qkv = W ln1(x) + bias + B A ln1(x) 그리고 act[:FF] = gelu(W ln2(x) + bias). 앞의 qkv_blocks개 블록이 qkv를 맡는다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
-    const float* x, float eps, const float* code, const float* adapter, int qkv_blocks, int slots,
-    const float* norm1, const float* shift1, const u8* weight1, const void* scale1, const float* group1, float offset1,
-    const float* bias1, const u16* lora_a, const float* lora_b, float* qkv,
-    const float* norm2, const float* shift2, const u8* weight2, const void* scale2, const float* group2, float offset2,
-    const float* bias2, u16* act) {
-    typedef Product<Piece<HIDDEN>, HIDDEN, 4> Main;
-    typedef Product<WidePiece<ACT_BF16, HIDDEN>, HIDDEN, 2> Lora;
-    let_next_kernel_start();
-    bool is_qkv = blockIdx.x < qkv_blocks;
-    int rows = is_qkv ? 3 * HIDDEN : FF, blocks = is_qkv ? qkv_blocks : gridDim.x - qkv_blocks;
-    int block = is_qkv ? blockIdx.x : blockIdx.x - qkv_blocks;
-    int first = rows / ROWS * block / blocks, tiles = rows / ROWS * (block + 1) / blocks - first;
-    Main product(is_qkv ? Matrix{weight1, scale1, group1, offset1} : Matrix{weight2, scale2, group2, offset2}, first,
-                 tiles);
+// 커널의 공유 메모리. 크기는 decode_plan.py의 `shared_bytes`가 같은 차례로 센다.
+//   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [rows] | 합의 자리 [slots][WARPS][ROWS] | 나머지
+struct Space {
+    u32* table;
+    float* codes;
+    float* down;
+    float* partial;
+    char* rest;
+
+    __device__ __forceinline__ Space(int lora_rows, int slots) {
+        table = (u32*)shared;
+        codes = (float*)(shared + TABLE_BYTES);
+        down = codes + 256;
+        partial = down + (lora_rows + 3) / 4 * 4;
+        rest = (char*)(partial + slots * WARPS * ROWS);
+    }
+    __device__ __forceinline__ void fill(const float* code) const {
+        if (WEIGHT == NF4_WEIGHT) build_table(table);
+        if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+    }
+};
+
+// 선형층 하나(또는 나란한 여럿)를 곱한다. block은 이 선형층을 맡은 블록들 가운데의 번호다.
+//   MLP = false: out[행] = W norm(x), 행은 q | k | v.  MLP = true: act[행] = 활성(gate) * up 또는 활성(up), 16비트 둘.
+template <bool MLP>
+__device__ __forceinline__ void project_job(const Residual& from, const Norm& norm, const Linear& linear,
+                                            const float* code, float adapter, int block, int blocks, int slots,
+                                            float* out, u16* act) {
+    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS, UNIT = MLP ? UNIT_MLP : UNIT_QKV,
+           UNITS_OF_TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS, LORA_ROWS = PARTS * RANK };
+    typedef typename Choose<PARTS == 3, QkvMatrices, typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type>::Type Where;
+    typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
+    typedef LoraDown<ACT_BF16, LORA_ROWS ? LORA_ROWS : 1, HIDDEN, UNIT> Lora;
+    int first = UNITS_OF_TILES * block / blocks, tiles = UNITS_OF_TILES * (block + 1) / blocks - first;
+    Main product(linear, first * PAIR, tiles * PAIR);
     product.prime();
-    Lora lora({(const u8*)lora_a, 0, 0, 0.f}, 0, A_ROWS / ROWS);
-    bool adapted = RANK && is_qkv && *adapter != 0.f;
-    if (adapted) lora.prime();
-
-    u32* table = (u32*)shared;
-    float* partial = (float*)(shared + TABLE_BYTES);
-    float* lora_partial = partial + slots * WARPS * ROWS;
-    float* codes = lora_partial + A_ROWS * WARPS;
-    float* down = codes + 256;
-    float2* scratch = (float2*)(down + (RANK + 3) / 4 * 4);
-    u16* high = (u16*)(scratch + WARPS);
-    float norm[PER_THREAD], shift[PER_THREAD];
-    read_norm(is_qkv ? norm1 : norm2, norm);
-    read_norm(is_qkv ? shift1 : shift2, shift);
+    bool adapted = RANK && linear.lora_a && adapter != 0.f;
+    Lora lora;
+    if (adapted) lora.prime(linear, block);
+    Space space(LORA_ROWS, slots);
+    float2* scratch = (float2*)space.rest;
+    u16* high = (u16*)(scratch + 2 * WARPS);
+    Row weight;
+    if (PRE_NORM && EARLY_NORM) weight.load_constant(norm.weight);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
-    float row_bias = has_row ? __ldg((is_qkv ? bias1 : bias2) + row) : 0.f;
-    if (adapted && has_row) asm volatile("prefetch.global.L2 [%0];" ::"l"(lora_b + row * RANK));
-    if (NF4) build_table(table);
-    if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+    RowEnd end, up_end;
+    if (has_row) end.load(linear, row, adapted);
+    if (has_row && PAIR == 2) up_end.load(linear, FF + row, adapted);
+    space.fill(code);
     wait_for_previous_kernel();
-    layer_norm<ACT_BF16>(x, norm, shift, eps, high, high + HIDDEN, scratch);
+    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, IN_SCALE, high, scratch);
     __syncthreads();
 
-    Inputs inputs = {high, high + HIDDEN, table, codes};
-    if (adapted) lora.run(inputs, lora_partial);
-    product.run(inputs, partial);
+    Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
+    if (adapted) lora.run(linear, inputs, block);
+    product.run(inputs, space.partial);
+    if (adapted) Lora::collect(linear, adapter, space.down);
     __syncthreads();
-    if (adapted) {
-        for (int r = threadIdx.x; r < RANK; r += THREADS)
-            down[r] = (Lora::row(lora_partial, r) + Lora::row(lora_partial, r + RANK)) * *adapter;
-        __syncthreads();
-    }
     if (!has_row) return;
-    float value = Main::row(partial, threadIdx.x) + row_bias;
-    if (is_qkv) {
-        if (adapted)
-            for (int r = 0; r < RANK; r++) value += __ldg(lora_b + row * RANK + r) * down[r];
-        qkv[row] = value;
-    } else {
-        store_split<ACT_BF16>(act + row, act + ACT + row, 0.5f * value * (1.f + erff(value * 0.70710678f)));
+    const float* down = adapted ? space.down : 0;
+    if (!MLP) {
+        int part = Where::part(row / ROWS);
+        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), row, down ? down + part * RANK : 0);
+        return;
     }
+    // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
+    int tile = threadIdx.x / ROWS, inside = threadIdx.x % ROWS;
+    float value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), row, down));
+    if (PAIR == 2)
+        value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside), FF + row,
+                               down ? down + RANK : 0);
+    store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
 }
 
-// x += W_4h_to_h gelu + W_dense attention + bias. NF4에서는 활성값의 위 절반(fp16)만 써서 공유 메모리를 아낀다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) contract(
-    float* x, const u16* act, const float* code, const float* bias, int slots,
-    const u8* weight1, const void* scale1, const float* group1, float offset1,
-    const u8* weight2, const void* scale2, const float* group2, float offset2) {
-    typedef Product<Piece<FF>, FF, 4> Down;
-    typedef Product<Piece<HIDDEN>, HIDDEN, 2> Dense;
+// qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) project(
+    Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, const float* code, const float* adapter,
+    int qkv_blocks, int slots, float* out, u16* act) {
     let_next_kernel_start();
+    if ((int)blockIdx.x < qkv_blocks)
+        project_job<false>(from, norm1, qkv, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
+    else
+        project_job<true>(from, norm2, mlp, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks, slots, out,
+                          act);
+}
+
+// 잔차에 더하는 선형층: attention의 출력 W_o, MLP의 출력 W_down, 병렬 잔차면 둘 다.
+//   x: 잔차 [HIDDEN]. POST_NORM이면 더하지 않고 y에 적는다.
+//   입력은 위 절반만 쓴다(16비트 가중치는 아래 절반도): 공유 메모리를 아낀다.
+template <bool OUT, bool DOWN>
+__device__ __forceinline__ void contract_job(float* x, float* y, const u16* attended, const u16* act, const float* code,
+                                             float adapter, const Linear& out, const Linear& down, int slots) {
+    typedef Product<Piece<QDIM>, QDIM, OUT && DOWN ? 2 : 4> Out;
+    typedef Product<Piece<FF>, FF, 4> Down;
+    typedef LoraDown<ACT_BF16, RANK ? RANK : 1, QDIM, UNIT_OUT> LoraOut;
+    typedef LoraDown<ACT_BF16, RANK ? RANK : 1, FF, UNIT_DOWN> LoraOfDown;
+    enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
     int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
-    Down down({weight1, scale1, group1, offset1}, first, tiles);
-    Dense dense({weight2, scale2, group2, offset2}, first, tiles);
-    down.prime();
-    dense.prime();
-    u32* table = (u32*)shared;
-    float* partial = (float*)(shared + TABLE_BYTES);
-    float* dense_partial = partial + slots * WARPS * ROWS;
-    float* codes = dense_partial + slots * WARPS * ROWS;
-    u16* inputs = (u16*)(codes + 256);
+    Down down_product(down, first, DOWN ? tiles : 0);
+    Out out_product(out, first, OUT ? tiles : 0);
+    if (DOWN) down_product.prime();
+    if (OUT) out_product.prime();
+    bool out_adapted = OUT && RANK && out.lora_a && adapter != 0.f;
+    bool down_adapted = DOWN && RANK && down.lora_a && adapter != 0.f;
+    LoraOut out_lora;
+    LoraOfDown down_lora;
+    if (out_adapted) out_lora.prime(out, blockIdx.x);
+    if (down_adapted) down_lora.prime(down, blockIdx.x);
+    Space space(2 * RANK, slots * (OUT + DOWN));
+    float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
+    u16* inputs = (u16*)space.rest;
+    u16* acts = inputs + (OUT ? QDIM * COPIES : 0);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
-    float value = has_row ? __ldg(bias + row) : 0.f;
-    if (NF4) build_table(table);
-    if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+    RowEnd out_end, down_end;
+    if (has_row && OUT) out_end.load(out, row, out_adapted);
+    if (has_row && DOWN) down_end.load(down, row, down_adapted);
+    space.fill(code);
     wait_for_previous_kernel();
-    #pragma unroll 4
-    for (int i = threadIdx.x; i < ACT * (NF4 ? 1 : 2) / 8; i += THREADS)
-        ((uint4*)inputs)[i] = __ldcg((const uint4*)act + i);
-    if (has_row) value += x[row];
+    if (OUT)
+        for (int i = threadIdx.x; i < QDIM * COPIES / 8; i += THREADS)
+            ((uint4*)inputs)[i] = __ldcg((const uint4*)attended + i);
+    if (DOWN)
+        #pragma unroll 4
+        for (int i = threadIdx.x; i < FF * COPIES / 8; i += THREADS)
+            ((uint4*)acts)[i] = __ldcg((const uint4*)act + i);
+    float value = has_row && !POST_NORM ? __ldcg(x + row) : 0.f;
     __syncthreads();
-    down.run({inputs, NF4 ? 0 : inputs + ACT, table, codes}, partial);
-    dense.run({inputs + FF, NF4 ? 0 : inputs + ACT + FF, table, codes}, dense_partial);
+
+    Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
+    Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.table, space.codes};
+    if (out_adapted) out_lora.run(out, out_inputs, blockIdx.x);
+    if (down_adapted) down_lora.run(down, down_inputs, blockIdx.x);
+    if (DOWN) down_product.run(down_inputs, down_partial);
+    if (OUT) out_product.run(out_inputs, space.partial);
+    if (out_adapted) LoraOut::collect(out, adapter, space.down);
+    if (down_adapted) LoraOfDown::collect(down, adapter, space.down + RANK);
     __syncthreads();
-    if (has_row) x[row] = value + Down::row(partial, threadIdx.x) + Dense::row(dense_partial, threadIdx.x);
+    if (!has_row) return;
+    float sum = 0.f;
+    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), row, out_adapted ? space.down : 0);
+    if (DOWN) sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), row, down_adapted ? space.down + RANK : 0);
+    if (POST_NORM) y[row] = sum;
+    else x[row] = value + sum * RESIDUAL_SCALE;
 }
 
-// logits[:VOCAB] = W norm(x). weight의 행은 16의 배수까지 있다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) head(
-    const float* x, float eps, const float* norm, const float* shift, const u8* weight, float* logits, int slots) {
+#define CONTRACT(NAME, OUT, DOWN)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                     \
+        float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
+        Linear down, int slots) {                                                                                      \
+        let_next_kernel_start();                                                                                       \
+        contract_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, slots);                                \
+    }
+#if PARALLEL
+CONTRACT(contract, true, true)
+#else
+CONTRACT(contract_attention, true, false)
+CONTRACT(contract_mlp, false, true)
+#endif
+
+// logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) head(Residual from, Norm norm, Linear linear, float* logits,
+                                                              int slots) {
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
     let_next_kernel_start();
-    int first = TILES * blockIdx.x / gridDim.x, tiles = TILES * (blockIdx.x + 1) / gridDim.x - first;
-    Main product({weight, 0, 0, 0.f}, first, tiles);
+    int first = (int)((u64)TILES * blockIdx.x / gridDim.x);
+    int tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first;
+    Main product(linear, first, tiles);
     product.prime();
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);
-    u16* high = (u16*)(scratch + WARPS);
-    float scale[PER_THREAD], bias[PER_THREAD];
-    read_norm(norm, scale);
-    read_norm(shift, bias);
+    u16* high = (u16*)(scratch + 2 * WARPS);
+    Row weight;
+    if (EARLY_NORM) weight.load_constant(norm.weight);
     wait_for_previous_kernel();
-    layer_norm<BF16>(x, scale, bias, eps, high, high + HIDDEN, scratch);
+    read_residual<BF16, true>(from, norm, weight, 1.f, high, scratch);
     __syncthreads();
     product.run({high, high + HIDDEN, 0, 0}, partial);
     __syncthreads();
     int row = first * ROWS + threadIdx.x;
-    if (threadIdx.x < tiles * ROWS && row < VOCAB) logits[row] = Main::row(partial, threadIdx.x);
+    if (threadIdx.x >= tiles * ROWS || row >= VOCAB) return;
+    float value = Main::row(partial, threadIdx.x) * LOGIT_SCALE;
+    logits[row] = LOGIT_CAP > 0.f ? LOGIT_CAP * tanhf(value * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f))) : value;
 }
