@@ -57,12 +57,12 @@ class SameDrop(nn.Module):
         return x * whole[self.place["start"]:self.place["start"] + x.shape[1]].to(x.dtype)
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, **changes) -> nn.Module:
     """norm, bias, 가중치가 모두 무작위인 작은 진짜 모델."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
-    config = AutoConfig.for_model(name.split("-")[0], **(SIZES | FAMILIES[name]))
+    config = AutoConfig.for_model(name.split("-")[0], **(SIZES | FAMILIES[name] | changes))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
