@@ -1,4 +1,4 @@
-"""GPU 없이 확인하는 학습의 커널: 같은 소스를 CPU에서 돌린 micro-step이 torch 식의 것과 같다. 모든 세대에서 컴파일된다."""
+"""GPU 없이 확인하는 학습의 커널: 같은 소스를 CPU에서 돌린 것이 torch 식과 같고, 모든 세대에서 컴파일된다."""
 
 import cuda_on_cpu
 import families

@@ -7,7 +7,6 @@ flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 T
 
 from dataclasses import dataclass
 from itertools import pairwise
-
 from typing import Protocol
 
 import torch

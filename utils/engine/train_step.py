@@ -1,8 +1,8 @@
 """어느 구조든 하나로 계산하는 학습의 micro-step: 손으로 쓴 forward와 backward.
 
 기반 가중치는 얼어 있고 LoRA만 배우므로, 자동미분 없이 필요한 것만 남기고 필요한 gradient만 구한다. 구조의 차이는 모두
-`Family`에 데이터로 있다. 4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS, attention은
-`attention`, 나머지는 `ops`가 한다. 식의 유도와 메모리의 배치는 이 폴더의 README.md에 있다.
+`Family`에 데이터로 있다. 4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS가,
+attention은 `attention`이, 나머지는 `ops`가 한다. 식의 유도와 메모리의 배치는 이 폴더의 README.md에 있다.
 """
 
 from dataclasses import dataclass, field
