@@ -429,7 +429,8 @@ def loss(shape: str = POLYGLOT, steps: int = 30, batch: int = 4, documents: int 
 
 PARTS = {
     "qwen3": lambda: compare("qwen3-1.7b"), "llama": lambda: compare("llama-1.5b"),
-    "neox-all": lambda: compare(POLYGLOT), "neox": lambda: compare(POLYGLOT, every=False), "exaone4": lambda: compare("exaone4-1.2b"), "lean": lean,
+    "neox-all": lambda: compare(POLYGLOT), "neox": lambda: compare(POLYGLOT, every=False),
+    "exaone4": lambda: compare("exaone4-1.2b"), "lean": lean,
     "qwen3-4b": lambda: capped("qwen3-4b", every=True), "5.8b": lambda: capped("5.8b", every=False),
     "12.8b": twelve,
     "exact": exact, "rows": rows, "loss": loss, "qwen3-loss": lambda: loss("qwen3-1.7b"), "plan": peaks,
