@@ -23,7 +23,7 @@ LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor"
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 7}
 # 이름 -> 설정. 저마다의 드문 스위치를 모두 켠다
 FAMILIES = {
-    "gpt_neox": {"rotary_pct": 0.5, "head_dim": 12, "hidden_size": 64},
+    "gpt_neox": {"rotary_pct": 0.5, "hidden_size": 64},
     "gpt_neox-sequential": {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 0.25,
                             "hidden_act": "gelu_new", "hidden_size": 64, "tie_word_embeddings": True},
     "llama": GROUPED | LLAMA3 | {"attention_bias": True, "mlp_bias": True},

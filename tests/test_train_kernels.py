@@ -30,6 +30,8 @@ def run(step, model, batch) -> tuple[float, dict]:
     ("gemma3_text", 3, "nf4"), ("exaone4", 3, "nf4"), ("hyperclovax", 3, "nf4"), ("granite", 8, "nf4")])
 def test_kernels_equal_the_formulas(name, rank, kind, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 208}
+    if name == "qwen3":
+        sizes["head_dim"] = 48  # bitsandbytes의 CPU 식은 폭이 64의 배수가 아닌 행렬을 틀리게 푼다
     model = build(name, **sizes).to(BF16)
     if kind != "plain":
         model = families.quantize(model, "nf4", kind == "nf4")

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 import torch
 
 from utils.engine.families import Family, describe
-from utils.engine.train_memory import Tails, attention_bytes, kept_widths, saved_widths, weight_elements, work_widths
+from utils.engine.train_memory import (
+    TILE_ROWS,
+    Tails,
+    attention_bytes,
+    kept_widths,
+    saved_widths,
+    weight_elements,
+    work_widths,
+)
 from utils.errors import UsageError
 
 GB = 1e9
@@ -18,7 +26,6 @@ SAFETY = 1.03  # 예측이 이만큼 모자라도 예산을 넘지 않게 한다
 TARGET_TOKENS = 1024  # micro-step의 토큰이 이보다 적으면 행렬 곱이 GPU를 채우지 못한다
 MOST_TOKENS = 4096  # 이보다 많으면 메모리만 늘고 거의 빨라지지 않는다
 LOSS_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수
-TILE_ROWS = 32  # A의 gradient의 부분합을 적는 행의 묶음(utils/engine/train_kernels.py)
 LARGE, SEGMENT = 10 << 20, 2 << 20  # 할당기는 10 MiB부터 2 MiB의 배수로 잡는다
 
 

@@ -55,8 +55,10 @@ def compile_to_cubin(source: str, capability: tuple[int, int], defines: dict[str
     options += [f"-D{name}={value}" for name, value in defines.items()]
     encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     program = ctypes.c_void_p()
-    if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None):
-        raise CompileError("NVRTC 프로그램을 만들지 못했다")
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    code = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+    if code:
+        raise CompileError(f"NVRTC 프로그램을 만들지 못했다: {library.nvrtcGetErrorString(code).decode()}")
     try:
         if library.nvrtcCompileProgram(program, len(options), encoded):
             size = ctypes.c_size_t()

@@ -7,6 +7,7 @@ import torch
 from utils.engine.cuda import load_kernels
 from utils.engine.families import Family
 from utils.engine.train_layers import Adapter, Projection
+from utils.engine.train_memory import TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold
 
 SOURCES = ("device.cuh", "common.cuh", "train.cu")
@@ -15,7 +16,7 @@ KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_back
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
 LORA_ROWS, LORA_THREADS = 4, 128  # lora_down: 블록 하나가 행 4개
-TILE_ROWS, TILE_THREADS = 32, 128  # lora_backward: 블록 하나가 행 32개 x 열 512개
+TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
 HEADS_PER_BLOCK = 4  # rotate: 워프 하나가 머리 하나

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.engine.families import Family
 
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
+TILE_ROWS = 16  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부분합이 잠시 있다
 
 
 def pad_rank(rank: int) -> int:

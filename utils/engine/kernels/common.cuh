@@ -39,6 +39,11 @@ __device__ __forceinline__ void store(u16* at, const Eight& value) {
     *(uint4*)at = raw;
 }
 
+__device__ __forceinline__ void unpack_four(uint2 raw, float (&value)[4]) {
+    value[0] = widen<BF16>((u16)(raw.x & 0xffff)), value[1] = widen<BF16>((u16)(raw.x >> 16));
+    value[2] = widen<BF16>((u16)(raw.y & 0xffff)), value[3] = widen<BF16>((u16)(raw.y >> 16));
+}
+
 // fp32 여덟 개를 읽는다. 없으면(null) `otherwise`다.
 __device__ __forceinline__ Eight load_float(const float* at, float otherwise) {
     Eight out;

@@ -157,14 +157,17 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
                 for (int i = 0; i < 8; i++) u[n].v[i] *= scale[i];
             }
 #pragma unroll
-            for (int r = 0; r < SPAN; r++) {
-                if (first + r < rank) {
-                    Eight line = load_float(a + (size_t)(first + r) * columns + column, 0.f);
+            for (int half = 0; half < SPAN; half += 4) {  // A의 네 행을 한꺼번에 읽어 기다림을 겹친다
+                Eight lines[4];
+#pragma unroll
+                for (int r = 0; r < 4; r++)  // rank를 넘는 행은 아무것이나 읽고, 합을 적을 때 0으로 바꾼다
+                    lines[r] = load_float(a + (size_t)min(first + half + r, rank - 1) * columns + column, 0.f);
+#pragma unroll
+                for (int r = 0; r < 4; r++)
 #pragma unroll
                     for (int n = 0; n < LORA_ROWS; n++)
 #pragma unroll
-                        for (int i = 0; i < 8; i++) dot[n * SPAN + r] += u[n].v[i] * line.v[i];
-                }
+                        for (int i = 0; i < 8; i++) dot[n * SPAN + half + r] += u[n].v[i] * lines[r].v[i];
             }
         }
 #pragma unroll
@@ -175,9 +178,9 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
         __syncthreads();
         int row = first_row + threadIdx.x / SPAN, r = first + threadIdx.x % SPAN;
         if (threadIdx.x < LORA_ROWS * SPAN && row < tokens) {
-            float total = 0.f;  // rank를 넘는 칸은 0이 된다
+            float total = 0.f;
             for (int warp = 0; warp < LORA_THREADS / 32; warp++) total += parts[warp][threadIdx.x];
-            u16 bits = to_bits(total);
+            u16 bits = to_bits(r < rank ? total : 0.f);
             wide[(size_t)row * stride + columns + own + r] = bits;
             z[(size_t)row * tail + own + r] = bits;
         }
@@ -189,14 +192,19 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
 //   du += dropout(dz A)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
 //   partial[tile][r] = sum_row dz[row][r] dropout(u)[row]      fp32 [tiles, rank, columns]
 // 행의 묶음마다 따로 적고 reduce_partials가 차례대로 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다.
+// 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
+#define BATCH 4
+
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
     const u16* u, u16* wide, const float* a, float* partial, const int* keys, int tokens, int u_stride, int stride,
     int columns, int own, int rank, int block_len, int site, int threshold, float keep_scale) {
     __shared__ float dz[TILE_ROWS][SPAN];
+    __shared__ uint2 seeds[TILE_ROWS];
     Dropout drop = {keys, block_len, site, threshold, keep_scale};
     int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 4, first_row = blockIdx.y * TILE_ROWS;
     int rows = min(TILE_ROWS, tokens - first_row);
     bool active = column < columns;
+    if (threadIdx.x < rows) seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
     for (int first = 0; first < rank; first += SPAN) {
         __syncthreads();
         for (int i = threadIdx.x; i < rows * SPAN; i += TILE_THREADS) {
@@ -207,34 +215,40 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
         if (!active) continue;
         Four lines[SPAN], sums[SPAN] = {};
 #pragma unroll
-        for (int r = 0; r < SPAN; r++) {
-            lines[r] = Four{};
-            if (first + r < rank) lines[r] = *(const Four*)(a + (size_t)(first + r) * columns + column);
-        }
-        for (int n = 0; n < rows; n++) {
-            int row = first_row + n;
-            float scale[4];
-            drop_scales<4>(drop, drop_seed(drop, row), row, columns, column, scale);
-            uint2 raw = *(const uint2*)(u + (size_t)row * u_stride + column);
-            float value[4] = {widen<BF16>((u16)(raw.x & 0xffff)), widen<BF16>((u16)(raw.x >> 16)),
-                              widen<BF16>((u16)(raw.y & 0xffff)), widen<BF16>((u16)(raw.y >> 16))};
-            float back[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
+            lines[r] = *(const Four*)(a + (size_t)min(first + r, rank - 1) * columns + column);
+        for (int start = 0; start < rows; start += BATCH) {
+            uint2 inputs[BATCH], gradients[BATCH];
 #pragma unroll
-            for (int r = 0; r < SPAN; r++) {
-                float d = dz[n][r];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    back[i] += d * lines[r].v[i];
-                    sums[r].v[i] += d * (value[i] * scale[i]);
-                }
+            for (int n = 0; n < BATCH; n++) {
+                int row = first_row + min(start + n, rows - 1);
+                inputs[n] = *(const uint2*)(u + (size_t)row * u_stride + column);
+                gradients[n] = *(const uint2*)(wide + (size_t)row * stride + column);
             }
-            uint2* at = (uint2*)(wide + (size_t)row * stride + column);
-            raw = *at;
-            raw.x = pack_two(widen<BF16>((u16)(raw.x & 0xffff)) + back[0] * scale[0],
-                             widen<BF16>((u16)(raw.x >> 16)) + back[1] * scale[1]);
-            raw.y = pack_two(widen<BF16>((u16)(raw.y & 0xffff)) + back[2] * scale[2],
-                             widen<BF16>((u16)(raw.y >> 16)) + back[3] * scale[3]);
-            *at = raw;
+#pragma unroll
+            for (int n = 0; n < BATCH; n++) {
+                if (start + n >= rows) break;
+                int row = first_row + start + n;
+                float scale[4], value[4], total[4], back[4] = {0.f, 0.f, 0.f, 0.f};
+                drop_scales<4>(drop, seeds[start + n], row, columns, column, scale);
+                unpack_four(inputs[n], value);
+                unpack_four(gradients[n], total);
+#pragma unroll
+                for (int i = 0; i < 4; i++) value[i] *= scale[i];
+#pragma unroll
+                for (int r = 0; r < SPAN; r++) {
+                    float d = dz[start + n][r];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        back[i] += d * lines[r].v[i];
+                        sums[r].v[i] += d * value[i];
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[i] += back[i] * scale[i];
+                *(uint2*)(wide + (size_t)row * stride + column) =
+                    uint2{pack_two(total[0], total[1]), pack_two(total[2], total[3])};
+            }
         }
 #pragma unroll
         for (int r = 0; r < SPAN; r++)
@@ -249,6 +263,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
     int at = (blockIdx.x * 256 + threadIdx.x) * 4;
     if (at >= count) return;
     Four total = {};
+#pragma unroll 8
     for (int tile = 0; tile < tiles; tile++) {
         Four part = *(const Four*)(partial + (size_t)tile * count + at);
 #pragma unroll
@@ -278,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     for (int i = 0; i < 4; i++) {
         int index = start + i * 256;
         if (index < count) {
-            bytes[i] = ((const u32*)packed)[index];
+            bytes[i] = __ldcs((const u32*)packed + index);  // 한 번만 읽으므로 L2에 남기지 않는다
             int block = index / 8;
             top[i] = absmax8 ? code[absmax8[block]] * absmax[block / 256] + *offset : absmax[block];
         }
@@ -316,8 +331,12 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
 // ---- 머리: norm과 회전 ----
 
 #define QKV_WIDTH ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
-#define PAIRS (HEAD_DIM / 2)             // 이웃한 두 값(4바이트)을 lane 하나가 맡는다
-#define PER_LANE ((PAIRS + 31) / 32)
+#if ROTARY % 8 == 0
+#define WIDTH 4                          // 이웃한 네 값(8바이트)을 lane 하나가 맡는다. 짝이 되는 넷도 이웃해 있다
+#else
+#define WIDTH 2
+#endif
+#define PER_LANE ((HEAD_DIM / WIDTH + 31) / 32)
 #define HALF (ROTARY / 2)                // 앞쪽 반의 e와 뒤쪽 반의 e + HALF가 짝이 되어 돈다
 
 // 행 안에서 q(part 0), k(1), v(2)의 머리가 시작하는 곳.
@@ -326,9 +345,21 @@ __device__ __forceinline__ int head_start(int part, int head) {
     return (part == 0 ? head : part == 1 ? HEADS + head : HEADS + KV_HEADS + head) * HEAD_DIM;
 }
 
-__device__ __forceinline__ void load_two(const u16* at, float (&value)[2]) {
+__device__ __forceinline__ void load_lane(const u16* at, float (&value)[WIDTH]) {
+#if WIDTH == 4
+    unpack_four(*(const uint2*)at, value);
+#else
     u32 raw = *(const u32*)at;
     value[0] = widen<BF16>((u16)(raw & 0xffff)), value[1] = widen<BF16>((u16)(raw >> 16));
+#endif
+}
+
+__device__ __forceinline__ void store_lane(u16* at, const float (&value)[WIDTH]) {
+#if WIDTH == 4
+    *(uint2*)at = uint2{pack_two(value[0], value[1]), pack_two(value[2], value[3])};
+#else
+    *(u32*)at = pack_two(value[0], value[1]);
+#endif
 }
 
 // 짝이 있는 자리. 돌리지 않는 칸은 자기 자신이다.
@@ -348,16 +379,15 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
     int token = index / (HEADS + KV_HEADS), head = index % (HEADS + KV_HEADS);
     int part = head >= HEADS;
     u16* from = qkv + (size_t)token * QKV_WIDTH + head_start(part, part ? head - HEADS : head);
-    float own[PER_LANE][2], other[PER_LANE][2], square = 0.f;
+    float own[PER_LANE][WIDTH] = {}, other[PER_LANE][WIDTH] = {}, square = 0.f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        int element = (lane + 32 * i) * 2;
-        own[i][0] = own[i][1] = other[i][0] = other[i][1] = 0.f;
-        if (element < HEAD_DIM) {
-            load_two(from + element, own[i]);
-            load_two(from + partner(element), other[i]);
-            square += own[i][0] * own[i][0] + own[i][1] * own[i][1];
-        }
+        int element = (lane + 32 * i) * WIDTH;
+        if (element >= HEAD_DIM) continue;
+        load_lane(from + element, own[i]);
+        load_lane(from + partner(element), other[i]);
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) square += own[i][j] * own[i][j];
     }
     u16* to = from;
     if (QK_NORM) {
@@ -366,10 +396,10 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
         to = qk + ((size_t)token * (HEADS + KV_HEADS) + head) * HEAD_DIM;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            int element = (lane + 32 * i) * 2;
+            int element = (lane + 32 * i) * WIDTH;
             if (element < HEAD_DIM) {
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
+                for (int j = 0; j < WIDTH; j++) {
                     own[i][j] *= scale * weight[element + j];
                     other[i][j] *= scale * weight[partner(element) + j];
                 }
@@ -379,18 +409,18 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
     sync_lanes();  // 제자리에서 돌리므로 모든 lane이 읽은 다음에 적는다
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        int element = (lane + 32 * i) * 2;
+        int element = (lane + 32 * i) * WIDTH;
         if (element >= HEAD_DIM) continue;
         if (table && element < ROTARY) {
             bool upper = element >= HALF;
             const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < WIDTH; j++) {
                 float sine = upper ? angle[HALF + j] : -angle[HALF + j];
                 own[i][j] = own[i][j] * angle[j] + other[i][j] * sine;
             }
         }
-        *(u32*)(to + element) = pack_two(own[i][0], own[i][1]);
+        store_lane(to + element, own[i]);
     }
 }
 
@@ -409,27 +439,27 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
     const u16* from = (part == 0 ? dq + (size_t)token * HEADS * HEAD_DIM
                                  : (part == 1 ? dk : dv) + (size_t)token * KV_HEADS * HEAD_DIM) + head * HEAD_DIM;
     u16* to = qkv + (size_t)token * QKV_WIDTH + head_start(part, head);
-    float value[PER_LANE][2], normal[PER_LANE][2], square = 0.f, along = 0.f;
+    float value[PER_LANE][WIDTH] = {}, normal[PER_LANE][WIDTH] = {}, square = 0.f, along = 0.f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        int element = (lane + 32 * i) * 2;
-        value[i][0] = value[i][1] = normal[i][0] = normal[i][1] = 0.f;
+        int element = (lane + 32 * i) * WIDTH;
         if (element >= HEAD_DIM) continue;
-        load_two(from + element, value[i]);
+        load_lane(from + element, value[i]);
         if (part < 2 && table && element < ROTARY) {
-            float other[2];
-            load_two(from + partner(element), other);
+            float other[WIDTH];
+            load_lane(from + partner(element), other);
             bool upper = element >= HALF;
             const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < WIDTH; j++) {
                 float sine = upper ? -angle[HALF + j] : angle[HALF + j];
                 value[i][j] = value[i][j] * angle[j] + other[j] * sine;
             }
         }
         if (QK_NORM && part < 2) {
-            load_two(to + element, normal[i]);
-            square += normal[i][0] * normal[i][0] + normal[i][1] * normal[i][1];
+            load_lane(to + element, normal[i]);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) square += normal[i][j] * normal[i][j];
         }
     }
     if (QK_NORM && part < 2) {
@@ -437,10 +467,10 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
         float scale = rsqrtf(sum_lanes(square) / HEAD_DIM + EPS);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            int element = (lane + 32 * i) * 2;
+            int element = (lane + 32 * i) * WIDTH;
             if (element >= HEAD_DIM) continue;
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < WIDTH; j++) {
                 normal[i][j] *= scale;
                 value[i][j] *= weight[element + j];
                 along += value[i][j] * normal[i][j];
@@ -450,12 +480,12 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++)
 #pragma unroll
-            for (int j = 0; j < 2; j++) value[i][j] = scale * (value[i][j] - normal[i][j] * along);
+            for (int j = 0; j < WIDTH; j++) value[i][j] = scale * (value[i][j] - normal[i][j] * along);
     }
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        int element = (lane + 32 * i) * 2;
-        if (element < HEAD_DIM) *(u32*)(to + element) = pack_two(value[i][0], value[i][1]);
+        int element = (lane + 32 * i) * WIDTH;
+        if (element < HEAD_DIM) store_lane(to + element, value[i]);
     }
 }
 
