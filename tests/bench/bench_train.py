@@ -165,16 +165,22 @@ def plain(shape: str, micro: int, data, targets, steps: int = 6, tokens: float =
 
 
 def ours(shape: str, plan: MemoryPlan, data, targets, steps: int = 6, tokens: float = BATCH * BLOCK,
-         average=statistics.median):
+         average=statistics.median, cap_gb: float | None = None):
+    """우리의 학습. `cap_gb`를 주면 모델을 만든 뒤에 할당기를 그만큼으로 막는다."""
     print(f"ours {shape} micro {plan.micro_batch_size} recompute {plan.recompute_layers} "
           f"predicted {plan.reserved / GB:.2f}", flush=True)
 
     def make(folder, steps):
         model = tuned(shape, targets)
         forget()
+        if cap_gb is not None:
+            torch.cuda.set_per_process_memory_fraction(cap_gb * GB / torch.cuda.mem_get_info()[1])
         return LeanTrainer(model, arguments(folder, plan.micro_batch_size, steps, bf16=True), data, plan=plan)
 
-    return {**measure(make, tokens, steps, average), "predicted_gb": round(plan.reserved / GB, 3)}
+    try:
+        return {**measure(make, tokens, steps, average), "predicted_gb": round(plan.reserved / GB, 3)}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def chosen(shape: str, budget_gb: float, targets) -> MemoryPlan:
@@ -206,13 +212,8 @@ def lean() -> dict:
 def capped(shape: str, every: bool) -> dict:
     """plain은 상한 없이, 우리는 할당기를 5.0 GB로 막고."""
     data, targets = Blocks(), targets_of(shape, every)
-    result = {"plain": plain(shape, 1, data, targets)}
-    torch.cuda.set_per_process_memory_fraction(5.0 * GB / torch.cuda.mem_get_info()[1])
-    try:
-        result["ours"] = ours(shape, chosen(shape, 5.0, targets), data, targets)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return result
+    return {"plain": plain(shape, 1, data, targets),
+            "ours": ours(shape, chosen(shape, 5.0, targets), data, targets, cap_gb=5.0)}
 
 
 def twelve() -> dict:

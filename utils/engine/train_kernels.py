@@ -15,7 +15,7 @@ KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_back
            "rotate", "unrotate", "activate", "activate_backward", "cross_entropy", "gather")
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
-LORA_ROWS, LORA_THREADS = 4, 128  # lora_down: 블록 하나가 행 4개
+LORA_ROWS, LORA_THREADS = 4, 256  # lora_down: 블록 하나가 행 4개
 TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
@@ -96,7 +96,7 @@ class CudaOps(TorchOps):
             grid, (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial, keys, norm and norm.weight,
             norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns, adapter.column, adapter.rank,
             *self._dropout(adapter, keys, tokens))
-        self._flat("reduce_partials", -(-count // 4), partial, adapter.lora_a.grad, tiles, count)
+        self.kernels["reduce_partials"]((-(-count // 128),), (256,), partial, adapter.lora_a.grad, tiles, count)
 
     def weight(self, projection: Projection, out) -> torch.Tensor:
         if any(getattr(linear.weight, "quant_state", None) is None for linear in projection.linears):

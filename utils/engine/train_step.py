@@ -108,7 +108,8 @@ class TrainStep:
             return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
         kept = kept_widths(family, self.tails)
-        self.x = empty(len(self.layers) + 1, tokens, kept["x"])
+        # 층마다 따로 잡아, 가중치를 올리며 할당기에 생긴 작은 틈을 채우게 한다
+        self.x = [empty(tokens, kept["x"]) for _ in range(len(self.layers) + 1)]
         # 층마다 norm 둘의 (평균, 1/표준편차)
         self.stats = torch.zeros(len(self.layers), 2, tokens, 2, dtype=torch.float32, device=self.device)
         self.z = [{name: empty(tokens, part.tail) for name, part in self._named(layer)} for layer in self.layers]
@@ -141,7 +142,7 @@ class TrainStep:
 
     def _wide(self, name: str, width: int) -> torch.Tensor:
         """버퍼를 [tokens, width]로 본다. 층마다 LoRA의 칸 수가 다를 수 있어 앞쪽만 쓴다."""
-        tokens = self.x.shape[1]
+        tokens = len(self.x[0])
         return self.buffers[name][:tokens * width].view(tokens, width)
 
     @torch.no_grad()

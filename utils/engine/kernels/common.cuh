@@ -113,7 +113,8 @@ template <int N> __device__ __forceinline__ void drop_scales(const Dropout& drop
     u32 pair = none ? 0u : (u32)(row % drop.block_len) * (u32)(columns / 2) + (u32)(column / 2);
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-        u32 word = none ? ~0u : mix(mix(pair + i + seed.x) ^ seed.y);
+        u32 word = none ? ~0u : (mix(pair + i + seed.x) ^ seed.y) * 0x9e3779b1u;
+        word ^= word >> 16;
         scale[2 * i] = none ? 1.f : (int)(word & 0xffff) >= drop.threshold ? drop.keep_scale : 0.f;
         scale[2 * i + 1] = none ? 1.f : (int)(word >> 16) >= drop.threshold ? drop.keep_scale : 0.f;
     }

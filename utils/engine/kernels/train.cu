@@ -271,21 +271,28 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
     }
 }
 
-// gradient [count] += 부분합 [tiles, count]의 합. 한 thread가 fp32 네 개를 맡아 묶음의 순서대로 더한다.
+// gradient [count] += 부분합 [tiles, count]의 합. 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의
+// 순서대로 더한다. 더하는 순서가 늘 같으므로 두 번 계산하면 비트까지 같다.
 extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, float* gradient, int tiles,
                                                                   int count) {
-    int at = (blockIdx.x * 256 + threadIdx.x) * 4;
-    if (at >= count) return;
+    __shared__ Four parts[8][32];
+    int lane = threadIdx.x % 32, group = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
     Four total = {};
+    if (at < count) {
 #pragma unroll 8
-    for (int tile = 0; tile < tiles; tile++) {
-        Four part = *(const Four*)(partial + (size_t)tile * count + at);
+        for (int tile = group; tile < tiles; tile += 8) {
+            Four part = *(const Four*)(partial + (size_t)tile * count + at);
 #pragma unroll
-        for (int i = 0; i < 4; i++) total.v[i] += part.v[i];
+            for (int i = 0; i < 4; i++) total.v[i] += part.v[i];
+        }
     }
+    parts[group][lane] = total;
+    __syncthreads();
+    if (group != 0 || at >= count) return;
     Four sum = *(const Four*)(gradient + at);
+    for (int other = 0; other < 8; other++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) sum.v[i] += total.v[i];
+        for (int i = 0; i < 4; i++) sum.v[i] += parts[other][lane].v[i];
     *(Four*)(gradient + at) = sum;
 }
 
@@ -351,6 +358,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
 #define WIDTH 2
 #endif
 #define PER_LANE ((HEAD_DIM / WIDTH + 31) / 32)
+#define LIVE (QK_NORM ? HEAD_DIM : ROTARY)  // rotate가 고치는 칸. 제자리에서 돌리면 나머지는 그대로 둔다
 #define HALF (ROTARY / 2)                // 앞쪽 반의 e와 뒤쪽 반의 e + HALF가 짝이 되어 돈다
 
 // 행 안에서 q(part 0), k(1), v(2)의 머리가 시작하는 곳.
@@ -397,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int element = (lane + 32 * i) * WIDTH;
-        if (element >= HEAD_DIM) continue;
+        if (element >= LIVE) continue;
         load_lane(from + element, own[i]);
         load_lane(from + partner(element), other[i]);
 #pragma unroll
@@ -424,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int element = (lane + 32 * i) * WIDTH;
-        if (element >= HEAD_DIM) continue;
+        if (element >= LIVE) continue;
         if (table && element < ROTARY) {
             bool upper = element >= HALF;
             const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
