@@ -15,6 +15,7 @@ from utils.engine.prefill import CAPTURED, Prefill
 from utils.engine.weights import Weights, shape_dtype, why_not_weights
 from utils.sampling import Sampling
 
+AHEAD = 3      # 읽는 쪽보다 앞서 만들어 두는 토큰의 수. 멈추면 버린다
 SPARE = 200e6  # 활성값과 라이브러리에 남겨 두는 바이트
 
 
@@ -65,7 +66,7 @@ class FastDecode:
         self._step.cache.grow(1)
         for size in CAPTURED:
             self._prefill.capture(size)
-        self._told_events = [torch.cuda.Event(), torch.cuda.Event()]
+        self._told_events = [torch.cuda.Event() for _ in range(AHEAD + 1)]
         self._graph = self._capture()
         kind = str(weights.dtype).removeprefix("torch.") if weights.kind == WIDE else (
             "NF4" if weights.kind == NF4 else "int8")
@@ -85,16 +86,17 @@ class FastDecode:
         return min(tokens, context, max(cache.capacity, fits))
 
     def tokens(self, input_ids: list[int], settings: Sampling, limit: int) -> Iterator[int]:
-        """토큰을 최대 `limit`개 내놓는다. GPU는 읽는 쪽보다 한 토큰만 앞서 간다."""
-        step = self._step
+        """토큰을 최대 `limit`개 내놓는다. GPU는 읽는 쪽보다 AHEAD개 앞서 가서 graph 사이에 쉬지 않는다."""
         self._begin(input_ids, settings, limit)
         self._told_events[0].record()
+        launched = 1
         for index in range(limit):
-            if index + 1 < limit:
+            while launched < min(limit, index + 1 + AHEAD):
                 self._graph.replay()
-                self._told_events[(index + 1) % 2].record()
-            self._told_events[index % 2].synchronize()
-            yield int(step.told[index])
+                self._told_events[launched % (AHEAD + 1)].record()
+                launched += 1
+            self._told_events[index % (AHEAD + 1)].synchronize()
+            yield int(self._step.told[index])
 
     def answer_rows(self, questions: list[list[int]], settings: Sampling, limits: list[int],
                     end_ids: Sequence[int], until: float = math.inf) -> list[list[int]]:

@@ -96,20 +96,49 @@ __device__ __forceinline__ float activate(float value) {
     return 0.5f * value * (1.f + erff(value * 0.70710678f));
 }
 
-// 커널의 공유 메모리. 크기는 decode_plan.py의 `shared_bytes`가 같은 차례로 센다.
-//   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [rows] | 합의 자리 [slots][WARPS][ROWS] | 나머지
+// MLP의 뒤쪽 행렬에 붙은 LoRA의 아래쪽 곱 d = A act. A [r][FF]는 블록마다 읽기에는 넓다. 그래서 act를 만든 블록이 제
+// 행들의 몫을 partial[블록][RANK]에 적고, 다음 커널이 블록들의 몫을 더한다. 더하는 차례가 정해져 있어 답은 늘 같다.
+struct LoraOfAct {
+    const float* a;  // fp32 [RANK][FF]. 없으면 널
+    float* partial;  // [MLP_BLOCKS][RANK]
+
+    // act: 이 블록이 만든 값 [rows](공유 메모리), first: 첫 행.
+    __device__ __forceinline__ void give(const float* act, int first, int rows, int block) const {
+        for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
+            float sum = 0.f;
+            for (int i = threadIdx.x & 31; i < rows; i += 32) sum += __ldg(a + (size_t)r * FF + first + i) * act[i];
+            sum = warp_sum(sum);
+            if ((threadIdx.x & 31) == 0) partial[block * RANK + r] = sum;
+        }
+    }
+    __device__ __forceinline__ void take(float adapter, float* down) const {
+        for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
+            float sum = 0.f;
+            for (int b = threadIdx.x & 31; b < MLP_BLOCKS; b += 32) sum += __ldcg(partial + b * RANK + r);
+            sum = warp_sum(sum);
+            if ((threadIdx.x & 31) == 0) down[r] = sum * adapter;
+        }
+    }
+};
+
+// 커널의 공유 메모리. 크기는 decode_plan.py의 `space`가 같은 차례로 센다.
+//   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK를 4의 배수로] | LoRA의 합의 자리 [lora_tiles][WARPS][ROWS]
+//   | 합의 자리 [slots][WARPS][ROWS] | 나머지
 struct Space {
+    enum { DOWN = (RANK + 3) / 4 * 4 };
     u32* table;
     float* codes;
     float* down;
+    float* lora_partial;
     float* partial;
     char* rest;
 
-    __device__ __forceinline__ Space(int lora_rows, int slots) {
+    __device__ __forceinline__ Space(int lora_tiles, int slots) {
         table = (u32*)shared;
         codes = (float*)(shared + TABLE_BYTES);
         down = codes + 256;
-        partial = down + (lora_rows + 3) / 4 * 4;
+        lora_partial = down + 3 * DOWN;
+        partial = lora_partial + lora_tiles * WARPS * ROWS;
         rest = (char*)(partial + slots * WARPS * ROWS);
     }
     __device__ __forceinline__ void fill(const float* code) const {
@@ -122,20 +151,21 @@ struct Space {
 //   MLP = false: out[행] = W norm(x), 행은 q | k | v.  MLP = true: act[행] = 활성(gate) * up 또는 활성(up), 16비트 둘.
 template <bool MLP>
 __device__ __forceinline__ void project_job(const Residual& from, const Norm& norm, const Linear& linear,
-                                            const float* code, float adapter, int block, int blocks, int slots,
-                                            float* out, u16* act) {
-    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS, UNIT = MLP ? UNIT_MLP : UNIT_QKV,
-           UNITS_OF_TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS, LORA_ROWS = PARTS * RANK };
+                                            const LoraOfAct& next_lora, const float* code, float adapter, int block,
+                                            int blocks, int slots, float* out, u16* act) {
+    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS,
+           TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
     typedef typename Choose<PARTS == 3, QkvMatrices, typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type>::Type Where;
     typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
-    typedef LoraDown<ACT_BF16, LORA_ROWS ? LORA_ROWS : 1, HIDDEN, UNIT> Lora;
-    int first = UNITS_OF_TILES * block / blocks, tiles = UNITS_OF_TILES * (block + 1) / blocks - first;
-    Main product(linear, first * PAIR, tiles * PAIR);
+    int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
+    Main product(linear.part, first * PAIR, tiles * PAIR);
     product.prime();
-    bool adapted = RANK && linear.lora_a && adapter != 0.f;
-    Lora lora;
-    if (adapted) lora.prime(linear, block);
-    Space space(LORA_ROWS, slots);
+    // 이 블록의 행들이 쓰는 part만 LoRA를 센다. gate와 up은 늘 함께 쓴다
+    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f;
+    int part_begin = MLP ? 0 : Where::part(first), part_end = MLP ? PARTS : Where::part(first + tiles - 1) + 1;
+    LoraDown<HIDDEN> lora(&linear.lora_a, part_begin * LORA_TILES, adapted ? (part_end - part_begin) * LORA_TILES : 0);
+    if (adapted) lora.prime();
+    Space space(PARTS * LORA_TILES, slots);
     float2* scratch = (float2*)space.rest;
     u16* high = (u16*)(scratch + 2 * WARPS);
     Row weight;
@@ -151,36 +181,49 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     __syncthreads();
 
     Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
-    if (adapted) lora.run(linear, inputs, block);
+    if (adapted) lora.run(inputs, space.lora_partial);
     product.run(inputs, space.partial);
-    if (adapted) Lora::collect(linear, adapter, space.down);
     __syncthreads();
-    if (!has_row) return;
+    if (adapted) {
+        for (int part = part_begin; part < part_end; part++)
+            gather_lora<HIDDEN>(space.lora_partial + (part - part_begin) * LORA_TILES * LoraDown<HIDDEN>::FLOATS, adapter,
+                                space.down + part * Space::DOWN);
+        __syncthreads();
+    }
     const float* down = adapted ? space.down : 0;
     if (!MLP) {
+        if (!has_row) return;
         int part = Where::part(row / ROWS);
-        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), row, down ? down + part * RANK : 0);
+        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), down ? down + part * Space::DOWN : 0, row);
         return;
     }
     // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
     int tile = threadIdx.x / ROWS, inside = threadIdx.x % ROWS;
-    float value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), row, down));
-    if (PAIR == 2)
-        value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside), FF + row,
-                               down ? down + RANK : 0);
-    store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
+    float value = 0.f;
+    if (has_row) {
+        value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), down, row));
+        if (PAIR == 2)
+            value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside),
+                                   down ? down + Space::DOWN : 0, FF + row);
+        store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
+    }
+    if (!RANK || !next_lora.a || adapter == 0.f) return;
+    float* values = (float*)high;  // 입력은 다 썼다
+    if (has_row) values[threadIdx.x] = value;
+    __syncthreads();
+    next_lora.give(values, first * ROWS, tiles * ROWS, block);
 }
 
 // qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) project(
-    Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, const float* code, const float* adapter,
-    int qkv_blocks, int slots, float* out, u16* act) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) project(
+    Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
+    const float* adapter, int qkv_blocks, int slots, float* out, u16* act) {
     let_next_kernel_start();
     if ((int)blockIdx.x < qkv_blocks)
-        project_job<false>(from, norm1, qkv, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
+        project_job<false>(from, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
     else
-        project_job<true>(from, norm2, mlp, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks, slots, out,
-                          act);
+        project_job<true>(from, norm2, mlp, down_lora, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks,
+                          slots, out, act);
 }
 
 // 잔차에 더하는 선형층: attention의 출력 W_o, MLP의 출력 W_down, 병렬 잔차면 둘 다.
@@ -188,24 +231,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) project(
 //   입력은 위 절반만 쓴다(16비트 가중치는 아래 절반도): 공유 메모리를 아낀다.
 template <bool OUT, bool DOWN>
 __device__ __forceinline__ void contract_job(float* x, float* y, const u16* attended, const u16* act, const float* code,
-                                             float adapter, const Linear& out, const Linear& down, int slots) {
+                                             float adapter, const Linear& out, const Linear& down,
+                                             const LoraOfAct& down_lora, int slots) {
     typedef Product<Piece<QDIM>, QDIM, OUT && DOWN ? 2 : 4> Out;
     typedef Product<Piece<FF>, FF, 4> Down;
-    typedef LoraDown<ACT_BF16, RANK ? RANK : 1, QDIM, UNIT_OUT> LoraOut;
-    typedef LoraDown<ACT_BF16, RANK ? RANK : 1, FF, UNIT_DOWN> LoraOfDown;
     enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
     int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
-    Down down_product(down, first, DOWN ? tiles : 0);
-    Out out_product(out, first, OUT ? tiles : 0);
+    Down down_product(down.part, first, DOWN ? tiles : 0);
+    Out out_product(out.part, first, OUT ? tiles : 0);
     if (DOWN) down_product.prime();
     if (OUT) out_product.prime();
-    bool out_adapted = OUT && RANK && out.lora_a && adapter != 0.f;
-    bool down_adapted = DOWN && RANK && down.lora_a && adapter != 0.f;
-    LoraOut out_lora;
-    LoraOfDown down_lora;
-    if (out_adapted) out_lora.prime(out, blockIdx.x);
-    if (down_adapted) down_lora.prime(down, blockIdx.x);
-    Space space(2 * RANK, slots * (OUT + DOWN));
+    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f;
+    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    LoraDown<QDIM> lora(&out.lora_a, 0, out_adapted ? LORA_TILES : 0);
+    if (out_adapted) lora.prime();
+    Space space(OUT ? LORA_TILES : 0, slots * (OUT + DOWN));
     float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
     u16* inputs = (u16*)space.rest;
     u16* acts = inputs + (OUT ? QDIM * COPIES : 0);
@@ -223,32 +263,36 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
         #pragma unroll 4
         for (int i = threadIdx.x; i < FF * COPIES / 8; i += THREADS)
             ((uint4*)acts)[i] = __ldcg((const uint4*)act + i);
+    if (down_adapted) down_lora.take(adapter, space.down + Space::DOWN);
     float value = has_row && !POST_NORM ? __ldcg(x + row) : 0.f;
     __syncthreads();
 
     Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
     Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.table, space.codes};
-    if (out_adapted) out_lora.run(out, out_inputs, blockIdx.x);
-    if (down_adapted) down_lora.run(down, down_inputs, blockIdx.x);
+    if (out_adapted) lora.run(out_inputs, space.lora_partial);
     if (DOWN) down_product.run(down_inputs, down_partial);
     if (OUT) out_product.run(out_inputs, space.partial);
-    if (out_adapted) LoraOut::collect(out, adapter, space.down);
-    if (down_adapted) LoraOfDown::collect(down, adapter, space.down + RANK);
     __syncthreads();
+    if (out_adapted) {
+        gather_lora<QDIM>(space.lora_partial, adapter, space.down);
+        __syncthreads();
+    }
     if (!has_row) return;
     float sum = 0.f;
-    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), row, out_adapted ? space.down : 0);
-    if (DOWN) sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), row, down_adapted ? space.down + RANK : 0);
+    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), out_adapted ? space.down : 0, row);
+    if (DOWN)
+        sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), down_adapted ? space.down + Space::DOWN : 0,
+                               row);
     if (POST_NORM) y[row] = sum;
     else x[row] = value + sum * RESIDUAL_SCALE;
 }
 
 #define CONTRACT(NAME, OUT, DOWN)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) NAME(                                              \
         float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
-        Linear down, int slots) {                                                                                      \
+        Linear down, LoraOfAct down_lora, int slots) {                                                                 \
         let_next_kernel_start();                                                                                       \
-        contract_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, slots);                                \
+        contract_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, down_lora, slots);                     \
     }
 #if PARALLEL
 CONTRACT(contract, true, true)
@@ -258,14 +302,14 @@ CONTRACT(contract_mlp, false, true)
 #endif
 
 // logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) head(Residual from, Norm norm, Linear linear, float* logits,
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) head(Residual from, Norm norm, Linear linear, float* logits,
                                                               int slots) {
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
     let_next_kernel_start();
     int first = (int)((u64)TILES * blockIdx.x / gridDim.x);
     int tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first;
-    Main product(linear, first, tiles);
+    Main product(linear.part, first, tiles);
     product.prime();
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);

@@ -90,11 +90,12 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
     }
 }
 
-// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS).
+// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS, 함께 답하는 줄의 수).
 // 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 SPLITS로 나눈 한 토막을 맡는다. 토막은
 // CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
-//   qkv: fp32 [QDIM + 2 KVDIM], partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합)
-//   done: [grid.x]는 늘 0으로 되돌려 놓는다. out: 16비트 [위, 아래][QDIM]
+// 아래의 모양은 줄 하나의 것이다.
+//   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], state: [6], out: 16비트 [위, 아래][QDIM]
+//   partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
 extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
@@ -105,6 +106,8 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
     __shared__ bool last;
     let_next_kernel_start();
+    qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
+    partial += blockIdx.z * HEADS * SPLITS * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;

@@ -165,11 +165,13 @@ __device__ __forceinline__ void choose_many(Values& value, int top_k, float top_
     }
 }
 
-// 다음 토큰을 고르고 그 embedding을 잔차 x에 적는다. used, banned: 어휘마다 한 비트. 답에 나온 토큰과 막을 토큰이다.
-//   told: 핀 고정된 CPU 메모리. arrivals [arrival_count]: LoRA의 도착 수를 다음 토큰을 위해 0으로 되돌린다.
+// 다음 토큰을 고르고 그 embedding을 잔차 x에 적는다. 줄마다 블록 하나다. used, banned: 어휘마다 한 비트. 답에 나온 토큰과 막을 토큰이다.
+//   told: 핀 고정된 CPU 메모리.
 extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
-    float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x,
-    int* arrivals, int arrival_count) {
+    float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x) {
+    int line = blockIdx.x;  // 함께 답하는 줄의 번호
+    logits += (size_t)line * VOCAB, state += line * 6, answer += (size_t)line * CONTEXT, told += (size_t)line * CONTEXT;
+    x += (size_t)line * HIDDEN;
     u32* used = (u32*)shared;
     u32* banned = used + WORDS;
     __shared__ float lines[2][32];
@@ -188,7 +190,6 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
         if (same) atomicOr(banned + answer[i] / 32, 1u << answer[i] % 32);
     }
     wait_for_previous_kernel();
-    for (int i = tid; i < arrival_count; i += CHOOSERS) arrivals[i] = 0;
     __syncthreads();
 
     Values value;
