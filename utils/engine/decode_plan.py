@@ -150,13 +150,13 @@ class Plan:
                 ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))}}
 
     def shared(self, name: str) -> int:
-        """커널이 쓰는 공유 메모리의 최댓값(바이트)."""
+        """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
         grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}
         if name.endswith("_lines"):
             return self.lines_shared
-        return max((grid.shared for grid in grids.get(name, ())), default=self.choose_shared)
+        return max((grid.shared for grid in grids.get(name, ())), default=self.choose_shared if name == "choose" else 0)
 
     def _grid(self, units: int, extra: int, slots_per_unit: int) -> Grid:
         """units개의 단위를 나누어 맡는 블록들. 단위 하나는 출력 ROWS행이고 합의 자리 slots_per_unit개를 쓴다."""
