@@ -14,13 +14,13 @@ from utils.engine.families import Family
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_prefill.cu", "decode_rows.cu")
 ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
-WARPS = 8            # 블록 둘이 SM 하나에 함께 올라, 다음 커널이 앞 커널의 끝을 기다리며 가중치를 미리 읽는다
+WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
 THREADS = WARPS * 32
-RESIDENT = 2         # SM 하나에 함께 오를 수 있어야 하는 블록의 수
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
-CHUNK = 64           # attention 블록이 한 번에 보는 위치의 수
-SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 수
+CHUNK = 128          # attention 블록이 한 번에 보는 위치의 수. 이보다 짧은 대화는 블록끼리 합치지 않는다
+SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
+LINE_SPLITS = 4      # 함께 답할 때의 것. 줄이 많아 블록이 이미 많다
 PAGE = 512           # KV cache 한 쪽의 위치의 수
 LINES = 16           # 함께 답하는 질문의 수
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
@@ -131,6 +131,7 @@ class Plan:
             "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
             "VOCAB": vocab, "RANK": rank,
             "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
+            "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
             "LINES": LINES, "LINE_SLOTS": line_slots,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
@@ -139,7 +140,7 @@ class Plan:
             "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
             "GATED": int(family.gated), "ACTIVATION": ACTIVATIONS[family.activation],
             "GELU_TANH": ACTIVATIONS["gelu_tanh"], "SILU": ACTIVATIONS["silu"],
-            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "RESIDENT": RESIDENT, "CHOOSERS": CHOOSERS,
+            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,

@@ -34,6 +34,11 @@ struct Row {
     }
 };
 
+__device__ __forceinline__ void load_norm(const Norm& norm, Row& weight, Row& bias) {
+    weight.load_constant(norm.weight);
+    if (!RMS) bias.load_constant(norm.bias);
+}
+
 // (평균, 표준편차의 역수). RMS norm이면 평균은 0이다. 합과 제곱합을 함께 모아 동기화가 한 번이다. scratch: [WARPS].
 __device__ __forceinline__ float2 moments(const Row& row, float2* scratch) {
     float2 sum = {0.f, 0.f};
@@ -59,8 +64,8 @@ struct Residual {
 };
 
 template <bool BF, bool NORMED>
-__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, float scale, u16* high,
-                                              float2* scratch) {
+__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, Row& bias, float scale,
+                                              u16* high, float2* scratch) {
     Row x;
     x.load(from.x);
     if (POST_NORM) {
@@ -77,14 +82,14 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
             if (from.x_out && blockIdx.x == 0 && i < HIDDEN) from.x_out[i] = x.v[j];
         }
     }
-    if (NORMED && !EARLY_NORM) weight.load_constant(norm.weight);
+    if (NORMED && !EARLY_NORM) load_norm(norm, weight, bias);
     float2 moment = NORMED ? moments(x, scratch + WARPS) : float2{0.f, 1.f};
     #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
         if (i >= HIDDEN) continue;
         float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] : x.v[j];
-        if (NORMED && !RMS && norm.bias) value += __ldg(norm.bias + i);
+        if (NORMED && !RMS) value += bias.v[j];
         store_split<BF>(high + i, high + HIDDEN + i, value * scale);
     }
 }
@@ -101,22 +106,64 @@ __device__ __forceinline__ float activate(float value) {
 struct LoraOfAct {
     const float* a;  // fp32 [RANK][FF]. 없으면 널
     float* partial;  // [MLP_BLOCKS][RANK]
+};
 
+// 워프 하나가 d의 행 PER_WARP개를 맡는다. 읽는 것은 앞 커널과 상관없거나 다른 읽기와 겹칠 수 있으므로 먼저 시작한다.
+struct LoraOfActGiver {
+    enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_ROWS + 31) / 32, HELD = PER_WARP * PER_LANE,
+           EARLY = HELD > 0 && HELD <= 8 };
+    float held[EARLY ? HELD : 1];
+
+    __device__ __forceinline__ static float weight(const LoraOfAct& lora, int k, int first, int rows) {
+        int r = (threadIdx.x >> 5) + k / PER_LANE * WARPS, i = (threadIdx.x & 31) + k % PER_LANE * 32;
+        return r < RANK && i < rows ? __ldg(lora.a + (size_t)r * FF + first + i) : 0.f;
+    }
+    __device__ __forceinline__ void prime(const LoraOfAct& lora, int first, int rows) {
+        #pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if (EARLY) held[EARLY ? k : 0] = weight(lora, k, first, rows);
+    }
     // act: 이 블록이 만든 값 [rows](공유 메모리), first: 첫 행.
-    __device__ __forceinline__ void give(const float* act, int first, int rows, int block) const {
-        for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
+    __device__ __forceinline__ void give(const LoraOfAct& lora, const float* act, int first, int rows, int block) const {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            int r = (threadIdx.x >> 5) + w * WARPS;
             float sum = 0.f;
-            for (int i = threadIdx.x & 31; i < rows; i += 32) sum += __ldg(a + (size_t)r * FF + first + i) * act[i];
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++) {
+                int i = (threadIdx.x & 31) + l * 32, k = w * PER_LANE + l;
+                if (i < rows) sum += (EARLY ? held[EARLY ? k : 0] : weight(lora, k, first, rows)) * act[i];
+            }
             sum = warp_sum(sum);
-            if ((threadIdx.x & 31) == 0) partial[block * RANK + r] = sum;
+            if ((threadIdx.x & 31) == 0 && r < RANK) lora.partial[block * RANK + r] = sum;
         }
     }
-    __device__ __forceinline__ void take(float adapter, float* down) const {
-        for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
+};
+
+struct LoraOfActTaker {
+    enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_BLOCKS + 31) / 32 };
+    float held[PER_WARP ? PER_WARP : 1];
+
+    __device__ __forceinline__ void load(const LoraOfAct& lora) {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            int r = (threadIdx.x >> 5) + w * WARPS;
             float sum = 0.f;
-            for (int b = threadIdx.x & 31; b < MLP_BLOCKS; b += 32) sum += __ldcg(partial + b * RANK + r);
-            sum = warp_sum(sum);
-            if ((threadIdx.x & 31) == 0) down[r] = sum * adapter;
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++) {
+                int b = (threadIdx.x & 31) + l * 32;
+                if (r < RANK && b < MLP_BLOCKS) sum += __ldcg(lora.partial + b * RANK + r);
+            }
+            held[PER_WARP ? w : 0] = sum;
+        }
+    }
+    // d [RANK]를 공유 메모리에 적는다. 그 뒤에 동기화해야 한다.
+    __device__ __forceinline__ void take(float adapter, float* down) const {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            float sum = warp_sum(held[PER_WARP ? w : 0]);
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            if ((threadIdx.x & 31) == 0 && r < RANK) down[r] = sum * adapter;
         }
     }
 };
@@ -168,16 +215,19 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     Space space(PARTS * LORA_TILES, slots);
     float2* scratch = (float2*)space.rest;
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight;
-    if (PRE_NORM && EARLY_NORM) weight.load_constant(norm.weight);
+    Row weight, bias;
+    if (PRE_NORM && EARLY_NORM) load_norm(norm, weight, bias);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
     RowEnd end, up_end;
     if (has_row) end.load(linear, row, adapted);
     if (has_row && PAIR == 2) up_end.load(linear, FF + row, adapted);
+    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    LoraOfActGiver giver;
+    if (gives) giver.prime(next_lora, first * ROWS, tiles * ROWS);
     space.fill(code);
     wait_for_previous_kernel();
-    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, IN_SCALE, high, scratch);
+    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, bias, IN_SCALE, high, scratch);
     __syncthreads();
 
     Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
@@ -207,15 +257,15 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
                                    down ? down + Space::DOWN : 0, FF + row);
         store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
     }
-    if (!RANK || !next_lora.a || adapter == 0.f) return;
+    if (!gives) return;
     float* values = (float*)high;  // 입력은 다 썼다
     if (has_row) values[threadIdx.x] = value;
     __syncthreads();
-    next_lora.give(values, first * ROWS, tiles * ROWS, block);
+    giver.give(next_lora, values, first * ROWS, tiles * ROWS, block);
 }
 
 // qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) project(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
     Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
     const float* adapter, int qkv_blocks, int slots, float* out, u16* act) {
     let_next_kernel_start();
@@ -256,6 +306,8 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     if (has_row && DOWN) down_end.load(down, row, down_adapted);
     space.fill(code);
     wait_for_previous_kernel();
+    LoraOfActTaker taker;
+    if (down_adapted) taker.load(down_lora);
     if (OUT)
         for (int i = threadIdx.x; i < QDIM * COPIES / 8; i += THREADS)
             ((uint4*)inputs)[i] = __ldcg((const uint4*)attended + i);
@@ -263,8 +315,8 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
         #pragma unroll 4
         for (int i = threadIdx.x; i < FF * COPIES / 8; i += THREADS)
             ((uint4*)acts)[i] = __ldcg((const uint4*)act + i);
-    if (down_adapted) down_lora.take(adapter, space.down + Space::DOWN);
     float value = has_row && !POST_NORM ? __ldcg(x + row) : 0.f;
+    if (down_adapted) taker.take(adapter, space.down + Space::DOWN);
     __syncthreads();
 
     Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
@@ -288,7 +340,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
 }
 
 #define CONTRACT(NAME, OUT, DOWN)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) NAME(                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                              \
         float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
         Linear down, LoraOfAct down_lora, int slots) {                                                                 \
         let_next_kernel_start();                                                                                       \
@@ -302,7 +354,7 @@ CONTRACT(contract_mlp, false, true)
 #endif
 
 // logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) head(Residual from, Norm norm, Linear linear, float* logits,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Norm norm, Linear linear, float* logits,
                                                               int slots) {
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
@@ -314,10 +366,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) head(Residual fr
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight;
-    if (EARLY_NORM) weight.load_constant(norm.weight);
+    Row weight, bias;
+    if (EARLY_NORM) load_norm(norm, weight, bias);
     wait_for_previous_kernel();
-    read_residual<BF16, true>(from, norm, weight, 1.f, high, scratch);
+    read_residual<BF16, true>(from, norm, weight, bias, 1.f, high, scratch);
     __syncthreads();
     product.run({high, high + HIDDEN, 0, 0}, partial);
     __syncthreads();

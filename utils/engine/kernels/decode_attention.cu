@@ -41,10 +41,14 @@ struct Page {
     }
 };
 
+// d번째 칸의 (cos, sin). 돌리지 않는 칸이면 (1, 0)이다.
+__device__ __forceinline__ float2 turn_of(const float2* turns, int d) {
+    return turns && d < ROTARY ? __ldg(turns + d % (ROTARY / 2)) : float2{1.f, 0.f};
+}
+
 // 머리 하나의 d번째 칸을 돌린다. 앞 절반과 뒤 절반이 짝이다.
-__device__ __forceinline__ float rotate(const float* head, const float2* turns, int d) {
-    if (d >= ROTARY || !turns) return head[d];
-    float2 turn = turns[d % (ROTARY / 2)];
+__device__ __forceinline__ float rotate(const float* head, float2 turn, int d) {
+    if (d >= ROTARY) return head[d];
     return d < ROTARY / 2 ? head[d] * turn.x - head[d + ROTARY / 2] * turn.y
                           : head[d] * turn.x + head[d - ROTARY / 2] * turn.y;
 }
@@ -90,7 +94,7 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
     }
 }
 
-// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS, 함께 답하는 줄의 수).
+// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
 // 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 SPLITS로 나눈 한 토막을 맡는다. 토막은
 // CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
 // 아래의 모양은 줄 하나의 것이다.
@@ -111,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
-    int seen = position + 1 - oldest, per = ((seen + SPLITS - 1) / SPLITS + CHUNK - 1) / CHUNK * CHUNK;
+    int seen = position + 1 - oldest, splits = gridDim.y, per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 
@@ -132,6 +136,9 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         }
     };
     load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
+    static_assert(HEAD_DIM <= ATTENDERS, "스레드 하나가 머리의 칸 하나를 맡는다");
+    Page here(pages, position);
+    float2 turn = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), tid);
     wait_for_previous_kernel();
 
     bool is_last = end == position + 1;  // 새 토큰의 위치를 맡은 블록
@@ -141,13 +148,12 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         else copy_head(qkv + value_at(kv), raw[v], 0);
     }
     __syncthreads();
-    Page here(pages, position);
-    const float2* now = attention.turn < 0 ? 0 : here.turns(attention.turn);
-    for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-        for (int h = 0; h < Q; h++) query[h][d] = rotate(raw[h], now, d) * ATTENTION_SCALE;
-        if (!is_last) continue;
-        store_int8(fresh[0], fresh_scales[0], d, rotate(raw[KEY], now, d));
-        store_int8(fresh[1], fresh_scales[1], d, raw[VALUE][d]);
+    if (tid < HEAD_DIM) {
+        for (int h = 0; h < Q; h++) query[h][tid] = rotate(raw[h], turn, tid) * ATTENTION_SCALE;
+        if (is_last) {
+            store_int8(fresh[0], fresh_scales[0], tid, rotate(raw[KEY], turn, tid));
+            store_int8(fresh[1], fresh_scales[1], tid, raw[VALUE][tid]);
+        }
     }
     __syncthreads();
     if (is_last && first_head % PER_KV == 0 && tid < 2 * LANES) {

@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(128) split_heads(
     Page page(pages, position);
     const float2* turns = attention.turn < 0 ? 0 : page.turns(attention.turn);
     for (int d = tid; d < HEAD_DIM; d += 128) {
-        float turned = rotate(raw[0], turns, d);
+        float turned = rotate(raw[0], turn_of(turns, d), d);
         if (is_query) {
             query[((size_t)head * tokens + token) * HEAD_DIM + d] = narrow<BF16>(turned);
             continue;

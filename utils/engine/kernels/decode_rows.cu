@@ -1,7 +1,9 @@
 // 질문 LINES개에 함께 답하는 커널. 가중치를 한 번 읽어 모든 줄에 곱한다. 텐서 코어의 열 여덟이 줄 여덟이다.
-// 줄이 하나일 때와 달리 활성값은 16비트 하나로만 두고, norm과 LoRA의 아래쪽 곱은 따로 된 커널이 한 번만 센다.
+// 줄이 하나일 때와 달리 norm과 LoRA의 아래쪽 곱은 따로 된 커널이 한 번만 센다. 활성값을 위와 아래 절반으로 나누는 것은 같아서
+// 줄마다의 답이 하나씩 답한 것과 같다.
 //   x, y: 잔차와 아직 더하지 않은 출력 fp32 [LINES][HIDDEN]
-//   in: 선형층의 입력 16비트 [LINES][칸], 줄의 간격은 stride칸. IN_SCALE을 곱해 둔 것이다
+//   in: 선형층의 입력 16비트 [LINES][칸], 줄의 간격은 stride칸. IN_SCALE을 곱해 둔 것이다. 아래 절반은 low칸 뒤에 있다
+//       (low가 0이면 없다)
 //   d: LoRA의 아래쪽 곱 fp32 [LINES][part의 수 * RANK]. 어댑터가 꺼져 있으면 널
 
 #define SETS (LINES / 8)
@@ -9,24 +11,26 @@
 // 조각 하나(행 16개 x STEP칸)를 모든 줄과 곱해 sum에 더한다.
 // sum[s]의 넷: (행 g, 줄 8s + 2t), (g, 8s + 2t + 1), (g + 8, 8s + 2t), (g + 8, 8s + 2t + 1). g = 레인 / 4, t = 레인 % 4.
 template <bool BF, int K, bool HALF>
-__device__ __forceinline__ void add_lines(const WidePiece<BF, K, HALF>& piece, const u16* in, int stride, int segment,
-                                          const u32*, const float*, float (&sum)[SETS][4]) {
+__device__ __forceinline__ void add_lines(const WidePiece<BF, K, HALF>& piece, const u16* in, int stride, int low,
+                                          int segment, const u32*, const float*, float (&sum)[SETS][4]) {
     int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
     #pragma unroll
     for (int s = 0; s < SETS; s++) {
         const u16* source = in + (size_t)(s * 8 + line) * stride + segment * WIDE_K + quarter * 8;
-        #pragma unroll
-        for (int u = 0; u < 2; u++) {
-            uint4 b = *(const uint4*)(source + u * 32);
-            mma<BF>(sum[s], piece.top[u].x, piece.low[u].x, piece.top[u].y, piece.low[u].y, b.x, b.y);
-            mma<BF>(sum[s], piece.top[u].z, piece.low[u].z, piece.top[u].w, piece.low[u].w, b.z, b.w);
-        }
+        #pragma unroll 1
+        for (int half = 0; half < (low ? 2 : 1); half++)
+            #pragma unroll
+            for (int u = 0; u < 2; u++) {
+                uint4 b = *(const uint4*)(source + half * low + u * 32);
+                mma<BF>(sum[s], piece.top[u].x, piece.low[u].x, piece.top[u].y, piece.low[u].y, b.x, b.y);
+                mma<BF>(sum[s], piece.top[u].z, piece.low[u].z, piece.top[u].w, piece.low[u].w, b.z, b.w);
+            }
     }
 }
 
 template <int K>
-__device__ __forceinline__ void add_lines(const Int8Piece<K>& piece, const u16* in, int stride, int segment, const u32*,
-                                          const float*, float (&sum)[SETS][4]) {
+__device__ __forceinline__ void add_lines(const Int8Piece<K>& piece, const u16* in, int stride, int low, int segment,
+                                          const u32*, const float*, float (&sum)[SETS][4]) {
     int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
     u32 a[4] = {piece.top.x, piece.top.y, piece.top.z, piece.top.w};
     u32 d[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
@@ -36,15 +40,18 @@ __device__ __forceinline__ void add_lines(const Int8Piece<K>& piece, const u16* 
         #pragma unroll
         for (int q = 0; q < 4; q++) {
             uint2 above = int8_to_fp16(a[q]), below = int8_to_fp16(d[q]);
-            uint2 b = *(const uint2*)(source + q * 4);
-            mma<false>(sum[s], above.x, below.x, above.y, below.y, b.x, b.y);
+            #pragma unroll 1
+            for (int half = 0; half < (low ? 2 : 1); half++) {
+                uint2 b = *(const uint2*)(source + half * low + q * 4);
+                mma<false>(sum[s], above.x, below.x, above.y, below.y, b.x, b.y);
+            }
         }
     }
 }
 
 // 절댓값 블록 둘을 따로 더해야 하므로 블록마다 다른 블록을 맡은 레인의 활성값을 0으로 두고 곱한다.
 template <int K>
-__device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* in, int stride, int segment,
+__device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* in, int stride, int low, int segment,
                                           const u32* table, const float* code, float (&sum)[SETS][4]) {
     int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
     u32 lane_bits = (threadIdx.x & 31) * 4;
@@ -61,12 +68,15 @@ __device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* i
         #pragma unroll
         for (int s = 0; s < SETS; s++) {
             const u16* source = in + (size_t)(s * 8 + line) * stride + segment * NF4_K + quarter * 32;
-            uint4 b = *(const uint4*)(source + q * 8);
-            #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                bool mine = quarter >> 1 == half;
-                mma<false>(c[s][half], w[0], w[1], w[2], w[3], mine ? b.x : 0, mine ? b.y : 0);
-                mma<false>(c[s][half], w[4], w[5], w[6], w[7], mine ? b.z : 0, mine ? b.w : 0);
+            #pragma unroll 1
+            for (int half = 0; half < (low ? 2 : 1); half++) {
+                uint4 b = *(const uint4*)(source + half * low + q * 8);
+                #pragma unroll
+                for (int block = 0; block < 2; block++) {
+                    bool mine = quarter >> 1 == block;
+                    mma<false>(c[s][block], w[0], w[1], w[2], w[3], mine ? b.x : 0, mine ? b.y : 0);
+                    mma<false>(c[s][block], w[4], w[5], w[6], w[7], mine ? b.z : 0, mine ? b.w : 0);
+                }
             }
         }
     }
@@ -81,11 +91,11 @@ __device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* i
 // 블록이 맡은 묶음 count개를 모든 줄과 곱해 partial[묶음][ACROSS][ROWS][LINES]에 적는다. 묶음마다 모든 워프가 칸을 나눈다.
 template <class T, int K, class Where>
 __device__ __forceinline__ void multiply_tiles(const Matrix* parts, int first, int count, const u16* in, int stride,
-                                               const u32* table, const float* code, float* partial) {
-    typedef Product<T, K, 2, Where> Shape;
-    enum { PER = Shape::PER, ACROSS = Shape::ACROSS };
-    Product<T, K, PER < 4 ? 4 : 2, Where> product(parts, first, count);
-    constexpr int AHEAD = PER < 4 ? 4 : 2;
+                                               int low, const u32* table, const float* code, float* partial) {
+    enum { AHEAD = 2 };  // 더 미리 읽으면 레지스터가 모자라 느려진다
+    typedef Product<T, K, AHEAD, Where> Tiles;
+    enum { PER = Tiles::PER, ACROSS = Tiles::ACROSS };
+    Tiles product(parts, first, count);
     product.prime();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, step = 0, segment = warp % ACROSS * PER;
     float* out = partial + (size_t)warp * ROWS * LINES;
@@ -94,7 +104,7 @@ __device__ __forceinline__ void multiply_tiles(const Matrix* parts, int first, i
         #pragma unroll
         for (int d = 0; d < AHEAD; d++) {
             if (base + d >= product.count) break;
-            add_lines(product.pieces[d], in, stride, segment + step, table, code, sum);
+            add_lines(product.pieces[d], in, stride, low, segment + step, table, code, sum);
             if (base + d + AHEAD < product.count) product.load(d);
             if (++step != PER) continue;
             step = 0;
@@ -114,8 +124,8 @@ enum Use { TO_QKV, TO_ACT, TO_RESIDUAL, TO_LOGITS };
 
 // 선형층 하나를 모든 줄에 곱하고 쓰임에 맞게 적는다. 블록은 묶음 LINE_SLOTS개씩 돈다.
 template <Use USE, class T, int K, class Where, int PAIR>
-__device__ __forceinline__ void multiply(const Linear& linear, const u16* in, int stride, const float* d, int parts,
-                                         int units, const float* code, void* out) {
+__device__ __forceinline__ void multiply(const Linear& linear, const u16* in, int stride, int low, const float* d,
+                                         int parts, int units, const float* code, void* out) {
     u32* table = (u32*)shared;
     float* codes = (float*)(shared + TABLE_BYTES);
     float* partial = codes + 256;
@@ -126,7 +136,7 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
     int first = (int)((u64)units * blockIdx.x / gridDim.x), last = (int)((u64)units * (blockIdx.x + 1) / gridDim.x);
     for (int begin = first; begin < last; begin += AT_ONCE) {
         int count = min(AT_ONCE, last - begin);
-        multiply_tiles<T, K, Where>(linear.part, begin * PAIR, count * PAIR, in, stride, table, codes, partial);
+        multiply_tiles<T, K, Where>(linear.part, begin * PAIR, count * PAIR, in, stride, low, table, codes, partial);
         __syncthreads();
         for (int e = threadIdx.x; e < count * ROWS * LINES; e += THREADS) {
             int line = e % LINES, inside = e / LINES % ROWS, unit = e / LINES / ROWS, row = (begin + unit) * ROWS + inside;
@@ -149,8 +159,8 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
             }
             if (USE == TO_QKV) ((float*)out)[(size_t)line * (QDIM + 2 * KVDIM) + row] = value[0];
             if (USE == TO_ACT)
-                ((u16*)out)[(size_t)line * FF + row] =
-                    narrow<ACT_BF16>(activate(value[0]) * (PAIR == 2 ? value[PAIR - 1] : 1.f) * IN_SCALE);
+                store_split<ACT_BF16>((u16*)out + (size_t)line * FF + row, (u16*)out + (size_t)(LINES + line) * FF + row,
+                                      activate(value[0]) * (PAIR == 2 ? value[PAIR - 1] : 1.f) * IN_SCALE);
             if (USE == TO_RESIDUAL) {
                 float* target = (float*)out + (size_t)line * HIDDEN + row;
                 *target = POST_NORM ? value[0] : *target + value[0] * RESIDUAL_SCALE;
@@ -166,10 +176,10 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
 }
 
 #define LINES_KERNEL(NAME, USE, T, K, WHERE, PAIR, UNITS)                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Linear linear, const u16* in, int stride,            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Linear linear, const u16* in, int stride, int low,   \
                                                                   const float* d, int parts, const float* code,        \
                                                                   void* out) {                                         \
-        multiply<USE, T, K, WHERE, PAIR>(linear, in, stride, d, parts, UNITS, code, out);                              \
+        multiply<USE, T, K, WHERE, PAIR>(linear, in, stride, low, d, parts, UNITS, code, out);                         \
     }
 #if QKV_PARTS == 3
 LINES_KERNEL(qkv_lines, TO_QKV, Piece<HIDDEN>, HIDDEN, QkvMatrices, 1, (QDIM + 2 * KVDIM) / ROWS)
@@ -186,15 +196,25 @@ LINES_KERNEL(down_lines, TO_RESIDUAL, Piece<FF>, FF, OneMatrix, 1, HIDDEN / ROWS
 typedef WidePiece<BF16, HIDDEN> HeadPiece;
 LINES_KERNEL(head_lines, TO_LOGITS, HeadPiece, HIDDEN, OneMatrix, 1, (VOCAB + ROWS - 1) / ROWS)
 
-// LoRA의 아래쪽 곱 d = A in. grid (part의 수 * RANK), 블록 256. a: fp32 [grid.x][columns].
-extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, const u16* in, int stride, int columns,
-                                                             float* d) {
+// LoRA의 아래쪽 곱 d = A in. grid (part의 수 * RANK), 블록 256. a: fp32 [grid.x][columns]. 스레드 하나가 8칸씩 맡는다.
+extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, const u16* in, int stride, int low,
+                                                             int columns, float* d) {
     __shared__ float sums[8][LINES];
     float sum[LINES] = {};
-    for (int i = threadIdx.x; i < columns; i += 256) {
-        float weight = __ldg(a + (size_t)blockIdx.x * columns + i);
+    for (int i = threadIdx.x * 8; i < columns; i += 256 * 8) {
+        float weight[8];
+        for (int j = 0; j < 8; j++) weight[j] = __ldg(a + (size_t)blockIdx.x * columns + i + j);
         #pragma unroll
-        for (int line = 0; line < LINES; line++) sum[line] += weight * widen<ACT_BF16>(in[(size_t)line * stride + i]);
+        for (int line = 0; line < LINES; line++)
+            #pragma unroll 1
+            for (int half = 0; half < (low ? 2 : 1); half++) {
+                uint4 packed = *(const uint4*)(in + (size_t)line * stride + half * low + i);
+                u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+                #pragma unroll
+                for (int j = 0; j < 4; j++)
+                    sum[line] += weight[2 * j] * widen<ACT_BF16>((u16)words[j]) +
+                                 weight[2 * j + 1] * widen<ACT_BF16>((u16)(words[j] >> 16));
+            }
     }
     #pragma unroll
     for (int line = 0; line < LINES; line++) {
@@ -209,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, con
 }
 
 // 줄마다의 norm. grid (LINES). 아직 더하지 않은 출력 y가 있으면 그 norm을 걸어 x에 더한 뒤에 한다.
-//   to_head면 출력 행렬의 입력: dtype이 모델의 것이고 배율을 곱하지 않는다.
+//   out: 16비트 [위, 아래][LINES][HIDDEN]. to_head면 출력 행렬의 입력이라 dtype이 모델의 것이고 배율을 곱하지 않는다.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_lines(float* x, const float* y, const float* post, Norm norm,
                                                                  int to_head, u16* out) {
     __shared__ float2 scratch[2 * WARPS];
@@ -232,6 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_lines(float* x, const
         if (i >= HIDDEN) continue;
         float value = norm.weight ? (row.v[j] - moment.x) * moment.y * __ldg(norm.weight + i) : row.v[j];
         if (norm.bias) value += __ldg(norm.bias + i);
-        out[at + i] = to_head ? narrow<BF16>(value) : narrow<ACT_BF16>(value * IN_SCALE);
+        u16 *high = out + at + i, *low = high + LINES * HIDDEN;
+        if (to_head) store_split<BF16>(high, low, value);
+        else store_split<ACT_BF16>(high, low, value * IN_SCALE);
     }
 }
