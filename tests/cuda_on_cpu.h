@@ -203,6 +203,7 @@ static u64 atomicMax(u64* at, u64 value) {
 }
 template <class T> static T __ldg(const T* at) { return *at; }
 template <class T> static T __ldcg(const T* at) { return *at; }
+template <class T> static T __ldcs(const T* at) { return *at; }
 static u32 __float_as_uint(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
 static float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
 static u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }

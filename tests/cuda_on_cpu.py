@@ -16,11 +16,11 @@ KERNELS = Path(__file__).resolve().parents[1] / "utils" / "engine" / "kernels"
 AVAILABLE = shutil.which("g++") is not None and platform.machine() == "x86_64" and platform.system() == "Linux"
 
 
-def load_kernels(names: list[str], defines: dict, folder: Path) -> dict:
+def load_kernels(names: list[str], defines: dict, folder: Path, sources: tuple[str, ...] = SOURCES) -> dict:
     """커널 소스를 `folder`에 컴파일해서 이름별로 부를 수 있는 것을 준다. `Kernel`과 부르는 법이 같다."""
     source = [f"#define {name} {value}" for name, value in defines.items()]
     source.append(Path(__file__).with_name("cuda_on_cpu.h").read_text(encoding="utf-8"))
-    source += [(KERNELS / name).read_text(encoding="utf-8") for name in SOURCES if name != "device.cuh"]
+    source += [(KERNELS / name).read_text(encoding="utf-8") for name in sources if name != "device.cuh"]
     source += [f'extern "C" void run_{name}(const u32* sizes, void** arguments) {{ launch({name}, sizes, arguments); }}'
                for name in names]
     file = folder / "kernels.cpp"

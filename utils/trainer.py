@@ -12,8 +12,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from utils.batches import MicroBatches, PaddedBlocks, block_key, count_documents, split_rows, stack_blocks
 from utils.captured import CapturedStep, check_isolation
-from utils.engine.train_layers import restore_embedding, why_not
-from utils.engine.train_step import NeoxStep
+from utils.engine.families import describe
+from utils.engine.train_layers import restore_embedding
+from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.microstep import IGNORE, AutogradStep, recompute_all, shifted_targets
 from utils.planner import MemoryPlan
@@ -91,11 +92,11 @@ class LeanTrainer(Trainer):
 
     def _choose_step(self):
         plan = self.plan or MemoryPlan(self.args.per_device_train_batch_size)
-        reason = why_not(self.model)
-        if reason is not None:
-            return AutogradStep(self.model, plan.recompute_layers > 0, reason)
+        family = describe(self.model, training=True)
+        if isinstance(family, str):
+            return AutogradStep(self.model, plan.recompute_layers > 0, family)
         documents = max(count_documents(data) for data in (self.train_dataset, self.eval_dataset))
-        return NeoxStep(self.model, plan.recompute_layers, max(2, documents))  # 격리 검사는 두 문서를 쓴다
+        return TrainStep(self.model, plan.recompute_layers, max(2, documents))  # 격리 검사는 두 문서를 쓴다
 
     def _keys(self, rows: int, first: int = 0) -> dict:
         """블록마다의 dropout 씨앗. (seed, global step, batch 안의 자리)로 정해져 재개해도, 나누어 계산해도 같다."""

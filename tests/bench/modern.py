@@ -11,6 +11,13 @@ SHAPES = {
                    "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED},
     "llama-1.5b": {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 7168,
                    "vocab_size": 110592, "tie_word_embeddings": True, "max_position_embeddings": 131072, **GROUPED},
+    "qwen3-4b": {"model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728,
+                 "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED,
+                 "num_attention_heads": 32},
+    "exaone4-1.2b": {"model_type": "exaone4", "hidden_size": 2048, "num_hidden_layers": 30, "intermediate_size": 4096,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 102400,
+                     "tie_word_embeddings": True, "max_position_embeddings": 65536, "sliding_window": None,
+                     "layer_types": ["full_attention"] * 30},
     "gemma3-270m": {"model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 18,
                     "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048,
                     "vocab_size": 262144, "tie_word_embeddings": True, "max_position_embeddings": 32768,
@@ -18,12 +25,14 @@ SHAPES = {
 }
 
 
-def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, double_quant: bool = True):
+def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, double_quant: bool = True,
+          compute: torch.dtype | None = None):
     """무작위 가중치의 CausalLM. 어댑터는 없다.
 
     Args:
         kind: "nf4", "int8", "wide"(16비트 그대로).
-        dtype: 양자화하지 않는 가중치와 4비트 선형층이 계산하는 dtype.
+        dtype: 양자화하지 않는 가중치의 dtype.
+        compute: 4비트 선형층이 계산하는 dtype. None이면 dtype과 같다.
     """
     import bitsandbytes as bnb
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,7 +51,8 @@ def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, do
         if type(module) is torch.nn.Linear and name != "lm_head":
             weight = random(module.out_features, module.in_features)
             if kind == "nf4":
-                linear = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype,
+                linear = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False,
+                                           compute_dtype=compute or dtype,
                                            compress_statistics=double_quant, quant_type="nf4", device="meta")
                 linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double_quant,
                                                   quant_type="nf4", module=linear).to("cuda")
