@@ -168,11 +168,8 @@ def test_the_cache_grows_by_pages():
 
 @needs_compiler
 def test_long_questions_and_pages(tmp_path):
-    """조각을 나누어 읽은 질문과 쪽을 넘긴 답의 로짓."""
-    model = build("gemma3_text", torch.bfloat16, num_hidden_layers=2)
-    ours, theirs = errors(model, tmp_path, prompt=509, answer=6)
-    assert ours < max(1.2 * theirs, 0.01), (ours, theirs)
-    ours, theirs = errors(model, tmp_path, prompt=600, answer=3)
+    """조각을 나누어 읽은 질문이 쪽을 넘었을 때의 로짓."""
+    ours, theirs = errors(build("gemma3_text", torch.bfloat16), tmp_path, prompt=600, answer=3)
     assert ours < max(1.2 * theirs, 0.01), (ours, theirs)
 
 
