@@ -18,6 +18,7 @@ struct Norm {
 struct Row {
     float v[PER_THREAD];
 
+// 앞 커널이 적은 값은 L1을 거치지 않고 읽는다(ldcg). 다른 SM이 적은 것이라 L1에는 옛 값이 있을 수 있다.
     __device__ __forceinline__ void load(const float* source) {
         #pragma unroll
         for (int j = 0; j < PER_THREAD; j++) {
@@ -25,6 +26,7 @@ struct Row {
             v[j] = source && i < HIDDEN ? __ldcg(source + i) : 0.f;
         }
     }
+// 가중치는 바뀌지 않으므로 읽기 전용 캐시로 읽는다(ldg).
     __device__ __forceinline__ void load_constant(const float* source) {
         #pragma unroll
         for (int j = 0; j < PER_THREAD; j++) {
@@ -73,6 +75,7 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
             Row y, post;
             y.load(from.y);
             post.load_constant(from.post);
+// 앞 선형층의 출력에 거는 norm: x += y / rms(y) * post
             float factor = moments(y, scratch).y;
             #pragma unroll
             for (int j = 0; j < PER_THREAD; j++) x.v[j] += y.v[j] * factor * post.v[j];
@@ -83,6 +86,7 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
         }
     }
     if (NORMED && !EARLY_NORM) load_norm(norm, weight, bias);
+// 이 선형층의 입력에 거는 norm. 두 moments는 scratch의 다른 자리를 쓰므로 사이에 동기화가 없어도 된다
     float2 moment = NORMED ? moments(x, scratch + WARPS) : float2{0.f, 1.f};
     #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
@@ -95,6 +99,7 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
 }
 
 __device__ __forceinline__ float activate(float value) {
+// 어느 것인지는 컴파일할 때 정해지므로 나머지 가지는 사라진다
     if (ACTIVATION == SILU) return value / (1.f + expf(-value));
     if (ACTIVATION == GELU_TANH)
         return 0.5f * value * (1.f + tanhf(0.7978845608f * (value + 0.044715f * value * value * value)));
@@ -204,10 +209,12 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
            TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
     typedef typename Choose<PARTS == 3, QkvMatrices, typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type>::Type Where;
     typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
+// 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다
     int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
     Main product(linear.part, first * PAIR, tiles * PAIR);
     product.prime();
     // 이 블록의 행들이 쓰는 part만 LoRA를 센다. gate와 up은 늘 함께 쓴다
+// 어댑터를 끄면 *adapter가 0이다. 블록 전체가 같은 값을 보므로 동기화가 어긋나지 않는다
     bool adapted = RANK && linear.lora_a.weight && adapter != 0.f;
     int part_begin = MLP ? 0 : Where::part(first), part_end = MLP ? PARTS : Where::part(first + tiles - 1) + 1;
     LoraDown<HIDDEN> lora(&linear.lora_a, part_begin * LORA_TILES, adapted ? (part_end - part_begin) * LORA_TILES : 0);
@@ -226,11 +233,14 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     LoraOfActGiver giver;
     if (gives) giver.prime(next_lora, first * ROWS, tiles * ROWS);
     space.fill(code);
+// 2. 앞 커널이 끝나면 잔차를 읽어 norm한다. 블록마다 똑같이 센다: 나누어 세고 모으는 것보다 빠르다
     wait_for_previous_kernel();
     read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, bias, IN_SCALE, high, scratch);
     __syncthreads();
 
+// 활성값의 위와 아래 절반, NF4의 표, 8비트 코드표
     Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
+// 3. 곱한다. 워프마다의 합은 공유 메모리에 있고, 동기화한 뒤에 행마다 더한다
     if (adapted) lora.run(inputs, space.lora_partial);
     product.run(inputs, space.partial);
     __syncthreads();
@@ -241,6 +251,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
         __syncthreads();
     }
     const float* down = adapted ? space.down : 0;
+// 4. 출력 행 하나를 스레드 하나가 마무리한다
     if (!MLP) {
         if (!has_row) return;
         int part = Where::part(row / ROWS);
@@ -258,6 +269,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
         store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
     }
     if (!gives) return;
+// 5. 다음 커널(contract)의 LoRA가 쓸 몫을 여기서 센다. act가 아직 fp32로 공유 메모리에 들어갈 수 있을 때다
     float* values = (float*)high;  // 입력은 다 썼다
     if (has_row) values[threadIdx.x] = value;
     __syncthreads();
@@ -287,6 +299,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     typedef Product<Piece<FF>, FF, 4> Down;
     enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
     int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
+// 1. 기다리기 전: 두 선형층의 가중치와 행의 마무리에 쓸 것을 미리 읽는다
     Down down_product(down.part, first, DOWN ? tiles : 0);
     Out out_product(out.part, first, OUT ? tiles : 0);
     if (DOWN) down_product.prime();
@@ -298,6 +311,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     Space space(OUT ? LORA_TILES : 0, slots * (OUT + DOWN));
     float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
     u16* inputs = (u16*)space.rest;
+// 두 선형층의 입력이 차례로 놓인다
     u16* acts = inputs + (OUT ? QDIM * COPIES : 0);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
@@ -306,6 +320,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     if (has_row && DOWN) down_end.load(down, row, down_adapted);
     space.fill(code);
     wait_for_previous_kernel();
+// 2. 앞 커널이 적은 활성값을 공유 메모리로 옮긴다. LoRA의 몫도 함께 읽기 시작해서 기다림을 겹친다
     LoraOfActTaker taker;
     if (down_adapted) taker.load(down_lora);
     if (OUT)
@@ -321,6 +336,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
 
     Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
     Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.table, space.codes};
+// 3. 곱한다
     if (out_adapted) lora.run(out_inputs, space.lora_partial);
     if (DOWN) down_product.run(down_inputs, down_partial);
     if (OUT) out_product.run(out_inputs, space.partial);
@@ -330,6 +346,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
         __syncthreads();
     }
     if (!has_row) return;
+// 4. 행마다 더해 잔차를 고친다. 블록마다 다른 행이므로 서로 부딪치지 않는다
     float sum = 0.f;
     if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), out_adapted ? space.down : 0, row);
     if (DOWN)
@@ -359,6 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Nor
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
     let_next_kernel_start();
+// 어휘가 크면 블록이 SM보다 많다. 출력 행렬은 16비트라 NF4의 표가 필요 없다
     int first = (int)((u64)TILES * blockIdx.x / gridDim.x);
     int tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first;
     Main product(linear.part, first, tiles);
@@ -374,6 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Nor
     product.run({high, high + HIDDEN, 0, 0}, partial);
     __syncthreads();
     int row = first * ROWS + threadIdx.x;
+// 16의 배수까지 채운 행의 로짓은 적지 않는다
     if (threadIdx.x >= tiles * ROWS || row >= VOCAB) return;
     float value = Main::row(partial, threadIdx.x) * LOGIT_SCALE;
     logits[row] = LOGIT_CAP > 0.f ? LOGIT_CAP * tanhf(value * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f))) : value;

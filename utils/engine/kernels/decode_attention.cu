@@ -55,6 +55,7 @@ __device__ __forceinline__ float rotate(const float* head, float2 turn, int d) {
 
 // GROUP칸을 int8로 적고 fp16 scale 하나를 남긴다. 이어진 GROUP개 스레드가 함께 부른다.
 __device__ __forceinline__ void store_int8(signed char* values, u16* scales, int d, float value) {
+// GROUP칸의 절댓값 가운데 가장 큰 것이 127이 된다
     float largest = fabsf(value);
     for (int step = GROUP / 2; step; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
     u16 bits = narrow<false>(largest / 127.f);
@@ -79,6 +80,7 @@ __device__ __forceinline__ int value_at(int head) {
 
 // 워프 하나가 머리 하나를 [HEAD_DIM] 옮기며 RMS norm을 한다. weight가 널이면 그대로 옮긴다.
 __device__ __forceinline__ void copy_head(const float* source, float* target, const float* weight) {
+// 레인 하나가 32칸 간격으로 PER_LANE칸을 맡는다
     enum { PER_LANE = (HEAD_DIM + 31) / 32 };
     int lane = threadIdx.x & 31;
     float value[PER_LANE], square = 0.f;
@@ -110,15 +112,18 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
     __shared__ bool last;
     let_next_kernel_start();
+// 함께 답하는 줄마다 메모리가 이어져 있다. 줄이 하나면 z는 0이다
     qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
     partial += blockIdx.z * HEADS * SPLITS * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
+// 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
     int seen = position + 1 - oldest, splits = gridDim.y, per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 
+// 위치 하나의 K는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 위치 STEPS개를 맡는다
     uint4 key[STEPS], value[STEPS];
     u16 key_scale[STEPS], value_scale[STEPS];
     bool present[STEPS];
@@ -141,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     float2 turn = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), tid);
     wait_for_previous_kernel();
 
+// q, k, v 머리를 워프가 하나씩 옮기며 norm한다
     bool is_last = end == position + 1;  // 새 토큰의 위치를 맡은 블록
     for (int v = warp; v < Q + 2; v += ATTENDERS / 32) {
         if (v < Q) copy_head(qkv + query_at(first_head + v), raw[v], attention.q_norm);
@@ -156,12 +162,14 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         }
     }
     __syncthreads();
+// K, V 머리를 함께 쓰는 블록이 여럿이면 첫 블록만 cache에 적는다
     if (is_last && first_head % PER_KV == 0 && tid < 2 * LANES) {
         int kind = tid / LANES, i = tid % LANES;
         ((uint4*)here.values(kind, layer, kv))[i] = ((const uint4*)fresh[kind])[i];
         here.scales(kind, layer, kv)[i * LANE / GROUP] = fresh_scales[kind][i * LANE / GROUP];
     }
 
+// 이어 가는 softmax: 지금까지의 최댓값, 지수의 합, 지수를 곱한 V의 합
     float largest[Q], total[Q], sum[Q][LANE];
     #pragma unroll
     for (int h = 0; h < Q; h++) {
@@ -174,6 +182,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
             load(from);
         }
         #pragma unroll
+// 점수 = q k. 새 토큰의 K, V는 방금 만든 것을 쓴다
         for (int s = 0; s < STEPS; s++) {
             int row = from + sub + s * AT_ONCE;
             if (present[s] && row == position) {
@@ -197,6 +206,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         __syncthreads();
         #pragma unroll
         for (int h = 0; h < Q; h++) {
+// 워프마다 같은 점수를 읽어 같은 최댓값을 얻으므로 블록의 동기화가 필요 없다
             float most = largest[h], more = 0.f;
             for (int i = lane; i < CHUNK; i += 32) most = fmaxf(most, scores[h][i]);
             for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
@@ -223,6 +233,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         }
     __syncthreads();
 
+// 워프들의 합을 모은다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int h = 0; h < Q; h++) {
         u16* target = out + (first_head + h) * HEAD_DIM;
         float* mine = partial + ((size_t)(first_head + h) * SPLITS + blockIdx.y) * (HEAD_DIM + 2);
@@ -235,6 +246,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         if (active > 1 && tid == 0) mine[HEAD_DIM] = largest[h], mine[HEAD_DIM + 1] = total[h];
     }
     if (active == 1) return;
+// 마지막에 끝난 블록이 토막들을 합친다: 최댓값을 맞추어 지수의 합으로 나눈다
     __threadfence();
     __syncthreads();
     if (tid == 0) last = atomicAdd(done + blockIdx.x, 1) == active - 1;

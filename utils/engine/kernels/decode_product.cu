@@ -244,6 +244,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
         pieces[d].load(matrix, at);
         at += T::STEP_BYTES;
         bool wrap = STATIC ? d % PER == PER - 1 : ++next == PER;
+// 묶음 하나를 다 읽으면 이 워프의 다음 묶음으로 간다
         if (wrap) tile += GROUPS, next = 0, find();
     }
 
@@ -254,6 +255,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
     }
 
     __device__ __forceinline__ void run(const Inputs& in, float* partial) {
+// 활성값의 조각 b는 묶음이 바뀌어도 같다. 워프가 맡은 칸이 좁으면(HELD) 레지스터에 쥐고 있는다
         int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = warp % ACROSS * PER, step = 0;
         float upper = 0.f, lower = 0.f;
         float* out = partial + (warp / ACROSS * ACROSS + warp % ACROSS) * ROWS + (lane >> 2);
@@ -270,6 +272,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
                 if (base + d + AHEAD < count) load(d);
                 if (STATIC ? d % PER != PER - 1 : ++step != PER) continue;
                 step = 0;
+// 레인 4g의 열 0, 1(위와 아래 절반)과 레인 4g + 1의 열 2, 3을 더하면 행 g의 합이다
                 upper += __shfl_xor_sync(~0u, upper, 1);
                 lower += __shfl_xor_sync(~0u, lower, 1);
                 if ((lane & 3) == 0) out[0] = upper, out[8] = lower;
@@ -279,6 +282,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
         }
     }
 
+// 블록이 맡은 row번째 출력 행의 합. 더하는 차례가 정해져 있어 답은 늘 같다.
     __device__ __forceinline__ static float row(const float* partial, int row) {
         float sum = 0.f;
         #pragma unroll

@@ -13,6 +13,7 @@
 template <bool BF, int K, bool HALF>
 __device__ __forceinline__ void add_lines(const WidePiece<BF, K, HALF>& piece, const u16* in, int stride, int low,
                                           int segment, const u32*, const float*, float (&sum)[SETS][4]) {
+// 텐서 코어의 열은 줄이고, 레인은 제 열의 활성값 네 조각 가운데 하나를 읽는다
     int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
     #pragma unroll
     for (int s = 0; s < SETS; s++) {
@@ -59,10 +60,12 @@ __device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* i
     u32 d[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
     float2 above = Nf4Piece<K>::decode(piece.top_scale, code, piece.offset);
     float2 below = Nf4Piece<K>::decode(piece.low_scale, code, piece.offset);
+// c[묶음 여덟 줄][절댓값 블록]: 블록마다 따로 더해야 절댓값을 합에 한 번만 곱한다
     float c[SETS][2][4] = {};
     #define PAIR(moved) (*(const u32*)((const char*)table + ((moved) & 0x7f80 | lane_bits)))
     #pragma unroll
     for (int q = 0; q < 4; q++) {
+// 표에서 꺼낸 가중치는 모든 줄이 함께 쓴다. 줄이 하나일 때와 달리 꺼내는 값이 거의 들지 않는다
         u32 w[8] = {PAIR(a[q] << 7), PAIR(d[q] << 7), PAIR(a[q] >> 1), PAIR(d[q] >> 1),
                     PAIR(a[q] >> 9), PAIR(d[q] >> 9), PAIR(a[q] >> 17), PAIR(d[q] >> 17)};
         #pragma unroll
@@ -98,6 +101,7 @@ __device__ __forceinline__ void multiply_tiles(const Matrix* parts, int first, i
     Tiles product(parts, first, count);
     product.prime();
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, step = 0, segment = warp % ACROSS * PER;
+// 워프마다의 합 [ROWS][LINES]를 적는 자리
     float* out = partial + (size_t)warp * ROWS * LINES;
     float sum[SETS][4] = {};
     for (int base = 0; base < product.count; base += AHEAD) {
@@ -106,6 +110,7 @@ __device__ __forceinline__ void multiply_tiles(const Matrix* parts, int first, i
             if (base + d >= product.count) break;
             add_lines(product.pieces[d], in, stride, low, segment + step, table, code, sum);
             if (base + d + AHEAD < product.count) product.load(d);
+// 묶음 하나를 다 읽었다
             if (++step != PER) continue;
             step = 0;
             #pragma unroll
@@ -132,17 +137,21 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
     if (USE != TO_LOGITS && WEIGHT == NF4_WEIGHT) build_table(table);
     if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
     __syncthreads();
+// 워프 ACROSS개가 묶음 하나를 나누고, 한 번에 AT_ONCE단위의 합을 공유 메모리에 둔다
     enum { ACROSS = Product<T, K, 2, Where>::ACROSS, GROUPS = WARPS / ACROSS, AT_ONCE = LINE_SLOTS / PAIR };
+// 단위는 출력 ROWS행이다. gate와 up은 두 묶음이 한 단위다
     int first = (int)((u64)units * blockIdx.x / gridDim.x), last = (int)((u64)units * (blockIdx.x + 1) / gridDim.x);
     for (int begin = first; begin < last; begin += AT_ONCE) {
         int count = min(AT_ONCE, last - begin);
         multiply_tiles<T, K, Where>(linear.part, begin * PAIR, count * PAIR, in, stride, low, table, codes, partial);
         __syncthreads();
+// 스레드 하나가 (행, 줄) 하나를 마무리한다. 이웃한 스레드는 이웃한 줄이라 partial을 이어서 읽는다
         for (int e = threadIdx.x; e < count * ROWS * LINES; e += THREADS) {
             int line = e % LINES, inside = e / LINES % ROWS, unit = e / LINES / ROWS, row = (begin + unit) * ROWS + inside;
             float value[PAIR];
             #pragma unroll
             for (int p = 0; p < PAIR; p++) {
+// whole: 나란한 행렬들을 이어 붙였을 때의 행. bias와 LoRA의 B가 그 차례로 놓여 있다
                 int tile = unit * PAIR + p, whole = p * FF + row;
                 float sum = 0.f;
                 // 워프 ACROSS개가 묶음 하나를 나누고, 묶음 GROUPS개가 나란히 간다
@@ -157,14 +166,17 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
                         sum += __ldg(linear.lora_b + (size_t)whole * RANK + r) * d[line * parts * RANK + part * RANK + r];
                 value[p] = sum;
             }
+// 쓰임은 컴파일할 때 정해진다
             if (USE == TO_QKV) ((float*)out)[(size_t)line * (QDIM + 2 * KVDIM) + row] = value[0];
             if (USE == TO_ACT)
                 store_split<ACT_BF16>((u16*)out + (size_t)line * FF + row, (u16*)out + (size_t)(LINES + line) * FF + row,
                                       activate(value[0]) * (PAIR == 2 ? value[PAIR - 1] : 1.f) * IN_SCALE);
+// 줄과 행마다 스레드가 하나라 제자리에서 더한다
             if (USE == TO_RESIDUAL) {
                 float* target = (float*)out + (size_t)line * HIDDEN + row;
                 *target = POST_NORM ? value[0] : *target + value[0] * RESIDUAL_SCALE;
             }
+// 16의 배수까지 채운 행은 적지 않는다
             if (USE == TO_LOGITS && row < VOCAB) {
                 float logit = value[0] * LOGIT_SCALE;
                 if (LOGIT_CAP > 0.f) logit = LOGIT_CAP * tanhf(logit * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
@@ -201,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, con
                                                              int columns, float* d) {
     __shared__ float sums[8][LINES];
     float sum[LINES] = {};
+// A의 한 행과 모든 줄의 곱을 함께 센다. A를 한 번만 읽는다
     for (int i = threadIdx.x * 8; i < columns; i += 256 * 8) {
         float weight[8];
         for (int j = 0; j < 8; j++) weight[j] = __ldg(a + (size_t)blockIdx.x * columns + i + j);
@@ -222,6 +235,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, con
         if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5][line] = whole;
     }
     __syncthreads();
+// d의 모양은 [LINES][part의 수 * RANK]다
     if (threadIdx.x >= LINES) return;
     float whole = 0.f;
     for (int w = 0; w < 8; w++) whole += sums[w][threadIdx.x];
@@ -236,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_lines(float* x, const
     size_t at = (size_t)blockIdx.x * HIDDEN;
     Row row;
     row.load(x + at);
+// 앞 선형층의 출력에 거는 norm. 줄마다 블록이 하나라 x를 제자리에서 고쳐도 된다
     if (y) {
         Row more, weight;
         more.load(y + at), weight.load_constant(post);
@@ -246,6 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_lines(float* x, const
             if (i < HIDDEN) x[at + i] = row.v[j];
         }
     }
+// norm이 없는 구조(출력에만 거는 EXAONE 4)는 잔차를 그대로 입력으로 쓴다
     float2 moment = norm.weight ? moments(row, scratch + WARPS) : float2{0.f, 1.f};
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
