@@ -8,6 +8,7 @@ import pytest
 from conftest import load_script, run_script
 
 from utils import finetune, loader, results
+from utils.errors import UsageError
 from utils.finetune import Schedule
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.targets import choose_targets
@@ -113,6 +114,15 @@ def test_three_step_run_still_evaluates_and_saves():
 def test_auto_targets_follow_the_architecture():
     assert choose_targets(("auto",), {"model_type": "gpt_neox"}) == ("query_key_value",)
     assert choose_targets(("auto",), {"model_type": "llama"}) == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_all_means_every_linear_layer_but_the_head():
+    neox = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    llama = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert choose_targets(("all",), {"model_type": "gpt_neox"}) == neox
+    assert choose_targets(("all",), {"model_type": "qwen3"}) == llama
+    with pytest.raises(UsageError, match="이름을 쉼표로"):
+        choose_targets(("all",), {"model_type": "bloom"})
     assert choose_targets(("query_key_value", "dense"), {"model_type": "gpt_neox"}) == ("query_key_value", "dense")
 
 

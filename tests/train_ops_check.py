@@ -80,7 +80,18 @@ def op_errors(cuda, step, dtype: torch.dtype, device, rows: int = 2, block: int 
             size = projection.rows * (projection.columns + projection.tail)
             return [ops.weight(projection, torch.full((size,), torch.nan, dtype=dtype, device=device)).clone()]
 
+        def through_norm(ops, copy, projection=projection, d=d):
+            back, found, stats = copy(d), [], torch.zeros(tokens, 2, device=device)
+            ops.norm(copy(x), [(norms[0], copy(x))], stats=stats)
+            for adapter in projection.adapters:
+                adapter.lora_a.grad.zero_()
+                ops.lora_backward(copy(x), back, projection.columns, adapter, keys, norms[0], stats)
+                found.append(adapter.lora_a.grad.clone())
+            return [back, *found]
+
         compare("lora", lora)
+        if projection.columns == hidden:
+            compare("lora_norm", through_norm)
         compare("weight", weight)
     qkv, table = random(tokens, family.qkv_width), step._rotary_table(family.rotary_kinds[0], block)
     qk = random(tokens * (family.heads + family.kv_heads) * family.head_dim)

@@ -163,7 +163,7 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     # 출력 행렬 하나만 GPU에 있다. 입력 embedding은 그것과 한 tensor이거나 CPU 메모리로 옮긴다
     table = _segments(2 * family.vocab * family.hidden)
     trained = layers * sum(rank * (columns + rows) for name, (_, columns, rows) in linears.items() if name in targets)
-    kept = 2 * tokens * ((layers + 1) * kept_widths(family, tails)["x"] + layers * kept_widths(family, tails)["z"])
+    kept = 2 * tokens * (layers * sum(kept_widths(family, tails).values()) + family.hidden)  # 마지막 층의 출력까지
     saved = 2 * tokens * sum(saved_widths(family, tails).values())
     # 재계산하는 층과 마지막 층은 한 벌을 함께 쓴다. attention의 출력은 마지막 층까지 저마다 살아 있다
     alone = max(layers - recompute - 1, 0)

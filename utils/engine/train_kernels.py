@@ -61,11 +61,11 @@ class CudaOps(TorchOps):
     def _flat(self, name: str, count: int, *args) -> None:
         self.kernels[name]((-(-count // FLAT_THREADS),), (FLAT_THREADS,), *args)
 
-    def norm(self, x, outs, residual=None, bias=None) -> None:
+    def norm(self, x, outs, residual=None, bias=None, stats=None) -> None:
         (first, out), (second, other) = outs[0], outs[1] if len(outs) == 2 else (None, None)
         self._rows("norm_forward", len(x), x, first and first.weight, first and first.bias, out, out.stride(0),
                    second and second.weight, second and second.bias, other,
-                   0 if other is None else other.stride(0), residual, bias)
+                   0 if other is None else other.stride(0), residual, bias, stats)
 
     def post_norm(self, y, norm, x, out) -> None:
         self._rows("post_norm", len(y), y, norm.weight, norm.bias, x, out)
@@ -87,14 +87,15 @@ class CudaOps(TorchOps):
             (-(-tokens // LORA_ROWS),), (LORA_THREADS,), wide, adapter.lora_a.detach(), z, keys, tokens, wide.stride(0),
             columns, z.shape[1], adapter.column, adapter.rank, adapter.padded, *self._dropout(adapter, keys, tokens))
 
-    def lora_backward(self, u, wide, columns, adapter, keys) -> None:
+    def lora_backward(self, u, wide, columns, adapter, keys, norm=None, stats=None) -> None:
         tokens = len(u)
         tiles, count = -(-tokens // TILE_ROWS), adapter.rank * columns
         partial = torch.empty(tiles * count, dtype=torch.float32, device=u.device)
         grid = (-(-columns // (4 * TILE_THREADS)), tiles)
         self.kernels["lora_backward"](
-            grid, (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial, keys, tokens, u.stride(0), wide.stride(0),
-            columns, adapter.column, adapter.rank, *self._dropout(adapter, keys, tokens))
+            grid, (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial, keys, norm and norm.weight,
+            norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns, adapter.column, adapter.rank,
+            *self._dropout(adapter, keys, tokens))
         self._flat("reduce_partials", -(-count // 4), partial, adapter.lora_a.grad, tiles, count)
 
     def weight(self, projection: Projection, out) -> torch.Tensor:

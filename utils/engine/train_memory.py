@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.engine.families import Family
 
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
+STATS = 8  # 두 norm의 평균과 1/표준편차. fp32 넷을 16비트로 센 것
 TILE_ROWS = 16  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부분합이 잠시 있다
 
 
@@ -56,7 +57,7 @@ def saved_widths(family: Family, tails: Tails) -> dict[str, int]:
 
 def kept_widths(family: Family, tails: Tails) -> dict[str, int]:
     """재계산하든 않든 모든 층이 남기는 것."""
-    return {"x": family.hidden, "z": tails.total()}
+    return {"x": family.hidden, "z": tails.total(), "stats": STATS}
 
 
 def attention_bytes(family: Family) -> int:

@@ -53,10 +53,11 @@ class TorchOps:
     def __init__(self, family: Family):
         self.family = family
 
-    def norm(self, x, outs: list[tuple[Norm | None, torch.Tensor]], residual=None, bias=None) -> None:
+    def norm(self, x, outs: list[tuple[Norm | None, torch.Tensor]], residual=None, bias=None, stats=None) -> None:
         """x [tokens, hidden]의 norm을 `outs`마다 적는다. Norm이 None이면 x 그대로다.
 
-        `residual`이 있으면 거기에 x + bias를 적는다. 선형층의 출력을 그 위에 더하기 위한 것이다.
+        `residual`이 있으면 거기에 x + bias를 적는다. 선형층의 출력을 그 위에 더하기 위한 것이다. `stats` fp32
+        [tokens, 2]에는 커널이 행의 평균과 1/표준편차를 적어 `lora_backward`에서 다시 쓴다.
         """
         for norm, out in outs:
             out[:, :x.shape[1]] = x if norm is None else self._norm(x, norm)
@@ -111,19 +112,21 @@ class TorchOps:
         wide[:, columns:][:, adapter.column:adapter.column + adapter.padded] = \
             z[:, adapter.column:adapter.column + adapter.padded]
 
-    def lora_backward(self, u, wide, columns: int, adapter: Adapter, keys) -> None:
+    def lora_backward(self, u, wide, columns: int, adapter: Adapter, keys, norm: Norm | None = None,
+                      stats=None) -> None:
         """A의 gradient를 더하고, LoRA를 지나온 gradient를 입력의 gradient에 더한다.
 
         y = W u + scale B z, z = A d, d = dropout(u)라 하면 dz = scale B^T dy이고(행렬 곱이 이미 구해 `wide`의 끝에
         두었다), dA = dz d^T, du += dropout(A^T dz)다. 같은 자리를 버리므로 dropout의 backward는 dropout이다.
 
         Args:
-            u: 선형층의 입력 [tokens, columns].
+            u: 선형층의 입력 [tokens, columns]. `norm`이 있으면 그 norm을 걸기 전의 값이다.
             wide: [tokens, columns + tail]. 앞은 입력의 gradient, 끝은 dz다.
         """
         start = columns + adapter.column
         dz = wide[:, start:start + adapter.rank].float()
-        dropped = self._drop(adapter, u.float(), keys)
+        u = u.float() if norm is None else self._norm(u, norm).to(wide.dtype).float()
+        dropped = self._drop(adapter, u, keys)
         adapter.lora_a.grad.add_(dz.t() @ dropped)
         back = self._drop(adapter, dz @ adapter.lora_a.detach(), keys)
         wide[:, :columns] = wide[:, :columns].float() + back

@@ -95,7 +95,7 @@ class TrainStep:
     def release(self) -> None:
         """잡아 둔 메모리를 놓는다."""
         self._shape = None
-        self.x = self.z = self.saved = self.buffers = self.scratch = self.tables = None
+        self.x = self.z = self.stats = self.saved = self.buffers = self.scratch = self.tables = None
 
     def _prepare(self, rows: int, block: int) -> None:
         """rows x block 토큰의 메모리를 잡는다. 크기는 `train_memory`가 정한다."""
@@ -109,6 +109,8 @@ class TrainStep:
 
         kept = kept_widths(family, self.tails)
         self.x = empty(len(self.layers) + 1, tokens, kept["x"])
+        # 층마다 norm 둘의 (평균, 1/표준편차)
+        self.stats = torch.zeros(len(self.layers), 2, tokens, 2, dtype=torch.float32, device=self.device)
         self.z = [{name: empty(tokens, part.tail) for name, part in self._named(layer)} for layer in self.layers]
         widths = saved_widths(family, self.tails)
         alone = max(len(self.layers) - self.recompute_layers - 1, 0)
@@ -205,7 +207,7 @@ class TrainStep:
         norms = [(layer.norm1, n1)]
         if family.parallel:
             norms.append((layer.norm2, self._wide("n2", family.hidden + layer.mlp.tail)))
-        ops.norm(x, norms, None if family.post_norm else residual, layer.out_bias)
+        ops.norm(x, norms, None if family.post_norm else residual, layer.out_bias, self.stats[layer.index, 0])
         self._multiply(layer.qkv, n1, z["qkv"], keys, again, saved.qkv)
         table = self.tables[layer.turn] if layer.turn >= 0 else None
         q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
@@ -232,7 +234,8 @@ class TrainStep:
                 return
         else:
             n2 = self._wide("n1", family.hidden + layer.mlp.tail)
-            ops.norm(saved.mid, [(layer.norm2, n2)], None if family.post_norm else out, layer.down_bias)
+            ops.norm(saved.mid, [(layer.norm2, n2)], None if family.post_norm else out, layer.down_bias,
+                     self.stats[layer.index, 1])
         self._multiply(layer.mlp, n2, z["mlp"], keys, again, saved.h)
         if again and not family.post_norm:
             return
@@ -300,10 +303,8 @@ class TrainStep:
         ops.activate_backward(saved.h, dg)
         n2 = self._wide("n2" if family.parallel else "n1", family.hidden + layer.mlp.tail)
         self._backward_product(layer.mlp, saved.h, 1.0, z["mlp"], n2)
-        if layer.mlp.adapters:
-            normal = self._wide("t", family.hidden)
-            ops.norm(self.x[layer.index] if family.parallel else saved.mid, [(layer.norm2, normal)])
-            self._backward_lora(layer.mlp, normal, n2, keys)
+        source, which = (self.x[layer.index], 0) if family.parallel else (saved.mid, 1)
+        self._backward_lora(layer.mlp, source, n2, keys, layer.norm2, self.stats[layer.index, which])
         return n2
 
     def _backward_attention(self, layer: Layer, gradient, documents: Documents, keys) -> torch.Tensor | None:
@@ -327,10 +328,7 @@ class TrainStep:
         del parts
         n1 = self._wide("n1", family.hidden + layer.qkv.tail)
         self._backward_product(layer.qkv, saved.qkv, 1.0, z["qkv"], n1)
-        if layer.qkv.adapters:
-            normal = self._wide("t", family.hidden)
-            ops.norm(self.x[layer.index], [(layer.norm1, normal)])
-            self._backward_lora(layer.qkv, normal, n1, keys)
+        self._backward_lora(layer.qkv, self.x[layer.index], n1, keys, layer.norm1, self.stats[layer.index, 0])
         return n1
 
     def _through_post(self, norm, y, gradient) -> tuple[torch.Tensor, float]:
@@ -358,6 +356,7 @@ class TrainStep:
                 block = up[part.row:part.row + part.rows, part.column:part.column + part.rank]
                 part.lora_b.grad.add_(block, alpha=part.scale * scale)
 
-    def _backward_lora(self, projection: Projection, u, wide, keys) -> None:
+    def _backward_lora(self, projection: Projection, u, wide, keys, norm=None, stats=None) -> None:
+        """A의 gradient를 더하고 입력의 gradient를 마저 채운다. `norm`이 있으면 u는 그 norm의 앞이다."""
         for adapter in projection.adapters:
-            self.ops.lora_backward(u, wide, projection.columns, adapter, keys)
+            self.ops.lora_backward(u, wide, projection.columns, adapter, keys, norm, stats)

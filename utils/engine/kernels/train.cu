@@ -14,14 +14,15 @@
 
 // ---- norm ----
 
-// 행을 평균 0, 제곱평균 1로 만들고 1/표준편차를 돌려준다. RMSNorm은 평균을 빼지 않는다.
-__device__ __forceinline__ float standardize(Eight& x, bool active) {
+// 행을 평균 0, 제곱평균 1로 만들고 (평균, 1/표준편차)를 돌려준다. RMSNorm은 평균을 빼지 않는다.
+__device__ __forceinline__ float2 standardize(Eight& x, bool active) {
+    float mean = 0.f;
 #if !RMS
     float sum[1] = {0.f};
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[0] += x.v[i];
     sum_block<1, NORM_THREADS>(sum);
-    float mean = sum[0] / HIDDEN;
+    mean = sum[0] / HIDDEN;
 #pragma unroll
     for (int i = 0; i < 8; i++) x.v[i] -= mean;
 #endif
@@ -32,7 +33,7 @@ __device__ __forceinline__ float standardize(Eight& x, bool active) {
     float scale = rsqrtf(square[0] / HIDDEN + EPS);
 #pragma unroll
     for (int i = 0; i < 8; i++) x.v[i] *= scale;
-    return scale;
+    return float2{mean, scale};
 }
 
 __device__ __forceinline__ Eight affine(const Eight& x, const float* weight, const float* bias, int column) {
@@ -43,10 +44,10 @@ __device__ __forceinline__ Eight affine(const Eight& x, const float* weight, con
 }
 
 // 행 하나의 norm을 한 곳이나 두 곳(n2가 null이 아니면)에 적고, residual이 있으면 거기에 x + bias를 적는다.
-// w1이 null이면 n1에 x를 그대로 적는다. stride는 출력 행의 폭(원소)이다.
+// w1이 null이면 n1에 x를 그대로 적는다. stride는 출력 행의 폭(원소)이다. stats [tokens]에는 행의 (평균, 1/표준편차)를 적는다.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_forward(
     const u16* x, const float* w1, const float* b1, u16* n1, int stride1, const float* w2, const float* b2, u16* n2,
-    int stride2, u16* residual, const float* bias) {
+    int stride2, u16* residual, const float* bias, float2* stats) {
     size_t row = blockIdx.x;
     int column = threadIdx.x * 8;
     bool active = threadIdx.x < VECTORS;
@@ -62,7 +63,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_forward(
         if (active) store(n1 + row * stride1 + column, value);
         return;
     }
-    standardize(value, active);
+    float2 found = standardize(value, active);
+    if (stats && threadIdx.x == 0) stats[row] = found;
     if (!active) return;
     store(n1 + row * stride1 + column, affine(value, w1, b1, column));
     if (n2) store(n2 + row * stride2 + column, affine(value, w2, b2, column));
@@ -106,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_backward(
     }
     Eight normal = {};
     if (active) normal = load(x + at);
-    float scale = standardize(normal, active), sums[2] = {0.f, 0.f};
+    float scale = standardize(normal, active).y, sums[2] = {0.f, 0.f};
     if (active) {
         Eight w = load_float(w1 + column, 1.f);
 #pragma unroll
@@ -192,19 +194,28 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
 //   du += dropout(dz A)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
 //   partial[tile][r] = sum_row dz[row][r] dropout(u)[row]      fp32 [tiles, rank, columns]
 // 행의 묶음마다 따로 적고 reduce_partials가 차례대로 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다.
+// weight가 있으면 u는 norm의 앞이고, forward가 남긴 stats로 여기서 norm을 다시 건다. norm의 뒤를 남기지 않아도 된다.
 // 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
 #define BATCH 4
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
-    const u16* u, u16* wide, const float* a, float* partial, const int* keys, int tokens, int u_stride, int stride,
-    int columns, int own, int rank, int block_len, int site, int threshold, float keep_scale) {
+    const u16* u, u16* wide, const float* a, float* partial, const int* keys, const float* weight, const float* bias,
+    const float2* stats, int tokens, int u_stride, int stride, int columns, int own, int rank, int block_len, int site,
+    int threshold, float keep_scale) {
     __shared__ float dz[TILE_ROWS][SPAN];
     __shared__ uint2 seeds[TILE_ROWS];
+    __shared__ float2 norms[TILE_ROWS];
     Dropout drop = {keys, block_len, site, threshold, keep_scale};
     int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 4, first_row = blockIdx.y * TILE_ROWS;
     int rows = min(TILE_ROWS, tokens - first_row);
     bool active = column < columns;
-    if (threadIdx.x < rows) seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
+    if (threadIdx.x < rows) {
+        seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
+        norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
+    }
+    Four gain = {1.f, 1.f, 1.f, 1.f}, shift = {};
+    if (active && weight) gain = *(const Four*)(weight + column);
+    if (active && bias) shift = *(const Four*)(bias + column);
     for (int first = 0; first < rank; first += SPAN) {
         __syncthreads();
         for (int i = threadIdx.x; i < rows * SPAN; i += TILE_THREADS) {
@@ -234,7 +245,10 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
                 unpack_four(inputs[n], value);
                 unpack_four(gradients[n], total);
 #pragma unroll
-                for (int i = 0; i < 4; i++) value[i] *= scale[i];
+                for (int i = 0; i < 4; i++) {
+                    float normal = (value[i] - norms[start + n].x) * norms[start + n].y * gain.v[i] + shift.v[i];
+                    value[i] = (weight ? widen<BF16>(to_bits(normal)) : value[i]) * scale[i];
+                }
 #pragma unroll
                 for (int r = 0; r < SPAN; r++) {
                     float d = dz[start + n][r];
