@@ -66,8 +66,8 @@ struct Residual {
 };
 
 template <bool BF, bool NORMED>
-__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, Row& bias, float scale,
-                                              u16* high, float2* scratch) {
+__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, Row& bias,
+                                              float scale, u16* high, float2* scratch) {
     Row x;
     x.load(from.x);
     if (POST_NORM) {
@@ -129,7 +129,8 @@ struct LoraOfActGiver {
             if (EARLY) held[EARLY ? k : 0] = weight(lora, k, first, rows);
     }
     // act: 이 블록이 만든 값 [rows](공유 메모리), first: 첫 행.
-    __device__ __forceinline__ void give(const LoraOfAct& lora, const float* act, int first, int rows, int block) const {
+    __device__ __forceinline__ void give(const LoraOfAct& lora, const float* act, int first, int rows,
+                                         int block) const {
         #pragma unroll
         for (int w = 0; w < PER_WARP; w++) {
             int r = (threadIdx.x >> 5) + w * WARPS;
@@ -207,7 +208,8 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
                                             int blocks, int slots, float* out, u16* act) {
     enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS,
            TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
-    typedef typename Choose<PARTS == 3, QkvMatrices, typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type>::Type Where;
+    typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
+    typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
     typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
 // 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다
     int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
@@ -246,8 +248,8 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     __syncthreads();
     if (adapted) {
         for (int part = part_begin; part < part_end; part++)
-            gather_lora<HIDDEN>(space.lora_partial + (part - part_begin) * LORA_TILES * LoraDown<HIDDEN>::FLOATS, adapter,
-                                space.down + part * Space::DOWN);
+            gather_lora<HIDDEN>(space.lora_partial + (part - part_begin) * LORA_TILES * LoraDown<HIDDEN>::FLOATS,
+                                adapter, space.down + part * Space::DOWN);
         __syncthreads();
     }
     const float* down = adapted ? space.down : 0;

@@ -57,7 +57,8 @@ __device__ __forceinline__ float rotate(const float* head, float2 turn, int d) {
 __device__ __forceinline__ void store_int8(signed char* values, u16* scales, int d, float value) {
 // GROUP칸의 절댓값 가운데 가장 큰 것이 127이 된다
     float largest = fabsf(value);
-    for (int step = GROUP / 2; step; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
+    for (int step = GROUP / 2; step; step >>= 1)
+        largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
     u16 bits = narrow<false>(largest / 127.f);
     float scale = widen<false>(bits);
     values[d] = (signed char)(scale > 0.f ? fminf(fmaxf(rintf(value / scale), -127.f), 127.f) : 0.f);
@@ -119,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
 // 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
-    int seen = position + 1 - oldest, splits = gridDim.y, per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
+    int seen = position + 1 - oldest, splits = gridDim.y;
+    int per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 

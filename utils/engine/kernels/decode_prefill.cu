@@ -63,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
 // qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 128.
 //   qkv: 16비트 [T][QDIM + 2 KVDIM], query: [HEADS][T][HEAD_DIM], keys, values: [KV_HEADS][total][HEAD_DIM]
 extern "C" __global__ void __launch_bounds__(128) split_heads(
-    const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query, u16* keys,
-    u16* values) {
+    const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query,
+    u16* keys, u16* values) {
     __shared__ float raw[2][HEAD_DIM], scratch[32];
     int token = blockIdx.x, position = *past + token, tid = threadIdx.x;
 // 앞의 HEADS개 블록은 q 머리를, 나머지는 k와 v 머리를 맡는다

@@ -86,8 +86,10 @@ __device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* i
     #undef PAIR
     #pragma unroll
     for (int s = 0; s < SETS; s++) {
-        sum[s][0] += c[s][0][0] * above.x + c[s][1][0] * above.y, sum[s][1] += c[s][0][1] * above.x + c[s][1][1] * above.y;
-        sum[s][2] += c[s][0][2] * below.x + c[s][1][2] * below.y, sum[s][3] += c[s][0][3] * below.x + c[s][1][3] * below.y;
+        sum[s][0] += c[s][0][0] * above.x + c[s][1][0] * above.y;
+        sum[s][1] += c[s][0][1] * above.x + c[s][1][1] * above.y;
+        sum[s][2] += c[s][0][2] * below.x + c[s][1][2] * below.y;
+        sum[s][3] += c[s][0][3] * below.x + c[s][1][3] * below.y;
     }
 }
 
@@ -147,7 +149,8 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
         __syncthreads();
 // 스레드 하나가 (행, 줄) 하나를 마무리한다. 이웃한 스레드는 이웃한 줄이라 partial을 이어서 읽는다
         for (int e = threadIdx.x; e < count * ROWS * LINES; e += THREADS) {
-            int line = e % LINES, inside = e / LINES % ROWS, unit = e / LINES / ROWS, row = (begin + unit) * ROWS + inside;
+            int line = e % LINES, inside = e / LINES % ROWS, unit = e / LINES / ROWS;
+            int row = (begin + unit) * ROWS + inside;
             float value[PAIR];
             #pragma unroll
             for (int p = 0; p < PAIR; p++) {
@@ -155,22 +158,24 @@ __device__ __forceinline__ void multiply(const Linear& linear, const u16* in, in
                 int tile = unit * PAIR + p, whole = p * FF + row;
                 float sum = 0.f;
                 // 워프 ACROSS개가 묶음 하나를 나누고, 묶음 GROUPS개가 나란히 간다
-                const float* source = partial + ((size_t)(tile / GROUPS) * WARPS + tile % GROUPS * ACROSS) * ROWS * LINES;
+                const float* source = partial + (tile / GROUPS * WARPS + tile % GROUPS * ACROSS) * ROWS * LINES;
                 for (int a = 0; a < ACROSS; a++) sum += source[(a * ROWS + inside) * LINES + line];
                 if (USE != TO_LOGITS) sum *= 1.f / IN_SCALE;
                 if (USE != TO_LOGITS && WEIGHT == INT8_WEIGHT) sum *= __ldg(linear.row_scale + whole);
                 if (linear.bias) sum += __ldg(linear.bias + whole);
                 int part = PAIR == 2 ? p : Where::part(row / ROWS);
+                const float *up = linear.lora_b + (size_t)whole * RANK, *down = d + (line * parts + part) * RANK;
                 if (d)
-                    for (int r = 0; r < RANK; r++)
-                        sum += __ldg(linear.lora_b + (size_t)whole * RANK + r) * d[line * parts * RANK + part * RANK + r];
+                    for (int r = 0; r < RANK; r++) sum += __ldg(up + r) * down[r];
                 value[p] = sum;
             }
 // 쓰임은 컴파일할 때 정해진다
             if (USE == TO_QKV) ((float*)out)[(size_t)line * (QDIM + 2 * KVDIM) + row] = value[0];
-            if (USE == TO_ACT)
-                store_split<ACT_BF16>((u16*)out + (size_t)line * FF + row, (u16*)out + (size_t)(LINES + line) * FF + row,
-                                      activate(value[0]) * (PAIR == 2 ? value[PAIR - 1] : 1.f) * IN_SCALE);
+            if (USE == TO_ACT) {
+                u16* high = (u16*)out + (size_t)line * FF + row;
+                float gated = activate(value[0]) * (PAIR == 2 ? value[PAIR - 1] : 1.f);
+                store_split<ACT_BF16>(high, high + (size_t)LINES * FF, gated * IN_SCALE);
+            }
 // 줄과 행마다 스레드가 하나라 제자리에서 더한다
             if (USE == TO_RESIDUAL) {
                 float* target = (float*)out + (size_t)line * HIDDEN + row;

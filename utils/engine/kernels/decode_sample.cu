@@ -136,8 +136,8 @@ __device__ __forceinline__ bool choose_few(const Values& value, int top_k, float
     return true;
 }
 
-__device__ __forceinline__ void choose_many(Values& value, int top_k, float top_p, float inverse, float largest, float luck,
-                                            float (*lines)[32], int* chosen) {
+__device__ __forceinline__ void choose_many(Values& value, int top_k, float top_p, float inverse, float largest,
+                                            float luck, float (*lines)[32], int* chosen) {
     int tid = threadIdx.x;
     float sum = 0.f;
 // top-k: k번째 값보다 작은 것을 지운다
