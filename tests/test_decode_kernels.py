@@ -163,7 +163,8 @@ def test_the_cache_grows_by_pages():
     assert cache.capacity == 2 * PAGE and int(cache.table[0]) == first
     assert cache.fits(0) < cache.fits(1e9)
     qwen = Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, True, 132, 232_448)
-    assert 4 * qwen.pages.size < 200e6
+    assert 4 * qwen.pages.size < 200e6 and qwen.can_answer_together
+    assert not Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, False, 40, 65_536).can_answer_together  # 7.5 세대
 
 
 @needs_compiler

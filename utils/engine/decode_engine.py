@@ -127,7 +127,7 @@ class FastDecode:
 
     def _lines_fit(self, questions: list[list[int]], most: int) -> bool:
         needed = max(map(len, questions)) + most + PAGE
-        return self._step.cache.fits(self._free_bytes()) >= LINES * needed
+        return self._step.plan.can_answer_together and self._step.cache.fits(self._free_bytes()) >= LINES * needed
 
     @torch.inference_mode()
     def _answer_lines(self, questions: list[list[int]], settings: Sampling, limits: list[int], end_ids: Sequence[int],

@@ -81,6 +81,7 @@ class Plan:
         project_qkv, project_mlp, contract_out, contract_down, head: 커널의 `Grid`. 병렬 잔차면 project와 contract가
             하나씩이라 둘이 같다.
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
+        can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
 
     Raises:
@@ -122,6 +123,8 @@ class Plan:
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
         line_slots = min(8, (shared_limit - fixed) // (SLOT * LINES) // 2 * 2)
+        self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
+        line_slots = max(2, line_slots)
         self.lines_shared = fixed + line_slots * SLOT * LINES
         self.choose_shared = 2 * ceil(vocab / 32) * 4
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
@@ -156,7 +159,7 @@ class Plan:
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}
         if name.endswith("_lines"):
-            return self.lines_shared
+            return self.lines_shared if self.can_answer_together else 0
         return max((grid.shared for grid in grids.get(name, ())), default=self.choose_shared if name == "choose" else 0)
 
     def _grid(self, units: int, extra: int, slots_per_unit: int) -> Grid:

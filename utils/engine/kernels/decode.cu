@@ -252,6 +252,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
                                 adapter, space.down + part * Space::DOWN);
         __syncthreads();
     }
+// 어댑터가 꺼져 있으면 널을 넘겨 곱을 건너뛴다
     const float* down = adapted ? space.down : 0;
 // 4. 출력 행 하나를 스레드 하나가 마무리한다
     if (!MLP) {
@@ -261,6 +262,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
         return;
     }
     // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
+// 출력 행 threadIdx.x는 tile번째 gate 묶음의 inside번째 행이다
     int tile = threadIdx.x / ROWS, inside = threadIdx.x % ROWS;
     float value = 0.f;
     if (has_row) {

@@ -251,6 +251,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, con
 //   out: 16비트 [위, 아래][LINES][HIDDEN]. to_head면 출력 행렬의 입력이라 dtype이 모델의 것이고 배율을 곱하지 않는다.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_lines(float* x, const float* y, const float* post, Norm norm,
                                                                  int to_head, u16* out) {
+// 두 norm이 scratch의 다른 절반을 쓴다
     __shared__ float2 scratch[2 * WARPS];
     size_t at = (size_t)blockIdx.x * HIDDEN;
     Row row;
