@@ -1,13 +1,7 @@
 """메모리 계획은 예산을 넘지 않고, 모자라면 재계산부터 늘리고, 안 되면 들어가는 길을 말한다."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
-
 from standin import SHAPES, config_of
 from test_train_families import BLOCK, FAMILIES, add_lora, build, make_batch
 
