@@ -82,7 +82,7 @@ def work_widths(family: Family, tails: Tails) -> dict[str, int]:
 def scratch_elements(family: Family, tails: Tails, tokens: int, recompute: int) -> int:
     """푼 가중치와 logits 한 조각이 번갈아 쓰는 자리의 원소 수.
 
-    logits는 HEAD_CHUNK 토큰씩 만든다. 재계산해야 할 만큼 메모리가 모자라면 그 반씩 만든다. 어휘가 15만이면 78 MB가 준다.
+    logits는 HEAD_CHUNK 토큰씩 만든다. 재계산해야 할 만큼 메모리가 모자라면 그 반씩 만든다(어휘가 15만이면 78 MB).
     """
     rows = HEAD_CHUNK if recompute == 0 else HEAD_CHUNK // 2
     return max(weight_elements(family, tails), min(tokens, rows) * family.vocab)
