@@ -293,8 +293,8 @@ class Strict:
 
 def exact(shape: str = "qwen3-1.7b") -> dict:
     """찍은 micro-step을 되풀이해 비트까지 같은지와, attention의 결정적 방식의 비용."""
-    from utils.captured import CapturedStep
     from utils.engine.train_step import TrainStep
+    from utils.train.graph_step import CapturedStep
 
     model, results = tuned(shape, targets_of(shape, True)), {}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

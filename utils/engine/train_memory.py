@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 
 from utils.engine.families import Family
-from utils.microstep import HEAD_CHUNK
+from utils.model.loss import HEAD_CHUNK
 
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
 STATS = 8  # 두 norm의 평균과 1/표준편차. fp32 넷을 16비트로 센 것
