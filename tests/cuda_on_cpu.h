@@ -1,7 +1,5 @@
 // CUDA 커널을 CPU에서 돌리는 최소한의 흉내. 스레드 하나가 fiber 하나, 블록 하나가 OS 스레드 하나다.
 // kernels/device.cuh(PTX)의 자리에 들어간다. 나머지 커널 소스는 한 글자도 바꾸지 않고 그대로 컴파일한다.
-#include <sched.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -17,7 +15,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 typedef unsigned long long u64;
 struct float2 { float x, y; };
-struct uint2 { u32 x, y; };
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct Dim { u32 x, y, z; };
 
@@ -30,7 +28,7 @@ struct Dim { u32 x, y, z; };
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 enum State { RUNNING, AT_BARRIER, DONE };
-struct Fiber { void* stack_pointer; State state; u32 id; bool spun; };
+struct Fiber { void* stack_pointer; State state; u32 id; };
 struct Warp { u64 slot[32]; u32 a[32][4], b[32][2]; int arrived = 0, live = 0; u32 generation = 0; };
 struct Block {
     Dim index, size, grid;
@@ -133,17 +131,11 @@ static void run_block(Block& own) {
             bool again = true;
             while (again) {
                 again = false;
-                bool spun = false;
                 for (u32 i = first; i < first + 32 && i < own.fibers.size(); i++) {
                     fiber = &own.fibers[i];
                     if (fiber->state != RUNNING) continue;
-                    fiber->spun = false, again = true;
+                    again = true;
                     switch_stack(&own.scheduler, fiber->stack_pointer);
-                    spun |= fiber->spun;
-                }
-                if (spun) {
-                    sched_yield();
-                    break;
                 }
             }
         }
@@ -157,19 +149,20 @@ static void call(void (*kernel)(A...), void** arguments, std::index_sequence<I..
 }
 template <class... A> static void launch(void (*kernel)(A...), const u32* sizes, void** arguments) {
     struct Call { void (*kernel)(A...); void** arguments; } one{kernel, arguments};
-    std::vector<Block> blocks(sizes[0] * sizes[1]);
+    std::vector<Block> blocks(sizes[0] * sizes[1] * sizes[2]);
     std::vector<std::thread> threads;
     for (u32 i = 0; i < blocks.size(); i++) {
         Block& own = blocks[i];
-        own.grid = {sizes[0], sizes[1], 1}, own.index = {i % sizes[0], i / sizes[0], 0}, own.size = {sizes[2], 1, 1};
-        own.fibers.resize(sizes[2]), own.warps.resize((sizes[2] + 31) / 32), own.dynamic.resize(sizes[3] / 16 + 1);
+        own.grid = {sizes[0], sizes[1], sizes[2]}, own.size = {sizes[3], 1, 1};
+        own.index = {i % sizes[0], i / sizes[0] % sizes[1], i / sizes[0] / sizes[1]};
+        own.fibers.resize(sizes[3]), own.warps.resize((sizes[3] + 31) / 32), own.dynamic.resize(sizes[4] / 16 + 1);
         own.body = [](void* given) {
             Call* call_ = (Call*)given;
             call(call_->kernel, call_->arguments, std::index_sequence_for<A...>{});
         };
         own.argument = &one;
         threads.emplace_back([&own] { run_block(own); });
-        if (threads.size() == 32) {  // 서로 기다리는 블록은 이보다 적다
+        if (threads.size() == 32) {
             for (auto& thread : threads) thread.join();
             threads.clear();
         }
@@ -221,14 +214,7 @@ static int max(int a, int b) { return a > b ? a : b; }
 static void wait_for_previous_kernel() {}
 static void let_next_kernel_start() {}
 static void prefetch(const void*) {}
-static void sync_lanes() { sync_warp(); }
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }
-static int load_arrivals(const int* at) {
-    int value = __atomic_load_n(at, __ATOMIC_SEQ_CST);
-    fiber->spun = true;
-    yield();
-    return value;
-}
 template <bool BF> static u16 narrow(float value) {
     u16 bits;
     if (BF) {

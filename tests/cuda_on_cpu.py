@@ -36,7 +36,7 @@ def _runner(function):
     def run(grid, block, *args, shared: int = 0, overlap: bool = False) -> None:
         values = [_argument(argument) for argument in args]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        sizes = (ctypes.c_uint * 4)(grid[0], grid[1] if len(grid) > 1 else 1, block[0], shared)
+        sizes = (ctypes.c_uint * 5)(*(*grid, 1, 1)[:3], block[0], shared)
         function(sizes, pointers)
 
     return run

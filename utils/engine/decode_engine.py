@@ -1,4 +1,4 @@
-"""손으로 쓴 대화의 길: 토큰 하나의 계산과 뽑기 전체가 CUDA graph 하나다. 한 번에 답 하나만 만든다."""
+"""손으로 쓴 대화의 길: 토큰 하나의 계산과 뽑기 전체가 CUDA graph 하나다."""
 
 import math
 import time
@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.decode_plan import NF4, SOURCES, WIDE, Plan, odd_size
+from utils.engine.decode_plan import LINES, NF4, PAGE, SOURCES, WIDE, Plan, odd_size
+from utils.engine.decode_rows import DecodeRows
 from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe
 from utils.engine.prefill import CAPTURED, Prefill
 from utils.engine.weights import Weights, shape_dtype, why_not_weights
 from utils.sampling import Sampling
 
+FEW = 3        # 질문이 이보다 적으면 하나씩 답한다
+AHEAD = 3      # 읽는 쪽보다 앞서 만들어 두는 토큰의 수. 멈추면 버린다
 SPARE = 200e6  # 활성값과 라이브러리에 남겨 두는 바이트
 
 
@@ -57,15 +60,14 @@ class FastDecode:
         plan = Plan(family, vocab, weights.rank, weights.kind, weights.double_quant, weights.dtype == torch.bfloat16,
                     properties.multi_processor_count, properties.shared_memory_per_block_optin)
         kernels = load_kernels(kernel_source(), kernel_names(family), plan.defines)
-        for name in ("project", "contract", "contract_attention", "contract_mlp", "head", "choose"):
-            if name in kernels:
-                kernels[name].allow_shared(plan.shared(name))
+        for name, kernel in kernels.items():
+            kernel.allow_shared(plan.shared(name))
         self._step = DecodeStep(weights, plan, kernels, vocab)
         self._prefill = Prefill(self._step)
         self._step.cache.grow(1)
         for size in CAPTURED:
             self._prefill.capture(size)
-        self._told_events = [torch.cuda.Event(), torch.cuda.Event()]
+        self._told_events = [torch.cuda.Event() for _ in range(AHEAD + 1)]
         self._graph = self._capture()
         kind = str(weights.dtype).removeprefix("torch.") if weights.kind == WIDE else (
             "NF4" if weights.kind == NF4 else "int8")
@@ -78,37 +80,90 @@ class FastDecode:
 
     def room(self, tokens: int) -> int:
         """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 토큰의 수."""
-        cache, context = self._step.cache, self._weights.family.context
+        cache = self._step.cache
+        return min(tokens, self._weights.family.context, max(cache.capacity, cache.fits(self._free_bytes())))
+
+    def _free_bytes(self) -> float:
+        """KV cache에 더 쓸 수 있는 바이트. torch가 쥐고만 있는 것도 센다."""
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        free = torch.cuda.mem_get_info(self._weights.embedding.device)[0] + unused - SPARE
-        fits = cache.fits(max(0.0, free))
-        return min(tokens, context, max(cache.capacity, fits))
+        return max(0.0, torch.cuda.mem_get_info(self._weights.embedding.device)[0] + unused - SPARE)
 
     def tokens(self, input_ids: list[int], settings: Sampling, limit: int) -> Iterator[int]:
-        """토큰을 최대 `limit`개 내놓는다. GPU는 읽는 쪽보다 한 토큰만 앞서 간다."""
-        step = self._step
+        """토큰을 최대 `limit`개 내놓는다. GPU는 읽는 쪽보다 AHEAD개 앞서 가서 graph 사이에 쉬지 않는다."""
         self._begin(input_ids, settings, limit)
         self._told_events[0].record()
+        launched = 1
         for index in range(limit):
-            if index + 1 < limit:
+            while launched < min(limit, index + 1 + AHEAD):
                 self._graph.replay()
-                self._told_events[(index + 1) % 2].record()
-            self._told_events[index % 2].synchronize()
-            yield int(step.told[index])
+                self._told_events[launched % (AHEAD + 1)].record()
+                launched += 1
+            self._told_events[index % (AHEAD + 1)].synchronize()
+            yield int(self._step.told[index])
 
     def answer_rows(self, questions: list[list[int]], settings: Sampling, limits: list[int],
                     end_ids: Sequence[int], until: float = math.inf) -> list[list[int]]:
-        """질문에 하나씩 답한다. 시각 `until`이 되면 만든 데까지 준다."""
-        answers: list[list[int]] = []
-        for question, limit in zip(questions, limits, strict=True):
-            answers.append([])
-            if time.perf_counter() > until:
-                continue
-            for token in self.tokens(question, settings, limit):
-                answers[-1].append(token)
-                if token in end_ids or time.perf_counter() > until:
-                    break
+        """질문 여럿에 답한다. 시각 `until`이 되면 만든 데까지 준다.
+
+        LINES개씩 함께 답하고, 질문이 적거나 메모리가 모자라거나 문맥의 끝에 닿는 것은 하나씩 답한다.
+        """
+        answers: list[list[int]] = [[] for _ in questions]
+        context, most = self._weights.family.context, max(limits)
+        together = [index for index, question in enumerate(questions) if len(question) + most <= context]
+        for begin in range(0, len(together), LINES):
+            group = together[begin : begin + LINES]
+            if len(group) >= FEW and self._lines_fit([questions[index] for index in group], most):
+                found = self._answer_lines([questions[index] for index in group], settings,
+                                           [limits[index] for index in group], end_ids, until)
+                for index, answer in zip(group, found, strict=True):
+                    answers[index] = answer
+        for index, answer in enumerate(answers):
+            if not answer and time.perf_counter() <= until:
+                for token in self.tokens(questions[index], settings, limits[index]):
+                    answer.append(token)
+                    if token in end_ids or time.perf_counter() > until:
+                        break
         return answers
+
+    def _lines_fit(self, questions: list[list[int]], most: int) -> bool:
+        needed = max(map(len, questions)) + most + PAGE
+        return self._step.plan.can_answer_together and self._step.cache.fits(self._free_bytes()) >= LINES * needed
+
+    @torch.inference_mode()
+    def _answer_lines(self, questions: list[list[int]], settings: Sampling, limits: list[int], end_ids: Sequence[int],
+                      until: float) -> list[list[int]]:
+        """질문 LINES개 이하에 함께 답한다. 줄마다 따로 멈추고, 모두 멈추면 끝난다."""
+        rows, most = DecodeRows(self._step), max(limits)
+        self._step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
+        graph = self._capture_lines(rows)
+        rows.begin(self._prefill, questions, most, [_choice(settings) for _ in questions])
+        self._told_events[0].record()
+        answers: list[list[int]] = [[] for _ in questions]
+        open_lines, launched = set(range(len(questions))), 1
+        for index in range(most):
+            while launched < min(most, index + 1 + AHEAD):
+                graph.replay()
+                self._told_events[launched % (AHEAD + 1)].record()
+                launched += 1
+            self._told_events[index % (AHEAD + 1)].synchronize()
+            for line in list(open_lines):
+                answers[line].append(int(rows.told[line, index]))
+                if answers[line][-1] in end_ids or len(answers[line]) == limits[line]:
+                    open_lines.remove(line)
+            if not open_lines or time.perf_counter() > until:
+                break
+        torch.cuda.synchronize()  # 앞서 시작한 graph가 끝나야 줄들의 메모리를 돌려줄 수 있다
+        return answers
+
+    def _capture_lines(self, rows: DecodeRows) -> torch.cuda.CUDAGraph:
+        for cache in rows.caches:
+            cache.grow(1)
+        rows.run(self._prefill.adapter_on)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            rows.run(self._prefill.adapter_on)
+        return graph
 
     def logits(self, input_ids: list[int], answer: list[int]) -> torch.Tensor:
         """`answer`를 한 토큰씩 먹이며 얻은 로짓 [답의 길이, 어휘]. 정확도를 잴 때 쓴다."""
@@ -126,10 +181,7 @@ class FastDecode:
         """질문을 읽고 첫 토큰을 고른다."""
         step = self._step
         step.cache.grow(len(input_ids) + limit)
-        seed = settings.seed_number()
-        halves = [half - 2**32 if half >= 2**31 else half for half in (seed & 0xFFFFFFFF, seed >> 32)]
-        state = [len(input_ids) - 1, 0, settings.top_k, settings.no_repeat_ngram_size, *halves]
-        step.state.copy_(torch.tensor(state, dtype=torch.int32))
+        step.state.copy_(torch.tensor([len(input_ids) - 1, 0, *_choice(settings)], dtype=torch.int32))
         step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
         step.x.copy_(self._prefill(input_ids))
         step.choose(overlap=False)
@@ -158,3 +210,10 @@ class FastDecode:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+
+def _choice(settings: Sampling) -> list[int]:
+    """고르는 커널의 정수 설정: [top_k, n-gram의 크기, 씨앗의 아래와 위 32비트]."""
+    seed = settings.seed_number()
+    halves = [half - 2**32 if half >= 2**31 else half for half in (seed & 0xFFFFFFFF, seed >> 32)]
+    return [settings.top_k, settings.no_repeat_ngram_size, *halves]

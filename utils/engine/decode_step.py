@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, Plan
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, WIDE, Plan
 from utils.engine.families import Family
-from utils.engine.weights import Layer, Linear, Norm, Weights
+from utils.engine.weights import Adapter, Layer, Linear, Norm, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
+LINES_KERNELS = ["qkv_lines", "mlp_lines", "out_lines", "down_lines", "head_lines", "lora_lines", "norm_lines"]
 PARALLEL_KERNELS, SEQUENTIAL_KERNELS = ["contract"], ["contract_attention", "contract_mlp"]
 PARTS = ("qkv", "out", "mlp", "down")
 
@@ -24,8 +25,14 @@ class MatrixArgument(ctypes.Structure):
 class LinearArgument(ctypes.Structure):
     """커널의 `Linear`."""
 
-    _fields_ = [("part", MatrixArgument * 3)] + [(name, ctypes.c_void_p) for name in (
-        "bias", "row_scale", "lora_a", "lora_b", "partial", "arrived")]
+    _fields_ = [("part", MatrixArgument * 3), ("lora_a", MatrixArgument)] + [
+        (name, ctypes.c_void_p) for name in ("bias", "row_scale", "lora_b")]
+
+
+class LoraOfActArgument(ctypes.Structure):
+    """커널의 `LoraOfAct`."""
+
+    _fields_ = [("a", ctypes.c_void_p), ("partial", ctypes.c_void_p)]
 
 
 class NormArgument(ctypes.Structure):
@@ -51,14 +58,16 @@ class KvCache:
     """층마다의 K, V. 위치 PAGE개마다 메모리 한 쪽이고, 대화가 길어지면 쪽을 더한다.
 
     Attributes:
-        table: 쪽의 주소 int64 [쪽의 최대 수]. 커널이 읽는다.
+        table: 쪽의 주소 int64 [쪽의 최대 수]. 커널이 읽는다. 주면 그 메모리를 쓴다.
         capacity: 지금 담을 수 있는 위치의 수.
     """
 
-    def __init__(self, family: Family, plan: Plan, rotary: tuple, device: torch.device):
+    def __init__(self, family: Family, plan: Plan, rotary: tuple, device: torch.device,
+                 table: torch.Tensor | None = None):
         self._family, self._plan, self._rotary, self._device = family, plan, rotary, device
         self._pages: list[torch.Tensor] = []
-        self.table = torch.zeros(-(-family.context // PAGE), dtype=torch.int64, device=device)
+        pages = -(-family.context // PAGE)
+        self.table = torch.zeros(pages, dtype=torch.int64, device=device) if table is None else table
 
     @property
     def capacity(self) -> int:
@@ -122,12 +131,11 @@ class DecodeStep:
         self.told = torch.zeros(family.context, dtype=torch.int32)
         if device.type == "cuda":
             self.told = self.told.pin_memory()
-        self._arrived = torch.zeros(len(weights.layers), len(PARTS), dtype=torch.int32, device=device)
-        self._lora_partial = {name: torch.zeros(plan.lora_units(name) * plan.lora[name][1] * max(1, weights.rank),
-                                                device=device) for name in PARTS}
+        self._lora_partial = torch.zeros(plan.mlp_blocks * max(1, weights.rank), device=device)
+        self._kept: list[torch.Tensor] = []  # 커널이 주소로 읽는 tensor
         self._layers = [self._arguments(index, layer) for index, layer in enumerate(weights.layers)]
-        self._head = LinearArgument()
-        self._head.part[0] = MatrixArgument(weights.head.data_ptr(), None, None, 0.0)
+        self.head_argument = LinearArgument()
+        self.head_argument.part[0] = MatrixArgument(weights.head.data_ptr(), None, None, 0.0)
 
     def run(self, overlap: bool) -> None:
         """토큰 하나: `x`를 층마다 지나 로짓을 얻고 다음 토큰을 골라 그 embedding을 `x`에 넣는다.
@@ -139,10 +147,10 @@ class DecodeStep:
         code, adapter = self.weights.code, self.adapter_on
         pending = None  # 아직 잔차에 더하지 않은 y의 norm(POST_NORM)
         for index, (layer, arguments) in enumerate(zip(self.weights.layers, self._layers, strict=True)):
-            linear, attention = arguments
+            linear, attention, lora = arguments
             norm1, norm2 = norm_argument(layer.norm1), norm_argument(layer.norm2)
-            project = (norm1, linear["qkv"], norm2, linear["mlp"], code, adapter)
-            contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"])
+            project = (norm1, linear["qkv"], norm2, linear["mlp"], lora, code, adapter)
+            contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora)
             grid = plan.project_qkv
             kernels["project"]((grid.blocks,), (THREADS,), self._residual(self.x, pending, self._other_x), *project,
                                plan.qkv_blocks, grid.slots, self._qkv, self._act, shared=grid.shared,
@@ -171,15 +179,17 @@ class DecodeStep:
         """`x`의 로짓을 얻고 다음 토큰을 고른다."""
         weights, grid = self.weights, self.plan.head
         self.kernels["head"]((grid.blocks,), (THREADS,), self._residual(self.x, pending, None),
-                             norm_argument(weights.final_norm), self._head, self.logits, grid.slots,
+                             norm_argument(weights.final_norm), self.head_argument, self.logits, grid.slots,
                              shared=grid.shared, overlap=overlap)
         self.pick(overlap)
 
     def pick(self, overlap: bool = False) -> None:
         """지금의 로짓에서 다음 토큰을 고른다."""
         self.kernels["choose"]((1,), (CHOOSERS,), self.logits, self.state, self.settings, self.answer, self.told,
-                               self.weights.embedding, self.x, self._arrived, self._arrived.numel(),
-                               shared=self.plan.choose_shared, overlap=overlap)
+                               self.weights.embedding, self.x, shared=self.plan.choose_shared, overlap=overlap)
+
+    def linear_arguments(self, index: int) -> dict[str, LinearArgument]:
+        return self._layers[index][0]
 
     def attention_argument(self, index: int) -> AttentionArgument:
         return self._layers[index][1]
@@ -190,27 +200,39 @@ class DecodeStep:
         return ResidualArgument(x.data_ptr(), self._y.data_ptr(), post.weight.data_ptr(),
                                 None if target is None else target.data_ptr())
 
-    def _arguments(self, index: int, layer: Layer) -> tuple[dict[str, LinearArgument], AttentionArgument]:
-        linears = {name: self._linear(getattr(layer, name), name, index) for name in PARTS}
-        family = self.weights.family
-        return linears, AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
-                                          _pointer(layer.k_norm))
+    def _arguments(self, index: int, layer: Layer) -> tuple[dict[str, LinearArgument], AttentionArgument,
+                                                            LoraOfActArgument]:
+        linears = {name: self._linear(getattr(layer, name), name) for name in PARTS}
+        family, adapter = self.weights.family, layer.down.adapter
+        attention = AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
+                                      _pointer(layer.k_norm))
+        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_fp32),
+                                                     _pointer(self._lora_partial))
 
-    def _linear(self, linear: Linear, name: str, index: int) -> LinearArgument:
+    def _linear(self, linear: Linear, name: str) -> LinearArgument:
         argument = LinearArgument()
         for place, part in enumerate(linear.parts):
             argument.part[place] = MatrixArgument(_pointer(part.weight), _pointer(part.scale), _pointer(part.group),
                                                   part.offset)
         argument.bias, argument.row_scale = _pointer(linear.bias), _pointer(linear.row_scale)
         if linear.adapter is not None:
-            argument.lora_a, argument.lora_b = _pointer(linear.adapter.down), _pointer(linear.adapter.up)
-        argument.partial = _pointer(self._lora_partial[name])
-        argument.arrived = self._arrived[index, PARTS.index(name)].data_ptr()
+            argument.lora_b = _pointer(linear.adapter.up)
+            if name != "down":
+                argument.lora_a = MatrixArgument(_pointer(self._padded_a(linear.adapter)), None, None, 0.0)
         return argument
+
+    def _padded_a(self, adapter: Adapter) -> torch.Tensor:
+        """행렬마다 A의 행을 커널의 묶음까지 0으로 채운 것 [행렬의 수, lora_rows, 입력]. dtype은 활성값과 같다."""
+        down = adapter.down_fp32
+        padded = down.new_zeros(len(down), self.plan.lora_rows, down.shape[2],
+                                dtype=self.weights.dtype if self.weights.kind == WIDE else torch.float16)
+        padded[:, : down.shape[1]] = down
+        self._kept.append(padded)
+        return padded
 
 
 def kernel_names(family: Family) -> list[str]:
-    return KERNELS + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+    return KERNELS + LINES_KERNELS + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:

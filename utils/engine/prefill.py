@@ -152,8 +152,8 @@ class Prefill:
 
     def _adapt(self, x: torch.Tensor, adapter: Adapter, out: torch.Tensor) -> None:
         """out [T, 출력]에 B A x를 더한다."""
-        down, begin = x @ adapter.down_16bit.t(), 0
-        for index, up in enumerate(adapter.ups_16bit):
+        down, begin = x @ adapter.down.flatten(0, 1).t(), 0
+        for index, up in enumerate(adapter.ups):
             rank = up.shape[1]
             out[:, begin : begin + len(up)].addmm_(down[:, index * rank : (index + 1) * rank], up.t())
             begin += len(up)

@@ -35,16 +35,16 @@ class Adapter:
     """나란한 행렬들의 LoRA. 어댑터가 없는 행렬의 자리는 0이고, r이 작은 것은 0으로 채운다. 배율은 `up`에 곱해 둔다.
 
     Attributes:
-        down: A fp32 [행렬의 수 * r, 입력].
+        down: A [행렬의 수, r, 입력], 모델의 dtype. 질문을 읽을 때 쓴다.
         up: B fp32 [전체 출력, r].
-        down_16bit: A [행렬의 수 * r, 입력], 모델의 dtype. 질문을 읽을 때 쓴다.
-        ups_16bit: 행렬마다의 B [출력, r], 모델의 dtype.
+        ups: 행렬마다의 B [출력, r], 모델의 dtype. 질문을 읽을 때 쓴다.
+        down_fp32: A fp32 [행렬의 수, r, 입력].
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    down_16bit: torch.Tensor
-    ups_16bit: tuple[torch.Tensor, ...]
+    ups: tuple[torch.Tensor, ...]
+    down_fp32: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ class Weights:
                 a, b, scaling = adapter
                 down[index, : len(a)] = a
                 ups[index][:, : len(a)] = b.float() * scaling
-        return Adapter(down.flatten(0, 1).contiguous(), torch.cat(ups).contiguous(), down.flatten(0, 1).to(self.dtype),
-                       tuple(up.to(self.dtype) for up in ups))
+        return Adapter(down.to(self.dtype), torch.cat(ups).contiguous(), tuple(up.to(self.dtype) for up in ups), down)
 
 
 def shape_dtype(model) -> torch.dtype:

@@ -18,6 +18,7 @@ struct Norm {
 struct Row {
     float v[PER_THREAD];
 
+// 앞 커널이 적은 값은 L1을 거치지 않고 읽는다(ldcg). 다른 SM이 적은 것이라 L1에는 옛 값이 있을 수 있다.
     __device__ __forceinline__ void load(const float* source) {
         #pragma unroll
         for (int j = 0; j < PER_THREAD; j++) {
@@ -25,6 +26,7 @@ struct Row {
             v[j] = source && i < HIDDEN ? __ldcg(source + i) : 0.f;
         }
     }
+// 가중치는 바뀌지 않으므로 읽기 전용 캐시로 읽는다(ldg).
     __device__ __forceinline__ void load_constant(const float* source) {
         #pragma unroll
         for (int j = 0; j < PER_THREAD; j++) {
@@ -33,6 +35,11 @@ struct Row {
         }
     }
 };
+
+__device__ __forceinline__ void load_norm(const Norm& norm, Row& weight, Row& bias) {
+    weight.load_constant(norm.weight);
+    if (!RMS) bias.load_constant(norm.bias);
+}
 
 // (평균, 표준편차의 역수). RMS norm이면 평균은 0이다. 합과 제곱합을 함께 모아 동기화가 한 번이다. scratch: [WARPS].
 __device__ __forceinline__ float2 moments(const Row& row, float2* scratch) {
@@ -59,8 +66,8 @@ struct Residual {
 };
 
 template <bool BF, bool NORMED>
-__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, float scale, u16* high,
-                                              float2* scratch) {
+__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, Row& bias,
+                                              float scale, u16* high, float2* scratch) {
     Row x;
     x.load(from.x);
     if (POST_NORM) {
@@ -68,6 +75,7 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
             Row y, post;
             y.load(from.y);
             post.load_constant(from.post);
+// 앞 선형층의 출력에 거는 norm: x += y / rms(y) * post
             float factor = moments(y, scratch).y;
             #pragma unroll
             for (int j = 0; j < PER_THREAD; j++) x.v[j] += y.v[j] * factor * post.v[j];
@@ -77,39 +85,113 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
             if (from.x_out && blockIdx.x == 0 && i < HIDDEN) from.x_out[i] = x.v[j];
         }
     }
-    if (NORMED && !EARLY_NORM) weight.load_constant(norm.weight);
+    if (NORMED && !EARLY_NORM) load_norm(norm, weight, bias);
+// 이 선형층의 입력에 거는 norm. 두 moments는 scratch의 다른 자리를 쓰므로 사이에 동기화가 없어도 된다
     float2 moment = NORMED ? moments(x, scratch + WARPS) : float2{0.f, 1.f};
     #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
         if (i >= HIDDEN) continue;
         float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] : x.v[j];
-        if (NORMED && !RMS && norm.bias) value += __ldg(norm.bias + i);
+        if (NORMED && !RMS) value += bias.v[j];
         store_split<BF>(high + i, high + HIDDEN + i, value * scale);
     }
 }
 
 __device__ __forceinline__ float activate(float value) {
+// 어느 것인지는 컴파일할 때 정해지므로 나머지 가지는 사라진다
     if (ACTIVATION == SILU) return value / (1.f + expf(-value));
     if (ACTIVATION == GELU_TANH)
         return 0.5f * value * (1.f + tanhf(0.7978845608f * (value + 0.044715f * value * value * value)));
     return 0.5f * value * (1.f + erff(value * 0.70710678f));
 }
 
-// 커널의 공유 메모리. 크기는 decode_plan.py의 `shared_bytes`가 같은 차례로 센다.
-//   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [rows] | 합의 자리 [slots][WARPS][ROWS] | 나머지
+// MLP의 뒤쪽 행렬에 붙은 LoRA의 아래쪽 곱 d = A act. A [r][FF]는 블록마다 읽기에는 넓다. 그래서 act를 만든 블록이 제
+// 행들의 몫을 partial[블록][RANK]에 적고, 다음 커널이 블록들의 몫을 더한다. 더하는 차례가 정해져 있어 답은 늘 같다.
+struct LoraOfAct {
+    const float* a;  // fp32 [RANK][FF]. 없으면 널
+    float* partial;  // [MLP_BLOCKS][RANK]
+};
+
+// 워프 하나가 d의 행 PER_WARP개를 맡는다. 읽는 것은 앞 커널과 상관없거나 다른 읽기와 겹칠 수 있으므로 먼저 시작한다.
+struct LoraOfActGiver {
+    enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_ROWS + 31) / 32, HELD = PER_WARP * PER_LANE,
+           EARLY = HELD > 0 && HELD <= 8 };
+    float held[EARLY ? HELD : 1];
+
+    __device__ __forceinline__ static float weight(const LoraOfAct& lora, int k, int first, int rows) {
+        int r = (threadIdx.x >> 5) + k / PER_LANE * WARPS, i = (threadIdx.x & 31) + k % PER_LANE * 32;
+        return r < RANK && i < rows ? __ldg(lora.a + (size_t)r * FF + first + i) : 0.f;
+    }
+    __device__ __forceinline__ void prime(const LoraOfAct& lora, int first, int rows) {
+        #pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if (EARLY) held[EARLY ? k : 0] = weight(lora, k, first, rows);
+    }
+    // act: 이 블록이 만든 값 [rows](공유 메모리), first: 첫 행.
+    __device__ __forceinline__ void give(const LoraOfAct& lora, const float* act, int first, int rows,
+                                         int block) const {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            float sum = 0.f;
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++) {
+                int i = (threadIdx.x & 31) + l * 32, k = w * PER_LANE + l;
+                if (i < rows) sum += (EARLY ? held[EARLY ? k : 0] : weight(lora, k, first, rows)) * act[i];
+            }
+            sum = warp_sum(sum);
+            if ((threadIdx.x & 31) == 0 && r < RANK) lora.partial[block * RANK + r] = sum;
+        }
+    }
+};
+
+struct LoraOfActTaker {
+    enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_BLOCKS + 31) / 32 };
+    float held[PER_WARP ? PER_WARP : 1];
+
+    __device__ __forceinline__ void load(const LoraOfAct& lora) {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            float sum = 0.f;
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++) {
+                int b = (threadIdx.x & 31) + l * 32;
+                if (r < RANK && b < MLP_BLOCKS) sum += __ldcg(lora.partial + b * RANK + r);
+            }
+            held[PER_WARP ? w : 0] = sum;
+        }
+    }
+    // d [RANK]를 공유 메모리에 적는다. 그 뒤에 동기화해야 한다.
+    __device__ __forceinline__ void take(float adapter, float* down) const {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            float sum = warp_sum(held[PER_WARP ? w : 0]);
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            if ((threadIdx.x & 31) == 0 && r < RANK) down[r] = sum * adapter;
+        }
+    }
+};
+
+// 커널의 공유 메모리. 크기는 decode_plan.py의 `space`가 같은 차례로 센다.
+//   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK를 4의 배수로] | LoRA의 합의 자리 [lora_tiles][WARPS][ROWS]
+//   | 합의 자리 [slots][WARPS][ROWS] | 나머지
 struct Space {
+    enum { DOWN = (RANK + 3) / 4 * 4 };
     u32* table;
     float* codes;
     float* down;
+    float* lora_partial;
     float* partial;
     char* rest;
 
-    __device__ __forceinline__ Space(int lora_rows, int slots) {
+    __device__ __forceinline__ Space(int lora_tiles, int slots) {
         table = (u32*)shared;
         codes = (float*)(shared + TABLE_BYTES);
         down = codes + 256;
-        partial = down + (lora_rows + 3) / 4 * 4;
+        lora_partial = down + 3 * DOWN;
+        partial = lora_partial + lora_tiles * WARPS * ROWS;
         rest = (char*)(partial + slots * WARPS * ROWS);
     }
     __device__ __forceinline__ void fill(const float* code) const {
@@ -122,65 +204,92 @@ struct Space {
 //   MLP = false: out[행] = W norm(x), 행은 q | k | v.  MLP = true: act[행] = 활성(gate) * up 또는 활성(up), 16비트 둘.
 template <bool MLP>
 __device__ __forceinline__ void project_job(const Residual& from, const Norm& norm, const Linear& linear,
-                                            const float* code, float adapter, int block, int blocks, int slots,
-                                            float* out, u16* act) {
-    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS, UNIT = MLP ? UNIT_MLP : UNIT_QKV,
-           UNITS_OF_TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS, LORA_ROWS = PARTS * RANK };
-    typedef typename Choose<PARTS == 3, QkvMatrices, typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type>::Type Where;
+                                            const LoraOfAct& next_lora, const float* code, float adapter, int block,
+                                            int blocks, int slots, float* out, u16* act) {
+    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS,
+           TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
+    typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
+    typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
     typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
-    typedef LoraDown<ACT_BF16, LORA_ROWS ? LORA_ROWS : 1, HIDDEN, UNIT> Lora;
-    int first = UNITS_OF_TILES * block / blocks, tiles = UNITS_OF_TILES * (block + 1) / blocks - first;
-    Main product(linear, first * PAIR, tiles * PAIR);
+// 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다
+    int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
+    Main product(linear.part, first * PAIR, tiles * PAIR);
     product.prime();
-    bool adapted = RANK && linear.lora_a && adapter != 0.f;
-    Lora lora;
-    if (adapted) lora.prime(linear, block);
-    Space space(LORA_ROWS, slots);
+    // 이 블록의 행들이 쓰는 part만 LoRA를 센다. gate와 up은 늘 함께 쓴다
+// 어댑터를 끄면 *adapter가 0이다. 블록 전체가 같은 값을 보므로 동기화가 어긋나지 않는다
+    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f;
+    int part_begin = MLP ? 0 : Where::part(first), part_end = MLP ? PARTS : Where::part(first + tiles - 1) + 1;
+    LoraDown<HIDDEN> lora(&linear.lora_a, part_begin * LORA_TILES, adapted ? (part_end - part_begin) * LORA_TILES : 0);
+    if (adapted) lora.prime();
+    Space space(PARTS * LORA_TILES, slots);
     float2* scratch = (float2*)space.rest;
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight;
-    if (PRE_NORM && EARLY_NORM) weight.load_constant(norm.weight);
+    Row weight, bias;
+    if (PRE_NORM && EARLY_NORM) load_norm(norm, weight, bias);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
     RowEnd end, up_end;
     if (has_row) end.load(linear, row, adapted);
     if (has_row && PAIR == 2) up_end.load(linear, FF + row, adapted);
+    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    LoraOfActGiver giver;
+    if (gives) giver.prime(next_lora, first * ROWS, tiles * ROWS);
     space.fill(code);
+// 2. 앞 커널이 끝나면 잔차를 읽어 norm한다. 블록마다 똑같이 센다: 나누어 세고 모으는 것보다 빠르다
     wait_for_previous_kernel();
-    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, IN_SCALE, high, scratch);
+    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, bias, IN_SCALE, high, scratch);
     __syncthreads();
 
+// 활성값의 위와 아래 절반, NF4의 표, 8비트 코드표
     Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
-    if (adapted) lora.run(linear, inputs, block);
+// 3. 곱한다. 워프마다의 합은 공유 메모리에 있고, 동기화한 뒤에 행마다 더한다
+    if (adapted) lora.run(inputs, space.lora_partial);
     product.run(inputs, space.partial);
-    if (adapted) Lora::collect(linear, adapter, space.down);
     __syncthreads();
-    if (!has_row) return;
+    if (adapted) {
+        for (int part = part_begin; part < part_end; part++)
+            gather_lora<HIDDEN>(space.lora_partial + (part - part_begin) * LORA_TILES * LoraDown<HIDDEN>::FLOATS,
+                                adapter, space.down + part * Space::DOWN);
+        __syncthreads();
+    }
+// 어댑터가 꺼져 있으면 널을 넘겨 곱을 건너뛴다
     const float* down = adapted ? space.down : 0;
+// 4. 출력 행 하나를 스레드 하나가 마무리한다
     if (!MLP) {
+        if (!has_row) return;
         int part = Where::part(row / ROWS);
-        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), row, down ? down + part * RANK : 0);
+        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), down ? down + part * Space::DOWN : 0, row);
         return;
     }
     // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
+// 출력 행 threadIdx.x는 tile번째 gate 묶음의 inside번째 행이다
     int tile = threadIdx.x / ROWS, inside = threadIdx.x % ROWS;
-    float value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), row, down));
-    if (PAIR == 2)
-        value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside), FF + row,
-                               down ? down + RANK : 0);
-    store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
+    float value = 0.f;
+    if (has_row) {
+        value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), down, row));
+        if (PAIR == 2)
+            value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside),
+                                   down ? down + Space::DOWN : 0, FF + row);
+        store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
+    }
+    if (!gives) return;
+// 5. 다음 커널(contract)의 LoRA가 쓸 몫을 여기서 센다. act가 아직 fp32로 공유 메모리에 들어갈 수 있을 때다
+    float* values = (float*)high;  // 입력은 다 썼다
+    if (has_row) values[threadIdx.x] = value;
+    __syncthreads();
+    giver.give(next_lora, values, first * ROWS, tiles * ROWS, block);
 }
 
 // qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) project(
-    Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, const float* code, const float* adapter,
-    int qkv_blocks, int slots, float* out, u16* act) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
+    Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
+    const float* adapter, int qkv_blocks, int slots, float* out, u16* act) {
     let_next_kernel_start();
     if ((int)blockIdx.x < qkv_blocks)
-        project_job<false>(from, norm1, qkv, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
+        project_job<false>(from, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
     else
-        project_job<true>(from, norm2, mlp, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks, slots, out,
-                          act);
+        project_job<true>(from, norm2, mlp, down_lora, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks,
+                          slots, out, act);
 }
 
 // 잔차에 더하는 선형층: attention의 출력 W_o, MLP의 출력 W_down, 병렬 잔차면 둘 다.
@@ -188,26 +297,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) project(
 //   입력은 위 절반만 쓴다(16비트 가중치는 아래 절반도): 공유 메모리를 아낀다.
 template <bool OUT, bool DOWN>
 __device__ __forceinline__ void contract_job(float* x, float* y, const u16* attended, const u16* act, const float* code,
-                                             float adapter, const Linear& out, const Linear& down, int slots) {
+                                             float adapter, const Linear& out, const Linear& down,
+                                             const LoraOfAct& down_lora, int slots) {
     typedef Product<Piece<QDIM>, QDIM, OUT && DOWN ? 2 : 4> Out;
     typedef Product<Piece<FF>, FF, 4> Down;
-    typedef LoraDown<ACT_BF16, RANK ? RANK : 1, QDIM, UNIT_OUT> LoraOut;
-    typedef LoraDown<ACT_BF16, RANK ? RANK : 1, FF, UNIT_DOWN> LoraOfDown;
     enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
     int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
-    Down down_product(down, first, DOWN ? tiles : 0);
-    Out out_product(out, first, OUT ? tiles : 0);
+// 1. 기다리기 전: 두 선형층의 가중치와 행의 마무리에 쓸 것을 미리 읽는다
+    Down down_product(down.part, first, DOWN ? tiles : 0);
+    Out out_product(out.part, first, OUT ? tiles : 0);
     if (DOWN) down_product.prime();
     if (OUT) out_product.prime();
-    bool out_adapted = OUT && RANK && out.lora_a && adapter != 0.f;
-    bool down_adapted = DOWN && RANK && down.lora_a && adapter != 0.f;
-    LoraOut out_lora;
-    LoraOfDown down_lora;
-    if (out_adapted) out_lora.prime(out, blockIdx.x);
-    if (down_adapted) down_lora.prime(down, blockIdx.x);
-    Space space(2 * RANK, slots * (OUT + DOWN));
+    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f;
+    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    LoraDown<QDIM> lora(&out.lora_a, 0, out_adapted ? LORA_TILES : 0);
+    if (out_adapted) lora.prime();
+    Space space(OUT ? LORA_TILES : 0, slots * (OUT + DOWN));
     float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
     u16* inputs = (u16*)space.rest;
+// 두 선형층의 입력이 차례로 놓인다
     u16* acts = inputs + (OUT ? QDIM * COPIES : 0);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
@@ -216,6 +324,9 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     if (has_row && DOWN) down_end.load(down, row, down_adapted);
     space.fill(code);
     wait_for_previous_kernel();
+// 2. 앞 커널이 적은 활성값을 공유 메모리로 옮긴다. LoRA의 몫도 함께 읽기 시작해서 기다림을 겹친다
+    LoraOfActTaker taker;
+    if (down_adapted) taker.load(down_lora);
     if (OUT)
         for (int i = threadIdx.x; i < QDIM * COPIES / 8; i += THREADS)
             ((uint4*)inputs)[i] = __ldcg((const uint4*)attended + i);
@@ -224,31 +335,37 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
         for (int i = threadIdx.x; i < FF * COPIES / 8; i += THREADS)
             ((uint4*)acts)[i] = __ldcg((const uint4*)act + i);
     float value = has_row && !POST_NORM ? __ldcg(x + row) : 0.f;
+    if (down_adapted) taker.take(adapter, space.down + Space::DOWN);
     __syncthreads();
 
     Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
     Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.table, space.codes};
-    if (out_adapted) out_lora.run(out, out_inputs, blockIdx.x);
-    if (down_adapted) down_lora.run(down, down_inputs, blockIdx.x);
+// 3. 곱한다
+    if (out_adapted) lora.run(out_inputs, space.lora_partial);
     if (DOWN) down_product.run(down_inputs, down_partial);
     if (OUT) out_product.run(out_inputs, space.partial);
-    if (out_adapted) LoraOut::collect(out, adapter, space.down);
-    if (down_adapted) LoraOfDown::collect(down, adapter, space.down + RANK);
     __syncthreads();
+    if (out_adapted) {
+        gather_lora<QDIM>(space.lora_partial, adapter, space.down);
+        __syncthreads();
+    }
     if (!has_row) return;
+// 4. 행마다 더해 잔차를 고친다. 블록마다 다른 행이므로 서로 부딪치지 않는다
     float sum = 0.f;
-    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), row, out_adapted ? space.down : 0);
-    if (DOWN) sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), row, down_adapted ? space.down + RANK : 0);
+    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), out_adapted ? space.down : 0, row);
+    if (DOWN)
+        sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), down_adapted ? space.down + Space::DOWN : 0,
+                               row);
     if (POST_NORM) y[row] = sum;
     else x[row] = value + sum * RESIDUAL_SCALE;
 }
 
 #define CONTRACT(NAME, OUT, DOWN)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                              \
         float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
-        Linear down, int slots) {                                                                                      \
+        Linear down, LoraOfAct down_lora, int slots) {                                                                 \
         let_next_kernel_start();                                                                                       \
-        contract_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, slots);                                \
+        contract_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, down_lora, slots);                     \
     }
 #if PARALLEL
 CONTRACT(contract, true, true)
@@ -258,26 +375,28 @@ CONTRACT(contract_mlp, false, true)
 #endif
 
 // logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) head(Residual from, Norm norm, Linear linear, float* logits,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Norm norm, Linear linear, float* logits,
                                                               int slots) {
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
     let_next_kernel_start();
+// 어휘가 크면 블록이 SM보다 많다. 출력 행렬은 16비트라 NF4의 표가 필요 없다
     int first = (int)((u64)TILES * blockIdx.x / gridDim.x);
     int tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first;
-    Main product(linear, first, tiles);
+    Main product(linear.part, first, tiles);
     product.prime();
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight;
-    if (EARLY_NORM) weight.load_constant(norm.weight);
+    Row weight, bias;
+    if (EARLY_NORM) load_norm(norm, weight, bias);
     wait_for_previous_kernel();
-    read_residual<BF16, true>(from, norm, weight, 1.f, high, scratch);
+    read_residual<BF16, true>(from, norm, weight, bias, 1.f, high, scratch);
     __syncthreads();
     product.run({high, high + HIDDEN, 0, 0}, partial);
     __syncthreads();
     int row = first * ROWS + threadIdx.x;
+// 16의 배수까지 채운 행의 로짓은 적지 않는다
     if (threadIdx.x >= tiles * ROWS || row >= VOCAB) return;
     float value = Main::row(partial, threadIdx.x) * LOGIT_SCALE;
     logits[row] = LOGIT_CAP > 0.f ? LOGIT_CAP * tanhf(value * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f))) : value;

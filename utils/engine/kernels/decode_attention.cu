@@ -41,18 +41,24 @@ struct Page {
     }
 };
 
+// d번째 칸의 (cos, sin). 돌리지 않는 칸이면 (1, 0)이다.
+__device__ __forceinline__ float2 turn_of(const float2* turns, int d) {
+    return turns && d < ROTARY ? __ldg(turns + d % (ROTARY / 2)) : float2{1.f, 0.f};
+}
+
 // 머리 하나의 d번째 칸을 돌린다. 앞 절반과 뒤 절반이 짝이다.
-__device__ __forceinline__ float rotate(const float* head, const float2* turns, int d) {
-    if (d >= ROTARY || !turns) return head[d];
-    float2 turn = turns[d % (ROTARY / 2)];
+__device__ __forceinline__ float rotate(const float* head, float2 turn, int d) {
+    if (d >= ROTARY) return head[d];
     return d < ROTARY / 2 ? head[d] * turn.x - head[d + ROTARY / 2] * turn.y
                           : head[d] * turn.x + head[d - ROTARY / 2] * turn.y;
 }
 
 // GROUP칸을 int8로 적고 fp16 scale 하나를 남긴다. 이어진 GROUP개 스레드가 함께 부른다.
 __device__ __forceinline__ void store_int8(signed char* values, u16* scales, int d, float value) {
+// GROUP칸의 절댓값 가운데 가장 큰 것이 127이 된다
     float largest = fabsf(value);
-    for (int step = GROUP / 2; step; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
+    for (int step = GROUP / 2; step; step >>= 1)
+        largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
     u16 bits = narrow<false>(largest / 127.f);
     float scale = widen<false>(bits);
     values[d] = (signed char)(scale > 0.f ? fminf(fmaxf(rintf(value / scale), -127.f), 127.f) : 0.f);
@@ -75,6 +81,7 @@ __device__ __forceinline__ int value_at(int head) {
 
 // 워프 하나가 머리 하나를 [HEAD_DIM] 옮기며 RMS norm을 한다. weight가 널이면 그대로 옮긴다.
 __device__ __forceinline__ void copy_head(const float* source, float* target, const float* weight) {
+// 레인 하나가 32칸 간격으로 PER_LANE칸을 맡는다
     enum { PER_LANE = (HEAD_DIM + 31) / 32 };
     int lane = threadIdx.x & 31;
     float value[PER_LANE], square = 0.f;
@@ -90,11 +97,12 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
     }
 }
 
-// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS).
+// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
 // 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 SPLITS로 나눈 한 토막을 맡는다. 토막은
 // CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
-//   qkv: fp32 [QDIM + 2 KVDIM], partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합)
-//   done: [grid.x]는 늘 0으로 되돌려 놓는다. out: 16비트 [위, 아래][QDIM]
+// 아래의 모양은 줄 하나의 것이다.
+//   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], state: [6], out: 16비트 [위, 아래][QDIM]
+//   partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
 extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
@@ -105,13 +113,19 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
     __shared__ bool last;
     let_next_kernel_start();
+// 함께 답하는 줄마다 메모리가 이어져 있다. 줄이 하나면 z는 0이다
+    qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
+    partial += blockIdx.z * HEADS * SPLITS * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
+// 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
-    int seen = position + 1 - oldest, per = ((seen + SPLITS - 1) / SPLITS + CHUNK - 1) / CHUNK * CHUNK;
+    int seen = position + 1 - oldest, splits = gridDim.y;
+    int per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 
+// 위치 하나의 K는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 위치 STEPS개를 맡는다
     uint4 key[STEPS], value[STEPS];
     u16 key_scale[STEPS], value_scale[STEPS];
     bool present[STEPS];
@@ -129,8 +143,12 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         }
     };
     load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
+    static_assert(HEAD_DIM <= ATTENDERS, "스레드 하나가 머리의 칸 하나를 맡는다");
+    Page here(pages, position);
+    float2 turn = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), tid);
     wait_for_previous_kernel();
 
+// q, k, v 머리를 워프가 하나씩 옮기며 norm한다
     bool is_last = end == position + 1;  // 새 토큰의 위치를 맡은 블록
     for (int v = warp; v < Q + 2; v += ATTENDERS / 32) {
         if (v < Q) copy_head(qkv + query_at(first_head + v), raw[v], attention.q_norm);
@@ -138,21 +156,22 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         else copy_head(qkv + value_at(kv), raw[v], 0);
     }
     __syncthreads();
-    Page here(pages, position);
-    const float2* now = attention.turn < 0 ? 0 : here.turns(attention.turn);
-    for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-        for (int h = 0; h < Q; h++) query[h][d] = rotate(raw[h], now, d) * ATTENTION_SCALE;
-        if (!is_last) continue;
-        store_int8(fresh[0], fresh_scales[0], d, rotate(raw[KEY], now, d));
-        store_int8(fresh[1], fresh_scales[1], d, raw[VALUE][d]);
+    if (tid < HEAD_DIM) {
+        for (int h = 0; h < Q; h++) query[h][tid] = rotate(raw[h], turn, tid) * ATTENTION_SCALE;
+        if (is_last) {
+            store_int8(fresh[0], fresh_scales[0], tid, rotate(raw[KEY], turn, tid));
+            store_int8(fresh[1], fresh_scales[1], tid, raw[VALUE][tid]);
+        }
     }
     __syncthreads();
+// K, V 머리를 함께 쓰는 블록이 여럿이면 첫 블록만 cache에 적는다
     if (is_last && first_head % PER_KV == 0 && tid < 2 * LANES) {
         int kind = tid / LANES, i = tid % LANES;
         ((uint4*)here.values(kind, layer, kv))[i] = ((const uint4*)fresh[kind])[i];
         here.scales(kind, layer, kv)[i * LANE / GROUP] = fresh_scales[kind][i * LANE / GROUP];
     }
 
+// 이어 가는 softmax: 지금까지의 최댓값, 지수의 합, 지수를 곱한 V의 합
     float largest[Q], total[Q], sum[Q][LANE];
     #pragma unroll
     for (int h = 0; h < Q; h++) {
@@ -165,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
             load(from);
         }
         #pragma unroll
+// 점수 = q k. 새 토큰의 K, V는 방금 만든 것을 쓴다
         for (int s = 0; s < STEPS; s++) {
             int row = from + sub + s * AT_ONCE;
             if (present[s] && row == position) {
@@ -188,6 +208,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         __syncthreads();
         #pragma unroll
         for (int h = 0; h < Q; h++) {
+// 워프마다 같은 점수를 읽어 같은 최댓값을 얻으므로 블록의 동기화가 필요 없다
             float most = largest[h], more = 0.f;
             for (int i = lane; i < CHUNK; i += 32) most = fmaxf(most, scores[h][i]);
             for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
@@ -214,6 +235,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         }
     __syncthreads();
 
+// 워프들의 합을 모은다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int h = 0; h < Q; h++) {
         u16* target = out + (first_head + h) * HEAD_DIM;
         float* mine = partial + ((size_t)(first_head + h) * SPLITS + blockIdx.y) * (HEAD_DIM + 2);
@@ -226,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         if (active > 1 && tid == 0) mine[HEAD_DIM] = largest[h], mine[HEAD_DIM + 1] = total[h];
     }
     if (active == 1) return;
+// 마지막에 끝난 블록이 토막들을 합친다: 최댓값을 맞추어 지수의 합으로 나눈다
     __threadfence();
     __syncthreads();
     if (tid == 0) last = atomicAdd(done + blockIdx.x, 1) == active - 1;

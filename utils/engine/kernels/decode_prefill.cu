@@ -9,6 +9,7 @@ extern "C" __global__ void dequantize(const u8* weight, const void* scale, const
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     size_t at = (size_t)first_row * columns + (size_t)i * 8;
+// 바이트 하나에 가중치가 둘이고 위의 네 비트가 앞의 칸이다
     u32 packed = __ldg((const u32*)(weight + at / 2)), pairs[4];
 #if DOUBLE_QUANT
     float largest = __ldg(code + ((const u8*)scale)[at / 64]) * __ldg(group + (at >> 14)) + offset;
@@ -45,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
         value[j] = i < HIDDEN ? in[at + i] : 0.f;
         sum += value[j];
     }
+// 평균을 먼저 빼고 제곱을 모은다. 질문을 읽을 때는 시간이 넉넉하므로 두 번 동기화해도 된다
     float mean = RMS ? 0.f : block_sum(sum, scratch) / HIDDEN;
     for (int j = 0; j < PER_THREAD; j++)
         if (threadIdx.x + j * THREADS < HIDDEN) square += (value[j] - mean) * (value[j] - mean);
@@ -61,10 +63,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
 // qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 128.
 //   qkv: 16비트 [T][QDIM + 2 KVDIM], query: [HEADS][T][HEAD_DIM], keys, values: [KV_HEADS][total][HEAD_DIM]
 extern "C" __global__ void __launch_bounds__(128) split_heads(
-    const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query, u16* keys,
-    u16* values) {
+    const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query,
+    u16* keys, u16* values) {
     __shared__ float raw[2][HEAD_DIM], scratch[32];
     int token = blockIdx.x, position = *past + token, tid = threadIdx.x;
+// 앞의 HEADS개 블록은 q 머리를, 나머지는 k와 v 머리를 맡는다
     bool is_query = blockIdx.y < HEADS;
     int head = is_query ? blockIdx.y : blockIdx.y - HEADS;
     if (position >= CONTEXT) return;  // 조각의 길이를 맞추느라 채운 자리
@@ -76,17 +79,19 @@ extern "C" __global__ void __launch_bounds__(128) split_heads(
         raw[1][d] = widen<BF16>(source[(is_query ? query_at(head) : value_at(head)) + d]);
         square += raw[0][d] * raw[0][d];
     }
+// 머리마다의 norm. v에는 걸지 않는다
     float scale = weight ? rsqrtf(block_sum(square, scratch) / HEAD_DIM + EPS) : 1.f;
     for (int d = tid; d < HEAD_DIM; d += 128) raw[0][d] *= scale * (weight ? weight[d] : 1.f);
     __syncthreads();
     Page page(pages, position);
     const float2* turns = attention.turn < 0 ? 0 : page.turns(attention.turn);
     for (int d = tid; d < HEAD_DIM; d += 128) {
-        float turned = rotate(raw[0], turns, d);
+        float turned = rotate(raw[0], turn_of(turns, d), d);
         if (is_query) {
             query[((size_t)head * tokens + token) * HEAD_DIM + d] = narrow<BF16>(turned);
             continue;
         }
+// 이 조각의 attention은 16비트 K, V로 세고, 뒤의 토큰이 읽을 것은 int8로 적는다
         size_t at = ((size_t)head * total + position) * HEAD_DIM + d;
         keys[at] = narrow<BF16>(turned);
         values[at] = narrow<BF16>(raw[1][d]);

@@ -30,16 +30,14 @@ struct Matrix {
 
 // 선형층 하나. 나란히 곱하는 행렬(q, k, v나 gate, up)을 part에 담는다. `LinearArgument`와 같은 차례다.
 //   bias, row_scale: fp32 [전체 행]. 없으면 널. row_scale은 int8 가중치의 행마다의 배율이다.
-//   lora_a: fp32 [part의 수 x RANK][입력], lora_b: fp32 [전체 행][RANK]. 어댑터가 없으면 널.
-//   partial, arrived: lora_a와 입력의 곱을 블록끼리 나누어 세는 자리와 도착 수.
+//   lora_a: 16비트 [part의 수][LORA_ROWS][입력]의 행렬 하나. 없으면 weight가 널이다.
+//   lora_b: fp32 [전체 행][RANK].
 struct Linear {
     Matrix part[3];
+    Matrix lora_a;
     const float* bias;
     const float* row_scale;
-    const float* lora_a;
     const float* lora_b;
-    float* partial;
-    int* arrived;
 };
 
 // 공유 메모리에 둔 것들. 활성값 [칸]은 위, 아래 절반으로 나누어 둔다(low가 없으면 위 절반뿐이다).
@@ -52,14 +50,18 @@ struct Inputs {
 
 // 조각(행 16개 x STEP칸) 하나. 레인은 행 lane/4와 그 아래 여덟째 행의 16바이트씩을 맡는다.
 // 텐서 코어의 열 여덟 가운데 몇만 쓴다. 16비트 가중치에서는 열 0이 활성값의 위 절반, 열 1이 아래 절반이다.
-template <bool BF, int K> struct WidePiece {
-    enum { STEP = WIDE_K, ROW_BYTES = K * 2, STEP_BYTES = STEP * 2, QUADS = 2 };
+// HALF면 묶음의 높이가 8행이다(아래 여덟 행은 0으로 여긴다).
+template <bool BF, int K, bool HALF = false> struct WidePiece {
+    enum { STEP = WIDE_K, ROW_BYTES = K * 2, STEP_BYTES = STEP * 2, QUADS = 2, HEIGHT = HALF ? 8 : ROWS };
     uint4 top[2], low[2];
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
         const u8* source = m.weight + at + (threadIdx.x & 3) * 16;
         for (int u = 0; u < 2; u++) top[u] = load_weight(source + u * 64);
-        for (int u = 0; u < 2; u++) low[u] = load_weight(source + 8 * ROW_BYTES + u * 64);
+        for (int u = 0; u < 2; u++) {
+            low[u] = {0, 0, 0, 0};
+            if (!HALF) low[u] = load_weight(source + 8 * ROW_BYTES + u * 64);
+        }
     }
 
     __device__ __forceinline__ static void input(const Inputs& in, int segment, uint4 (&b)[QUADS]) {
@@ -83,7 +85,7 @@ template <bool BF, int K> struct WidePiece {
 };
 
 template <int K> struct Nf4Piece {
-    enum { STEP = NF4_K, ROW_BYTES = K / 2, STEP_BYTES = STEP / 2, QUADS = 4 };
+    enum { STEP = NF4_K, ROW_BYTES = K / 2, STEP_BYTES = STEP / 2, QUADS = 4, HEIGHT = ROWS };
     uint4 top, low;
     float offset;
     float2 top_scale, low_scale;  // 이중 양자화면 x에 8비트 절댓값 둘, y에 그 묶음의 절댓값
@@ -146,7 +148,7 @@ template <int K> struct Nf4Piece {
 // int8: 한 레인이 행의 이어진 16칸을 맡는다. 열 0이 활성값의 위 절반, 열 1이 아래 절반이다(모두 fp16). 행마다의 배율은
 // 다 더한 뒤에 곱한다.
 template <int K> struct Int8Piece {
-    enum { STEP = INT8_K, ROW_BYTES = K, STEP_BYTES = STEP, QUADS = 2 };
+    enum { STEP = INT8_K, ROW_BYTES = K, STEP_BYTES = STEP, QUADS = 2, HEIGHT = ROWS };
     uint4 top, low;
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
@@ -216,12 +218,12 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
     enum { SEGMENTS = K / T::STEP, ACROSS = split_across(SEGMENTS), PER = SEGMENTS / ACROSS, GROUPS = WARPS / ACROSS,
            STATIC = AHEAD % PER == 0, HELD = STATIC && PER * T::QUADS <= 8, FLOATS = ACROSS * ROWS };
     T pieces[AHEAD];
-    const Linear& linear;
+    const Matrix* parts;
     Matrix matrix;
     u32 at;
     int tile, count, next;
 
-    __device__ __forceinline__ Product(const Linear& linear, int first_tile, int tiles) : linear(linear), next(0) {
+    __device__ __forceinline__ Product(const Matrix* parts, int first_tile, int tiles) : parts(parts), next(0) {
         int group = (threadIdx.x >> 5) / ACROSS;
         count = tiles > group ? ((tiles - group - 1) / GROUPS + 1) * PER : 0;
         tile = first_tile + group;
@@ -231,10 +233,10 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
     // 지금 묶음의 행렬과, 이 레인이 읽을 자리(바이트).
     __device__ __forceinline__ void find() {
         int part = Where::part(tile);
-        matrix = linear.part[0];
-        if (part == 1) matrix = linear.part[1];
-        if (part == 2) matrix = linear.part[2];
-        at = (Where::tile(tile) * ROWS + (threadIdx.x >> 2 & 7)) * T::ROW_BYTES +
+        matrix = parts[0];
+        if (part == 1) matrix = parts[1];
+        if (part == 2) matrix = parts[2];
+        at = (Where::tile(tile) * T::HEIGHT + (threadIdx.x >> 2 & 7)) * T::ROW_BYTES +
              (threadIdx.x >> 5) % ACROSS * PER * T::STEP_BYTES;
     }
 
@@ -242,6 +244,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
         pieces[d].load(matrix, at);
         at += T::STEP_BYTES;
         bool wrap = STATIC ? d % PER == PER - 1 : ++next == PER;
+// 묶음 하나를 다 읽으면 이 워프의 다음 묶음으로 간다
         if (wrap) tile += GROUPS, next = 0, find();
     }
 
@@ -252,6 +255,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
     }
 
     __device__ __forceinline__ void run(const Inputs& in, float* partial) {
+// 활성값의 조각 b는 묶음이 바뀌어도 같다. 워프가 맡은 칸이 좁으면(HELD) 레지스터에 쥐고 있는다
         int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = warp % ACROSS * PER, step = 0;
         float upper = 0.f, lower = 0.f;
         float* out = partial + (warp / ACROSS * ACROSS + warp % ACROSS) * ROWS + (lane >> 2);
@@ -268,6 +272,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
                 if (base + d + AHEAD < count) load(d);
                 if (STATIC ? d % PER != PER - 1 : ++step != PER) continue;
                 step = 0;
+// 레인 4g의 열 0, 1(위와 아래 절반)과 레인 4g + 1의 열 2, 3을 더하면 행 g의 합이다
                 upper += __shfl_xor_sync(~0u, upper, 1);
                 lower += __shfl_xor_sync(~0u, lower, 1);
                 if ((lane & 3) == 0) out[0] = upper, out[8] = lower;
@@ -277,6 +282,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
         }
     }
 
+// 블록이 맡은 row번째 출력 행의 합. 더하는 차례가 정해져 있어 답은 늘 같다.
     __device__ __forceinline__ static float row(const float* partial, int row) {
         float sum = 0.f;
         #pragma unroll
@@ -285,65 +291,18 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
     }
 };
 
-// LoRA의 아래쪽 곱 d = A x [LORA_ROWS]. 어느 선형층에나 붙고 입력이 무엇이든 같다.
-// 블록마다 A를 통째로 읽으면 L2가 넘치므로, 블록 하나가 x의 UNIT칸만 맡아 partial[조각][LORA_ROWS]에 적고 도착을 센다.
-// 본래의 곱을 다 마친 뒤에 모두 도착하기를 기다려 더한다. 조각은 처음에 함께 도는 블록들만 맡으므로 서로 기다리다 멈추지
-// 않는다. 더하는 차례가 정해져 있어 답은 늘 같다.
-template <bool BF, int LORA_ROWS, int K, int UNIT> struct LoraDown {
-    enum { UNITS = (K + UNIT - 1) / UNIT, PER_WARP = (LORA_ROWS + WARPS - 1) / WARPS, PER_LANE = UNIT / 32,
-           HELD = PER_WARP * PER_LANE, EARLY = HELD <= 12 };
-    float held[EARLY ? HELD : 1];
+// LoRA의 아래쪽 곱 d = A x. 블록마다 A 전체(또는 제 출력 행이 쓰는 부분)를 읽어 스스로 센다. 블록끼리 나누어 세고
+// 기다리는 것보다 빠르다: A는 작고(r 8, 칸 2,048이면 32 KB) 앞 커널과 상관이 없어 기다리는 동안 미리 읽는다.
+// A의 행은 part마다 LORA_TILE(8 또는 16)의 배수로 채워져 있다. 입력이 아주 넓은 MLP의 뒤쪽 행렬만은 다르게 센다
+// (decode.cu의 `LoraOfAct`).
+template <int K> using LoraDown = Product<WidePiece<ACT_BF16, K, LORA_TILE == 8>, K, 2>;
+#define LORA_TILES (LORA_ROWS / LORA_TILE)  // part 하나의 묶음 수
 
-    __device__ __forceinline__ static float weight(const float* a, int r, int c, int unit) {
-        int row = (threadIdx.x >> 5) + r * WARPS, column = unit * UNIT + c * 32 + (threadIdx.x & 31);
-        return row < LORA_ROWS && column < K ? __ldg(a + (size_t)row * K + column) : 0.f;
-    }
-
-    // A는 앞의 커널과 상관이 없으므로 미리 읽는다.
-    __device__ __forceinline__ void prime(const Linear& linear, int unit) {
-        if (!EARLY || unit >= UNITS) return;
-        #pragma unroll
-        for (int i = 0; i < HELD; i++) held[EARLY ? i : 0] = weight(linear.lora_a, i / PER_LANE, i % PER_LANE, unit);
-    }
-
-    // 블록 전체가 함께 부른다.
-    __device__ __forceinline__ void run(const Linear& linear, const Inputs& in, int unit) {
-        if (unit >= UNITS) return;
-        #pragma unroll
-        for (int r = 0; r < PER_WARP; r++) {
-            float sum = 0.f;
-            #pragma unroll
-            for (int c = 0; c < PER_LANE; c++) {
-                int column = unit * UNIT + c * 32 + (threadIdx.x & 31);
-                if (column >= K) continue;
-                float x = widen<BF>(in.high[column]) + (in.low ? widen<BF>(in.low[column]) : 0.f);
-                sum += x * (EARLY ? held[EARLY ? r * PER_LANE + c : 0] : weight(linear.lora_a, r, c, unit));
-            }
-            sum = warp_sum(sum);
-            int row = (threadIdx.x >> 5) + r * WARPS;
-            if ((threadIdx.x & 31) == 0 && row < LORA_ROWS) linear.partial[unit * LORA_ROWS + row] = sum;
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence();
-            atomicAdd(linear.arrived, 1);
-        }
-    }
-
-    // 모든 조각의 합을 공유 메모리 down[LORA_ROWS]에 모은다. 블록 전체가 함께 부르고, 그 뒤에 동기화해야 한다.
-    __device__ __forceinline__ static void collect(const Linear& linear, float adapter, float* down) {
-        if ((threadIdx.x & 31) == 0)
-            while (load_arrivals(linear.arrived) < UNITS) {}
-        sync_lanes();
-        for (int row = threadIdx.x >> 5; row < LORA_ROWS; row += WARPS) {
-            float sum = 0.f;
-            for (int unit = threadIdx.x & 31; unit < UNITS; unit += 32)
-                sum += __ldcg(linear.partial + unit * LORA_ROWS + row);
-            sum = warp_sum(sum);
-            if ((threadIdx.x & 31) == 0) down[row] = sum * adapter * (1.f / IN_SCALE);
-        }
-    }
-};
+// part 하나의 d [RANK]를 공유 메모리에 모은다. partial은 그 part의 첫 묶음의 자리다. 앞뒤로 동기화해야 한다.
+template <int K> __device__ __forceinline__ void gather_lora(const float* partial, float adapter, float* down) {
+    for (int r = threadIdx.x; r < RANK; r += THREADS)
+        down[r] = LoraDown<K>::row(partial, r / LORA_TILE * ROWS + r % LORA_TILE) * adapter * (1.f / IN_SCALE);
+}
 
 // 출력 행 하나의 마무리: 배율, bias, LoRA의 위쪽 곱 B d. 앞 커널을 기다리기 전에 읽어 두어 끝에서 기다리지 않는다.
 struct RowEnd {
@@ -360,8 +319,8 @@ struct RowEnd {
         for (int r = 0; r < HELD; r++) b[HELD ? r : 0] = __ldg(source + r);
     }
 
-    // row: 선형층 전체에서의 행, down: 이 행이 든 행렬의 d [RANK]. 어댑터가 꺼져 있으면 널.
-    __device__ __forceinline__ float finish(const Linear& linear, float sum, int row, const float* down) const {
+    // down: 이 행이 든 행렬의 d [RANK]. 어댑터가 꺼져 있으면 널. row: 선형층 전체에서의 행.
+    __device__ __forceinline__ float finish(const Linear& linear, float sum, const float* down, int row) const {
         float value = sum * scale + bias;
         if (!down) return value;
         #pragma unroll

@@ -32,6 +32,7 @@ struct Values {
 
 // 세는 이(counter)로 만드는 난수: Philox 4x32-10 (Salmon 외, 2011). 같은 씨앗의 같은 순번은 늘 같은 수다.
 __device__ __forceinline__ u32 philox(u32 counter, u32 key0, u32 key1) {
+// 네 워드 가운데 하나만 쓴다
     u32 c0 = counter, c1 = 0, c2 = 0, c3 = 0;
     for (int round = 0; round < 10; round++) {
         u32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -44,6 +45,7 @@ __device__ __forceinline__ u32 philox(u32 counter, u32 key0, u32 key1) {
 
 // float의 크기 차례를 지키는 정수.
 __device__ __forceinline__ u32 order_key(float value) {
+// 양수는 부호 비트를 세우고 음수는 모두 뒤집으면 정수의 차례가 실수의 차례와 같아진다
     u32 bits = __float_as_uint(value);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
@@ -53,6 +55,7 @@ template <class Weight>
 __device__ __forceinline__ u32 threshold(const Values& value, Weight weight, float target, float (*scratch)[32]) {
     u32 key = 0;
     for (int bit = 31; bit >= 0; bit--) {
+// 이 비트를 세워도 합이 target 이상이면 세운다
         u32 trial = key | 1u << bit;
         float sum = 0.f;
         FOR_EACH {
@@ -60,6 +63,7 @@ __device__ __forceinline__ u32 threshold(const Values& value, Weight weight, flo
             if (order_key(v) >= trial) sum += weight(v);
         }
         for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+// 두 줄을 번갈아 쓰므로 동기화가 비트마다 한 번이다
         float* line = scratch[bit & 1];
         if ((threadIdx.x & 31) == 0) line[threadIdx.x >> 5] = sum;
         __syncthreads();
@@ -72,6 +76,7 @@ __device__ __forceinline__ u32 threshold(const Values& value, Weight weight, flo
 
 // 앞 스레드들의 합(자기 포함)과 전체의 합.
 __device__ __forceinline__ float2 running_sum(float value, float* scratch) {
+// 워프 안의 앞쪽 합
     for (int step = 1; step < 32; step <<= 1) {
         float other = __shfl_up_sync(~0u, value, step);
         if ((threadIdx.x & 31) >= step) value += other;
@@ -79,6 +84,7 @@ __device__ __forceinline__ float2 running_sum(float value, float* scratch) {
     __syncthreads();
     if ((threadIdx.x & 31) == 31) scratch[threadIdx.x >> 5] = value;
     __syncthreads();
+// 앞 워프들의 합을 더한다
     float ahead = 0.f, total = 0.f;
     for (int w = 0; w < CHOOSERS / 32; w++) {
         if (w == threadIdx.x >> 5) ahead = total;
@@ -95,6 +101,7 @@ __device__ __forceinline__ bool choose_few(const Values& value, int top_k, float
     int tid = threadIdx.x;
     float most = NEVER;
     FOR_EACH most = fmaxf(most, value.get(j));
+// 스레드마다의 최댓값들에서 top_k번째를 찾는다
     u32 mine = order_key(most), cut = 0;
     for (int bit = 31; bit >= 0; bit--) {
         u32 trial = cut | 1u << bit;
@@ -105,6 +112,7 @@ __device__ __forceinline__ bool choose_few(const Values& value, int top_k, float
     FOR_EACH {
         float v = value.get(j);
         if (order_key(v) < cut || tid + j * CHOOSERS >= VOCAB) continue;
+// 모이는 차례는 그때그때 다르지만 아래에서 값과 번호로 줄을 세우므로 답은 같다
         int place = atomicAdd(&amount, 1);
         if (place < CHOOSERS) found[place] = v, found_id[place] = tid + j * CHOOSERS;
     }
@@ -117,6 +125,7 @@ __device__ __forceinline__ bool choose_few(const Values& value, int top_k, float
         ranked[rank] = own, ranked_id[rank] = id;
     }
     __syncthreads();
+// 줄 세운 것에서 top-k, top-p를 차례로 자르고 하나를 뽑는다
     bool kept = tid < amount && ranked[tid] >= ranked[min(top_k, amount) - 1];
     float weight = kept ? expf((ranked[tid] - largest) * inverse) : 0.f;
     float2 sum = running_sum(weight, lines[0]);
@@ -127,10 +136,11 @@ __device__ __forceinline__ bool choose_few(const Values& value, int top_k, float
     return true;
 }
 
-__device__ __forceinline__ void choose_many(Values& value, int top_k, float top_p, float inverse, float largest, float luck,
-                                            float (*lines)[32], int* chosen) {
+__device__ __forceinline__ void choose_many(Values& value, int top_k, float top_p, float inverse, float largest,
+                                            float luck, float (*lines)[32], int* chosen) {
     int tid = threadIdx.x;
     float sum = 0.f;
+// top-k: k번째 값보다 작은 것을 지운다
     if (top_k > 0 && top_k < VOCAB) {
         u32 cut = threshold(value, [](float) { return 1.f; }, (float)top_k, lines);
         FOR_EACH if (order_key(value.get(j)) < cut) value.set(j, NEVER);
@@ -141,6 +151,7 @@ __device__ __forceinline__ void choose_many(Values& value, int top_k, float top_
         value.set(j, weight);
         sum += weight;
     }
+// top-p: 큰 것부터 더해 top_p에 닿게 하는 문턱 아래를 지운다
     if (top_p < 1.f) {
         float total = block_sum(sum, lines[0]);
         __syncthreads();
@@ -152,9 +163,11 @@ __device__ __forceinline__ void choose_many(Values& value, int top_k, float top_
             sum += weight;
         }
     }
+// 남은 무게를 차례로 늘어놓고 luck이 떨어지는 자리를 고른다
     float2 running = running_sum(sum, lines[1]);
     float drawn = luck * running.y, low = running.x - sum;
     if (sum > 0.f && drawn >= low && drawn < running.x) {
+// 더하기의 오차로 끝을 넘으면 마지막으로 무게가 있던 것을 고른다
         int pick = -1;
         FOR_EACH {
             float weight = value.get(j);
@@ -165,11 +178,13 @@ __device__ __forceinline__ void choose_many(Values& value, int top_k, float top_
     }
 }
 
-// 다음 토큰을 고르고 그 embedding을 잔차 x에 적는다. used, banned: 어휘마다 한 비트. 답에 나온 토큰과 막을 토큰이다.
-//   told: 핀 고정된 CPU 메모리. arrivals [arrival_count]: LoRA의 도착 수를 다음 토큰을 위해 0으로 되돌린다.
+// 다음 토큰을 고르고 그 embedding을 잔차 x에 적는다. 줄마다 블록 하나다. used, banned: 어휘마다 한 비트. 답에 나온 토큰과 막을 토큰이다.
+//   told: 핀 고정된 CPU 메모리.
 extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
-    float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x,
-    int* arrivals, int arrival_count) {
+    float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x) {
+    int line = blockIdx.x;  // 함께 답하는 줄의 번호
+    logits += (size_t)line * VOCAB, state += line * 6, answer += (size_t)line * CONTEXT, told += (size_t)line * CONTEXT;
+    x += (size_t)line * HIDDEN;
     u32* used = (u32*)shared;
     u32* banned = used + WORDS;
     __shared__ float lines[2][32];
@@ -180,6 +195,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     for (int i = tid; i < WORDS; i += CHOOSERS) used[i] = banned[i] = 0;
     if (tid == 0) best = 0;
     __syncthreads();
+// 앞 커널을 기다리는 동안 답에 나온 토큰과 막을 n-gram을 비트로 표시한다
     for (int i = tid; i < count; i += CHOOSERS) {
         if (penalty != 1.f) atomicOr(used + answer[i] / 32, 1u << answer[i] % 32);
         if (size < 1 || i < size - 1) continue;
@@ -188,9 +204,9 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
         if (same) atomicOr(banned + answer[i] / 32, 1u << answer[i] % 32);
     }
     wait_for_previous_kernel();
-    for (int i = tid; i < arrival_count; i += CHOOSERS) arrivals[i] = 0;
     __syncthreads();
 
+// 벌점을 매기며 가장 큰 로짓을 찾는다
     Values value;
     value.memory = logits;
     u64 mine = 0;
@@ -213,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     }
     if ((tid & 31) == 0) atomicMax(&best, mine);
     __syncthreads();
+// 윗 32비트는 값, 아래 32비트는 번호를 뒤집은 것이다
     u32 top_key = best >> 32;
     if (tid == 0) chosen = (int)~(u32)best;
     float largest = __uint_as_float(top_key & 0x80000000u ? top_key & 0x7fffffffu : ~top_key);
@@ -223,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
             choose_many(value, top_k, top_p, inverse, largest, luck, lines, &chosen);
     }
     __syncthreads();
+// 다음 토큰의 잔차를 준비하고 상태를 하나 옮긴다
     int token = chosen;
     for (int i = tid; i < HIDDEN; i += CHOOSERS)
         x[i] = widen<BF16>(embedding[(size_t)token * HIDDEN + i]) * EMBEDDING_SCALE;

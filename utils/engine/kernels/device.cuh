@@ -79,15 +79,3 @@ __device__ __forceinline__ uint2 int8_to_fp16(u32 word) {
     asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
     return {low, high};
 }
-
-// 워프의 레인들이 서로가 읽고 쓴 것을 보게 한다.
-__device__ __forceinline__ void sync_lanes() { __syncwarp(); }
-
-// 다른 블록들이 적은 값이 보이게 된 뒤의 도착 수.
-__device__ __forceinline__ int load_arrivals(const int* arrived) {
-    int value;
-#if __CUDA_ARCH__ >= 700
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(arrived) : "memory");
-#endif
-    return value;
-}
