@@ -434,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
             }
         }
     }
-    sync_lanes();  // 제자리에서 돌리므로 모든 lane이 읽은 다음에 적는다
+    __syncwarp();  // 제자리에서 돌리므로 모든 lane이 읽은 다음에 적는다
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int element = (lane + 32 * i) * WIDTH;
