@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from utils.files import locked
 from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
 from utils.model.folder import model_digest
-from utils.process import is_first_process
+from utils.process import is_first_process, n_processes
 from utils.train.records import Settings
 
 RUN_FILE = "run.json"
@@ -153,7 +152,7 @@ def describe(settings: Settings, inputs) -> dict:
         "prompt_template": _fact(inputs.prompter.name, hashlib.sha256(template.encode()).hexdigest()),
         "lora_target_modules": _fact(",".join(inputs.targets)),
         "dtype": _fact(str(inputs.device.dtype).removeprefix("torch.")),
-        "processes": _fact(int(os.environ.get("WORLD_SIZE", "1"))),
+        "processes": _fact(n_processes()),
         **facts,
     }
 
@@ -181,8 +180,7 @@ def command(changes: dict[str, str | None]) -> str:
         if not skip:
             kept.append(token)
     kept += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
-    world = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if world == "1" else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
+    launcher = ["python"] if n_processes() == 1 else ["torchrun", "--standalone", f"--nproc_per_node={n_processes()}"]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     return join([*launcher, *kept])
 
