@@ -173,7 +173,7 @@ def test_repaired_file_has_no_fault_that_can_be_mended(seeded, encoder, tmp_path
     dropped = sum(len(places[kind]) for kind in ("broken", "missing", "empty", "placeholder", "duplicate"))
     assert done.dropped == dropped
     assert done.written == len(before.splitlines()) - dropped
-    assert path.read_bytes() == before and not list(tmp_path.glob("*.part"))
+    assert path.read_bytes() == before and not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("garbled", [

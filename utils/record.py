@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.files import read_json
+from utils.files import read_json, staged_file
 
 RUN_FILE, CURVES_FILE, SAMPLES_FILE = "run.json", "curves.png", "samples.md"
 MODELS = (("base", "기반 모델"), ("tuned", "학습한 모델"))  # (답의 열, 이름)
@@ -29,10 +29,8 @@ def write_run(output_dir: str | Path, run: dict) -> Path:
             글자로, NaN과 inf는 null로 바꾼다.
     """
     file = Path(output_dir) / RUN_FILE
-    staged = file.with_suffix(".tmp")
-    text = json.dumps(_plain(run), ensure_ascii=False, indent=2, allow_nan=False)
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(file)
+    with staged_file(file) as stream:
+        stream.write(json.dumps(_plain(run), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
     return file
 
 
@@ -64,7 +62,8 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
             if key in sample:
                 parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
     file = Path(output_dir) / SAMPLES_FILE
-    file.write_text("\n".join(parts), encoding="utf-8")
+    with staged_file(file) as stream:
+        stream.write("\n".join(parts))
     return file
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UsageError
+from utils.files import own_staging_of, put
 
 KEEP = 8
 _META = "meta.json"
@@ -82,7 +82,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._staged = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        self._staged = own_staging_of(folder)
         self._files: dict = {}
         self._counts = {"tokens": 0, "lengths": 0}
 
@@ -106,8 +106,7 @@ class CacheWriter:
             self._close()
             (self._staged / _META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
             if open_cache(self._folder) is None:  # 다른 프로세스가 먼저 만들었으면 그것을 쓴다
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self._staged.rename(self._folder)
+                put(self._staged, self._folder)
         except OSError as error:
             if open_cache(self._folder) is None:
                 raise self._unwritable(error) from None
