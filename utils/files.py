@@ -240,6 +240,11 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def text_sha256(*texts: str) -> str:
+    """차례대로 이은 글들의 sha256(16진수 64글자). 나뉜 자리가 다르면 값도 다르다."""
+    return hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def read_json(path: Path, missing: str) -> dict:
     """JSON 파일을 읽는다.
 

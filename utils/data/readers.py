@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -204,11 +203,3 @@ def _may_continue(error: Exception, end: int, start: int) -> bool:
 
 def _reason(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-
-
-def file_sha256(path: str | Path) -> str:
-    """데이터 파일의 sha256. 파일이 아니라 hub의 데이터면 이름의 해시다."""
-    if not Path(path).is_file():
-        return hashlib.sha256(str(path).encode()).hexdigest()
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

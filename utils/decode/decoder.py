@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.data.encoder import require_known_ids
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
 from utils.engine.decode_engine import NeoxDecode
 from utils.engine.weights import why_not
 from utils.errors import UsageError
-from utils.model.tokenizer import require_known_ids
 from utils.sampling import Sampling
 
 
