@@ -50,7 +50,7 @@ def serve(
 
     from utils.talk.source import find_source, load_answerer
 
-    source = find_source(base_model, peft_root, console.say)
+    source = find_source(base_model, peft_root, console.say, cache_dir)
     answerer = load_answerer(source, cache_dir, load_4bit, load_8bit, prompt_template, console.say)
     if ask is not None:
         print_answer(answerer, ask, input)

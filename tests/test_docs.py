@@ -88,7 +88,7 @@ def test_command_in_the_documents_is_valid(document, command):
     elif words[0] in ("torchrun", "accelerate"):
         check_launcher(words)
     elif words[0] == "hf":
-        assert command == folder.download_command(Path(words[-1]))
+        assert command == folder.download_command(Path(words[words.index("--local-dir") + 1]))
     else:
         assert words[0] in SYSTEM_COMMANDS, f"알 수 없는 명령: {command}"
 

@@ -133,6 +133,17 @@ def test_chat_needs_a_tokenizer_that_can_talk(tiny_neox):
     assert prompter.prompt("요약", "글") == "<user>요약\n\n글</user><assistant>"
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('system이 있어야 한다\n둘째 줄') }}", "{{ a.b.c }}", "{% if"])
+def test_a_chat_template_that_raises_is_one_line(tiny_neox, template):
+    from utils.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_neox)
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match="--prompt_template default") as error:
+        make_prompter("chat", tokenizer).prompt("가?")
+    assert "\n" not in str(error.value)
+
+
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=12) | st.sampled_from(
     [*GOOD.values(), "{instruction}", "{input}", "{instruction}{input}\nA:"]),
     lambda each: st.lists(each, max_size=2) | st.dictionaries(st.text(max_size=3), each, max_size=2), max_leaves=4)

@@ -99,6 +99,7 @@ def test_unknown_layer_is_refused_before_the_data(tiny_neox, tmp_path, capsys):
 
 def test_targets_are_chosen_among_the_layers_that_exist():
     assert choose_targets(("auto",), {"model_type": "mpt"}, {"Wqkv", "out_proj"}) == ("Wqkv",)
+    assert choose_targets(("auto",), {"model_type": "ctrl"}, {"Wq", "Wv", "0"}, {"Wq", "Wv"}) == ("Wq", "Wv")
     assert choose_targets(("auto",), {"model_type": "opt"}, {"q_proj", "k_proj", "v_proj", "fc1"}) == (
         "q_proj", "k_proj", "v_proj")
 

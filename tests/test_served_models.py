@@ -1,10 +1,13 @@
 """어떤 폴더를 적어도 transformers와 같은 답을 하거나 한 줄로 거절한다. 말없이 다른 답을 하지 않는다."""
 
+import contextlib
 import shutil
 
 import pytest
 import torch
-from conftest import build_tokenizer
+from conftest import build_tokenizer, run_script
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from tiny import tiny_model
@@ -12,10 +15,12 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from utils.decode.decoder import Decoder
 from utils.errors import UsageError
+from utils.model.adapter import ADAPTER_FILES
 from utils.model.tokenizer import load_tokenizer
 from utils.sampling import Sampling
-from utils.talk import api, source
+from utils.talk import api
 from utils.talk.answerer import Answer
+from utils.talk.source import find_source, load_answerer
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 SMALL = 785  # 토크나이저(800)보다 작은 embedding의 행 수
@@ -26,7 +31,7 @@ def silent(line: str) -> None:
 
 
 def open_answerer(base, prompt_template: str | None = None):
-    return source.load_answerer(source.find_source(str(base), None, silent), None, None, False, prompt_template,
+    return load_answerer(find_source(str(base), None, silent), None, None, False, prompt_template,
                                    silent)
 
 
@@ -114,3 +119,87 @@ def test_answers_stay_inside_the_smaller_of_the_two(small):
     answerer = open_answerer(small)
     answer = Answer(answerer.ask("a"), Sampling(temperature=100.0, top_p=1.0, top_k=0, max_new_tokens=100, seed=1))
     assert "\ufffd" not in "".join(answerer.pieces(answer)) and max(answer.ids) < SMALL
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """(기반 모델, 그 위의 어댑터). 그림도 보는 모델이어서 이름이 길다."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = tiny_model(folder / "base", "gemma3")
+    torch.manual_seed(1)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(
+        r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False, task_type="CAUSAL_LM"))
+    tuned.save_pretrained(folder / "run")
+    return base, folder / "run"
+
+
+def test_an_adapter_answers_as_peft_does(adapter):
+    base, run = adapter
+    answerer = load_answerer(find_source(str(base), str(run), silent), None, None, False, None,
+                                       silent)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run)
+    said = {}
+    for tuned in (True, False):
+        answer = Answer(answerer.ask("하늘은 왜 파란색이야?"), GREEDY, tuned=tuned)
+        list(answerer.pieces(answer))
+        said[tuned] = answer.ids
+        ids = torch.tensor([answer.input_ids])
+        with contextlib.nullcontext() if tuned else model.disable_adapter():
+            expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                      max_new_tokens=24, eos_token_id=[2], pad_token_id=2)[0, ids.shape[1]:].tolist()
+        assert answer.ids == [token for token in expected if token != 2]
+    assert said[True] != said[False]
+
+
+RENAMED = {
+    "a prefix too many": lambda name: f"base_model.model.{name}",
+    "module.": lambda name: f"module.{name}",
+    "half the prefix": lambda name: name.removeprefix("base_model."),
+    "fsdp": lambda name: name.replace(".layers.", "._fsdp_wrapped_module.layers."),
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "another architecture": lambda name: name.replace("self_attn", "attention"),
+    "one layer more": lambda name: name.replace("layers.1.", "layers.9."),
+    "adapter name": lambda name: name.replace("lora_A.weight", "lora_A.other.weight"),
+}
+
+
+@pytest.mark.parametrize("rename", RENAMED.values(), ids=RENAMED)
+def test_an_adapter_whose_names_do_not_fit_is_refused_by_name(adapter, tmp_path, rename):
+    base, run = adapter
+    folder = shutil.copytree(run, tmp_path / "run")
+    file = folder / ADAPTER_FILES[1]
+    tensors = load_file(file)
+    assert any(rename(name) != name for name in tensors)
+    save_file({rename(name): value for name, value in tensors.items()}, file)
+    source = find_source(str(base), str(folder), silent)
+    with pytest.raises(UsageError, match="lora_") as error:
+        load_answerer(source, None, None, False, None, silent)
+    assert "어댑터를 얹지 못했다" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_that_peft_places_whole_answer_the_same(adapter, tmp_path):
+    """PEFT는 그림도 보는 모델에서 앞붙이가 없는 이름도 제자리에 놓는다. 놓였으면 답이 같아야 한다."""
+    base, run = adapter
+    folder = shutil.copytree(run, tmp_path / "run")
+    file = folder / ADAPTER_FILES[1]
+    save_file({name.removeprefix("base_model.model."): value for name, value in load_file(file).items()}, file)
+    said = []
+    for place in (run, folder):
+        answerer = load_answerer(find_source(str(base), str(place), silent), None, None, False,
+                                           None, silent)
+        answer = Answer(answerer.ask("하늘은?"), GREEDY)
+        list(answerer.pieces(answer))
+        said.append(answer.ids)
+    assert said[0] == said[1] and len(said[0]) > 3
+
+
+def test_an_adapter_with_a_tensor_missing_is_refused_on_the_command_line(adapter, tmp_path):
+    base, run = adapter
+    folder = shutil.copytree(run, tmp_path / "run")
+    file = folder / ADAPTER_FILES[1]
+    tensors = load_file(file)
+    lost = next(name for name in tensors if "lora_B" in name)
+    save_file({name: value for name, value in tensors.items() if name != lost}, file)
+    done = run_script("generate.py", "--base_model", str(base), "--peft_root", str(folder), "--ask", "안녕")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert lost.removesuffix(".weight") in done.stderr

@@ -34,3 +34,4 @@ def hush_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="fan_in_fan_out", module="peft")  # 맞는 값을 peft가 스스로 고른다
+    warnings.filterwarnings("ignore", message="Found missing adapter keys", module="peft")  # load_adapter가 거절한다

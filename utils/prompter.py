@@ -78,7 +78,12 @@ class ChatPrompter:
             instruction, input = fill_placeholder(instruction, input), ""
         content = f"{instruction}\n\n{input}" if input else instruction
         messages = [{"role": "user", "content": content}]
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UsageError(f"토크나이저의 대화 템플릿이 질문을 받지 않는다({reason}). "
+                             "--prompt_template default를 쓴다") from None
 
     def render(self, instruction: str, input: str, output: str) -> str:
         return self.prompt(instruction, input) + output

@@ -35,6 +35,7 @@ FSDP = ("--use_fsdp", "--fsdp_version", "1", "--fsdp_auto_wrap_policy", "TRANSFO
 QWEN = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
+BATCHES = {"12.8b": 4, "1.3b": 64, "qwen3-1.7b": 16}
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 FIRST, MORE = 13, 5  # 나누어 담는 학습의 step과, 이어서 배우는 step
 # NVLink의 multicast는 카드를 함께 쓰는 다른 프로그램까지 멈추게 할 수 있어 끈다
@@ -54,54 +55,55 @@ def main() -> None:
     Path(options.work).mkdir(parents=True, exist_ok=True)
     rows = []
     for shape in options.shapes.split(","):
-        try:
-            row = sharded(options, shape) if shape == "12.8b" else parallel(options, shape)
-        except subprocess.TimeoutExpired as late:
-            row = {"shape": shape, "error": f"시간이 모자란다: {late.cmd[-1]}"}
-        except RuntimeError as error:
-            row = {"shape": shape, "error": str(error)}
+        row = {"shape": shape, "batch": BATCHES[shape]}
         rows.append(row)
+        try:
+            (sharded if shape == "12.8b" else parallel)(options, row)
+        except subprocess.TimeoutExpired as late:
+            row["error"] = f"시간이 모자란다: {' '.join(late.cmd)[-300:]}"
+        except RuntimeError as error:
+            row["error"] = str(error)
         print(json.dumps(row, ensure_ascii=False), flush=True)
         shutil.rmtree(Path(options.work) / shape, ignore_errors=True)
     print_table(rows)
     print(json.dumps(rows, ensure_ascii=False))
 
 
-def sharded(options, shape: str) -> dict:
-    """나누어 담아 배우고, 저장한 것을 확인하고, 이어서 배우고, 합친다."""
+def sharded(options, row: dict) -> None:
+    """나누어 담아 배우고, 저장한 것을 확인하고, 이어서 배우고, 합친다. 끝낸 것부터 `row`에 적는다."""
     from gather_too import compare
 
-    base, work = write_folder(shape, Path(options.work) / shape), Path(options.work)
-    output, gathered = work / "sharded", work / "gathered.safetensors"
-    shutil.rmtree(output, ignore_errors=True)
+    base, work, batch = write_folder(row["shape"], Path(options.work) / row["shape"]), Path(options.work), row["batch"]
+    output, gathered, merged = work / "sharded", work / "gathered.safetensors", work / "merged"
+    for left in (output, merged):
+        shutil.rmtree(left, ignore_errors=True)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *FSDP,
               str(ROOT / "tests/gather_too.py"), str(gathered)]
-    first = train(options, launch, base, output, 4, FIRST)
-    saved = compare(output / ADAPTER, gathered)
-    again = train(options, launch, base, output, 4, FIRST + MORE, "--resume_from_checkpoint", "True")
-    resumed = compare(output / ADAPTER, gathered)
+    row["fsdp"] = train(options, launch, base, output, batch, FIRST)
+    row["saved"] = compare(output / ADAPTER, gathered)
+    row["resumed"] = train(options, launch, base, output, batch, FIRST + MORE, "--resume_from_checkpoint", "True")
+    row["resumed_saved"] = compare(output / ADAPTER, gathered)
+    row["history_kept"] = row["resumed"]["losses"][:FIRST] == row["fsdp"]["losses"]
     began = time.perf_counter()
-    merged = work / "merged"
-    shutil.rmtree(merged, ignore_errors=True)
     call(options, [sys.executable, str(ROOT / "merge-lora.py"), "--peft_root", str(output), "--output_dir",
-                   str(merged)])
-    size = sum(file.stat().st_size for file in merged.glob("*.safetensors"))
-    row = {"shape": shape, "batch": 4, "fsdp": first, "saved": saved, "resumed": again | {"saved": resumed},
-           "merge_s": time.perf_counter() - began, "merged_gb": size / 1e9,
-           "resumed_at": FIRST + 1, "kept_history": again["losses"][:FIRST] == first["losses"]}
+                   str(merged), "--verify", "False"])  # 검산은 26 GB를 네 번 읽어 카드를 오래 붙든다
+    row["merge_s"] = time.perf_counter() - began
+    row["merged_gb"] = sum(file.stat().st_size for file in merged.glob("*.safetensors")) / 1e9
     shutil.rmtree(merged)
-    return row
 
 
-def parallel(options, shape: str) -> dict:
+def parallel(options, row: dict) -> None:
     """같은 것을 한 장과 두 장에서 배운다."""
-    base, batch = write_folder(shape, Path(options.work) / shape), 64 if shape == "1.3b" else 16
-    extra = () if shape == "1.3b" else ("--lora_target_modules", ALL_LINEAR)
-    one, two = (train(options, torchrun(n), base, Path(options.work) / f"{shape}-{n}", batch, options.steps, *extra)
-                for n in (1, 2))
-    gap = max(abs(a - b) / abs(a) for a, b in zip(one["losses"], two["losses"], strict=True))
-    speedup = two["tokens_per_second"] / one["tokens_per_second"]
-    return {"shape": shape, "batch": batch, "one": one, "two": two, "efficiency": speedup / 2, "loss_gap": gap}
+    shape, work = row["shape"], Path(options.work)
+    base = write_folder(shape, work / shape)
+    extra = ("--lora_target_modules", ALL_LINEAR) if shape.startswith("qwen3") else ()
+    for label, processes in (("one", 1), ("two", 2)):
+        output = work / f"{shape}-{processes}"
+        shutil.rmtree(output, ignore_errors=True)
+        row[label] = train(options, torchrun(processes), base, output, row["batch"], options.steps, *extra)
+    losses = zip(row["one"]["losses"], row["two"]["losses"], strict=True)
+    row["loss_gap"] = max(abs(one - two) / abs(one) for one, two in losses)
+    row["efficiency"] = row["two"]["tokens_per_second"] / row["one"]["tokens_per_second"] / 2
 
 
 def torchrun(processes: int) -> list[str]:
@@ -123,8 +125,6 @@ def call(options, command: list[str]) -> None:
 
 def train(options, launch: list[str], base: Path, output: Path, batch: int, steps: int, *more: str) -> dict:
     """배우고, run.json에서 속도, VRAM, step마다의 loss를 읽는다."""
-    if not more or more[0] != "--resume_from_checkpoint":
-        shutil.rmtree(output, ignore_errors=True)
     epochs = (steps - 0.01) / -(-count_blocks(options) // batch)  # 적은 값을 올림해도 step이 늘지 않게 한다
     began = time.perf_counter()
     call(options, [*launch, str(ROOT / "finetune-lora.py"), "--base_model", str(base), "--data_path", options.data,
@@ -208,19 +208,18 @@ def write_folder(shape: str, folder: Path) -> Path:
 def print_table(rows: list[dict]) -> None:
     print("\n| 모양 | batch | 프로세스 | 토큰/초 | 카드마다 GB | 효율 | loss 차이 |\n|---|---|---|---|---|---|---|")
     for row in rows:
-        if "error" in row:
-            print(f"| {row['shape']} | | 실패 | | | | |")
-            print(row["error"], file=sys.stderr)
-        for label in ("one", "two", "fsdp", "resumed"):
+        for label in ("fsdp", "resumed", "one", "two"):
             done = row.get(label)
             if done:
                 extra = f"{row['efficiency']:.3f} | {row['loss_gap']:.1e}" if label == "two" else " | "
                 print(f"| {row['shape']} {label} | {row['batch']} | {done['processes']} | "
                       f"{done['tokens_per_second']:,.0f} | {done['vram_gb'] or 0:.2f} | {extra} |")
-        if "saved" in row:
-            print(f"\n저장한 어댑터 {row['saved']}, 이어 배운 어댑터 {row['resumed']['saved']}, "
-                  f"앞의 기록이 그대로인가 {row['kept_history']}, "
-                  f"합치기 {row['merge_s']:.0f}초({row['merged_gb']:.1f} GB)")
+    for row in rows:
+        for label in ("saved", "resumed_saved", "history_kept", "merge_s", "merged_gb"):
+            if label in row:
+                print(f"{row['shape']} {label}: {row[label]}")
+        if "error" in row:
+            print(f"{row['shape']} 실패: {row['error']}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class PackedDataset(torch.utils.data.Dataset):
             tokens, answer = self._documents.document(member)
             end = at + len(tokens)
             input_ids[at:end] = tokens
-            labels[at:end] = tokens if self._train_on_inputs else np.where(answer, tokens, IGNORE)
+            learned = ~self._documents.muted(member) if self._train_on_inputs else answer
+            labels[at:end] = np.where(learned, tokens, IGNORE)
             labels[at] = IGNORE  # 첫 토큰은 앞 문서의 마지막 토큰이 예측하는 자리다
             position_ids[at:end] = np.arange(len(tokens))
             at = end

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.readers import END_TOKEN, detect_encoding
-from utils.data.rows import Pieces, compose
+from utils.data.rows import BadTurns, Pieces, Unlearned, compose
 
 N_EXAMPLES = 5
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
@@ -16,6 +16,8 @@ KINDS = {
     "broken": "읽을 수 없는 행",
     "missing": "필요한 열이 없거나 글이 아닌 행",
     "empty": "질문이나 답이 빈 행",
+    "roles": "대화의 role이나 차례나 weight를 읽을 수 없는 행(학습은 거절한다)",
+    "unlearned": "weight 0이어서 배우지 않는 답이 든 행",
     "duplicate": "앞의 행과 똑같은 행",
     "overlap": "학습에도 같은 질문이 있는 검증 행",
     "swapped": "질문과 답의 열이 바뀐 것 같다(답이 대부분 물음표로 끝난다)",
@@ -70,6 +72,8 @@ class Inspector:
         raw = _raw_texts(row, columns)
         for kind in row_faults(raw, pieces, self._frame):
             self._count(kind, number)
+        if any(isinstance(piece, Unlearned) for piece in pieces):
+            self._count("unlearned", number)
         if columns == ("text",):
             self._look_at_text(number, raw[0], *pieces[0])
         self._look_at_columns(row, columns, *pieces[-1])
@@ -78,10 +82,13 @@ class Inspector:
         """읽을 수 없는 행 하나를 센다."""
         self._count("broken", number)
 
-    def unusable(self, number: int, row: dict, columns: tuple[str, ...]) -> None:
-        """필요한 글이 없는 행 하나를 센다."""
+    def unusable(self, number: int, row: dict, columns: tuple[str, ...], error: Exception) -> None:
+        """필요한 글이 없는 행 하나를 센다. `error`는 그 행을 거절한 오류다."""
+        if isinstance(error, BadTurns):
+            self._count(error.kind, number)
+            return
         values = [row.get(name) for name in columns]
-        whole = columns != ("messages",) and all(isinstance(value, str) for value in values)
+        whole = all(isinstance(value, str) for value in values)
         self._count("empty" if whole and not any("\ud800" <= char <= "\udfff" for value in values for char in value)
                     else "missing", number)
 
@@ -193,7 +200,7 @@ def rendered_lines(documents, tokenizer, train_on_inputs: bool, n: int = 2) -> l
     lines = []
     for index in range(min(n, len(documents))):
         tokens, answer = documents.document(index)
-        learnt = np.ones(len(tokens), bool) if train_on_inputs else answer.copy()
+        learnt = ~documents.muted(index) if train_on_inputs else answer.copy()
         learnt[0] = False
         edges = [0, *(np.flatnonzero(np.diff(learnt)) + 1), len(tokens)]
         parts = [(tokenizer.decode(tokens[start:end], skip_special_tokens=False), learnt[start])

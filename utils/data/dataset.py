@@ -87,10 +87,10 @@ def _usable_rows(data_path: str | Path, prompter, inspector: check.Inspector, ca
             to_pieces, columns = rows.segmenter(set(row), prompter, data_path), rows.choose_columns(set(row))
         try:
             pieces = to_pieces(number, row)
-        except UsageError:
+        except UsageError as error:
             if not skip_bad:
                 raise
-            inspector.unusable(number, row, columns)
+            inspector.unusable(number, row, columns, error)
             continue
         inspector.look(number, row, columns, pieces)
         yield number, pieces

@@ -13,8 +13,10 @@ from utils.files import own_staging_of, put
 
 KEEP = 8
 _META = "meta.json"
-_FLAT = {"tokens": np.int32, "answer": np.bool_}
+_FLAT = {"tokens": np.int32, "answer": np.int8}
 _PER_DOCUMENT = {"lengths": np.int64, "digests": np.uint64, "questions": np.uint64, "numbers": np.int64}
+
+MUTED = 2  # 답이지만 배우지 않는 자리(weight 0)의 표시
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Documents:
 
     Attributes:
         tokens: 모든 문서의 토큰. [n_tokens] int32. 디스크에 둔 배열일 수 있다.
-        answer: 답(끝 토큰 포함)에 속하면 True. [n_tokens] bool.
+        answer: 배우는 답(끝 토큰 포함)에 속하면 1, 배우지 않는 답이면 `MUTED`, 아니면 0. [n_tokens] int8.
         offsets: 자르기 전의 문서 i는 tokens[offsets[i]:offsets[i+1]]이다. [n_documents + 1] int64.
         digests: 문서 내용의 해시. [n_documents] uint64.
         questions: 질문의 해시. 질문이 따로 없으면 내용의 해시다. [n_documents] uint64.
@@ -65,12 +67,18 @@ class Documents:
         return int((self.full_lengths() > self.lengths()).sum())
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """문서 하나의 (토큰, 답 여부)."""
+        """문서 하나의 (토큰, 배우는 답인지)."""
         start, end = self.offsets[index], self.offsets[index + 1]
         if self.cutoff_len is None or end - start <= self.cutoff_len:
-            return self.tokens[start:end], self.answer[start:end]
+            return self.tokens[start:end], self.answer[start:end] == 1
         kept = slice(start, start + self.cutoff_len - 1)
-        return np.append(self.tokens[kept], np.int32(self.end_id)), np.append(self.answer[kept], True)
+        learned_end = self.answer[kept.stop] != MUTED
+        return np.append(self.tokens[kept], np.int32(self.end_id)), np.append(self.answer[kept] == 1, learned_end)
+
+    def muted(self, index: int) -> np.ndarray:
+        """질문까지 배울 때에도 배우지 않는 토큰인지. [`document(index)`의 길이] bool."""
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return self.answer[start : end if self.cutoff_len is None else min(end, start + self.cutoff_len)] == MUTED
 
 
 class CacheWriter:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from utils.data import rows
+from utils.data.documents import MUTED
 from utils.errors import UsageError
 from utils.files import text_sha256
 from utils.prompter import CHAT
@@ -34,21 +36,24 @@ class Encoder:
         """답이 시작되기 직전까지의 토큰. `Prompter.pieces`의 첫 조각을 받는다."""
         return self._encode([prompt], self._special_in_prompt)[0]
 
-    def encode_batch(self, rows: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
+    def encode_batch(self, batch: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
         """행마다 (토큰, 그 토큰이 답인지). 한 행의 두 목록은 길이가 같다. 답에는 그 끝 토큰도 든다.
 
+        배우지 않는 답(`rows.Unlearned`)의 자리에는 True 대신 `MUTED`가 적힌다.
+
         Args:
-            rows: 행마다의 (프롬프트, 답)들. 여러 번 주고받은 행이면 여럿이다.
+            batch: 행마다의 (프롬프트, 답)들. 여러 번 주고받은 행이면 여럿이다.
         """
-        prompts = self._encode([p for row in rows for p, _ in row], self._special_in_prompt)
-        answers = self._encode([a for row in rows for _, a in row], False)
+        prompts = self._encode([p for row in batch for p, _ in row], self._special_in_prompt)
+        answers = self._encode([a for row in batch for _, a in row], False)
         encoded, at = [], 0
-        for row in rows:
+        for row in batch:
             tokens: list[int] = []
             is_answer: list[bool] = []
-            for _ in row:
+            for piece in row:
+                learned = MUTED if isinstance(piece, rows.Unlearned) else True
                 tokens += prompts[at] + answers[at] + [self._end_id]
-                is_answer += [False] * len(prompts[at]) + [True] * (len(answers[at]) + 1)
+                is_answer += [False] * len(prompts[at]) + [learned] * (len(answers[at]) + 1)
                 at += 1
             encoded.append((tokens, is_answer))
         return encoded

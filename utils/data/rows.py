@@ -3,8 +3,10 @@
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from utils import hub
 from utils.data.readers import END_TOKEN, READERS, BadRow
 from utils.errors import UsageError
 from utils.paths import looks_like_hub_id
@@ -15,6 +17,30 @@ FORMS = ("text", "instruction(+input)+output|response", "prompt+completion", "me
 _JAMO = re.compile("[\u1100-\u11ff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Pieces = list[tuple[str, str]]
+# 공개된 형식들이 쓰는 이름 -> 뜻
+ROLES = {"system": "system", "user": "user", "human": "user",
+         **dict.fromkeys(("assistant", "model", "gpt", "bot", "chatgpt"), "assistant")}
+
+
+class Unlearned(tuple):
+    """앞선 대화로 읽기만 하고 답을 배우지 않는 (프롬프트, 답)."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """질문과 답 한 번. `learned`가 False면 답을 배우지 않는다(weight 0)."""
+
+    question: str
+    answer: str
+    learned: bool = True
+
+
+class BadTurns(UsageError):
+    """대화를 읽을 수 없다. `kind`는 데이터 검사에서의 종류다."""
+
+    def __init__(self, message: str, kind: str = "roles"):
+        super().__init__(message)
+        self.kind = kind
 
 
 def read_rows(data_path: str | Path, cache_dir: str | None = None,
@@ -72,14 +98,7 @@ def load_hub(name: str, cache_dir: str | None = None):
     try:
         return datasets.load_dataset(name, split="train", cache_dir=cache_dir)
     except Exception as error:  # hub의 오류는 종류가 많고 모두 사용자가 고칠 일이다
-        kinds = {type(each).__name__ for each in (error, error.__cause__, error.__context__)}
-        if kinds & {"GatedRepoError"} or "gated" in str(error):
-            fix = "허락이 필요한 데이터다. hub에서 동의하고 hf auth login을 실행한다"
-        elif kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}:
-            fix = "그런 이름이 없거나 비공개다. 이름을 확인하고, 비공개면 hf auth login을 실행한다"
-        else:
-            fix = "인터넷과 디스크의 빈 곳을 확인하고 다시 실행한다"
-        raise UsageError(f"hub에서 데이터를 받지 못했다: {name} ({type(error).__name__}). {fix}") from None
+        raise hub.refusal("데이터를", name, error, cache_dir, data=True) from None
 
 
 def segmenter(columns: set[str], prompter, source: str | Path) -> Callable[[int, dict], Pieces]:
@@ -158,19 +177,80 @@ def _require(text: str, name: str, number: int, source: str | Path) -> str:
 
 
 def _from_messages(row: dict, number: int, prompter, source: str | Path) -> Pieces:
-    messages, pieces, question = row.get("messages"), [], ""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UsageError(f"{source}의 {number}번째 행의 messages가 {{role, content}}의 목록이 아니다")
-    for message in messages:
-        if not isinstance(message.get("role"), str):
-            raise UsageError(f"{source}의 {number}번째 행의 messages에 role이 없다")
-        content = _field(message, "content", number, source)
-        if message["role"] == "assistant":
-            answer = _require(strip_end(content), "content", number, source)
-            pieces.append(prompter.pieces(question, "", answer))
-            question = ""
-        else:
-            question = f"{question}\n\n{content}" if question else content
-    if not pieces:
-        raise UsageError(f"{source}의 {number}번째 행의 messages에 assistant의 답이 없다")
+    try:
+        turns, waiting = read_turns(row.get("messages"))
+        if waiting is not None or not turns:
+            raise BadTurns("의 끝에 assistant의 답이 없다. 답을 적거나 그 질문을 뺀다")
+        if not any(turn.learned for turn in turns):
+            raise BadTurns("의 답이 모두 weight 0이어서 배울 답이 없다. 행을 뺀다")
+    except BadTurns as error:
+        advice = "--check_data True로 모두 찾고 --repair_data로 뺀다"
+        raise BadTurns(f"{source}의 {number}번째 행의 messages{error}. {advice}", error.kind) from None
+    pieces: Pieces = []
+    for turn in turns:
+        question, answer = (clean(text, number, source) for text in (turn.question, turn.answer))
+        piece = prompter.pieces(question, "", answer)
+        pieces.append(piece if turn.learned else Unlearned(piece))
     return pieces
+
+
+def read_turns(messages: object) -> tuple[list[Turn], str | None]:
+    """(질문과 답의 짝들, 답을 기다리는 마지막 질문 또는 None). 맨 앞의 system은 첫 질문의 앞에 붙는다.
+
+    공개된 이름만 정해진 뜻으로 읽는다. 모르는 role, 도구의 글, 글이 아닌 content, 어긋난 차례는 짐작하지 않고 거절한다.
+
+    Args:
+        messages: {role, content}의 목록. assistant에는 OpenAI 미세조정 파일의 weight(0이나 1)가 있을 수 있다.
+
+    Raises:
+        BadTurns: 읽을 수 없다. 말은 "의 3번째 글의 ..."처럼 목록의 이름 뒤에 이어진다.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadTurns("가 {role, content}의 목록이 아니다")
+    turns: list[Turn] = []
+    system, question = "", None
+    for place, message in enumerate(messages, 1):
+        role, content = _read_message(message, place)
+        if role == "system":
+            if place > 1:
+                raise BadTurns(f"의 {place}번째 글이 system이다. system은 맨 앞에 하나만 둔다")
+            system = f"{content}\n\n"
+        elif role == "user":
+            if question is not None:
+                raise BadTurns(f"의 {place}번째 글이 또 user다. 잇달은 질문은 하나로 합친다")
+            question, system = system + content, ""
+        elif question is None:
+            raise BadTurns(f"의 {place}번째 글이 질문 없는 답이다. 앞에 user의 질문을 두거나 잇달은 답을 하나로 합친다")
+        else:
+            turns.append(Turn(question, content, _weight(message, place) != 0))
+            question = None
+    if system:
+        raise BadTurns("에 system만 있고 user의 질문이 없다", "empty")
+    return turns, question
+
+
+def _read_message(message: dict, place: int) -> tuple[str, str]:
+    """글 하나의 (system이나 user나 assistant, 글)."""
+    if not isinstance(message.get("role"), str):
+        raise BadTurns(f"의 {place}번째 글에 role이 없다")
+    role, content = ROLES.get(message["role"]), message.get("content")
+    if role is None or message.get("tool_calls") or message.get("function_call"):
+        what = f"role이 {message['role']}" if role is None else "도구를 부르는 글"
+        raise BadTurns(f"의 {place}번째 글은 {what}이라 읽지 않는다. 그 행을 빼거나 {', '.join(ROLES)}만 남긴다")
+    if content is not None and not isinstance(content, str):
+        raise BadTurns(f"의 {place}번째 글의 content가 글이 아니다({type(content).__name__})")
+    content = strip_end(content or "") if role == "assistant" else content or ""
+    if not content.strip():
+        raise BadTurns(f"의 {place}번째 글의 content가 없거나 비었다", "empty")
+    if role != "assistant" and message.get("weight") is not None:
+        raise BadTurns(f"의 {place}번째 글은 {role}인데 weight가 있다. weight는 assistant의 글에만 적는다")
+    return role, content
+
+
+def _weight(message: dict, place: int) -> float:
+    weight = message.get("weight")
+    if weight is None:
+        return 1
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise BadTurns(f"의 {place}번째 글의 weight가 {weight!r}이다. 0(배우지 않는다)이나 1(배운다)을 적는다")
+    return weight

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from utils import hub
 from utils.errors import UsageError
 from utils.files import read_manifest
 from utils.model import diskmap, lora, nf4, shards
@@ -80,12 +81,11 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     asked = find_input(base_model or trained_on)
     try:
         require_base(asked, shapes=False)  # 이름과 모양은 diskmap과 match_base가 본다
+        asked = str(hub.folder(asked, cache_dir))
     except UsageError as error:
         if base_model is not None:
             raise
         raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
-    if not Path(asked).is_dir():
-        asked = _download(asked, cache_dir)
     expected = facts.get("base_model", {}).get("id")
     from_folder = expected not in (None, hashlib.sha256(trained_on.encode()).hexdigest())
     name, given = (Path(text.replace("\\", "/")).name for text in (trained_on, base_model or trained_on))
@@ -93,15 +93,3 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     warning = (f"기반 모델 {asked}는 어댑터가 말하는 {trained_on}과 이름이나 설정이 다르다. 모양이 맞으면 합친다. "
                "배운 기반 모델이 맞는지 본다")
     return Path(asked), warning if differs else None
-
-
-def _download(hub_id: str, cache_dir: str | None) -> str:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(hub_id, cache_dir=cache_dir,
-                                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-    except Exception as error:  # 연결, 권한, 이름 가운데 무엇이 잘못되었든 할 일은 같다
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UsageError(f"기반 모델 {hub_id}을 받지 못했다({type(error).__name__}: {reason}). 받아 둔 폴더를 "
-                         f"--base_model로 적거나, 인터넷에 이어진 곳에서 받는다: hf download {hub_id}") from None

@@ -14,7 +14,8 @@ from utils.errors import UsageError
 from utils.merge import streamed, writer
 from utils.merge.job import Job
 from utils.model import adapter, diskmap
-from utils.model.folder import open_model_folder, text_config
+from utils.model.folder import open_model_folder
+from utils.model.loader import load_config
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.paths import DATA_DEMO, find_input
 from utils.prompter import make_prompter
@@ -57,8 +58,9 @@ def read_windows(job: Job) -> Windows:
     percent = settings.get("val_set_size") or 5
     _, held_out = blocks.split_by_content(documents, percent, settings.get("seed", 42))
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
-    budget = min(512, max(64, LOGIT_BYTES // (4 * text_config(job.base.config)["vocab_size"])))
-    length = budget // len(chosen)
+    config = load_config(job.base.path)
+    budget = min(512, max(64, LOGIT_BYTES // (4 * config["vocab_size"])))
+    length = min(budget // len(chosen), config.get("max_position_embeddings") or budget)  # 자리의 표 밖을 읽지 않는다
     ids = np.full((len(chosen), length), end_id, np.int64)
     real, answer = np.zeros((2, len(chosen), length), bool)
     for row, member in enumerate(chosen):

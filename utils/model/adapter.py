@@ -11,6 +11,7 @@ from utils.files import MANIFEST, damage, read_json
 from utils.model.checkpoint import newest_valid
 from utils.model.loader import _learned
 from utils.model.tokenizer import _first_line
+from utils.paths import looks_like_hub_id
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -70,7 +71,9 @@ def find_adapter(peft_root: str | Path) -> Path:
     """
     root = Path(peft_root)
     if not root.is_dir():
-        raise UsageError(f"어댑터 폴더가 없다: {root}")
+        advice = f". hub의 어댑터면 먼저 받는다: hf download {peft_root} --local-dir {root.name}(그 폴더를 " \
+                 "--peft_root로 적는다)" if looks_like_hub_id(peft_root) else ""
+        raise UsageError(f"어댑터 폴더가 없다: {root}{advice}")
     if all((root / name).is_file() for name in ADAPTER_FILES):
         found = damage(root, ADAPTER_FILES) if (root / MANIFEST).exists() else None
         if found is None:

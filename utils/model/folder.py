@@ -73,8 +73,9 @@ def open_model_folder(path: str | Path) -> ModelFolder:
 
 
 def download_command(path: Path) -> str:
+    """모델을 `path`에 받는 명령. 읽지 않는 pickle 가중치(.bin)는 받지 않는다."""
     name = path.name if path.name.startswith("polyglot-ko") else "polyglot-ko-1.3b"
-    return f"hf download EleutherAI/{name} --local-dir {path.as_posix()}"
+    return f'hf download EleutherAI/{name} --local-dir {path.as_posix()} --exclude "*.bin"'
 
 
 def read_config(path: Path) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from utils import hub
 from utils.errors import UsageError
 from utils.model.folder import download_command, open_model_folder
 from utils.model.tokenizer import _first_line
@@ -44,12 +45,13 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
     transformers의 기본값이다. 이미 양자화된 모델이면 `quantization_config`가 있다.
 
     Raises:
-        UsageError: 설정을 읽을 수 없다.
+        UsageError: 설정을 받거나 읽을 수 없다.
     """
     from transformers import AutoConfig
 
+    folder = hub.folder(base_model, cache_dir, hub.SETTINGS_FILES)
     try:
-        config = AutoConfig.from_pretrained(str(base_model), cache_dir=cache_dir, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
@@ -91,6 +93,7 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     require_base(base_model)
+    hub.folder(base_model, cache_dir)
     if quantize and device.device.type == "mps":
         raise UsageError("Apple GPU에서는 4비트와 8비트를 쓸 수 없다. --load_4bit와 --load_8bit를 빼고 실행한다")
     settings = {

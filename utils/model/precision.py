@@ -1,7 +1,5 @@
 """모델의 가중치를 몇 비트로 올릴지 고른다."""
 
-from pathlib import Path
-
 import psutil
 import torch
 
@@ -29,8 +27,6 @@ def choose_precision(base_model: str, device: Device, load_4bit: bool | None,
     kind = device.device.type
     width = device.dtype.itemsize
     name = f"{width * 8}비트({str(device.dtype).removeprefix('torch.')})"
-    if not Path(base_model).is_dir():
-        return None, f"{name}. 받아야 크기를 알 수 있어 줄이지 않는다"
     folder = open_model_folder(base_model)
     if load_4bit is None and kind == "cuda" and folder.config["model_type"] == "gpt_neox":
         return "4bit", "4비트(NF4). GPU의 GPT-NeoX에서는 읽을 가중치가 적어 가장 빠르다. 16비트는 --load_4bit False"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,7 @@ def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
     """첫 차원의 [start, stop) 행을 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다."""
-    row_bytes = (entry.end - entry.start) // max(1, *entry.shape[:1])
+    row_bytes = (entry.end - entry.start) // max(1, math.prod(entry.shape[:1]))
     buffer = bytearray((stop - start) * row_bytes)
     with entry.file.open("rb") as stream:
         stream.seek(entry.start + start * row_bytes)

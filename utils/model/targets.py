@@ -21,18 +21,20 @@ COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED_TARGETS = (("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("in_proj",))
 
 
-def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] | None = None) -> tuple[str, ...]:
+def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] | None = None,
+                   attention: Collection[str] = ()) -> tuple[str, ...]:
     """`auto`면 구조의 attention 층을 고른다. 기본값도 GPT-NeoX가 아니면 auto와 같다.
 
     Args:
         names: 모델에 있는 층의 이름. 주면 그 안에서만 고른다.
+        attention: attention 안에 있는 층의 이름. 흔한 이름이 하나도 없는 구조에서는 이것을 모두 고른다.
     """
     kind = config["model_type"]
     if asked == ("auto",) or (asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon")):
         usual = AUTO_TARGETS.get(kind, COMMON_TARGETS)
         groups = (usual, COMMON_TARGETS, *FUSED_TARGETS)
         present = (tuple(name for name in group if names is None or name in names) for group in groups)
-        return next(filter(None, present), usual)
+        return next(filter(None, present), tuple(sorted(attention)) or usual)
     return asked
 
 
@@ -41,6 +43,13 @@ def linear_names(model: nn.Module) -> set[str]:
     body = find_backbone(model) or model
     return {name.rsplit(".", 1)[-1] for name, module in body.named_modules()
             if isinstance(module, nn.Linear | Conv1D)} - {"lm_head", "embed_out"}
+
+
+def attention_names(model: nn.Module) -> set[str]:
+    """attention 안에 있는 층의 이름. 이름에 attn이나 attention이 든 부분의 안을 본다."""
+    paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    inside = {path[-1] for path in paths if any("attn" in part or "attention" in part for part in path[:-1])}
+    return inside & linear_names(model)
 
 
 def require_targets(model: nn.Module, targets: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from utils import hub
 from utils.errors import UsageError
 from utils.files import read_json
 from utils.model.folder import text_config
@@ -11,12 +12,13 @@ def load_tokenizer(model: str | Path, cache_dir: str | None = None):
     """토크나이저를 읽는다. pad 토큰이 없으면 끝 토큰으로 정한다.
 
     Raises:
-        UsageError: 토크나이저가 없거나 끝 토큰을 모른다.
+        UsageError: 토크나이저가 없거나 받지 못했거나, 끝 토큰을 모른다.
     """
     from transformers import AutoTokenizer
 
+    folder = hub.folder(model, cache_dir, hub.SETTINGS_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), cache_dir=cache_dir, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"토크나이저를 읽지 못했다: {model} ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:

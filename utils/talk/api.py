@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from utils.data.rows import BadTurns, read_turns
 from utils.errors import UsageError
 from utils.talk.answerer import Answer, Answerer, Busy
 from utils.talk.guard import MAX_CHARS, bounded_sampling, same_secret
@@ -18,7 +19,6 @@ from utils.talk.guard import MAX_CHARS, bounded_sampling, same_secret
 DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_new_tokens": 256, "repetition_penalty": 1.0,
             "no_repeat_ngram_size": 0}
 MAX_STOPS = 4
-ROLES = ("system", "developer", "user", "assistant")
 
 
 def routes(answerer: Answerer, model_name: str, auth: str | None) -> list[Route]:
@@ -158,31 +158,29 @@ async def _read_body(request: Request) -> dict:
 
 
 def _chat_ids(body: dict, answerer: Answerer) -> list[int]:
-    """messages를 질문의 토큰으로 바꾼다. assistant가 아닌 글은 다음 답까지 한 질문으로 잇는다."""
+    """messages를 질문의 토큰으로 바꾼다. 차례와 role은 학습 데이터의 것과 똑같이 읽는다."""
     messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UsageError("messages에 글이 하나는 있어야 한다")
-    past, question, total = [], "", 0
-    for message in messages:
-        content = _content(message)
-        total += len(content)
-        if message["role"] == "assistant":
-            past.append((question, content))
-            question = ""
-        else:
-            question = f"{question}\n\n{content}" if question else content
+    try:
+        turns, question = read_turns([_plain(message) for message in messages] if isinstance(messages, list) else None)
+    except BadTurns as error:
+        raise UsageError(f"messages{error}") from None
+    if question is None:
+        raise UsageError("messages의 마지막은 user의 질문이어야 한다")
+    total = len(question) + sum(len(turn.question) + len(turn.answer) for turn in turns)
     if total > MAX_CHARS:
         raise UsageError(f"messages가 너무 길다: {total:,}글자. {MAX_CHARS:,}글자까지 받는다")
-    return answerer.ask(question, past=past)
+    return answerer.ask(question, past=[(turn.question, turn.answer) for turn in turns])
 
 
-def _content(message: object) -> str:
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str) or message.get("role") not in ROLES:
-        raise UsageError(f"messages의 글마다 role({', '.join(ROLES)})과 글로 된 content가 있어야 한다")
-    return content
+def _plain(message: object) -> object:
+    """OpenAI의 두 별명을 푼다: 글 조각의 목록으로 된 content와, system의 새 이름 developer."""
+    if not isinstance(message, dict):
+        return message
+    content, role = message.get("content"), message.get("role")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
+                                         and isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)
+    return {**message, "content": content, "role": "system" if role == "developer" else role}
 
 
 def _text_ids(body: dict, answerer: Answerer) -> list[int]:

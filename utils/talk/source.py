@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from utils import hub
 from utils.decode.decoder import Decoder
 from utils.errors import UsageError
 from utils.model import diskmap, loader, lora, shards
@@ -33,37 +34,61 @@ class Source:
     """대화할 모델이 있는 곳.
 
     Attributes:
+        base_model: 기반 모델의 폴더.
         adapter: 얹을 어댑터의 폴더. 없으면 기반 모델이나 병합한 모델만 쓴다.
         run_dir: 사용자가 적은 학습 폴더. prompt.json과 run.json이 여기에 있다.
+        asked: 사용자나 어댑터가 적은 기반 모델의 이름. hub id일 수 있다.
     """
 
     base_model: str
     adapter: Path | None = None
     run_dir: Path | None = None
+    asked: str = ""
 
     @property
     def name(self) -> str:
-        return Path(self.run_dir or self.base_model).name
+        return Path(self.run_dir or self.asked or self.base_model).name
 
 
-def find_source(base_model: str | None, peft_root: str | None, say: Callable[[str], None]) -> Source:
-    """쓸 모델을 찾고, 가중치를 올리기 전에 온전하고 안전한지 본다.
+def find_source(base_model: str | None, peft_root: str | None, say: Callable[[str], None],
+                cache_dir: str | None = None) -> Source:
+    """쓸 모델을 찾고, 가중치를 올리기 전에 온전하고 안전한지 본다. hub id면 받아 온다.
+
+    기반 모델을 손수 적었으면 어댑터가 말하는 이름과 달라도 쓴다. 맞는지는 얹을 때 모양이 정한다.
 
     Raises:
-        UsageError: 모델이나 어댑터가 없거나, 온전하지 않거나, 안전하지 않다.
+        UsageError: 모델이나 어댑터가 없거나, 받지 못했거나, 온전하지 않거나, 안전하지 않다.
     """
     adapter = run_dir = None
+    trained_on = ""
     if peft_root is not None:
         run_dir = Path(find_input(peft_root))
         adapter = find_adapter(run_dir)
         read_safetensors_header(adapter / ADAPTER_FILES[1])
-        base_model = base_model or read_adapter_config(adapter).get("base_model_name_or_path")
+        trained_on = str(read_adapter_config(adapter).get("base_model_name_or_path") or "")
+        if not base_model and not trained_on:
+            raise UsageError(f"어댑터가 기반 모델을 말하지 않는다: {adapter}. --base_model을 적는다")
         say(f"어댑터: {shown(adapter)}")
-    base_model = find_input(base_model or str(BASE_DEMO))
-    require_base(base_model)
-    if adapter is not None and has_merged(base_model, adapter):
-        raise UsageError(f"이미 이 어댑터를 합친 모델이다: {base_model}. 두 번 얹지 않게 --peft_root를 빼고 실행한다")
-    return Source(base_model, adapter, run_dir)
+    asked = find_input(base_model or trained_on or str(BASE_DEMO))
+    try:
+        folder = asked
+        if require_base(asked) is None:
+            folder = str(hub.folder(asked, cache_dir))
+            require_base(folder)
+    except UsageError as error:
+        if base_model or not trained_on:
+            raise
+        raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
+    if trained_on and base_model and _last(trained_on) != _last(base_model):
+        say(f"주의: 기반 모델 {base_model}은 어댑터가 말하는 {trained_on}과 이름이 다르다. 배운 기반 모델이 맞는지 "
+            "본다")
+    if adapter is not None and has_merged(folder, adapter):
+        raise UsageError(f"이미 이 어댑터를 합친 모델이다: {asked}. 두 번 얹지 않게 --peft_root를 빼고 실행한다")
+    return Source(folder, adapter, run_dir, asked)
+
+
+def _last(name: str) -> str:
+    return Path(name.replace("\\", "/")).name
 
 
 def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,

@@ -28,38 +28,45 @@ def fit(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: R
     Raises:
         SystemExit: 멈추라는 신호를 받아 저장하고 멈추었다. 이어 가는 명령을 말한 뒤다.
     """
-    n_trainable = model.get_nb_trainable_parameters()[0]
-    run.require_space(n_trainable)
-    torch.manual_seed(settings.seed)
-    group = join_group(inputs.device.device)
-    checkpoints = Checkpoints(run, inputs.tokenizer, n_trainable, group, say)
-    parts = place(model, inputs, plan, group, say)
-    say(f"학습 길: {parts.step.path}")
-    with contextlib.ExitStack() as opened:
-        speed = Speed(inputs.train_set.n_tokens * settings.num_train_epochs / plan.schedule.steps)
-        listeners = [Progress(say, speed)]
-        if group.is_first:
-            listeners += open_trackers(inputs.trackers, settings, model)
-        for listener in listeners:
-            opened.callback(listener.close)
-        loop = Loop(parts.step, parts.weights, recipe_of(settings, plan), inputs.train_set, inputs.eval_set,
-                    group=group, device=inputs.device.device, checkpoints=checkpoints, listeners=listeners,
-                    speed=speed)
+    run.require_space(model.get_nb_trainable_parameters()[0])
+    with contextlib.closing(open_loop(settings, inputs, plan, model, run, say)) as loop:
+        say(f"학습 길: {loop.step.path}")
         before = measure_before(loop)
-        checkpoints.restore(loop)
-        with Interrupt(say) as interrupt:
-            loop.run(should_stop=lambda: interrupt.asked)
-        if interrupt.asked:
-            say(f"checkpoint-{loop.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
-            raise SystemExit(interrupt.code)
-        seconds = checkpoints.seconds
+        loop.checkpoints.restore(loop)
+        learn(loop, run, say)
+        seconds = loop.checkpoints.seconds
         report_end(plan, before, loop.state.best_metric, say)
-        checkpoints.keep_best(loop)
-        checkpoints.save_adapter(loop)
-        for listener in listeners:
+        loop.checkpoints.keep_best(loop)
+        loop.checkpoints.save_adapter(loop)
+        for listener in loop.listeners:
             listener.saved(run.folder, loop.state, final=True)
-    return Result(model, loop.state, parts.step.path, before, loop.state.best_metric, seconds, process.is_sharded(),
-                  group.is_first)
+    return Result(model, loop.state, loop.step.path, before, loop.state.best_metric, seconds, process.is_sharded(),
+                  loop.group.is_first)
+
+
+def open_loop(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: Run,
+              say: Callable[[str], None]) -> Loop:
+    """모델을 장치에 놓고, 기록할 곳을 열고, 학습 루프를 짓는다."""
+    schedule, memory, device = plan.schedule, plan.memory, inputs.device.device
+    torch.manual_seed(settings.seed)
+    group = join_group(device)
+    checkpoints = Checkpoints(run, inputs.tokenizer, model.get_nb_trainable_parameters()[0], group, say)
+    placed = place(model, inputs, plan, group, say)
+    recipe = Recipe(schedule.steps, schedule.warmup, schedule.interval, memory.micro_batch_size, plan.accumulation,
+                    settings.learning_rate, settings.seed, settings.early_stopping_patience)
+    speed = Speed(inputs.train_set.n_tokens * settings.num_train_epochs / schedule.steps)
+    trackers = open_trackers(inputs.trackers, settings, model) if group.is_first else []
+    return Loop(placed.step, placed.weights, recipe, inputs.train_set, inputs.eval_set, group=group, device=device,
+                checkpoints=checkpoints, listeners=[Progress(say, speed), *trackers], speed=speed)
+
+
+def learn(loop: Loop, run: Run, say: Callable[[str], None]) -> None:
+    """끝까지 배우거나, 신호를 받으면 저장하고 멈춘다."""
+    with Interrupt(say) as interrupt:
+        loop.run(should_stop=lambda: interrupt.asked)
+    if interrupt.asked:
+        say(f"checkpoint-{loop.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
+        raise SystemExit(interrupt.code)
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,6 @@ def place(model: nn.Module, inputs: Inputs, plan: Plan, group: Group, say: Calla
     step = fsdp.ShardedStep(model, rows, group, device.device)
     step.check(vocab, len(inputs.train_set[0]["input_ids"]))
     return Placed(step, fsdp.ShardedWeights(model, config, group, fp16))
-
-
-def recipe_of(settings: Settings, plan: Plan) -> Recipe:
-    schedule = plan.schedule
-    return Recipe(schedule.steps, schedule.warmup, schedule.interval, plan.memory.micro_batch_size, plan.accumulation,
-                  settings.learning_rate, settings.seed, settings.early_stopping_patience)
 
 
 def measure_before(loop: Loop) -> float | None:

@@ -170,6 +170,11 @@ class Loop:
             for listener in self.listeners:
                 listener.saved(folder, self.state, final=False)
 
+    def close(self) -> None:
+        """지켜보던 것들을 닫는다."""
+        for listener in self.listeners:
+            listener.close()
+
     @property
     def is_due(self) -> bool:
         """평가하고 저장할 step인지."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from utils import hub
 from utils.data import blocks, dataset
 from utils.data import check as data_check
 from utils.data.encoder import Encoder
@@ -16,7 +17,14 @@ from utils.errors import UsageError
 from utils.model import loader
 from utils.model.loader import require_base
 from utils.model.shape import empty_model
-from utils.model.targets import TRANSPOSED, choose_targets, linear_names, peft_targets, require_targets
+from utils.model.targets import (
+    TRANSPOSED,
+    attention_names,
+    choose_targets,
+    linear_names,
+    peft_targets,
+    require_targets,
+)
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.process import n_processes
 from utils.prompter import CHAT, make_prompter
@@ -63,7 +71,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     """
     require_data(settings.data_path)
     trackers = tracking.choose_trackers(settings)
-    require_base(settings.base_model)
+    if require_base(settings.base_model) is None:
+        hub.folder(settings.base_model, settings.cache_dir)  # 데이터를 다 읽고 나서 받다가 그치지 않게 한다
     config = loader.load_config(settings.base_model, settings.cache_dir)
     loader.require_trainable(settings.base_model, config)
     targets = find_targets(settings, config)
@@ -80,7 +89,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
         return blocks.PackedDataset(documents, members, settings.cutoff_len, read.end_id, train_on_inputs,
                                      settings.seed)
 
-    end_ids = end_token_ids(read.tokenizer, settings.base_model)
+    end_ids = end_token_ids(read.tokenizer, hub.folder(settings.base_model, settings.cache_dir))
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
     return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
@@ -93,7 +102,7 @@ def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
 
     empty = empty_model(AutoConfig.from_pretrained(settings.base_model, cache_dir=settings.cache_dir,
                                                    trust_remote_code=False))
-    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty))
+    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty), attention_names(empty))
     require_targets(empty, targets)
     return targets
 

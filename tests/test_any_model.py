@@ -1,0 +1,96 @@
+"""어떤 설정의 모델이든 학습한 것이 그 모델이고, 합친 것이 배운 것이고, 답이 transformers의 것과 같다.
+
+구조마다 설정을 뽑아(활성화, bias, rotary의 비율, 묶임, kv group, norm, 배율, soft cap, 창, 잔차의 모양) 작은 모델을
+만들고 세 단계를 모두 지나며 transformers와 peft로 따로 구한 값과 비교한다. `-m slow`로 청하면 구조마다 스무 가지다.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from road import walk
+from tiny import tiny
+
+NORMS = (1e-5, 1e-2)
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LONG = ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, ROPE,
+        {"rope_type": "llama3", "factor": 4.0, "rope_theta": 10000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 36})
+PARTS = tuple({**ROPE, "partial_rotary_factor": share} for share in (0.25, 0.5, 1.0))
+LAYERS = (["sliding_attention", "full_attention"], ["full_attention"] * 2, ["sliding_attention"] * 2)
+ACTS = ("gelu_pytorch_tanh", "silu", "relu")
+# 구조 -> 설정의 이름 -> 뽑을 값들. 앞의 값이 흔하지 않은 값이다: hypothesis는 그것부터 뽑는다
+LLAMA = {"hidden_act": ACTS, "attention_bias": (True, False), "mlp_bias": (True, False),
+         "tie_word_embeddings": (True, False), "num_key_value_heads": (1, 2, 4), "rms_norm_eps": NORMS,
+         "head_dim": (32, 16), "rope_parameters": LONG}
+SHORT = {name: LLAMA[name] for name in ("hidden_act", "tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")}
+SCALES = {"embedding_multiplier": (3.0, 1.0), "logits_scaling": (4.0, 1.0), "residual_multiplier": (0.4, 1.0),
+          "attention_multiplier": (0.3, 0.25)}
+FAMILIES = {
+    "gpt_neox": {"hidden_act": ("gelu", "gelu_fast", "relu"), "attention_bias": (False, True),
+                 "use_parallel_residual": (True, False), "tie_word_embeddings": (True, False),
+                 "rope_parameters": PARTS[::-1], "layer_norm_eps": NORMS, "num_attention_heads": (2, 4)},
+    "llama": LLAMA,
+    "mistral": {**SHORT, "head_dim": (32, 16), "sliding_window": (8, None)},
+    "qwen2": {**SHORT, "use_sliding_window": (True, False), "layer_types": LAYERS, "sliding_window": (8, 16)},
+    "qwen3": {**SHORT, "head_dim": (32, 16), "attention_bias": (True, False)},
+    "gemma": {"hidden_activation": ACTS, "num_key_value_heads": (1, 2, 4), "attention_bias": (True, False)},
+    "gemma2": {"hidden_activation": ACTS, "num_key_value_heads": (1, 2, 4), "final_logit_softcapping": (2.0, None),
+               "attn_logit_softcapping": (1.0, None, 50.0), "query_pre_attn_scalar": (4, 256), "layer_types": LAYERS,
+               "sliding_window": (8, 16), "tie_word_embeddings": (False, True)},
+    "gemma3_text": {"num_key_value_heads": (1, 2, 4), "final_logit_softcapping": (2.0, None), "layer_types": LAYERS,
+                    "query_pre_attn_scalar": (4, 256), "sliding_window": (8, 16)},
+    "exaone4": {**SHORT, "layer_types": LAYERS, "sliding_window": (8, 16)},
+    "hyperclovax": {**SHORT, **SCALES},
+    "granite": {**SHORT, **SCALES, "attention_bias": (True, False), "mlp_bias": (True, False)},
+    "cohere": {"logit_scale": (0.25, 1.0), "use_qk_norm": (True, False), "attention_bias": (True, False),
+               "tie_word_embeddings": (False, True), "num_key_value_heads": (1, 2, 4)},
+    "phi3": {**SHORT, "sliding_window": (8, None), "rope_parameters": PARTS},
+    "olmo2": {**SHORT, "attention_bias": (True, False)},
+    "gpt2": {"activation_function": ("relu", "gelu_new"), "scale_attn_by_inverse_layer_idx": (True, False),
+             "scale_attn_weights": (False, True), "tie_word_embeddings": (False, True), "n_inner": (96, None)},
+    "bloom": {"apply_residual_connection_post_layernorm": (True, False), "tie_word_embeddings": (False, True),
+              "layer_norm_epsilon": NORMS},
+    "falcon": {"new_decoder_architecture": (True, False), "multi_query": (True, False), "parallel_attn": (False, True),
+               "bias": (True, False), "alibi": (True, False), "tie_word_embeddings": (False, True)},
+    "apertus": {name: SHORT[name] for name in ("tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")},
+    "mixtral": {**SHORT, "sliding_window": (8, None), "num_experts_per_tok": (1, 2)},
+    "stablelm": {"use_qkv_bias": (True, False), "qk_layernorm": (True, False), "rope_parameters": PARTS,
+                 "use_parallel_residual": (True, False), "tie_word_embeddings": (True, False)},
+}
+
+
+def check(family: str, drawn: dict) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        base = tiny(family, Path(place) / family, **drawn)
+        road = walk(base, Path(place) / "road", val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.outcome}: {road.note}\n{road.gaps}\n{road.said}"
+    assert set(road.gaps) >= {"loss", "gradient", "merged", "merged_4bit", "answer", "answer_4bit"}
+
+
+def drawing(examples: int):
+    return settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))
+
+
+def configs(family: str):
+    return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FAMILIES[family].items()})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_drawn_model_passes_the_whole_road(family):
+    drawing(1)(given(configs(family))(lambda drawn: check(family, drawn)))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_drawn_models_pass_the_whole_road(family):
+    drawing(20)(given(configs(family))(lambda drawn: check(family, drawn)))()
+
+
+def test_the_proof_stays_within_the_context_when_there_is_one_validation_row(tmp_path):
+    road = walk(tiny("codegen", tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
+    assert road.outcome == "pass", f"{road.note}\n{road.said}"
