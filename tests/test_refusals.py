@@ -12,6 +12,7 @@ from conftest import build_tokenizer, load_script, run_script
 from utils import record
 from utils.data.documents import Documents
 from utils.data.encoder import Encoder
+from utils.decode.decoder import Stats
 from utils.errors import UsageError
 from utils.model import loader
 from utils.model.targets import choose_targets
@@ -178,7 +179,7 @@ def test_no_row_left_is_refused(capsys, tiny_neox, tmp_path):
 class Failing:
     """답을 몇 개 만든 뒤에 죽는 decoder."""
 
-    context, finish_reason = 256, "stop"
+    context, finish_reason, stats = 256, "stop", Stats()
 
     def __init__(self, error: BaseException, after: int):
         self.error, self.left = error, after
@@ -186,7 +187,7 @@ class Failing:
     def use_adapter(self, on: bool) -> None:
         pass
 
-    def stream(self, ids, settings):
+    def stream(self, ids, settings, stop):
         self.left -= 1
         if self.left < 0:
             raise self.error

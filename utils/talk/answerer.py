@@ -1,17 +1,16 @@
-"""질문을 받아 차례대로 답하게 하는 일을 맡는다. 모델은 한 번에 답 하나만 만들고, 기다리는 줄의 길이에는 끝이 있다."""
+"""질문의 줄: 받은 차례대로 답한다. 모델은 한 번에 답 하나만 만들고, 기다리는 줄의 길이에는 끝이 있다."""
 
 import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from utils.data.encoder import Encoder
-from utils.decode.decoder import Decoder, Stats
-from utils.decode.textstream import TextStream
+from utils.data.encoder import make_encoder
+from utils.decode import reply
+from utils.decode.decoder import Decoder
+from utils.decode.reply import Reply
 from utils.errors import UsageError
-from utils.prompter import CHAT
-from utils.sampling import Sampling
 
 WAITING = 8
 REFRESH = 0.04  # 화면을 고치는 간격(초). 이보다 빨라도 눈에는 같다
@@ -23,29 +22,15 @@ class Busy(UsageError):
 
 
 @dataclass(eq=False)
-class Answer:
-    """만들고 있거나 다 만든 답 하나.
+class Answer(Reply):
+    """줄을 서서 받는 답 하나.
 
     Attributes:
-        input_ids: 질문의 토큰.
-        tuned: False면 어댑터를 끄고 기반 모델이 답한다.
-        stop: 켜면 한 토큰 안에 멈춘다.
-        text: 지금까지 나온 글. 완성된 음절만 들어 있다.
-        ids: 지금까지 나온 토큰.
-        finish_reason: 끝난 까닭. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
-        error: 답을 만들지 못한 까닭.
+        error: 답을 만들지 못한 이유.
         session: 물은 브라우저의 session_hash.
         cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
     """
 
-    input_ids: list[int]
-    settings: Sampling
-    tuned: bool = True
-    stop: threading.Event = field(default_factory=threading.Event)
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
-    finish_reason: str | None = None
     error: str = ""
     session: str = ""
     cleared: bool = False
@@ -65,7 +50,7 @@ class Answerer:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.end_id = end_id
-        self.encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=decoder.n_rows)
+        self.encoder = make_encoder(tokenizer, prompter, end_id, decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -101,23 +86,8 @@ class Answerer:
             return self._fitting(self.encoder.encode_prompt(text))
 
     def pieces(self, answer: Answer) -> Iterator[str]:
-        """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""
-        self._decoder.use_adapter(answer.tuned)
-        stream = TextStream(self.tokenizer)
-        for token in self._decoder.stream(answer.input_ids, answer.settings, answer.stop):
-            answer.ids.append(token)
-            answer.stats = self._decoder.stats
-            piece = stream.push(token)
-            piece = piece if answer.text else piece.lstrip()
-            if piece:
-                answer.text += piece
-                yield piece
-        rest = stream.flush()
-        if rest:
-            answer.text += rest
-            yield rest
-        answer.stats = self._decoder.stats
-        answer.finish_reason = self._decoder.finish_reason
+        """답을 만들며 완성된 음절을 내놓는다. 한 번에 하나만 불러야 한다."""
+        return reply.pieces(self._decoder, self.tokenizer, answer)
 
     def submit(self, *answers: Answer) -> None:
         """답들을 줄 끝에 세운다. 함께 세운 답들은 잇달아 만든다.
@@ -193,7 +163,7 @@ class Answerer:
 
 
 def describe(answer: Answer, ahead: int = 0) -> str:
-    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 까닭."""
+    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 이유."""
     if answer.error:
         return answer.error
     if not answer.ids and answer.finish_reason is None:

@@ -9,13 +9,13 @@ import gradio as gr
 
 from utils import report
 from utils.errors import UsageError
-from utils.record import FIGURES
+from utils.record import FIGURES, MODELS
 from utils.talk import scores
 from utils.talk.answerer import Answerer, describe
 
 MAX_CHOICES = 200
 MAX_QUESTIONS = 50
-HEADERS = ["지표", *(title for _, title, _ in scores.MODELS), "차이"]
+HEADERS = ["지표", *(model.title for model in MODELS), "차이"]
 SHOWN_SETTINGS = ("base_model", "data_path", "num_train_epochs", "batch_size", "micro_batch_size", "learning_rate",
                   "cutoff_len", "val_set_size", "train_on_inputs", "lora_r", "lora_alpha", "lora_dropout",
                   "lora_target_modules", "prompt_template", "seed")
@@ -157,9 +157,8 @@ def curves_html(runs: Sequence[tuple[str, dict]]) -> str:
 def run_table(runs: dict[str, dict]) -> dict:
     """학습마다 한 열: 결과(loss, 속도, 최대 VRAM)와 설정."""
     rows = []
-    for key, title, _, form in FIGURES:
-        rows.append([title, *(format(run[key], form) if isinstance(run.get(key), int | float) else "-"
-                              for run in runs.values())])
+    for figure in FIGURES:
+        rows.append([figure.title, *(figure.shown(run) or "-" for run in runs.values())])
     for key in SHOWN_SETTINGS:
         values = (run.get("settings", {}).get(key, "-") for run in runs.values())
         rows.append([key, *(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values)])

@@ -1,23 +1,22 @@
-"""모델이 얼마나 배웠는지 잰다: 학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 견준다."""
+"""모델이 얼마나 배웠는지 잰다: 학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교한다."""
 
 import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
-import numpy as np
-
 from utils import record
-from utils.data import blocks, dataset
+from utils.data import dataset
+from utils.data.questions import held_out_members, read_question
 from utils.errors import UsageError
 from utils.paths import find_input
-from utils.sampling import Sampling
+from utils.record import MODELS
+from utils.sampling import GREEDY
 from utils.talk.answerer import Answer, Answerer
 
-MAX_NEW_TOKENS = 256
 CHRF_ORDER, CHRF_BETA = 6, 2
 REPEAT_N = 4
 # (이름, 표의 제목, 클수록 좋은가)
@@ -28,7 +27,6 @@ METRICS = (
     ("repetition", "반복(%)", False),
     ("echo", "질문 되풀이(%)", False),
 )
-MODELS = (("base", "기반", False), ("tuned", "학습 후", True))
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Validation:
-    """학습에 쓰지 않은 질문들. 원본이 학습 뒤에 바뀌었으면 `changed`가 참이다."""
+    """학습에 쓰지 않은 질문들. 데이터의 내용이 학습할 때와 다르면(해시가 다르면) `changed`가 참이다."""
 
     questions: list[Question]
     changed: bool
@@ -62,19 +60,13 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
                                        end_id, cache_dir)
     if not settings.get("val_set_size"):
         raise UsageError("검증 질문을 남기지 않은 학습이다(val_set_size 0)")
-    _, held_out = blocks.split_by_content(documents, settings["val_set_size"], settings["seed"])
-    questions = []
-    for member in blocks.with_answers(documents, held_out):
-        tokens, is_answer = documents.document(member)
-        start = int(np.argmax(is_answer))
-        if start == 0:
-            continue
-        end = start + int(np.argmax(tokens[start:] == end_id))
-        questions.append(Question(tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:end]).strip(),
-                                  tokens[:start].tolist()))
+    members = held_out_members(documents, settings["val_set_size"], settings["seed"])
+    asked = [each for each in (read_question(documents, member) for member in members) if len(each.prompt)]
+    questions = [Question(tokenizer.decode(each.prompt), tokenizer.decode(each.answer[:-1]).strip(),
+                          each.prompt.tolist()) for each in asked]
     if not questions:
         raise UsageError(f"검증 질문이 없다: {data_path}")
-    return Validation(questions, len(documents) != run.get("data", {}).get("rows", len(documents)))
+    return Validation(questions, documents.sha256 != run.get("data", {}).get("sha256", documents.sha256))
 
 
 def plain_question(question: Question, prompter) -> str:
@@ -86,8 +78,8 @@ def plain_question(question: Question, prompter) -> str:
 
 def make_answers(question: Question, context: int, session: str = "") -> tuple[Answer, ...]:
     """질문 하나에 대한 (기반, 학습 후) 답. 늘 가장 그럴듯한 토큰을 고르므로 다시 재도 같다."""
-    settings = Sampling(temperature=0.0, max_new_tokens=min(MAX_NEW_TOKENS, context))
-    return tuple(Answer(question.input_ids, settings, tuned, session=session) for _, _, tuned in MODELS)
+    settings = replace(GREEDY, max_new_tokens=min(GREEDY.max_new_tokens, context))
+    return tuple(Answer(question.input_ids, settings, model.tuned, session=session) for model in MODELS)
 
 
 def score(answer: Answer, question: Question, plain: str) -> dict[str, float]:
@@ -160,11 +152,11 @@ def to_csv(rows: Sequence[dict]) -> str:
     """행마다 질문, 기준 답, 두 답, 두 답의 점수를 담은 CSV. 엑셀이 한글을 알아보게 BOM으로 시작한다."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["질문", "기준 답", *(f"{title} 답" for _, title, _ in MODELS),
-                     *(f"{title} {metric}" for _, title, _ in MODELS for _, metric, _ in METRICS)])
+    writer.writerow(["질문", "기준 답", *(f"{model.title} 답" for model in MODELS),
+                     *(f"{model.title} {metric}" for model in MODELS for _, metric, _ in METRICS)])
     for row in rows:
-        writer.writerow([row["question"], row["reference"], *(row[f"{name}_text"] for name, _, _ in MODELS),
-                         *(f"{row[name][metric]:.2f}" for name, _, _ in MODELS for metric, _, _ in METRICS)])
+        writer.writerow([row["question"], row["reference"], *(row[f"{model.name}_text"] for model in MODELS),
+                         *(f"{row[model.name][metric]:.2f}" for model in MODELS for metric, _, _ in METRICS)])
     return "\ufeff" + out.getvalue()
 
 
@@ -172,8 +164,8 @@ def make_row(question: Question, answers: Sequence[Answer], prompter) -> dict:
     """질문 하나의 결과: 질문, 기준 답, 두 답, 두 답의 점수."""
     plain = plain_question(question, prompter)
     row = {"question": plain, "reference": question.reference}
-    for (name, _, _), answer in zip(MODELS, answers, strict=True):
-        row[name], row[f"{name}_text"] = score(answer, question, plain), answer.text
+    for model, answer in zip(MODELS, answers, strict=True):
+        row[model.name], row[f"{model.name}_text"] = score(answer, question, plain), answer.text
     return row
 
 

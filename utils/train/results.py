@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from utils import record, report
+from utils.data.questions import read_question
+from utils.decode import reply
 from utils.decode.decoder import Decoder
+from utils.decode.reply import Reply
 from utils.environment import installed_version, peak_ram_bytes
 from utils.prompter import EXAMPLES, fill_placeholder
-from utils.sampling import Sampling
+from utils.sampling import GREEDY
 from utils.train import progress
 from utils.train.records import Plan, Result, Settings
 from utils.train.stage import Inputs
@@ -43,8 +45,8 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         say(stopped_line(samples.held_out))
     for sample in samples.examples:
         say(f"\n질문: {sample['question']}")
-        for name, title in record.MODELS:
-            say(f"  {title}의 답: {one_line(sample[name])}")
+        for model in record.MODELS:
+            say(f"  {model.title}의 답: {one_line(sample[model.name])}")
 
 
 def one_line(answer: str) -> str:
@@ -56,14 +58,14 @@ def one_line(answer: str) -> str:
 def stopped_line(samples: list[dict]) -> str:
     """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
     counts = []
-    for name, title in record.MODELS:
-        reasons = [sample[f"{name}_finish"] for sample in samples if name in sample]
-        counts.append(f"{title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
+    for model in record.MODELS:
+        reasons = [sample[f"{model.name}_finish"] for sample in samples if model.name in sample]
+        counts.append(f"{model.title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
     return f"검증 질문에 스스로 멈춘 답({record.SAMPLES_FILE}): {', '.join(counts)}"
 
 
 def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
-    """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
+    """학습 한 번을 되풀이하고 비교하는 데 필요한 모든 것."""
     schedule, state, seconds = plan.schedule, result.state, result.seconds
     tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
@@ -121,9 +123,8 @@ def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
         examples.append((fill_placeholder(instruction, context), inputs.encoder.encode_prompt(prompt)))
-    settings = Sampling(temperature=0.0)
     asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
-    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + settings.max_new_tokens)
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + GREEDY.max_new_tokens)
     for question, ids in examples:
         if len(ids) < decoder.context:
             samples.examples.append({"question": question, **answers(decoder, inputs, ids)})
@@ -132,23 +133,22 @@ def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
         compared = len(samples.held_out) < N_COMPARED
         if len(samples.held_out) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
             break
-        tokens, is_answer = inputs.documents.document(member)
-        start = int(np.argmax(is_answer))
-        if 0 < start < decoder.context:
-            samples.held_out.append({"question": inputs.tokenizer.decode(tokens[:start]),
-                                     "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
-                                     **answers(decoder, inputs, tokens[:start].tolist(), compared)})
+        row = read_question(inputs.documents, member)
+        if 0 < len(row.prompt) < decoder.context:
+            samples.held_out.append({"question": inputs.tokenizer.decode(row.prompt),
+                                     "reference": inputs.tokenizer.decode(row.answer[:-1]).strip(),
+                                     **answers(decoder, inputs, row.prompt.tolist(), compared)})
 
 
 def answers(decoder: Decoder, inputs: Inputs, input_ids: list[int], compared: bool = True) -> dict[str, str]:
-    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다.
+    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 이유. 탐욕적으로 고르므로 늘 같다.
 
     Args:
         compared: False면 학습한 모델만 답한다.
     """
-    given = {}
-    for name in ("base", "tuned") if compared else ("tuned",):
-        decoder.use_adapter(name == "tuned")
-        given[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
-        given[f"{name}_finish"] = decoder.finish_reason
+    given: dict[str, str] = {}
+    for model in record.MODELS:
+        if compared or model.tuned:
+            made = reply.finish(decoder, inputs.tokenizer, Reply(input_ids, GREEDY, model.tuned))
+            given |= {model.name: made.text.strip(), f"{model.name}_finish": made.finish_reason}
     return given
