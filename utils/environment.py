@@ -1,4 +1,4 @@
-"""설치된 버전과 메모리 사용량."""
+"""이 컴퓨터의 Python, 패키지, 카드, 디스크와 메모리. 스크립트가 시작할 때 하는 빠른 검사도 여기에 있다."""
 
 import importlib.util
 import re
@@ -57,7 +57,7 @@ def check_versions(facts: Quick) -> Finding:
     untested = [f"{name} {found}(시험한 범위 {ranges[name]})" for name, found in facts.versions.items()
                 if not SpecifierSet(ranges[name]).contains(found, prereleases=True)]
     if untested:
-        return Finding(WARN, f"시험하지 않은 판: {', '.join(untested)}", INSTALL)
+        return Finding(WARN, f"시험하지 않은 버전: {', '.join(untested)}", INSTALL)
     return Finding(OK, f"패키지 {len(facts.versions)}개가 모두 시험한 범위 안에 있다")
 
 
@@ -114,7 +114,7 @@ def look_quick() -> Quick:
 
 
 def ask_nvidia_smi() -> str:
-    """첫 NVIDIA 카드의 `이름, 드라이버 판`. 카드나 드라이버가 없으면 빈 글자다."""
+    """첫 NVIDIA 카드의 `이름, 드라이버 버전`. 카드나 드라이버가 없으면 빈 글자다."""
     program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/lib/wsl/lib")
     if program is None:
         return ""
@@ -151,7 +151,7 @@ def peak_ram_bytes() -> int:
 
 
 def _torch_build() -> str | None:
-    """깔린 torch가 쓰는 CUDA의 판. CPU용이면 None이다. 불러오면 느리므로 파일만 읽는다."""
+    """설치된 torch가 쓰는 CUDA의 버전. CPU용이면 None이다. 불러오면 느리므로 파일만 읽는다."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None

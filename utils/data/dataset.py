@@ -1,4 +1,4 @@
-"""(질문, 답) 조각을 토큰으로 바꾸고, 내용으로 나누고, 서로를 보지 않게 블록에 채운다."""
+"""데이터 파일에서 토큰까지의 길: 행을 읽고, 조각으로 나누고, 토큰으로 바꾸어 디스크에 둔다."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
 
 
 def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
-    """데이터의 해시. 파일이면 내용의, hub의 데이터면 받은 판(revision)이 이름에 든 파일들의 해시다."""
+    """데이터의 해시. 파일이면 내용의, hub의 데이터면 받은 버전(revision)이 이름에 든 파일들의 해시다."""
     if Path(data_path).is_file():
         return file_sha256(Path(data_path))
     received = rows.load_hub(str(data_path), cache_dir)

@@ -1,4 +1,4 @@
-"""토큰으로 바꾼 문서들을 담는다. 디스크에 둔 배열이어도 되므로 데이터가 메모리보다 커도 된다."""
+"""토큰으로 바꾼 문서들과, 그것을 디스크에 둔 캐시. 배열을 디스크에서 읽으므로 데이터가 메모리보다 커도 된다."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ class Documents:
         cutoff_len: 문서의 가장 긴 길이(토큰). None이면 자르지 않는다.
         end_id: 끝 토큰의 번호.
         sha256: 데이터 파일의 해시.
-        found: 읽으면서 본 것들(`datacheck.Inspector.found`).
+        found: 읽으면서 본 것들(`check.Inspector.found`).
     """
 
     tokens: np.ndarray
@@ -131,7 +131,7 @@ class CacheWriter:
 
     def _unwritable(self, error: OSError) -> UsageError:
         return UsageError(f"토큰의 캐시를 쓰지 못했다: {self._folder.parent} ({error.strerror or error}). "
-                          "디스크의 빈 곳을 만들거나 --cache_dir로 다른 폴더를 적는다")
+                          "디스크의 여유 공간을 늘리거나 --cache_dir로 다른 폴더를 적는다")
 
 
 def open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:

@@ -1,4 +1,4 @@
-"""OpenAI 형식의 API를 맡는다: `/v1/models`, `/v1/chat/completions`, `/v1/completions`."""
+"""OpenAI 형식의 API: `/v1/models`, `/v1/chat/completions`, `/v1/completions`."""
 
 import asyncio
 import json
@@ -30,20 +30,20 @@ def routes(answerer: Answerer, model_name: str, auth: str | None) -> list[Route]
 
     async def models(request: Request) -> Response:
         card = {"id": model_name, "object": "model", "created": 0, "owned_by": "local"}
-        return await _right_key(request, auth) or JSONResponse({"object": "list", "data": [card]})
+        return await _wrong_key(request, auth) or JSONResponse({"object": "list", "data": [card]})
 
     async def chat(request: Request) -> Response:
-        return await _right_key(request, auth) or await _complete(request, answerer, model_name, chat=True)
+        return await _wrong_key(request, auth) or await _complete(request, answerer, model_name, chat=True)
 
     async def completions(request: Request) -> Response:
-        return await _right_key(request, auth) or await _complete(request, answerer, model_name, chat=False)
+        return await _wrong_key(request, auth) or await _complete(request, answerer, model_name, chat=False)
 
     return [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"])]
 
 
-async def _right_key(request: Request, auth: str | None) -> Response | None:
-    """열쇠가 틀렸을 때의 응답. 맞으면 None이다."""
+async def _wrong_key(request: Request, auth: str | None) -> Response | None:
+    """API 키가 틀렸을 때의 응답. 맞으면 None이다."""
     given = request.headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
     if auth is None or same_secret(given, f"Bearer {auth}"):
         return None

@@ -1,4 +1,4 @@
-"""실행 하나의 폴더(`output_dir`)를 맡는다: 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 남은 자리 재기."""
+"""실행 하나의 폴더(`output_dir`): 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 남은 자리 재기."""
 
 import contextlib
 import hashlib
@@ -35,7 +35,7 @@ class Run:
     Attributes:
         folder: `output_dir`.
         checkpoint: 이어 갈 체크포인트. 새로 시작하면 None이다.
-        facts: 실행의 조건. 이름 -> {"id": 견줄 값, "shown": 보여 줄 글}. 체크포인트에 함께 담긴다.
+        facts: 실행의 조건. 이름 -> {"id": 비교할 값, "shown": 보여 줄 글}. 체크포인트에 함께 담긴다.
         prompt_info: 어댑터와 함께 담을 템플릿과 끝 토큰.
         resume_command: 이 실행을 이어 가는 명령.
     """

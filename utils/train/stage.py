@@ -1,4 +1,4 @@
-"""미세조정 한 번의 준비, 계획, 실행을 맡는다. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
+"""미세조정 한 번의 준비와 계획과 모델. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
