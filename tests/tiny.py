@@ -302,3 +302,14 @@ def tiny_model(folder: Path, kind: str, dtype: torch.dtype = torch.float16, seed
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**settings, **changes}))
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def lora_neox(folder: Path, *, dropout: float = 0.0, rank: int = 4):
+    """`folder`의 GPT-NeoX를 CPU에 fp32로 올려 Q, K, V의 행렬에 LoRA를 단 것. A의 값은 늘 같고 B는 0이다."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return get_peft_model(base, LoraConfig(r=rank, lora_dropout=dropout, target_modules=["query_key_value"],
+                                           task_type="CAUSAL_LM"))

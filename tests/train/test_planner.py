@@ -1,14 +1,9 @@
 """메모리 계획은 예산을 넘지 않고, 모자라면 재계산부터 늘리고, 안 되면 들어가는 길을 말한다."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
-
 from standin import SHAPES, config_of
+from tiny import lora_neox
 
 from utils.engine.train_step import NeoxStep
 from utils.errors import UsageError
@@ -83,14 +78,19 @@ def test_the_parts_are_said():
 
 
 def test_saved_activations_are_what_the_step_really_keeps(tiny_neox):
-    from test_neox import make_batch, make_model
-
-    model, batch = make_model(tiny_neox), make_batch()
+    rows, block = 2, 48
+    tokens = torch.randint(0, 300, (rows, block))
+    batch = {"input_ids": tokens, "labels": tokens, "position_ids": torch.arange(block).expand(rows, -1),
+             "factor": torch.tensor(0.03), "keys": torch.zeros(rows, 2, dtype=torch.int32)}
+    model = lora_neox(tiny_neox, rank=3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     for recompute in (0, 1):
         step = NeoxStep(model, recompute, 3)
         step.train(batch)
         kept = {id(saved): saved for saved in step.saved if saved is not step.saved[-1]}.values()
         real = step.x.nbytes + sum(saved.qkv.nbytes + saved.h.nbytes + saved.z.nbytes for saved in kept)
         config = model.get_base_model().config.to_dict()
-        expected = predict(config, 48, 2, recompute, 3, 3)["저장하는 활성값"] * 2  # 여기서는 fp32다
+        expected = predict(config, block, rows, recompute, 3, 3)["저장하는 활성값"] * 2  # 여기서는 fp32다
         assert real == pytest.approx(expected, rel=0.2)
