@@ -179,6 +179,7 @@ def test_repaired_file_has_no_fault_that_can_be_mended(seeded, encoder, tmp_path
 @pytest.mark.parametrize("garbled", [
     "안녕하세요. 반갑습니다.".encode().decode("latin-1"),
     "안녕하세요. 반갑습니다.".encode("cp949").decode("latin-1"),
+    "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in "안녕하세요. 반갑습니다.".encode()),
 ])
 def test_reversible_mojibake_is_restored(garbled):
     assert repair.fix_text(garbled) == "안녕하세요. 반갑습니다."

@@ -13,11 +13,10 @@ from starlette.routing import Route
 
 from utils.data.rows import BadTurns, read_turns
 from utils.errors import UsageError
+from utils.sampling import Sampling
 from utils.talk.answerer import Answer, Answerer, Busy
-from utils.talk.guard import MAX_CHARS, bounded_sampling, same_secret
+from utils.talk.guard import BOUNDS, MAX_CHARS, bounded_sampling, same_secret
 
-DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_new_tokens": 256, "repetition_penalty": 1.0,
-            "no_repeat_ngram_size": 0}
 MAX_STOPS = 4
 
 
@@ -194,10 +193,11 @@ def _text_ids(body: dict, answerer: Answerer) -> list[int]:
     return answerer.continue_text(prompt)
 
 
-def _sampling(body: dict):
+def _sampling(body: dict) -> Sampling:
+    """요청의 설정. 적지 않은 것은 페이지의 기본값과 같다."""
     asked = dict(body)
     asked["max_new_tokens"] = body.get("max_completion_tokens", body.get("max_tokens"))
-    values = {name: default if asked.get(name) is None else asked[name] for name, default in DEFAULTS.items()}
+    values = {name: getattr(Sampling(), name) if asked.get(name) is None else asked[name] for name in BOUNDS}
     return bounded_sampling(seed=body.get("seed"), **values)
 
 
