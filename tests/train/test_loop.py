@@ -15,7 +15,7 @@ from tiny import lora_neox
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils.engine.train_step import NeoxStep
+from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.model.adapter import PromptInfo
 from utils.train.autograd_step import AutogradStep
@@ -134,12 +134,11 @@ def test_eval_loss_is_the_mean_over_tokens_and_leaves_training_alone(tiny_neox):
 
 
 def test_the_path_is_named(tiny_neox):
-    assert "손으로 쓴 GPT-NeoX" in make(neox(tiny_neox)).step.path
-    path = make(llama()).step.path
-    assert "자동미분" in path and "llama" in path
+    assert "손으로 쓴 gpt_neox" in make(neox(tiny_neox)).step.path
+    assert "손으로 쓴 llama" in make(llama()).step.path
 
 
-class Leaky(NeoxStep):
+class Leaky(TrainStep):
     """문서의 경계를 잊은 micro-step."""
 
     def evaluate(self, batch):
@@ -147,7 +146,7 @@ class Leaky(NeoxStep):
         return super().evaluate({**batch, "position_ids": positions})
 
 
-@pytest.mark.parametrize("step", [Leaky, NeoxStep, AutogradStep])
+@pytest.mark.parametrize("step", [Leaky, TrainStep, AutogradStep])
 def test_leaking_documents_are_refused(step, tiny_neox):
     model = neox(tiny_neox)
     step = step(model, 0) if step is AutogradStep else step(model, 0, 2)

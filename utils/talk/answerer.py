@@ -3,14 +3,14 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from utils.data.encoder import make_encoder
-from utils.decode import reply
-from utils.decode.decoder import Decoder
-from utils.decode.reply import Reply
+from utils.decode.decoder import Decoder, Stats
+from utils.decode.textstream import TextStream
 from utils.errors import UsageError
+from utils.sampling import Sampling
 
 WAITING = 8
 REFRESH = 0.04  # 화면을 고치는 간격(초). 이보다 빨라도 눈에는 같다
@@ -22,15 +22,29 @@ class Busy(UsageError):
 
 
 @dataclass(eq=False)
-class Answer(Reply):
-    """줄을 서서 받는 답 하나.
+class Answer:
+    """만들고 있거나 다 만든 답 하나.
 
     Attributes:
-        error: 답을 만들지 못한 이유.
+        input_ids: 질문의 토큰.
+        tuned: False면 어댑터를 끄고 기반 모델이 답한다.
+        stop: 켜면 한 토큰 안에 멈춘다.
+        text: 지금까지 나온 글. 완성된 음절만 들어 있다.
+        ids: 지금까지 나온 토큰.
+        finish_reason: 끝난 까닭. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
+        error: 답을 만들지 못한 까닭.
         session: 물은 브라우저의 session_hash.
         cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
     """
 
+    input_ids: list[int]
+    settings: Sampling
+    tuned: bool = True
+    stop: threading.Event = field(default_factory=threading.Event)
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    finish_reason: str | None = None
     error: str = ""
     session: str = ""
     cleared: bool = False
@@ -86,8 +100,34 @@ class Answerer:
             return self._fitting(self.encoder.encode_prompt(text))
 
     def pieces(self, answer: Answer) -> Iterator[str]:
-        """답을 만들며 완성된 음절을 내놓는다. 한 번에 하나만 불러야 한다."""
-        return reply.pieces(self._decoder, self.tokenizer, answer)
+        """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""
+        self._decoder.use_adapter(answer.tuned)
+        stream = TextStream(self.tokenizer)
+        for token in self._decoder.stream(answer.input_ids, answer.settings, answer.stop):
+            answer.ids.append(token)
+            answer.stats = self._decoder.stats
+            piece = stream.push(token)
+            piece = piece if answer.text else piece.lstrip()
+            if piece:
+                answer.text += piece
+                yield piece
+        if self._decoder.notice:
+            self._say(self._decoder.notice)
+        rest = stream.flush()
+        if rest:
+            answer.text += rest
+            yield rest
+        answer.stats = self._decoder.stats
+        answer.finish_reason = self._decoder.finish_reason
+
+    def together(self, answers: Sequence[Answer]) -> None:
+        """설정과 모델(`tuned`)이 같은 답들을 한꺼번에 만든다. 줄을 서지 않으므로 페이지 없이 쓴다."""
+        self._decoder.use_adapter(answers[0].tuned)
+        replies = self._decoder.answer_many([answer.input_ids for answer in answers], answers[0].settings)
+        for answer, reply in zip(answers, replies, strict=True):
+            stream = TextStream(self.tokenizer)
+            text = "".join(stream.push(token) for token in reply.ids) + stream.flush()
+            answer.ids, answer.text, answer.finish_reason = reply.ids, text.lstrip(), reply.finish_reason
 
     def submit(self, *answers: Answer) -> None:
         """답들을 줄 끝에 세운다. 함께 세운 답들은 잇달아 만든다.
@@ -163,7 +203,7 @@ class Answerer:
 
 
 def describe(answer: Answer, ahead: int = 0) -> str:
-    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 이유."""
+    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 까닭."""
     if answer.error:
         return answer.error
     if not answer.ids and answer.finish_reason is None:
