@@ -31,8 +31,8 @@ class Answer:
         stop: 켜면 한 토큰 안에 멈춘다.
         text: 지금까지 나온 글. 완성된 음절만 들어 있다.
         ids: 지금까지 나온 토큰.
-        finish_reason: 끝난 까닭. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
-        error: 답을 만들지 못한 까닭.
+        finish_reason: 끝난 이유. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
+        error: 답을 만들지 못한 이유.
         session: 물은 브라우저의 session_hash.
         cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
     """
@@ -203,7 +203,7 @@ class Answerer:
 
 
 def describe(answer: Answer, ahead: int = 0) -> str:
-    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 까닭."""
+    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 이유."""
     if answer.error:
         return answer.error
     if not answer.ids and answer.finish_reason is None:
