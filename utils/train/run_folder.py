@@ -1,9 +1,8 @@
-"""실행 하나의 폴더(`output_dir`)를 맡는다: 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 남은 자리 재기."""
+"""실행 하나의 폴더(`output_dir`): 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 남은 자리 재기."""
 
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from utils.files import locked
 from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
 from utils.model.folder import model_digest
-from utils.process import is_first_process
+from utils.process import is_first_process, n_processes
 from utils.train.records import Settings
 
 RUN_FILE = "run.json"
@@ -36,7 +35,7 @@ class Run:
     Attributes:
         folder: `output_dir`.
         checkpoint: 이어 갈 체크포인트. 새로 시작하면 None이다.
-        facts: 실행의 조건. 이름 -> {"id": 견줄 값, "shown": 보여 줄 글}. 체크포인트에 함께 담긴다.
+        facts: 실행의 조건. 이름 -> {"id": 비교할 값, "shown": 보여 줄 글}. 체크포인트에 함께 담긴다.
         prompt_info: 어댑터와 함께 담을 템플릿과 끝 토큰.
         resume_command: 이 실행을 이어 가는 명령.
     """
@@ -153,7 +152,7 @@ def describe(settings: Settings, inputs) -> dict:
         "prompt_template": _fact(inputs.prompter.name, hashlib.sha256(template.encode()).hexdigest()),
         "lora_target_modules": _fact(",".join(inputs.targets)),
         "dtype": _fact(str(inputs.device.dtype).removeprefix("torch.")),
-        "processes": _fact(int(os.environ.get("WORLD_SIZE", "1"))),
+        "processes": _fact(n_processes()),
         **facts,
     }
 
@@ -181,8 +180,7 @@ def command(changes: dict[str, str | None]) -> str:
         if not skip:
             kept.append(token)
     kept += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
-    world = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if world == "1" else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
+    launcher = ["python"] if n_processes() == 1 else ["torchrun", "--standalone", f"--nproc_per_node={n_processes()}"]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     return join([*launcher, *kept])
 
