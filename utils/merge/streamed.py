@@ -58,7 +58,8 @@ class StreamedWeight(torch.Tensor):
         if func is F.embedding and isinstance(args[1], cls):
             return args[1].look_up(args[0])
         if getattr(func, "__name__", "") == "__get__" or func in _SHAPES:
-            return super().__torch_function__(func, types, args, kwargs)
+            found = super().__torch_function__(func, types, args, kwargs)
+            return func(args[0].whole()) if isinstance(found, torch.Tensor) else found  # `.T`처럼 값이 든 속성
         args, kwargs = ([part.whole() if isinstance(part, cls) else part for part in args],
                         {name: part.whole() if isinstance(part, cls) else part for name, part in kwargs.items()})
         return func(*args, **kwargs)
