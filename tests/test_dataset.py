@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.data import dataset
-from utils.data.blocks import PackedDataset, pack, split_by_content
+from utils.data.blocks import IGNORE, PackedDataset, pack, split_by_content
 from utils.data.encoder import Encoder, content_digest
 from utils.errors import UsageError
 from utils.model.tokenizer import load_tokenizer
@@ -65,7 +65,7 @@ def test_every_form_gives_the_same_tokens_and_learns_only_the_answer(tmp_path, t
     assert answer[start:].all() and not answer[:start].any()
     for train_on_inputs in (True, False):
         block = PackedDataset(documents, np.arange(1), 512, END, train_on_inputs, 0)[0]
-        learnt = block["labels"].numpy() != dataset.IGNORE
+        learnt = block["labels"].numpy() != IGNORE
         expected = np.zeros(512, bool)
         expected[1 if train_on_inputs else start : len(tokens)] = True
         assert (learnt == expected).all()
@@ -232,9 +232,9 @@ def test_positions_restart_and_padding_teaches_nothing(tiny_data, encoder, tmp_p
         starts = np.concatenate([[0], np.cumsum(lengths)])
         sizes = [*lengths, CUTOFF - starts[-1]]
         assert block["position_ids"].tolist() == [at for size in sizes for at in range(size)]
-        assert (block["labels"][starts[starts < CUTOFF]] == dataset.IGNORE).all()
-        assert (block["labels"][starts[-1]:] == dataset.IGNORE).all()
-        assert int((block["labels"] != dataset.IGNORE).sum()) == int(lengths.sum()) - len(members)
+        assert (block["labels"][starts[starts < CUTOFF]] == IGNORE).all()
+        assert (block["labels"][starts[-1]:] == IGNORE).all()
+        assert int((block["labels"] != IGNORE).sum()) == int(lengths.sum()) - len(members)
         assert set(block) == {"input_ids", "labels", "position_ids"}
 
 

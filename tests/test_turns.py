@@ -114,8 +114,8 @@ def test_an_answer_of_weight_zero_is_read_but_never_learned(tmp_path, encoder, w
     size = len(expected_tokens)
     assert block["input_ids"][:size].tolist() == expected_tokens
     learned[0] = False
-    assert (block["labels"][:size] != dataset.IGNORE).tolist() == learned
-    assert (block["labels"][size:] == dataset.IGNORE).all()
+    assert (block["labels"][:size] != blocks.IGNORE).tolist() == learned
+    assert (block["labels"][size:] == blocks.IGNORE).all()
 
 
 def test_an_end_cut_inside_an_unlearned_answer_is_not_learned(tmp_path, encoder):
