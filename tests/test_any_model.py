@@ -57,6 +57,7 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": (True, False), "multi_query": (True, False), "parallel_attn": (False, True),
                "bias": (True, False), "alibi": (True, False), "tie_word_embeddings": (False, True)},
     "apertus": {name: SHORT[name] for name in ("tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")},
+    "llama4_text": {name: SHORT[name] for name in ("tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")},
     "mixtral": {**SHORT, "sliding_window": (8, None), "num_experts_per_tok": (1, 2)},
     "stablelm": {"use_qkv_bias": (True, False), "qk_layernorm": (True, False), "rope_parameters": PARTS,
                  "use_parallel_residual": (True, False), "tie_word_embeddings": (True, False)},

@@ -51,7 +51,7 @@ class StreamedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.device.__get__:
+        if func == torch.Tensor.device.__get__:  # 부를 때마다 새로 만들어지는 함수라 is로는 같지 않다
             return args[0].place
         if func is F.linear and isinstance(args[1], cls):
             return args[1].multiply(*args[:1], *args[2:], **kwargs)
