@@ -69,7 +69,8 @@ def train(
         lora_r: LoRA의 rank.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.
-        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적고, auto면 구조에 맞게 고른다.
+        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. auto면 attention 층을, all이면
+            모든 선형층을 고른다.
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
         resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.

@@ -1,9 +1,11 @@
-"""답을 만드는 속도를 잰다: 흔한 방법(4비트 + 어댑터 + generate)과 이 도구를 한 번의 실행에서 번갈아.
+"""답을 만드는 속도를 잰다: 흔한 방법(4비트 + 어댑터 + generate)과 이 도구를 한 번의 실행에서.
 
-사용법: python tests/bench/bench_generate.py [1.3b,5.8b]
+사용법: python tests/bench/bench_generate.py [모양:어댑터:가중치,...] [긴 질문의 토큰 수]
+    모양은 modern.py의 이름, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8, wide(16비트)다.
 사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다.
 """
 
+import gc
 import json
 import statistics
 import sys
@@ -11,17 +13,18 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from standin import add_lora, build, config_of
+from modern import add_lora, build  # noqa: E402
 
-from utils.decode.decoder import Decoder
-from utils.sampling import Sampling
+from utils.decode.decoder import Decoder  # noqa: E402
+from utils.sampling import Sampling  # noqa: E402
 
-PROMPT, ANSWER, REPEATS, VOCAB = 64, 128, 3, 30_003
+PROMPT, ANSWER, REPEATS, LONG, BATCH = 64, 128, 3, 1920, 16
+DEFAULT = ("qwen3-1.7b:all:nf4,llama-1.5b:all:nf4,gemma3-270m:all:nf4,gemma3-270m:all:wide,polyglot-ko-1.3b:qkv:nf4,"
+           "polyglot-ko-1.3b:all:nf4,qwen3-1.7b:none:wide,qwen3-1.7b:all:int8")
+QKV = {"polyglot-ko-1.3b": ["query_key_value"]}
 PLAIN, OURS = "흔한 방법", "이 도구"
 
 
@@ -39,30 +42,27 @@ def copy_bandwidth() -> float:
     return best
 
 
-def bf16_model(shape: str):
-    sizes = {key: value for key, value in config_of(shape).items() if key != "model_type"}
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
-    torch.set_default_dtype(default)
-    return model.eval()
-
-
 def read_bytes(model) -> int:
-    """토큰 하나를 만들 때 읽는 가중치의 바이트. embedding은 한 행만 읽으므로 뺀다."""
+    """토큰 하나를 만들 때 읽는 가중치의 바이트. 묶이지 않은 embedding은 한 행만 읽으므로 뺀다."""
+    head = model.get_output_embeddings().weight
     total = 0
     for name, parameter in model.named_parameters():
-        if "embed_in" not in name:
-            total += parameter.numel() * parameter.element_size()
+        if ("embed_in" in name or "embed_tokens" in name) and parameter is not head:
+            continue
+        total += parameter.numel() * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             total += state.absmax.numel() * state.absmax.element_size()
     return total
 
 
+def prompt_of(model, tokens: int) -> list[int]:
+    top = model.config.vocab_size - 1
+    return [100 + index * 7 % (top - 100) for index in range(tokens)]
+
+
 def measure_generate(model) -> dict:
-    ids = torch.arange(100, 100 + PROMPT, device="cuda")[None]
+    ids = torch.tensor([prompt_of(model, PROMPT)], device="cuda")
 
     def answer(count):
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
@@ -80,14 +80,15 @@ def measure_generate(model) -> dict:
     return {"tokens_per_second": ANSWER / statistics.median(whole), "first_token_ms": statistics.median(first) * 1000}
 
 
-def measure_decoder(model) -> dict:
+def measure_decoder(model, long: int) -> dict:
+    gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    decoder = Decoder(model, range(VOCAB), (-1,))
-    result = {"start_seconds": time.perf_counter() - begin, "path": decoder.path}
-    prompt = list(range(100, 100 + PROMPT))
+    decoder = Decoder(model, range(model.config.vocab_size), (-1,))
+    result = {"start_seconds": time.perf_counter() - begin, "path": decoder.path, "fits": decoder.context}
+    prompt = prompt_of(model, PROMPT)
     ways = ("", Sampling(0.0, 1.0, 0, ANSWER)), ("sampled_", Sampling(0.7, 0.9, 40, ANSWER, 1.1, 4, seed=1))
     for name, settings in ways:
         list(decoder.stream(prompt, settings))
@@ -100,48 +101,53 @@ def measure_decoder(model) -> dict:
         whole, steady, first = map(statistics.median, zip(*rows, strict=True))
         result |= {f"{name}tokens_per_second": whole, f"{name}steady_tokens_per_second": steady,
                    f"{name}first_token_ms": first}
-    long = list(range(1000, 2920))
-    list(decoder.stream(long, Sampling(0.0, 1.0, 0, ANSWER)))
-    list(decoder.stream(long, Sampling(0.0, 1.0, 0, ANSWER)))
-    return result | {"long_first_token_ms": decoder.stats.first_token_seconds * 1000,
-                     "long_tokens_per_second": decoder.stats.tokens_per_second,
-                     "peak_mb_over_weights": (torch.cuda.max_memory_allocated() - weights) / 1e6}
-
-
-def measure_4bit(shape: str) -> dict:
-    model = add_lora(build(shape, torch.float16, False, torch.bfloat16), up=0.02).eval()
-    result = {PLAIN: measure_generate(model)}
-    del model
-    torch.cuda.empty_cache()
-    model = add_lora(build(shape, torch.bfloat16, True, torch.bfloat16), up=0.02).eval()
-    result[OURS] = measure_decoder(model) | {"read_bytes": read_bytes(model)}
+    for _ in range(2):
+        list(decoder.stream(prompt_of(model, LONG), Sampling(0.0, 1.0, 0, ANSWER)))
+    result |= {"long_first_token_ms": decoder.stats.first_token_seconds * 1000,
+               "long_tokens_per_second": decoder.stats.tokens_per_second,
+               "peak_mb_over_weights": (torch.cuda.max_memory_allocated() - weights) / 1e6}
+    questions = [prompt_of(model, PROMPT + row) for row in range(BATCH)]
+    decoder.answer_many(questions, ways[0][1])
+    begin = time.perf_counter()
+    answers = decoder.answer_many(questions, ways[0][1])
+    result["batch_tokens_per_second"] = sum(len(answer.ids) for answer in answers) / (time.perf_counter() - begin)
+    if long and decoder.context > long + ANSWER:
+        torch.cuda.reset_peak_memory_stats()
+        list(decoder.stream(prompt_of(model, long), Sampling(0.0, 1.0, 0, 16)))
+        result |= {"longest": long, "longest_first_token_s": decoder.stats.first_token_seconds,
+                   "longest_tokens_per_second": decoder.stats.tokens_per_second,
+                   "longest_peak_mb_over_weights": (torch.cuda.max_memory_allocated() - weights) / 1e6}
     return result
 
 
-def measure_bf16(shape: str) -> dict:
-    model = bf16_model(shape)
-    return {PLAIN: measure_generate(model), OURS: measure_decoder(model) | {"read_bytes": read_bytes(model)}}
+def measure(case: str, long: int) -> dict:
+    shape, adapter, kind = case.split(":")
+    model = build(shape, kind)
+    if adapter != "none":
+        model = add_lora(model, QKV.get(shape, ["q_proj", "k_proj", "v_proj"]) if adapter == "qkv" else "all-linear")
+    result = {PLAIN: measure_generate(model)}
+    return result | {OURS: measure_decoder(model, long) | {"read_bytes": read_bytes(model)}}
 
 
-def main(shapes: str = "1.3b,5.8b") -> None:
-    names = shapes.split(",")
+def main(cases: str = DEFAULT, long: str = "0") -> None:
     bandwidth, results = copy_bandwidth(), {}
-    for shape in names:
-        results[f"{shape} 4-bit + LoRA"] = measure_4bit(shape)
+    for case in cases.split(","):
         torch.cuda.empty_cache()
-    results[f"{names[0]} bf16"] = measure_bf16(names[0])
+        results[case] = measure(case, int(long))
+        print(case, json.dumps(results[case], ensure_ascii=False), flush=True)
+        gc.collect()
 
     print(f"{torch.cuda.get_device_name()}, 복사 {bandwidth / 1e12:.2f} TB/s, 질문 {PROMPT}토큰, 답 {ANSWER}토큰, "
           f"{REPEATS}번의 중앙값")
-    print("| 모델 | generate | 이 도구 | 배 | 대역폭 한계의 | 첫 토큰 ms | 뽑기 | 문맥 2,048의 VRAM MB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| 모델 | generate | 이 도구 | 배 | 대역폭 한계의 | 첫 토큰 ms | 뽑기 | 16개 함께 | 2,048토큰의 VRAM MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, sides in results.items():
         ours, plain = sides[OURS], sides[PLAIN]
         ours["bound_share"] = ours["steady_tokens_per_second"] * ours["read_bytes"] / bandwidth
         print(f"| {name} | {plain['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | "
               f"{ours['tokens_per_second'] / plain['tokens_per_second']:.1f} | {ours['bound_share']:.0%} | "
               f"{ours['first_token_ms']:.1f} | {ours['sampled_tokens_per_second']:.0f} | "
-              f"{ours['peak_mb_over_weights']:.0f} |")
+              f"{ours['batch_tokens_per_second']:.0f} | {ours['peak_mb_over_weights']:.0f} |")
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth, "results": results},
                      ensure_ascii=False))
 

@@ -1,6 +1,6 @@
 """학습 속도와 VRAM을 이 분야의 흔한 조리법(plain)과 나란히 잰다. 표를 찍고 마지막 줄에 JSON을 남긴다.
 
-    python tests/bench/bench_train.py default lean 5.8b 12.8b rows loss growth plan
+    python tests/bench/bench_train.py qwen3 llama neox-all neox lean qwen3-4b exact plan loss rows growth 5.8b 12.8b
 """
 
 import gc
@@ -16,10 +16,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from standin import add_lora, build, config_of  # noqa: E402
+import modern  # noqa: E402
+import standin  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator  # noqa: E402
 
 from utils.data.blocks import pack  # noqa: E402
+from utils.engine.families import describe, layer_modules, unwrap  # noqa: E402
+from utils.engine.train_layers import SITES  # noqa: E402
 from utils.engine.train_ops import drop_scale  # noqa: E402
 from utils.train import planner  # noqa: E402
 from utils.train.group import ALONE  # noqa: E402
@@ -30,8 +33,30 @@ from utils.train.records import Recipe  # noqa: E402
 from utils.train.step import open_step  # noqa: E402
 from utils.train.weights import ReplicatedWeights  # noqa: E402
 
-BATCH, BLOCK, TARGETS = 16, 1024, ("query_key_value",)
+BATCH, BLOCK = 16, 1024
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
+ATTENTION = {"gpt_neox": ("query_key_value",)}  # 나머지는 q, k, v와 o
+POLYGLOT = "polyglot-ko-1.3b"
+for name in ("3.8b", "5.8b", "12.8b"):
+    config = standin.config_of(name)
+    modern.SHAPES[name] = {key: value for key, value in config.items() if not key.endswith("token_id")}
+
+
+def targets_of(shape: str, every: bool) -> tuple[str, ...]:
+    """LoRA를 붙일 층: 모든 선형층 또는 attention만."""
+    if every:
+        return tuple(describe(modern.SHAPES[shape]).linears())
+    return ATTENTION.get(modern.SHAPES[shape]["model_type"], ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+def tuned(shape: str, targets: tuple[str, ...], dtype=BF16, double_quant: bool = True, prepare=lambda model: model):
+    """무작위 가중치의 4비트 모델에 r 8, alpha 16, dropout 0.05인 LoRA를 붙인 것."""
+    from peft import LoraConfig, get_peft_model
+
+    model = prepare(modern.build(shape, "nf4", dtype, double_quant, BF16))
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, task_type="CAUSAL_LM",
+                                            target_modules=list(targets)))
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -145,7 +170,7 @@ def losses_of(history: list[dict]) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def plain(shape: str, micro: int, data, steps: int = 6, tokens: float = BATCH * BLOCK,
+def plain(shape: str, micro: int, data, targets, steps: int = 6, tokens: float = BATCH * BLOCK,
           collator=default_data_collator, average=statistics.median):
     """흔한 조리법: fp16 기반, NF4(이중 양자화 없음), bf16 계산, prepare_model_for_kbit_training, Trainer."""
     from peft import prepare_model_for_kbit_training
@@ -153,99 +178,153 @@ def plain(shape: str, micro: int, data, steps: int = 6, tokens: float = BATCH * 
     print(f"plain {shape} micro {micro}", flush=True)
 
     def make(steps, clock):
-        model = prepare_model_for_kbit_training(build(shape, torch.float16, False, BF16))
+        model = tuned(shape, targets, torch.float16, False,
+                      lambda base: prepare_model_for_kbit_training(base, use_gradient_checkpointing=False))
         settings = arguments(tempfile.mkdtemp(), micro, steps, fp16=True, optim="adamw_torch")
-        trainer = Trainer(add_lora(model), settings, train_dataset=Plain(data), data_collator=collator,
+        trainer = Trainer(model, settings, train_dataset=Plain(data), data_collator=collator,
                           callbacks=[Ticking(clock)])
         return trainer.train, lambda: losses_of(trainer.state.log_history), "transformers.Trainer"
 
     return measure(make, tokens, steps, average)
 
 
-def make_loop(shape: str, plan: MemoryPlan, data, steps: int, accumulation: int, clock: Speed | None = None,
-              wrap=lambda step: step) -> Loop:
-    """새 모델의 학습 루프. `wrap`은 micro-step을 감싼다."""
-    model = add_lora(build(shape, BF16, True, BF16))
+def make_loop(shape: str, plan: MemoryPlan, data, targets, steps: int, accumulation: int, clock: Speed | None = None,
+              wrap=lambda step: step, cap_gb: float | None = None) -> Loop:
+    """새 모델의 학습 루프. `wrap`은 micro-step을 감싼다. `cap_gb`를 주면 모델을 만든 뒤 할당기를 그만큼으로 막는다."""
+    model = tuned(shape, targets)
     forget()
+    if cap_gb is not None:
+        torch.cuda.set_per_process_memory_fraction(cap_gb * GB / torch.cuda.mem_get_info()[1])
     weights = ReplicatedWeights(model, ALONE)
     step = open_step(model, plan, data, None, CUDA, weights.gradients, print)
     recipe = Recipe(steps, 0, steps, plan.micro_batch_size, accumulation, learning_rate=1e-3, seed=42)
     return Loop(wrap(step), weights, recipe, data, group=ALONE, device=CUDA, speed=clock)
 
 
-def ours(shape: str, plan: MemoryPlan, data, steps: int = 6, tokens: float = BATCH * BLOCK,
-         average=statistics.median):
+def ours(shape: str, plan: MemoryPlan, data, targets, steps: int = 6, tokens: float = BATCH * BLOCK,
+         average=statistics.median, cap_gb: float | None = None):
+    """우리의 학습."""
     print(f"ours {shape} micro {plan.micro_batch_size} recompute {plan.recompute_layers} "
           f"predicted {plan.reserved / GB:.2f}", flush=True)
 
     def make(steps, clock):
-        loop = make_loop(shape, plan, data, steps, BATCH // plan.micro_batch_size, clock)
+        loop = make_loop(shape, plan, data, targets, steps, BATCH // plan.micro_batch_size, clock, cap_gb=cap_gb)
         return loop.run, lambda: losses_of(loop.state.log_history), loop.step.path
 
-    return {**measure(make, tokens, steps, average), "predicted_gb": round(plan.reserved / GB, 3)}
+    try:
+        return {**measure(make, tokens, steps, average), "predicted_gb": round(plan.reserved / GB, 3)}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def chosen(shape: str, budget_gb: float) -> MemoryPlan:
+def chosen(shape: str, budget_gb: float, targets) -> MemoryPlan:
     """할당기의 상한이 `budget_gb`일 때의 계획."""
-    return planner.fit(config_of(shape), budget_gb * GB + planner.CONTEXT, BLOCK, BATCH, None, 8, TARGETS, 2)
+    return planner.fit(modern.SHAPES[shape], budget_gb * GB + planner.CONTEXT, BLOCK, BATCH, None, 8, targets, 2)
 
 
-def fixed(shape: str, micro: int, recompute: int, block: int = BLOCK, documents: int = 2) -> MemoryPlan:
-    parts = planner.predict(config_of(shape), block, micro, recompute, 8, max(2, documents))
+def fixed(shape: str, micro: int, recompute: int, targets, block: int = BLOCK, documents: int = 2) -> MemoryPlan:
+    parts = planner.predict(modern.SHAPES[shape], block, micro, recompute, 8, targets, max(2, documents))
     return MemoryPlan(micro, recompute, parts)
 
 
-def sweep() -> dict:
-    """micro batch와 재계산의 조합들."""
-    data, results = Blocks(), {}
-    for micro, recompute in [(1, 23), (2, 0), (2, 9)]:
-        results[f"micro {micro}, 재계산 {recompute}"] = ours("1.3b", fixed("1.3b", micro, recompute), data)
-    return results
-
-
-def default() -> dict:
-    data = Blocks()
-    return {"plain": plain("1.3b", 4, data), "ours": ours("1.3b", chosen("1.3b", 79), data)}
+def compare(shape: str, every: bool = True) -> dict:
+    """기본 설정과 흔한 조리법."""
+    data, targets = Blocks(), targets_of(shape, every)
+    return {"ours": ours(shape, chosen(shape, 79, targets), data, targets), "plain": plain(shape, 4, data, targets)}
 
 
 def lean() -> dict:
-    """모든 층을 재계산하는, VRAM이 가장 적은 설정. default의 plain과 견준다."""
-    data = Blocks()
-    return {"ours": ours("1.3b", fixed("1.3b", 1, 23), data)}
+    """모든 층을 재계산하는, VRAM이 가장 적은 설정."""
+    results = {}
+    for shape, every in (("qwen3-1.7b", True), ("llama-1.5b", True), (POLYGLOT, True), (POLYGLOT, False)):
+        targets = targets_of(shape, every)
+        plan = fixed(shape, 1, modern.SHAPES[shape]["num_hidden_layers"] - 1, targets)
+        results[f"{shape} {'all' if every else 'attention'}"] = ours(shape, plan, Blocks(), targets)
+    return results
 
 
-def five() -> dict:
-    """5.8b: plain은 상한 없이, 우리는 할당기를 5.0 GB로 막고."""
-    data = Blocks()
-    result = {"plain": plain("5.8b", 1, data)}
-    torch.cuda.set_per_process_memory_fraction(5.0 * GB / torch.cuda.mem_get_info()[1])
-    try:
-        result["ours"] = ours("5.8b", chosen("5.8b", 5.0), data)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return result
+def capped(shape: str, every: bool) -> dict:
+    """plain은 상한 없이, 우리는 할당기를 5.0 GB로 막고."""
+    data, targets = Blocks(), targets_of(shape, every)
+    return {"plain": plain(shape, 1, data, targets),
+            "ours": ours(shape, chosen(shape, 5.0, targets), data, targets, cap_gb=5.0)}
 
 
 def twelve() -> dict:
-    return {"ours": ours("12.8b", fixed("12.8b", 1, 39), Blocks())}
+    targets = targets_of("12.8b", False)
+    return {"ours": ours("12.8b", fixed("12.8b", 1, 39, targets), Blocks(), targets)}
 
 
-def peaks() -> dict:
-    """예측한 VRAM과 실제 최댓값."""
+def peaks(shapes=(POLYGLOT, "qwen3-1.7b", "llama-1.5b", "exaone4-1.2b", "gemma3-270m")) -> dict:
+    """예측한 VRAM과 실제 최댓값: 구조 x {attention만, 모든 선형층} x 블록의 길이."""
     results = {}
-    for shape in ("1.3b", "3.8b", "5.8b"):
-        for block in (512, 1024, 2048):
-            for recompute in (0,):
-                micro = max(1, BLOCK // block)
-                plan = fixed(shape, micro, recompute, block)
-                forget()
-                make_loop(shape, plan, Blocks(16, block), 2, 3).run()
-                real = torch.cuda.max_memory_reserved() / GB
-                results[f"{shape} {block} {recompute}"] = (round(plan.reserved / GB, 3), round(real, 3),
-                                                           round(plan.reserved / GB / real - 1, 4))
-                print(f"  {shape} {block} 재계산 {recompute}: {results[f'{shape} {block} {recompute}']} "
-                      f"allocated {torch.cuda.max_memory_allocated() / GB:.3f}", flush=True)
-        forget()
+    for shape in shapes:
+        for every in (False, True):
+            targets = targets_of(shape, every)
+            for block in (512, 1024, 2048):
+                micro, last = max(1, BLOCK // block), modern.SHAPES[shape]["num_hidden_layers"] - 1
+                for recompute in (0, last) if block == 1024 else (0,):
+                    plan = fixed(shape, micro, recompute, targets, block)
+                    make_loop(shape, plan, Blocks(16, block), targets, 2, 3).run()
+                    real = torch.cuda.max_memory_reserved() / GB
+                    name = f"{shape} {'all' if every else 'attention'} {block} 재계산 {recompute}"
+                    results[name] = (round(plan.reserved / GB, 3), round(real, 3),
+                                     round(plan.reserved / GB / real - 1, 4))
+                    print(f"  {name}: {results[name]} allocated {torch.cuda.max_memory_allocated() / GB:.3f}",
+                          flush=True)
+                    forget()
+    return results
+
+
+class Strict:
+    """attention의 backward를 라이브러리의 결정적 방식으로 하게 한다(atomic 없이 나누어 더한다)."""
+
+    def __init__(self, attention):
+        self.attention, self.name, self.forward = attention, f"결정적 {attention.name}", attention.forward
+
+    def backward(self, *args):
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+        try:
+            return self.attention.backward(*args)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def exact(shape: str = "qwen3-1.7b") -> dict:
+    """찍은 micro-step을 되풀이해 비트까지 같은지와, attention의 결정적 방식의 비용."""
+    from utils.engine.train_step import TrainStep
+    from utils.train.graph_step import CapturedStep
+
+    model, results = tuned(shape, targets_of(shape, True)), {}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.grad = torch.zeros_like(parameter)
+    for documents in (1, 2, 4, 8):
+        batch = {name: value[None].cuda() for name, value in Blocks(4, documents=documents)[0].items()}
+        batch["factor"] = torch.tensor(1e-3, device="cuda")
+        batch["keys"] = torch.tensor([[5, 7]], dtype=torch.int32, device="cuda")
+        for strict in (False, True):
+            step = TrainStep(model, 0, 9)
+            if strict:
+                step.attention = Strict(step.attention)
+            captured, runs, times = CapturedStep(step, torch.device("cuda")), [], []
+            for _ in range(8):
+                for parameter in trained:
+                    parameter.grad.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                captured.train(batch)
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end))
+                runs.append([parameter.grad.clone() for parameter in trained])
+            same = all(torch.equal(a, b) for other in runs[3:] for a, b in zip(runs[2], other, strict=True))
+            name = f"문서 {documents}, {step.attention.name}"
+            results[name] = same, round(statistics.median(times[3:]), 2)
+            print("  비트까지 같다, ms:", name, results[name], flush=True)
+            captured.release()
     return results
 
 
@@ -254,11 +333,11 @@ def growth() -> dict:
     tries = {"문서 1": Blocks(), "문서 4": Blocks(documents=4), "문서 16": Blocks(documents=16),
              "블록 10개": Blocks(10), "블록 10,000개": Blocks(10000), "블록 길이 512": Blocks(block=512),
              "블록 길이 2048": Blocks(block=2048)}
-    results = {}
+    results, targets = {}, targets_of(POLYGLOT, False)
     for name, data in tries.items():
-        plan = fixed("1.3b", max(1, BLOCK // data.block), 0, data.block, data.max_documents)
+        plan = fixed(POLYGLOT, max(1, BLOCK // data.block), 0, targets, data.block, data.max_documents)
         print(name)
-        results[name] = ours("1.3b", plan, data, tokens=min(BATCH, data.count) * data.block)
+        results[name] = ours(POLYGLOT, plan, data, targets, tokens=min(BATCH, data.count) * data.block)
     return results
 
 
@@ -286,11 +365,13 @@ def rows() -> dict:
 
     print(f"{len(documents)}행, 평균 {lengths.mean():.0f}토큰, 가장 긴 것 {lengths.max()}, 블록 {len(packed)}개, "
           f"채움 {lengths.sum() / (len(packed) * BLOCK):.3f}, 블록의 문서 {packed.max_documents}")
-    plan = fixed("1.3b", 1, 0, BLOCK, packed.max_documents)
+    targets = targets_of(POLYGLOT, False)
+    plan = fixed(POLYGLOT, 1, 0, targets, BLOCK, packed.max_documents)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    result = {"plain": plain("1.3b", 4, padded, 16, BATCH * lengths.mean(), pad, statistics.mean)}
+    result = {"plain": plain(POLYGLOT, 4, padded, targets, 16, BATCH * lengths.mean(), pad, statistics.mean)}
     torch.backends.cuda.enable_cudnn_sdp(True)
-    return {**result, "ours": ours("1.3b", plan, packed, 8, BATCH * lengths.sum() / len(packed), statistics.mean)}
+    tokens = BATCH * lengths.sum() / len(packed)
+    return {**result, "ours": ours(POLYGLOT, plan, packed, targets, 8, tokens, statistics.mean)}
 
 
 def real_rows() -> list[torch.Tensor]:
@@ -327,35 +408,40 @@ class Packed(torch.utils.data.Dataset):
 
 
 class SameDrop(torch.nn.Module):
-    """HF의 LoRA dropout 자리에 놓여, 우리와 같은 난수로 버린다."""
+    """PEFT의 dropout 자리에 놓여, 엔진과 같은 난수로 버린다."""
 
-    def __init__(self, layer: int, keys: list):
+    def __init__(self, site: int, keys: list):
         super().__init__()
-        self.layer, self.keys = layer, keys
+        self.site, self.keys = site, keys
 
     def forward(self, x):
-        return (x.flatten(0, 1) * drop_scale(self.keys[0], x.shape[0] * x.shape[1], x.shape[2], self.layer,
-                                             0.05)).view_as(x).to(x.dtype)
+        scale = drop_scale(self.keys[0], x.shape[0] * x.shape[1], x.shape[2], self.site, 0.05)
+        return (x.flatten(0, 1) * scale).view_as(x).to(x.dtype)
 
 
-def loss(steps: int = 30, batch: int = 4, documents: int = 4) -> dict:
-    """같은 batch를 eager로, 묶지 않고, logits를 나누지 않고 학습한 손실과 견준다. dropout의 난수도 같다."""
-    data, taken = Blocks(steps * batch, documents=documents), []
+def loss(shape: str = POLYGLOT, steps: int = 30, batch: int = 4, documents: int = 4) -> dict:
+    """같은 batch를 eager로, 묶지 않고, logits를 나누지 않고 학습한 손실과 비교한다. dropout의 난수도 같다."""
+    data, taken, targets = Blocks(steps * batch, documents=documents), [], targets_of(shape, True)
 
     def recorded(step):
         train = step.train
         step.train = lambda given: taken.append((given, given["keys"])) or train(given)
         return step
 
-    loop = make_loop("1.3b", fixed("1.3b", 1, 0, BLOCK, documents), data, steps, batch, wrap=recorded)
+    loop = make_loop(shape, fixed(shape, 1, 0, targets, BLOCK, documents), data, targets, steps, batch, wrap=recorded)
     loop.run()
     found = losses_of(loop.state.log_history)
     del loop
     forget()
-    model, keys, losses = add_lora(build("1.3b", BF16, True, BF16)), [None], []
-    for index, layer in enumerate(model.get_base_model().gpt_neox.layers):
-        layer.attention.query_key_value.lora_dropout["default"] = SameDrop(index, keys)
+    model, keys, losses = tuned(shape, targets), [None], []
+    base = model.get_base_model()
+    for index, layer in enumerate(layer_modules(base, describe(base))):
+        for slot, module in enumerate(part for group in layer.linears() for part in group):
+            if module is not unwrap(module):
+                module.lora_dropout["default"] = SameDrop(index * SITES + slot, keys)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
@@ -380,8 +466,15 @@ def loss(steps: int = 30, batch: int = 4, documents: int = 4) -> dict:
     return {"worst_relative": worst, "ours": found, "eager": losses}
 
 
-PARTS = {"default": default, "lean": lean, "5.8b": five, "12.8b": twelve, "rows": rows, "loss": loss,
-         "plan": peaks, "growth": growth, "sweep": sweep}
+PARTS = {
+    "qwen3": lambda: compare("qwen3-1.7b"), "llama": lambda: compare("llama-1.5b"),
+    "neox-all": lambda: compare(POLYGLOT), "neox": lambda: compare(POLYGLOT, every=False),
+    "exaone4": lambda: compare("exaone4-1.2b"), "lean": lean,
+    "qwen3-4b": lambda: capped("qwen3-4b", every=True), "5.8b": lambda: capped("5.8b", every=False),
+    "12.8b": twelve,
+    "exact": exact, "rows": rows, "loss": loss, "qwen3-loss": lambda: loss("qwen3-1.7b"), "plan": peaks,
+    "growth": growth,
+}
 
 
 def main(names: list[str]) -> None:

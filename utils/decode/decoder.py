@@ -1,16 +1,17 @@
 """모델 하나로 답을 한 토큰씩 만드는 일을 맡는다: 길이의 한계, 멈춤, 통계."""
 
+import math
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
-from utils.engine.decode_engine import NeoxDecode
-from utils.engine.weights import why_not
+from utils.engine.decode_engine import FastDecode, why_not
 from utils.errors import UsageError
 from utils.model.tokenizer import require_known_ids
 from utils.sampling import Sampling
@@ -31,6 +32,37 @@ class Stats:
     tokens_per_second: float = 0.0
 
 
+@dataclass(frozen=True)
+class Reply:
+    """한꺼번에 만든 답 하나.
+
+    Attributes:
+        ids: 토큰들. 끝 토큰은 없다.
+        finish_reason: "stop"(끝 토큰), "length"(길이), "cancelled"(시간이 다 됨).
+    """
+
+    ids: list[int]
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """토큰을 만드는 길 하나. `Decoder`가 엔진에 묻는 것은 이것뿐이다."""
+
+    path: str
+
+    def use_adapter(self, on: bool) -> None: ...
+
+    def room(self, tokens: int) -> int:
+        """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 수."""
+
+    def tokens(self, input_ids: list[int], settings: Sampling, limit: int) -> Iterator[int]:
+        """토큰을 최대 `limit`개 내놓는다. 끝 토큰에서 멈추는 일은 부르는 쪽이 한다."""
+
+    def answer_rows(self, questions: list[list[int]], settings: Sampling, limits: list[int],
+                    end_ids: Sequence[int], until: float) -> list[list[int]]:
+        """질문 여럿에 함께 답한다. 답마다 끝 토큰까지의 토큰을 준다. 시각 `until`이 되면 만든 데까지 준다."""
+
+
 class Decoder:
     """모델 하나와 KV cache를 쥐고 답을 만든다. 한 번에 답 하나만 만든다.
 
@@ -39,10 +71,11 @@ class Decoder:
         longest: 질문과 답을 합친 길이를 이보다 짧게 잡는다.
 
     Attributes:
-        path: 고른 길과 그 까닭 한 줄.
-        finish_reason: 마지막 답이 끝난 까닭. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
+        path: 고른 길과 그 이유 한 줄.
+        finish_reason: 마지막 답이 끝난 이유. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
         stats: 마지막 답의 통계.
-        context: 질문과 답을 합친 길이의 한계(토큰).
+        context: 질문과 답을 합친 길이의 한계(토큰). 모델의 한계와 메모리에 담을 수 있는 길이 가운데 작은 쪽이다.
+        notice: 마지막 답이 메모리가 모자라 짧아졌으면 그 말. 아니면 빈 문자열.
         n_rows: 입력 embedding의 행 수. 이보다 큰 번호의 토큰은 읽지 못한다.
     """
 
@@ -55,9 +88,11 @@ class Decoder:
         self.finish_reason = "length"
         self.stats = Stats()
         model.eval()
+        self.notice = ""
         self._tokenizer = tokenizer
         self.n_rows = model.get_input_embeddings().weight.shape[0]
         self._engine, self.path = _engine(model, self.context, min(len(tokenizer), config.vocab_size))
+        self.context = max(2, self._engine.room(self.context))
 
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다."""
@@ -74,6 +109,32 @@ class Decoder:
         Raises:
             UsageError: 질문이 비었거나, 모델이 읽을 수 있는 길이를 넘거나, 모델이 모르는 토큰이 들어 있다.
         """
+        limit = self._limit(input_ids, settings)
+        return self._answer(input_ids, settings, limit, stop or threading.Event())
+
+    @torch.inference_mode()
+    def answer_many(self, questions: list[list[int]], settings: Sampling, until: float = math.inf) -> list[Reply]:
+        """질문들에 한꺼번에 답한다. 줄마다 따로 멈추고, 탐욕적으로 고르면 하나씩 답한 것과 같다.
+
+        가중치를 한 번 읽어 여러 줄을 계산하므로 하나씩 답하는 것보다 빠르다. 빈 목록이면 빈 목록을 준다.
+
+        Args:
+            until: `time.perf_counter()`가 이때가 되면 멈춘다. 다 만들지 못한 답의 이유은 "cancelled"다.
+
+        Raises:
+            UsageError: 빈 질문이나 너무 긴 질문이나 모델이 모르는 토큰이 있다.
+        """
+        limits = [self._limit(question, settings) for question in questions]
+        answers = self._engine.answer_rows(questions, settings, limits, tuple(self.end_ids), until) if questions else []
+        replies = []
+        for answer, limit in zip(answers, limits, strict=True):
+            stopped = bool(answer) and answer[-1] in self.end_ids
+            reason = "stop" if stopped else "length" if len(answer) == limit else "cancelled"
+            replies.append(Reply(answer[:-1] if stopped else answer, reason))
+        return replies
+
+    def _limit(self, input_ids: list[int], settings: Sampling) -> int:
+        """답의 최대 토큰 수. 메모리가 모자라면 줄이고 `notice`에 적는다."""
         if not input_ids:
             raise UsageError("질문이 비어 있다")
         require_known_ids(input_ids, self.n_rows, self._tokenizer, "질문")
@@ -81,7 +142,15 @@ class Decoder:
         if room < 1:
             raise UsageError(f"질문이 너무 길다: {len(input_ids)}토큰. "
                              f"이 모델은 질문과 답을 합쳐 {self.context}토큰까지 읽는다. 질문을 줄인다")
-        return self._answer(input_ids, settings, min(settings.max_new_tokens, room), stop or threading.Event())
+        wanted = min(settings.max_new_tokens, room)
+        fits = self._engine.room(len(input_ids) + wanted)
+        if fits <= len(input_ids):
+            raise UsageError(f"메모리가 모자라다: 질문이 {len(input_ids)}토큰인데 지금 남은 메모리에는 질문과 답을 "
+                             f"합쳐 {fits}토큰까지 들어간다. 질문을 줄이거나 메모리를 쓰는 다른 프로그램을 닫는다")
+        limit = min(wanted, fits - len(input_ids))
+        self.notice = "" if limit == wanted else (
+            f"메모리가 모자라 답을 {wanted}토큰에서 {limit}토큰으로 줄인다(질문과 답을 합쳐 {fits}토큰까지 들어간다)")
+        return limit
 
     @torch.inference_mode()
     def _answer(self, input_ids: list[int], settings: Sampling, limit: int, stop: threading.Event) -> Iterator[int]:
@@ -103,14 +172,14 @@ class Decoder:
                 return
 
 
-def _engine(model, context: int, vocab: int) -> tuple[NeoxDecode | ForwardDecode, str]:
-    """쓸 수 있는 가장 빠른 길과 그것을 고른 까닭."""
+def _engine(model, context: int, vocab: int) -> tuple[Engine, str]:
+    """쓸 수 있는 가장 빠른 길과 그것을 고른 이유."""
     reason = why_not(model)
     if reason is None:
         try:
-            engine = NeoxDecode(model, vocab)
+            engine = FastDecode(model, vocab)
             return engine, engine.path
         except CompileError as error:
             reason = f"커널을 컴파일하지 못함: {str(error).splitlines()[0][:100]}"
     engine = ForwardDecode(model, context, vocab)
-    return engine, f"{engine.path} - 전용 커널을 쓰지 않은 까닭: {reason}"
+    return engine, f"{engine.path} - 전용 커널을 쓰지 않은 이유: {reason}"

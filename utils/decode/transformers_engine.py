@@ -1,22 +1,32 @@
-"""transformers의 forward로 한 토큰씩 만드는 길을 맡는다. 어떤 causal LM이든 된다."""
+"""transformers의 forward로 답을 만드는 길. 어떤 causal LM이든 되고, 질문 여럿에 한꺼번에 답할 수 있다."""
 
 import inspect
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
 
+import psutil
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from utils.sampling import Sampling, pick
+
+ROWS = 16      # 한꺼번에 답하는 질문의 수
+PREFILL = 512  # 질문을 이만큼씩 나누어 읽어서 긴 질문도 메모리를 조금만 쓴다
+GROW = 1024    # KV cache가 자라는 단위(토큰)
+SPARE = 300e6  # 활성값과 CUDA graph에 남겨 두는 바이트
 
 
 class ForwardDecode:
     """KV cache를 쓰는 forward를 토큰마다 한 번 부른다. GPU에서는 그 한 번을 CUDA graph로 캡처해 본다.
 
+    GPU의 KV cache는 질문과 답의 길이만큼만 잡고, 더 긴 대화가 오면 다시 잡는다. 모델이 읽을 수 있는 길이만큼 미리
+    잡으면 Qwen3-1.7B(40,960토큰)에서 4.7 GB가 든다.
+
     Attributes:
         path: 이 길을 설명하는 한 줄.
     """
-
-    PREFILL = 512  # 질문을 이만큼씩 나누어 읽어서 긴 질문도 메모리를 조금만 쓴다
 
     def __init__(self, model, context: int, vocab: int):
         self._model = model
@@ -27,13 +37,16 @@ class ForwardDecode:
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._config = causal_lm.config
         self._device = next(model.parameters()).device
-        self._graphs: dict[bool, tuple] = {}
+        self._token_bytes = kv_bytes(self._config, causal_lm.dtype)
+        # 왼쪽을 채워도 되는 것은 attention뿐이다. 순환하는 층(Mamba 등)은 채운 자리까지 읽는다
+        self._can_batch = bool(self._token_bytes) and all(
+            isinstance(layer, DynamicLayer) for layer in DynamicCache(config=self._config).layers)
         self._adapter_on = True
-        self._capturable = self._device.type == "cuda"
+        self._step: CapturedStep | None = None
+        self._not_captured = "" if self._device.type == "cuda" else self._device.type
         self.path = f"transformers forward({self._device.type})"
-        if self._capturable:
-            self._cache = StaticCache(config=self._config, max_cache_len=context)
-            self._try_capture()
+        if self._device.type == "cuda":
+            self._static_step(1, min(context, GROW))
 
     def use_adapter(self, on: bool) -> None:
         """PEFT 모델이면 어댑터를 켜거나 끈다. 다른 모델에서는 하는 일이 없다."""
@@ -41,62 +54,223 @@ class ForwardDecode:
             self._model.enable_adapter_layers() if on else self._model.disable_adapter_layers()
             self._adapter_on = on
 
+    def room(self, tokens: int) -> int:
+        """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 토큰의 수."""
+        return min(tokens, self._context, int(self._free_bytes() / max(1, self._token_bytes)))
+
     def tokens(self, input_ids: list[int], settings: Sampling, limit: int) -> Iterator[int]:
         """토큰을 최대 `limit`개 내놓는다. 끝 토큰에서 멈추는 일은 부르는 쪽이 한다."""
         generator = torch.Generator(self._device).manual_seed(settings.seed_number())
-        step, cache = self._start()
-        answer, past = [], 0
-        for part in torch.tensor([input_ids], device=self._device).split(self.PREFILL, dim=1):
-            logits = self._forward(part, cache, past)
-            past += part.shape[1]
+        step = self._start([input_ids], len(input_ids) + limit)
+        answer, logits = [], step.read([input_ids])
         while True:
-            answer.append(pick(logits, answer, settings, generator))
+            answer.append(pick(logits[0], answer, settings, generator))
             yield answer[-1]
             if len(answer) == limit:
                 return
-            logits = step(answer[-1], past)
-            past += 1
+            logits = step.next([answer[-1]])
 
-    def _start(self) -> tuple:
-        if self._capturable and self._adapter_on not in self._graphs:
-            self._try_capture()
-        if not self._capturable:
-            cache = DynamicCache(config=self._config)
-            return lambda token, past: self._forward(torch.tensor([[token]], device=self._device), cache, past), cache
-        self._cache.reset()
-        graph, token_in, position_in, logits = self._graphs[self._adapter_on]
+    def answer_rows(self, questions: list[list[int]], settings: Sampling, limits: list[int],
+                    end_ids: Sequence[int], until: float = math.inf) -> list[list[int]]:
+        """질문 여럿에 `ROWS`개씩 한 번의 forward로 함께 답한다. 탐욕적으로 고르면 하나씩 답한 것과 같다.
 
-        def replay(token: int, past: int) -> torch.Tensor:
-            token_in.fill_(token)
-            position_in.fill_(past)
-            graph.replay()
-            return logits
+        Args:
+            limits: 질문마다의 최대 토큰 수.
+            end_ids: 답을 끝내는 토큰들.
+            until: `time.perf_counter()`가 이때가 되면 만든 데까지만 준다.
 
-        return replay, self._cache
+        Returns:
+            질문마다의 토큰. 끝 토큰으로 끝난 답에는 그 토큰이 맨 뒤에 있다.
+        """
+        answers: list[list[int]] = []
+        while len(answers) < len(questions):
+            begin = len(answers)
+            rows = self._rows_that_fit(questions[begin : begin + ROWS], max(limits))
+            group = slice(begin, begin + rows)
+            answers += self._answer_group(questions[group], limits[group], settings, end_ids, until)
+        return answers
+
+    def _answer_group(self, questions: list[list[int]], limits: list[int], settings: Sampling,
+                      end_ids: Sequence[int], until: float) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in questions]
+        if time.perf_counter() > until:
+            return answers
+        generators = [torch.Generator(self._device).manual_seed(settings.seed_number()) for _ in questions]
+        plain = (settings.temperature, settings.repetition_penalty, settings.no_repeat_ngram_size) == (0, 1, 0)
+        step = self._start(questions, max(map(len, questions)) + max(limits))
+        logits = step.read(questions)
+        while True:
+            greedy = logits.argmax(-1).tolist()  # GPU를 줄마다 기다리지 않게 한 번에 가져온다
+            for row, answer in enumerate(answers):
+                if not _finished(answer, limits[row], end_ids):
+                    answer.append(greedy[row] if plain else pick(logits[row], answer, settings, generators[row]))
+            done = all(_finished(answer, limits[row], end_ids) for row, answer in enumerate(answers))
+            if done or time.perf_counter() > until:
+                return answers
+            logits = step.next([answer[-1] for answer in answers])
+
+    def _rows_that_fit(self, questions: list[list[int]], limit: int) -> int:
+        """함께 답할 질문의 수. 함께 답할 수 없는 구조이거나 메모리가 모자라면 하나씩 답한다."""
+        tokens = max(map(len, questions)) + limit + GROW
+        fits = self._can_batch and self._free_bytes() >= ROWS * tokens * self._token_bytes
+        return len(questions) if fits else 1
+
+    def _start(self, questions: list[list[int]], tokens: int):
+        """질문들을 읽을 준비가 된 단계. 캡처하지 않는 길은 답마다 새 cache를 쓴다."""
+        if not self._not_captured:
+            step = self._static_step(1 if len(questions) == 1 else ROWS, tokens)
+            if step is not None:
+                step.reset()
+                return step
+        return EagerStep(self._forward, DynamicCache(config=self._config), self._device)
+
+    def _static_step(self, rows: int, tokens: int) -> "CapturedStep | None":
+        """`rows`줄, `tokens`토큰을 담는 캡처된 단계. 지금 것이 작으면 버리고 새로 만든다. 캡처할 수 없으면 None."""
+        capacity = min(self._context, -(-tokens // GROW) * GROW)
+        window = _smallest_window(self._config)
+        if window and capacity > window:  # 창을 넘긴 StaticCache는 토큰마다 다른 일을 하므로 캡처할 수 없다
+            return None
+        step = self._step
+        if step is None or step.rows != rows or step.capacity < tokens or step.adapter_on != self._adapter_on:
+            self._step = step = None  # 새것을 잡기 전에 옛것의 메모리를 돌려준다
+            try:
+                step = CapturedStep(self._forward, self._config, self._device, rows, capacity)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._not_captured = f"CUDA graph로 캡처하지 못함: {str(error).splitlines()[0][:100]}"
+                self.path = f"transformers forward(cuda, {self._not_captured})"
+                return None
+            step.adapter_on = self._adapter_on
+            self._step = step
+            self.path = "transformers forward(cuda, CUDA graph)"
+        return step
 
     @torch.inference_mode()
-    def _try_capture(self) -> None:
-        """토큰 하나의 forward를 캡처한다. 캡처할 수 없는 연산이 있으면 그 뒤로는 한 번씩 부른다."""
-        token, position = (torch.zeros(1, 1, dtype=torch.long, device=self._device) for _ in range(2))
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self._forward(token, self._cache, position)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._forward(token, self._cache, position)
-        except RuntimeError as error:
-            self._capturable = False
-            self.path = f"transformers forward(cuda, CUDA graph로 캡처하지 못함: {str(error).splitlines()[0][:100]})"
-            return
-        self._graphs[self._adapter_on] = graph, token, position, logits
-        self.path = "transformers forward(cuda, CUDA graph)"
-
-    def _forward(self, input_ids: torch.Tensor, cache, past: int | torch.Tensor) -> torch.Tensor:
-        positions = past + torch.arange(input_ids.shape[1], device=self._device)[None]
+    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None,
+                 cache) -> torch.Tensor:
+        """input_ids, positions [rows, T] -> 마지막 토큰의 로짓 [rows, vocab]. mask [rows, 지금까지]: 0은 채운 자리."""
+        extra = {} if mask is None else {"attention_mask": mask}
         output = self._model(input_ids=input_ids, position_ids=positions, use_cache=True, logits_to_keep=1,
-                             **{self._cache_name: cache})
-        return output.logits[0, -1, : self._vocab]
+                             **extra, **{self._cache_name: cache})
+        return output.logits[:, -1, : self._vocab]
+
+    def _free_bytes(self) -> float:
+        if self._device.type != "cuda":
+            return psutil.virtual_memory().available
+        held = self._step.rows * self._step.capacity * self._token_bytes if self._step else 0
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info(self._device)[0] + unused + held - SPARE
+
+
+class EagerStep:
+    """forward를 그대로 부르는 단계. 줄의 길이가 다르면 왼쪽을 채운다.
+
+    왼쪽을 채우면 모든 줄의 마지막 토큰이 같은 열에 서므로 로짓을 한 열에서 읽고, 새 토큰도 한 열에 쓴다.
+    """
+
+    def __init__(self, forward, cache, device: torch.device):
+        self._forward, self._cache, self._device = forward, cache, device
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문들을 읽고 다음 토큰의 로짓 [rows, vocab]을 준다."""
+        ids, mask, positions = pad_left(questions, self._device)
+        padded = bool((mask == 0).any())
+        for begin in range(0, ids.shape[1], PREFILL):
+            part = slice(begin, begin + PREFILL)
+            seen = mask[:, : begin + PREFILL]
+            logits = self._forward(ids[:, part], positions[:, part], seen if padded else None, self._cache)
+        self._mask, self._position = mask if padded else None, positions[:, -1:]
+        return logits
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """줄마다 토큰 하나를 먹이고 그다음의 로짓 [rows, vocab]을 준다."""
+        self._position = self._position + 1
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        ids = torch.tensor(tokens, device=self._device)[:, None]
+        return self._forward(ids, self._position, self._mask, self._cache)
+
+
+class CapturedStep:
+    """크기를 정해 둔 StaticCache와, 토큰 하나의 forward를 캡처한 CUDA graph.
+
+    Attributes:
+        rows, capacity: cache가 담는 줄과 토큰의 수.
+        adapter_on: 캡처할 때 어댑터가 켜져 있었는지.
+    """
+
+    adapter_on = True
+
+    def __init__(self, forward, config, device: torch.device, rows: int, capacity: int):
+        self.rows, self.capacity, self._forward, self._device = rows, capacity, forward, device
+        self._cache = StaticCache(config=config, max_cache_len=capacity)
+        self._ids, self._positions = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(2))
+        self._mask = torch.ones(rows, capacity, dtype=torch.long, device=device)
+        if device.type == "cuda":
+            self._capture()
+
+    def reset(self) -> None:
+        self._cache.reset()
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문들을 읽고 다음 토큰의 로짓 [질문의 수, vocab]을 준다. 모자라는 줄은 첫 질문으로 채운다."""
+        self._count = len(questions)
+        ids, mask, positions = pad_left(questions + questions[:1] * (self.rows - len(questions)), self._device)
+        self._mask.fill_(1)
+        self._mask[:, : ids.shape[1]] = mask
+        self._positions.copy_(positions[:, -1:])
+        for begin in range(0, ids.shape[1], PREFILL):
+            part = slice(begin, begin + PREFILL)
+            # mask를 함께 주어야 아직 쓰지 않은 cache의 0을 읽지 않는다
+            logits = self._forward(ids[:, part], positions[:, part], self._mask[:, : begin + PREFILL], self._cache)
+        return logits[: self._count]
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """줄마다 토큰 하나를 먹이고 그다음의 로짓 [질문의 수, vocab]을 준다."""
+        self._ids[: self._count, 0] = torch.tensor(tokens, device=self._device)
+        self._positions.add_(1)
+        self._graph.replay()
+        return self._logits[: self._count]
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._forward(self._ids, self._positions, self._mask, self._cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._forward(self._ids, self._positions, self._mask, self._cache)
+
+
+def pad_left(questions: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """질문들의 왼쪽을 채운 (토큰, mask, 위치), 모두 [질문의 수, 가장 긴 질문]."""
+    longest = max(map(len, questions))
+    ids = torch.tensor([[0] * (longest - len(question)) + question for question in questions])
+    mask = torch.tensor([[0] * (longest - len(question)) + [1] * len(question) for question in questions])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids.to(device), mask.to(device), positions.to(device)
+
+
+def kv_bytes(config, dtype: torch.dtype) -> int:
+    """토큰 하나의 K와 V가 모든 층에서 차지하는 바이트. 모르는 구조면 0이다."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None or not hasattr(text, "num_hidden_layers"):
+        return 0
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+
+
+def _smallest_window(config) -> int | None:
+    """미끄러지는 창이 있는 층의 창. 없으면 None."""
+    cache = StaticCache(config=config, max_cache_len=2**30)
+    windows = [layer.max_cache_len for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    return min(windows, default=None)
+
+
+def _finished(answer: list[int], limit: int, end_ids: Sequence[int]) -> bool:
+    return len(answer) >= limit or (bool(answer) and answer[-1] in end_ids)

@@ -1,4 +1,4 @@
-"""한 블록에 든 문서들이 서로를 보지 않는 인과 attention을 맡는다. 모양이 고정되어 CUDA graph로 찍을 수 있다.
+"""한 블록에 든 문서들이 서로를 보지 않는 인과 attention. 모양이 고정되어 CUDA graph로 찍을 수 있다.
 
 문서의 경계는 `Documents`가 tensor로 담는다. 구현은 넷이고 `choose_attention`이 실제로 돌려 보아 고른다:
 flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 Turing과 Windows에서도 돈다), torch 식(어디서나),
@@ -7,6 +7,7 @@ flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 T
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
@@ -40,67 +41,108 @@ class Documents:
         return self.positions.shape[1]
 
 
+class Attention(Protocol):
+    """attention의 구현이 지키는 약속.
+
+    q는 [tokens, heads, head_dim], k와 v는 [tokens, kv_heads, head_dim]이고 마지막 축만 이어져 있으면 된다. kv_heads가
+    적으면 q의 머리 `heads / kv_heads`개가 k와 v 하나를 함께 읽는다. window는 볼 수 있는 토큰의 수이고 0이면 모두 본다.
+    """
+
+    name: str
+
+    def forward(self, q, k, v, documents: Documents, window: int = 0) -> tuple[torch.Tensor, list]:
+        """출력 [tokens, heads, head_dim]과, backward에 필요한 것."""
+
+    def backward(self, gradient, q, k, v, out, saved: list, documents: Documents, window: int = 0) -> list:
+        """q, k, v의 gradient. 모양은 q, k, v와 같다."""
+
+
 class FlashAttention:
-    """FlashAttention-2의 가변 길이 커널."""
+    """FlashAttention-2의 가변 길이 커널. 여러 q의 머리가 함께 읽는 k와 v, 창을 그대로 안다."""
 
     name = "flash"
 
-    def forward(self, q, k, v, documents: Documents):
-        """q, k, v: [tokens, heads, head_dim](사이가 떨어져 있어도 된다). 출력과, backward에 필요한 것을 돌려준다."""
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def forward(self, q, k, v, documents: Documents, window: int = 0):
         offsets, longest = documents.offsets, documents.longest
         out, *saved, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, offsets, offsets, longest, longest, 0.0, True, False, scale=q.shape[-1] ** -0.5)
+            q, k, v, offsets, offsets, longest, longest, 0.0, True, False, scale=self.scale, **self._window(window))
         return out, saved
 
-    def backward(self, gradient, q, k, v, out, saved, documents: Documents):
+    def backward(self, gradient, q, k, v, out, saved, documents: Documents, window: int = 0):
         log_sum, state, unused = saved
         offsets, longest = documents.offsets, documents.longest
         return torch.ops.aten._flash_attention_backward(
             gradient, q, k, v, out, log_sum, offsets, offsets, longest, longest, 0.0, True, state, unused,
-            scale=q.shape[-1] ** -0.5)
+            scale=self.scale, **self._window(window))
+
+    def _window(self, window: int) -> dict:
+        return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
 
 
 class EfficientAttention:
-    """xFormers에서 온 memory-efficient 커널."""
+    """xFormers에서 온 memory-efficient 커널. k와 v를 q의 머리 수만큼 늘려서 준다."""
 
     name = "memory-efficient"
 
-    def forward(self, q, k, v, documents: Documents):
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def forward(self, q, k, v, documents: Documents, window: int = 0):
         offsets, longest = documents.offsets, documents.longest
+        k, v = _repeat(k, q), _repeat(v, q)
         out, *saved = torch.ops.aten._efficient_attention_forward(
-            q[None], k[None], v[None], None, offsets, offsets, longest, longest, 0.0, 1, True,
-            scale=q.shape[-1] ** -0.5)[:4]
+            q[None], k[None], v[None], None, offsets, offsets, longest, longest, 0.0, 1, True, scale=self.scale,
+            window_size=window or None)[:4]
         return out[0], saved
 
-    def backward(self, gradient, q, k, v, out, saved, documents: Documents):
+    def backward(self, gradient, q, k, v, out, saved, documents: Documents, window: int = 0):
         log_sum, seed, offset = saved
         offsets, longest = documents.offsets, documents.longest
-        gradients = torch.ops.aten._efficient_attention_backward(
+        kv_heads = k.shape[1]
+        k, v = _repeat(k, q), _repeat(v, q)
+        dq, dk, dv = torch.ops.aten._efficient_attention_backward(
             gradient[None], q[None], k[None], v[None], None, out[None], offsets, offsets, longest, longest, log_sum,
-            0.0, seed, offset, 1, False, scale=q.shape[-1] ** -0.5)
-        return [part[0] for part in gradients[:3]]
+            0.0, seed, offset, 1, False, scale=self.scale, window_size=window or None)[:3]
+        return [dq[0], _gather(dk[0], kv_heads), _gather(dv[0], kv_heads)]
 
 
 class FormulaAttention:
-    """점수 행렬을 그대로 만드는 식. 확률을 저장하지 않고 backward에서 다시 구한다."""
+    """점수 행렬을 그대로 만드는 식. 확률을 저장하지 않고 backward에서 다시 구한다.
+
+    P = softmax(scale * q k^T), out = P v라 하면 dv = P^T dout, dP = dout v^T이고, softmax의 backward는
+    dS = P * (dP - sum(dP * P))다. 그래서 dq = scale * dS k, dk = scale * dS^T q다.
+    """
 
     name = "torch 식"
 
-    def forward(self, q, k, v, documents: Documents):
-        q, k, v = (self._heads_first(part, documents) for part in (q, k, v))
-        return self._tokens_first(self._weights(q, k, documents) @ v), []
+    def __init__(self, scale: float):
+        self.scale = scale
 
-    def backward(self, gradient, q, k, v, out, saved, documents: Documents):
+    def forward(self, q, k, v, documents: Documents, window: int = 0):
+        k, v = _repeat(k, q), _repeat(v, q)
+        q, k, v = (self._heads_first(part, documents) for part in (q, k, v))
+        return self._tokens_first(self._weights(q, k, documents, window) @ v), []
+
+    def backward(self, gradient, q, k, v, out, saved, documents: Documents, window: int = 0):
+        kv_heads = k.shape[1]
+        k, v = _repeat(k, q), _repeat(v, q)
         gradient, q, k, v = (self._heads_first(part, documents) for part in (gradient, q, k, v))
-        weights = self._weights(q, k, documents)
+        weights = self._weights(q, k, documents, window)
         dv = weights.transpose(-1, -2) @ gradient
         scores = gradient @ v.transpose(-1, -2)
-        scores = weights * (scores - (scores * weights).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-        return [self._tokens_first(part) for part in (scores @ k, scores.transpose(-1, -2) @ q, dv)]
+        scores = weights * (scores - (scores * weights).sum(-1, keepdim=True)) * self.scale
+        dq, dk, dv = (self._tokens_first(part) for part in (scores @ k, scores.transpose(-1, -2) @ q, dv))
+        return [dq, _gather(dk, kv_heads), _gather(dv, kv_heads)]
 
-    def _weights(self, q, k, documents: Documents):
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        return scores.masked_fill(~document_mask(documents.positions), -torch.inf).softmax(-1).to(q.dtype)
+    def _weights(self, q, k, documents: Documents, window: int):
+        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        seen = document_mask(documents.positions)
+        if window:
+            seen = seen.triu(1 - window)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(q.dtype)
 
     def _heads_first(self, part, documents: Documents):
         return part.unflatten(0, documents.positions.shape).transpose(1, 2)
@@ -114,19 +156,19 @@ class DocumentAttention:
 
     name = "문서마다 torch 식"
 
-    def __init__(self):
-        self.formula = FormulaAttention()
+    def __init__(self, scale: float):
+        self.formula = FormulaAttention(scale)
 
-    def forward(self, q, k, v, documents: Documents):
-        out = torch.empty_like(q)
+    def forward(self, q, k, v, documents: Documents, window: int = 0):
+        out = q.new_empty(q.shape)
         for span, alone in self._split(documents):
-            out[span], _ = self.formula.forward(q[span], k[span], v[span], alone)
+            out[span], _ = self.formula.forward(q[span], k[span], v[span], alone, window)
         return out, []
 
-    def backward(self, gradient, q, k, v, out, saved, documents: Documents):
-        gradients = [torch.empty_like(part) for part in (q, k, v)]
+    def backward(self, gradient, q, k, v, out, saved, documents: Documents, window: int = 0):
+        gradients = [part.new_empty(part.shape) for part in (q, k, v)]
         for span, alone in self._split(documents):
-            parts = self.formula.backward(gradient[span], q[span], k[span], v[span], None, [], alone)
+            parts = self.formula.backward(gradient[span], q[span], k[span], v[span], None, [], alone, window)
             for whole, part in zip(gradients, parts, strict=True):
                 whole[span] = part
         return gradients
@@ -137,25 +179,50 @@ class DocumentAttention:
             yield slice(start, end), Documents(positions[None, start:end], documents.offsets)
 
 
-def choose_attention(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-    """이 장치에서 돌고 torch 식과 같은 답(forward와 backward)을 내는 가장 빠른 구현을 고른다."""
+def choose_attention(heads: int, kv_heads: int, head_dim: int, scale: float, windowed: bool, dtype: torch.dtype,
+                     device: torch.device) -> Attention:
+    """이 장치에서 돌고 torch 식과 같은 답(forward와 backward)을 내는 가장 빠른 구현을 고른다.
+
+    Args:
+        windowed: 창이 있는 층이 있는지. 있으면 창을 걸어서도 해 본다.
+    """
     if device.type == "cpu":
-        return DocumentAttention()
-    formula = FormulaAttention()
+        return DocumentAttention(scale)
+    formula = FormulaAttention(scale)
     if device.type != "cuda":
         return formula
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, gradient = torch.randn(4, 128, heads, head_dim, dtype=dtype, device=device, generator=generator)
+    q, gradient = torch.randn(2, 128, heads, head_dim, dtype=dtype, device=device, generator=generator)
+    k, v = torch.randn(2, 128, kv_heads, head_dim, dtype=dtype, device=device, generator=generator)
     positions = torch.cat([torch.arange(50), torch.arange(14), torch.arange(64)]).view(2, 64).to(device)
     documents = Documents.find(positions, 8)
-    wanted = [formula.forward(q, k, v, documents)[0], *formula.backward(gradient, q, k, v, None, [], documents)]
-    for attention in (FlashAttention(), EfficientAttention()):
+    windows = (0, 20) if windowed else (0,)
+
+    def run(attention: Attention) -> list[torch.Tensor]:
+        answers = []
+        for window in windows:
+            out, saved = attention.forward(q, k, v, documents, window)
+            answers += [out, *attention.backward(gradient, q, k, v, out, saved, documents, window)]
+        return answers
+
+    wanted = run(formula)
+    for attention in (FlashAttention(scale), EfficientAttention(scale)):
         try:
-            out, saved = attention.forward(q, k, v, documents)
-            got = [out, *attention.backward(gradient, q, k, v, out, saved, documents)]
+            got = run(attention)
             torch.cuda.synchronize()
         except RuntimeError:
             continue
         if all((a - b).float().norm() < 0.02 * b.float().norm() for a, b in zip(got, wanted, strict=True)):
             return attention
     return formula
+
+
+def _repeat(part: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """k나 v [tokens, kv_heads, head_dim]을 q의 머리 수만큼 늘린다."""
+    times = q.shape[1] // part.shape[1]
+    return part if times == 1 else part.repeat_interleave(times, 1)
+
+
+def _gather(gradient: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """함께 읽은 머리들의 gradient를 더해 [tokens, kv_heads, head_dim]으로 되돌린다."""
+    return gradient if gradient.shape[1] == kv_heads else gradient.unflatten(1, (kv_heads, -1)).sum(2)

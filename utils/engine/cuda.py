@@ -1,4 +1,4 @@
-"""CUDA C++ 소스를 실행 중에 컴파일하고(NVRTC) 실행하는 얇은 층을 맡는다.
+"""CUDA C++ 소스를 실행 중에 컴파일하고(NVRTC) 실행하는 얇은 층.
 
 torch의 CUDA 휠에는 NVRTC가 들어 있어서 Triton, CUDA toolkit, C++ 컴파일러가 없어도 된다. 그래서 Windows에서도
 같은 커널이 돈다. 소스는 헤더를 쓰지 않는다. 휠에는 CUDA 헤더가 들어 있지 않기 때문이다.
@@ -55,8 +55,10 @@ def compile_to_cubin(source: str, capability: tuple[int, int], defines: dict[str
     options += [f"-D{name}={value}" for name, value in defines.items()]
     encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     program = ctypes.c_void_p()
-    if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None):
-        raise CompileError("NVRTC 프로그램을 만들지 못했다")
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    code = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+    if code:
+        raise CompileError(f"NVRTC 프로그램을 만들지 못했다: {library.nvrtcGetErrorString(code).decode()}")
     try:
         if library.nvrtcCompileProgram(program, len(options), encoded):
             size = ctypes.c_size_t()
@@ -89,8 +91,8 @@ _OVERLAP = _LaunchAttribute(id=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATI
 class Kernel:
     """컴파일된 커널 하나. `kernel(grid, block, *args)`로 지금의 stream에서 실행한다.
 
-    Tensor는 포인터로, None은 널 포인터로, int는 int32로, float는 float32로 넘어간다. 핀 고정된 CPU tensor도
-    넘길 수 있다(GPU가 PCIe로 직접 읽는다). CUDA graph로 캡처할 수 있다.
+    Tensor는 포인터로, None은 널 포인터로, int는 int32로, float는 float32로, ctypes의 구조체는 값으로 넘어간다.
+    핀 고정된 CPU tensor도 넘길 수 있다(GPU가 PCIe로 직접 읽는다). CUDA graph로 캡처할 수 있다.
     """
 
     def __init__(self, function: ctypes.c_void_p, name: str):
@@ -129,8 +131,9 @@ def load_kernels(source: str, names: list[str], defines: dict[str, int | float |
     torch.cuda.current_stream().synchronize()  # CUDA context가 만들어진 뒤에야 모듈을 올릴 수 있다
     cubin = compile_to_cubin(source, torch.cuda.get_device_capability(), defines)
     module = ctypes.c_void_p()
-    if _driver().cuModuleLoadData(ctypes.byref(module), cubin):
-        raise CompileError("컴파일한 커널을 GPU에 올리지 못했다")
+    code = _driver().cuModuleLoadData(ctypes.byref(module), cubin)
+    if code:
+        raise CompileError(f"컴파일한 커널을 GPU에 올리지 못했다: {error_name(code)}")
     kernels = {}
     for name in names:
         function = ctypes.c_void_p()
@@ -145,6 +148,8 @@ def _argument(value) -> ctypes._SimpleCData:
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(0)
+    if isinstance(value, ctypes.Structure):
+        return value
     if isinstance(value, int):
         return ctypes.c_int(value)
     if isinstance(value, float):
@@ -152,6 +157,15 @@ def _argument(value) -> ctypes._SimpleCData:
     raise TypeError(f"커널에 넘길 수 없는 값: {type(value)}")
 
 
+def error_name(code: int) -> str:
+    """드라이버의 오류 번호를 `이름(설명)`으로. 드라이버가 모르는 번호면 번호 그대로다."""
+    name, text = ctypes.c_char_p(), ctypes.c_char_p()
+    if _driver().cuGetErrorName(code, ctypes.byref(name)):
+        return f"CUDA 오류 {code}"
+    _driver().cuGetErrorString(code, ctypes.byref(text))
+    return f"{name.value.decode()}({text.value.decode()})"
+
+
 def _check(code: int, name: str) -> None:
     if code:
-        raise RuntimeError(f"커널 {name}: CUDA 오류 {code}")
+        raise RuntimeError(f"커널 {name}: {error_name(code)}")

@@ -1,44 +1,14 @@
-"""손으로 쓴 학습 길이 GPT-NeoX 모델에서 읽는 것을 맡는다: 계산할 수 있는 모델인지, 층의 가중치, 입력 embedding."""
+"""학습 엔진이 모델에서 읽는 것: 층마다의 가중치와 LoRA, 그리고 CPU 메모리에 두는 입력 embedding."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from utils.engine.train_ops import NF4_BLOCK
+from utils.engine.families import Family, LayerModules, layer_modules, unwrap
+from utils.engine.train_memory import Tails, pad_rank
 
-
-def why_not(model: nn.Module) -> str | None:
-    """이 모델을 손으로 쓴 길로 계산할 수 없는 까닭. 계산할 수 있으면 None."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config
-    if config.model_type != "gpt_neox":
-        return f"구조가 GPT-NeoX가 아니라 {config.model_type}"
-    if not config.use_parallel_residual or config.hidden_act != "gelu" or not config.attention_bias:
-        return "병렬 잔차, gelu, bias가 있는 GPT-NeoX가 아니다"
-    if config.hidden_dropout or config.attention_dropout or config.rope_parameters["rope_type"] != "default":
-        return "은닉 dropout이나 늘린 rotary가 있다"
-    head_dim = config.hidden_size // config.num_attention_heads
-    if config.hidden_size % 8 or config.hidden_size > 8192 or head_dim % 8 or config.intermediate_size % 8:
-        return "크기가 8의 배수가 아니다"
-    if int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) % 16:
-        return "회전하는 차원이 16의 배수가 아니다"
-    for layer in base.gpt_neox.layers:
-        qkv = layer.attention.query_key_value
-        if not hasattr(qkv, "lora_A") or list(qkv.active_adapters) != ["default"] or qkv.merged:
-            return "query_key_value에 LoRA 하나가 있어야 한다"
-        plain = type(qkv.lora_A["default"]) is nn.Linear and not qkv.use_dora.get("default", False)
-        if not plain or qkv.lora_B["default"].bias is not None:
-            return "LoRA의 변형(DoRA, bias)을 쓴다"
-        for linear in (qkv.base_layer, layer.attention.dense, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h):
-            state = getattr(linear.weight, "quant_state", None)
-            four_bit = state is not None and state.quant_type == "nf4" and state.blocksize == NF4_BLOCK
-            if type(linear) is not nn.Linear and not four_bit:
-                return "LoRA가 다른 층에도 있거나 NF4가 아닌 양자화를 쓴다"
-    expected = 2 * len(base.gpt_neox.layers)
-    if sum(parameter.requires_grad for parameter in model.parameters()) != expected:
-        return "LoRA 말고도 배우는 가중치가 있다"
-    if type(base.lm_head) is not nn.Linear or base.lm_head.bias is not None:
-        return "출력 행렬이 평범한 선형층이 아니다"
-    return None
+SITES = 8  # 한 층에서 dropout을 거는 자리의 수보다 작지 않은 2의 거듭제곱
 
 
 class HostEmbedding(nn.Module):
@@ -61,29 +31,157 @@ class HostEmbedding(nn.Module):
         return self.table[input_ids.cpu()].to(self.device)
 
 
+def move_embedding(base: nn.Module) -> None:
+    """입력 embedding을 CPU 메모리로 옮긴다. 출력 행렬과 한 tensor인 것은 어차피 GPU에 있어야 하므로 부르지 않는다."""
+    embedding = base.get_input_embeddings()
+    if type(embedding) is nn.Embedding:
+        base.set_input_embeddings(HostEmbedding(embedding.weight))
+
+
 def restore_embedding(model: nn.Module) -> None:
     """`HostEmbedding`을 GPU의 평범한 embedding으로 되돌린다. 학습 뒤의 답 만들기는 GPU에 있는 표를 읽는다."""
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "embed_in", None), HostEmbedding):
-            host = module.embed_in
-            module.embed_in = nn.Embedding.from_pretrained(host.table.to(host.device), freeze=True)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    host = base.get_input_embeddings()
+    if isinstance(host, HostEmbedding):
+        base.set_input_embeddings(nn.Embedding.from_pretrained(host.table.to(host.device), freeze=True))
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """선형층 하나의 LoRA. 출력에 `scale * B dropout(u) A^T`를 더한다.
+
+    Attributes:
+        lora_a, lora_b: 매개변수 fp32 [rank, 입력], [출력, rank]. gradient는 그 `.grad`에 더한다.
+        padded: 8의 배수로 올린 rank.
+        dropout: 버리는 확률.
+        site: dropout의 난수를 고르는 번호. 층과 선형층마다 다르다.
+        row, rows: 쌓은 출력에서 이 선형층의 첫 행과 행의 수.
+        column: 입력 끝의 LoRA 칸에서 이 선형층의 첫 칸.
+    """
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    rank: int
+    padded: int
+    scale: float
+    dropout: float
+    site: int
+    row: int
+    rows: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """같은 입력을 읽어 행렬 곱 하나로 계산하는 선형층들.
+
+    쌓은 가중치는 [rows, columns + tail]이고, 입력도 [tokens, columns + tail]이다. 끝의 tail 칸에서 가중치는 자기의
+    `scale * B`, 입력은 `z = dropout(u) A^T`라서 LoRA가 그 행렬 곱에 함께 들어간다.
+
+    Attributes:
+        linears: PEFT를 벗긴 층들.
+        bias: 쌓은 bias [rows], 모델의 dtype. 하나도 없으면 None.
+    """
+
+    linears: tuple[nn.Module, ...]
+    adapters: tuple[Adapter, ...]
+    bias: torch.Tensor | None
+    rows: int
+    columns: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """norm 하나의 fp32 [폭]. Gemma의 1을 더해 두었다. RMSNorm은 bias가 None이다."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Layer:
-    """층 하나의 가중치와 상수."""
+    """층 하나의 가중치와 상수. 없는 norm은 None이다.
 
-    def __init__(self, index: int, module: nn.Module, dtype: torch.dtype):
-        attention, mlp = module.attention, module.mlp
-        lora = attention.query_key_value
-        first, second = module.input_layernorm, module.post_attention_layernorm
-        self.index, self.eps = index, float(first.eps)
-        self.w1, self.b1, self.w2, self.b2 = (
-            part.detach().to(dtype) for part in (first.weight, first.bias, second.weight, second.bias))
-        self.qkv, self.dense, self.up, self.down = (
-            lora.base_layer, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
-        self.bias = (self.dense.bias.detach().float() + self.down.bias.detach().float()).to(dtype)
-        self.qkv_bias, self.up_bias = (linear.bias.detach().to(dtype) for linear in (self.qkv, self.up))
-        self.lora_a, self.lora_b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
-        self.a, self.b = self.lora_a.detach(), self.lora_b.detach()
-        self.rank, self.scale = self.a.shape[0], float(lora.scaling["default"])
-        self.dropout = float(getattr(lora.lora_dropout["default"], "p", 0.0))
+    Attributes:
+        post1, post2: 출력에 거는 norm. 잔차의 배율을 곱해 두었다.
+        out_bias, down_bias: 잔차에 더하는 bias fp32 [hidden]. 잔차의 배율을 곱해 두었다. 없으면 None.
+        window: 볼 수 있는 토큰의 수. 0이면 모두 본다.
+        turn: 몇째 rotary 표로 돌리는지. 음수면 돌리지 않는다.
+    """
+
+    index: int
+    norm1: Norm | None
+    norm2: Norm | None
+    post1: Norm | None
+    post2: Norm | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    qkv: Projection
+    out: Projection
+    mlp: Projection
+    down: Projection
+    out_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    window: int
+    turn: int
+
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.out, self.mlp, self.down
+
+
+def read_layers(base: nn.Module, family: Family, dtype: torch.dtype) -> list[Layer]:
+    """모델의 모든 층. 큰 가중치는 베끼지 않는다."""
+    return [_layer(index, modules, family, dtype) for index, modules in enumerate(layer_modules(base, family))]
+
+
+def read_norm(module: nn.Module | None, family: Family, scale: float = 1.0) -> Norm | None:
+    """norm의 weight와 bias를 fp32로 읽고 `scale`을 곱한다."""
+    if module is None:
+        return None
+    bias = getattr(module, "bias", None)
+    weight = (module.weight.detach().float() + family.norm_offset) * scale
+    return Norm(weight.contiguous(), None if bias is None else bias.detach().float() * scale)
+
+
+def largest_tails(layers: list[Layer]) -> Tails:
+    """층마다 LoRA를 붙인 곳이 다를 수 있으므로 곳마다 가장 넓은 것."""
+    return Tails(*(max(projection.tail for projection in place)
+                   for place in zip(*(layer.projections() for layer in layers), strict=True)))
+
+
+def _layer(index: int, modules: LayerModules, family: Family, dtype: torch.dtype) -> Layer:
+    site, projections = index * SITES, []
+    for group in modules.linears():
+        projections.append(_projection(group, site, dtype))
+        site += len(group)
+    qkv, out, mlp, down = projections
+    scale = family.residual_scale
+    biases = [None if part.bias is None or family.post_norm else part.bias.float() * scale for part in (out, down)]
+    if family.parallel and biases[0] is not None:  # 두 출력을 같은 잔차에 더하므로 한꺼번에 더한다
+        biases = [biases[0] + biases[1], None]
+    return Layer(
+        index, read_norm(modules.norm1, family), read_norm(modules.norm2, family),
+        read_norm(modules.post1, family, scale), read_norm(modules.post2, family, scale),
+        read_norm(modules.q_norm, family), read_norm(modules.k_norm, family), qkv, out, mlp, down, *biases,
+        family.windows[index], family.turns[index])
+
+
+def _projection(modules: tuple[nn.Module, ...], site: int, dtype: torch.dtype) -> Projection:
+    linears = tuple(unwrap(module) for module in modules)
+    adapters, row, column = [], 0, 0
+    for offset, (module, linear) in enumerate(zip(modules, linears, strict=True)):
+        if module is not linear:
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            rank = a.shape[0]
+            adapters.append(Adapter(a, b, rank, pad_rank(rank), float(module.scaling["default"]),
+                                    float(getattr(module.lora_dropout["default"], "p", 0.0)), site + offset, row,
+                                    linear.out_features, column))
+            column += pad_rank(rank)
+        row += linear.out_features
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        device = next(linear.bias for linear in linears if linear.bias is not None).device
+        bias = torch.cat([torch.zeros(linear.out_features, dtype=dtype, device=device) if linear.bias is None
+                          else linear.bias.detach().to(dtype) for linear in linears])
+    return Projection(linears, tuple(adapters), bias, row, linears[0].in_features, column)

@@ -1,21 +1,18 @@
-"""GPT-NeoX 학습 층의 원소별 계산을 맡는다. `CudaOps`는 커널로, `TorchOps`는 같은 뜻의 torch 식으로 한다."""
+"""학습 층에서 행렬 곱과 attention 사이에 있는 계산. `TorchOps`는 어느 장치에서나 도는 식이다.
 
-from pathlib import Path
+같은 일을 하는 GPU 커널은 `train_kernels.py`에 있다. 커널이 이 식과 같은지는 `pytest -m gpu`가, 이 식이 transformers와
+같은지는 CI가 확인한다.
+"""
 
 import torch
-from torch.nn.functional import gelu, layer_norm
+from torch.nn import functional as F
 
-from utils.engine.cuda import load_kernels
+from utils.engine.families import Family
+from utils.engine.train_layers import Adapter, Norm, Projection
 from utils.model.loss import cross_entropy_
 
-SOURCE = Path(__file__).parent / "kernels" / "train.cu"
-NF4_BLOCK = 64
 DROP_LEVELS = 1 << 16  # dropout의 난수는 16비트다
-
-
-def pad_rank(rank: int) -> int:
-    """16바이트 단위로 읽도록 8의 배수로 올린 rank."""
-    return -(-rank // 8) * 8
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 
 def drop_threshold(probability: float) -> tuple[int, float]:
@@ -24,8 +21,12 @@ def drop_threshold(probability: float) -> tuple[int, float]:
     return threshold, DROP_LEVELS / (DROP_LEVELS - threshold)
 
 
-def drop_scale(keys: torch.Tensor, tokens: int, hidden: int, layer: int, probability: float) -> torch.Tensor:
-    """dropout이 곱하는 수 [tokens, hidden]. 블록의 씨앗 `keys` [rows, 2], 층, 자리로만 정해진다."""
+def drop_scale(keys: torch.Tensor, tokens: int, width: int, site: int, probability: float) -> torch.Tensor:
+    """dropout이 곱하는 수 [tokens, width]. 블록의 씨앗 `keys` [rows, 2], 선형층의 번호, 자리로만 정해진다.
+
+    난수를 저장하지 않고 자리에서 다시 만들므로 backward와 재계산이 forward와 같은 값을 버린다. murmur3의 마무리 섞기와
+    곱하기를 거친 32비트 수 하나가 이웃한 두 값의 16비트 난수가 된다.
+    """
     threshold, scale = drop_threshold(probability)
     word = (1 << 32) - 1
 
@@ -37,171 +38,215 @@ def drop_scale(keys: torch.Tensor, tokens: int, hidden: int, layer: int, probabi
         return h ^ (h >> 16)
 
     seeds = keys.long() & word
-    low = mix(seeds[:, :1] ^ ((layer * 0x9E3779B9 + 1) & word))
-    pair = torch.arange(tokens // len(keys) * hidden // 2, device=keys.device)[None]
-    words = mix(mix((pair + low) & word) ^ seeds[:, 1:])
-    bits = torch.stack([words & 0xFFFF, words >> 16], -1).view(tokens, hidden)
+    low = mix(seeds[:, :1] ^ ((site * 0x9E3779B9 + 1) & word))
+    pair = torch.arange(tokens // len(keys) * width // 2, device=keys.device)[None]
+    words = ((mix((pair + low) & word) ^ seeds[:, 1:]) * 0x9E3779B1) & word
+    words = words ^ (words >> 16)
+    bits = torch.stack([words & 0xFFFF, words >> 16], -1).view(tokens, width)
     return (bits >= threshold) * scale
 
 
 class TorchOps:
-    """어느 장치에서나 도는 식."""
+    """어느 장치에서나 도는 식. 계산은 fp32로 하고 결과를 버퍼의 dtype으로 적는다."""
 
     name = "torch 식"
-    cross_entropy = staticmethod(cross_entropy_)
 
-    def __init__(self, table: torch.Tensor):
-        self.table = table  # [context, rotary] fp32: cos, sin
+    def __init__(self, family: Family):
+        self.family = family
 
-    def norms(self, layer, x, keys, n1, n2, residual, z) -> None:
-        """두 norm과 z = dropout(norm1) A^T를 구한다. `residual`이 있으면 x + 두 선형층의 bias를 적는다."""
-        hidden = x.shape[1]
-        n1[:, :hidden] = layer_norm(x, (hidden,), layer.w1, layer.b1, layer.eps)
-        n2.copy_(layer_norm(x, (hidden,), layer.w2, layer.b2, layer.eps))
-        z.zero_()
-        z[:, :layer.rank] = (self._drop(layer, n1[:, :hidden].float(), keys) @ layer.a.t()).to(z.dtype)
-        n1[:, hidden:] = z
+    def norm(self, x, outs: list[tuple[Norm | None, torch.Tensor]], residual=None, bias=None, stats=None) -> None:
+        """x [tokens, hidden]의 norm을 `outs`마다 적는다. Norm이 None이면 x 그대로다.
+
+        `residual`이 있으면 거기에 x + bias를 적는다. 선형층의 출력을 그 위에 더하기 위한 것이다. `stats` fp32
+        [tokens, 2]에는 커널이 행의 평균과 1/표준편차를 적어 `lora_backward`에서 다시 쓴다.
+        """
+        for norm, out in outs:
+            out[:, :x.shape[1]] = x if norm is None else self._norm(x, norm)
         if residual is not None:
-            torch.add(x, layer.bias, out=residual)
+            residual.copy_(x if bias is None else x.float() + bias)
 
-    def norms_backward(self, layer, x, keys, n1, n2, dx, dropped) -> None:
-        """`n1`, `n2`에 담긴 gradient를 x까지 되돌려 `dx`에 더하고, dropout(norm1)을 `dropped`에 적는다."""
-        hidden = x.shape[1]
-        normal = layer_norm(x, (hidden,), layer.w1, layer.b1, layer.eps)
-        dropped.copy_(self._drop(layer, normal.float(), keys))
-        if dx is None:
-            return
-        du = self._drop(layer, n1[:, hidden:hidden + layer.rank].float() @ layer.a, keys)
+    def post_norm(self, y, norm: Norm, x, out) -> None:
+        """out = x + norm(y). 모두 [tokens, hidden]."""
+        out.copy_(x.float() + self._norm(y, norm))
+
+    def norm_backward(self, x, gradients: list[tuple[Norm | None, torch.Tensor]], out, base=None) -> None:
+        """norm들의 출력의 gradient를 x까지 되돌려 `base`에 더한 것을 `out` [tokens, hidden]에 적는다.
+
+        n = (x - 평균) * r, r = 1 / sqrt(분산 + eps), y = n * w + b라 하면 g = dy * w일 때
+        dx = r * (g - 평균(g) - n * 평균(g * n))이다. RMSNorm은 평균을 빼지 않으므로 평균(g) 항이 없다.
+        """
+        total = torch.zeros_like(x, dtype=torch.float32) if base is None else base.float()
+        for norm, gradient in gradients:
+            gradient = gradient[:, :x.shape[1]].float()
+            if norm is not None:
+                normal, scale = self._standardize(x)
+                gradient = gradient * norm.weight
+                along = normal * (gradient * normal).mean(-1, keepdim=True)
+                mean = 0.0 if self.family.rms else gradient.mean(-1, keepdim=True)
+                gradient = scale * (gradient - mean - along)
+            total = total + gradient
+        out.copy_(total)
+
+    def _standardize(self, x):
         value = x.float()
-        value = value - value.mean(-1, keepdim=True)
-        scale = (value.square().mean(-1, keepdim=True) + layer.eps).rsqrt()
-        value = value * scale
-        gradient = (n1[:, :hidden].float() + du) * layer.w1.float() + n2.float() * layer.w2.float()
-        centered = gradient - gradient.mean(-1, keepdim=True) - value * (gradient * value).mean(-1, keepdim=True)
-        dx.copy_(dx.float() + centered * scale)
+        if not self.family.rms:
+            value = value - value.mean(-1, keepdim=True)
+        scale = (value.square().mean(-1, keepdim=True) + self.family.eps).rsqrt()
+        return value * scale, scale
 
-    def _drop(self, layer, values, keys):
-        if keys is None or layer.dropout == 0:
+    def _norm(self, x, norm: Norm):
+        value = self._standardize(x)[0] * norm.weight
+        return value if norm.bias is None else value + norm.bias
+
+    def lora_down(self, wide, columns: int, adapter: Adapter, keys, z) -> None:
+        """z = dropout(u) A^T를 입력 끝의 자기 칸과 `z`의 자기 칸에 적는다.
+
+        Args:
+            wide: [tokens, columns + tail]. 앞의 columns가 선형층의 입력 u다.
+            z: [tokens, tail]. backward까지 남는다.
+        """
+        span = slice(adapter.column, adapter.column + adapter.rank)
+        padding = slice(adapter.column + adapter.rank, adapter.column + adapter.padded)
+        value = self._drop(adapter, wide[:, :columns].float(), keys) @ adapter.lora_a.detach().t()
+        z[:, padding] = 0
+        z[:, span] = value
+        wide[:, columns:][:, adapter.column:adapter.column + adapter.padded] = \
+            z[:, adapter.column:adapter.column + adapter.padded]
+
+    def lora_backward(self, u, wide, columns: int, adapter: Adapter, keys, norm: Norm | None = None,
+                      stats=None) -> None:
+        """A의 gradient를 더하고, LoRA를 지나온 gradient를 입력의 gradient에 더한다.
+
+        y = W u + scale B z, z = A d, d = dropout(u)라 하면 dz = scale B^T dy이고(행렬 곱이 이미 구해 `wide`의 끝에
+        두었다), dA = dz d^T, du += dropout(A^T dz)다. 같은 자리를 버리므로 dropout의 backward는 dropout이다.
+
+        Args:
+            u: 선형층의 입력 [tokens, columns]. `norm`이 있으면 그 norm을 걸기 전의 값이다.
+            wide: [tokens, columns + tail]. 앞은 입력의 gradient, 끝은 dz다.
+        """
+        start = columns + adapter.column
+        dz = wide[:, start:start + adapter.rank].float()
+        u = u.float() if norm is None else self._norm(u, norm).to(wide.dtype).float()
+        dropped = self._drop(adapter, u, keys)
+        adapter.lora_a.grad.add_(dz.t() @ dropped)
+        back = self._drop(adapter, dz @ adapter.lora_a.detach(), keys)
+        wide[:, :columns] = wide[:, :columns].float() + back
+
+    def _drop(self, adapter: Adapter, values, keys):
+        if keys is None or adapter.dropout == 0:
             return values
-        return values * drop_scale(keys, *values.shape, layer.index, layer.dropout)
+        return values * drop_scale(keys, *values.shape, adapter.site, adapter.dropout)
 
-    def weight(self, linear, out, layer=None):
-        """선형층의 가중치 [출력, 입력]을 `out`에 풀어 돌려준다. `layer`를 주면 끝에 scale * B를 이어 붙인다."""
-        rows, columns = linear.out_features, linear.in_features
-        state = getattr(linear.weight, "quant_state", None)
-        if state is None:
-            weight = linear.weight
-        else:
-            from bitsandbytes.functional import dequantize_4bit
-            weight = dequantize_4bit(linear.weight.data, state)
-        if layer is None:
-            return weight.to(out.dtype)
-        wide = columns + pad_rank(layer.rank)
-        out = out[:rows * wide].view(rows, wide)
-        out[:, :columns] = weight
+    def weight(self, projection: Projection, out) -> torch.Tensor:
+        """쌓은 가중치 [rows, columns + tail]을 `out`에 적어 돌려준다. 끝의 칸에는 `scale * B`가 있다."""
+        columns = projection.columns
+        out = out[:projection.rows * (columns + projection.tail)].view(projection.rows, columns + projection.tail)
+        row = 0
+        for linear in projection.linears:
+            out[row:row + linear.out_features, :columns] = self._matrix(linear)
+            row += linear.out_features
         out[:, columns:] = 0
-        out[:, columns:columns + layer.rank] = layer.b * layer.scale
+        for part in projection.adapters:
+            start = columns + part.column
+            out[part.row:part.row + part.rows, start:start + part.rank] = part.lora_b.detach() * part.scale
         return out
 
-    def rotate(self, qkv, positions) -> None:
-        """[tokens, heads, 3, head_dim]의 q와 k를 자리에 맞게 제자리에서 돌린다."""
-        self._turn(qkv[:, :, :2], positions, 1.0)
+    def _matrix(self, linear) -> torch.Tensor:
+        state = getattr(linear.weight, "quant_state", None)
+        if state is None:
+            return linear.weight
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(linear.weight.data, state)
 
-    def unrotate(self, dq, dk, dv, positions, out) -> None:
-        """attention의 gradient를 되돌려 `out` [tokens, heads, 3, head_dim]에 모은다."""
-        torch.stack([dq, dk, dv], 2, out=out)
-        self._turn(out[:, :, :2], positions, -1.0)
+    def heads(self, qkv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[tokens, qkv_width]를 머리로 나누어 본다: q [tokens, heads, head_dim], k와 v [tokens, kv_heads, head_dim]."""
+        family = self.family
+        if family.interleaved:
+            return qkv.view(len(qkv), family.heads, 3, family.head_dim).unbind(2)
+        return qkv.view(len(qkv), -1, family.head_dim).split((family.heads, family.kv_heads, family.kv_heads), 1)
 
-    def _turn(self, part, positions, sign) -> None:
-        half = self.table.shape[1] // 2
-        cos, sin = self.table[positions.flatten()][:, None, None].split(half, -1)
+    def rotate(self, qkv, layer, positions, table, qk) -> tuple:
+        """머리마다의 norm을 걸고 자리에 맞게 돌린 q, k와 v. norm이 없으면 qkv 안에서 제자리에서 돌린다.
+
+        Args:
+            qkv: [tokens, qkv_width].
+            table: [block, rotary] fp32, 앞의 반은 cos, 뒤의 반은 sin. None이면 돌리지 않는다.
+            qk: norm이 있을 때 q와 k를 적는 [tokens, (heads + kv_heads) * head_dim].
+        """
+        q, k, v = self.heads(qkv)
+        if layer.q_norm is not None:
+            wide = qk.view(len(qkv), -1, self.family.head_dim)
+            q_out, k_out = wide.split((self.family.heads, self.family.kv_heads), 1)
+            q_out.copy_(self._norm(q, layer.q_norm))
+            k_out.copy_(self._norm(k, layer.k_norm))
+            q, k = q_out, k_out
+        if table is not None:
+            self._turn(q, positions, table, 1.0)
+            self._turn(k, positions, table, 1.0)
+        return q, k, v
+
+    def unrotate(self, dq, dk, dv, qkv, layer, positions, table) -> None:
+        """attention의 gradient를 되돌려 qkv [tokens, qkv_width]에 덮어쓴다.
+
+        회전의 backward는 반대쪽 회전이다. 머리마다의 norm이 있으면 qkv에 든 norm 앞의 값으로 그것까지 되돌린다.
+        """
+        q, k, v = self.heads(qkv)
+        for part, gradient, norm in ((q, dq, layer.q_norm), (k, dk, layer.k_norm)):
+            gradient = gradient.clone()
+            if table is not None:
+                self._turn(gradient, positions, table, -1.0)
+            if norm is None:
+                part.copy_(gradient)
+            else:
+                flat = part.reshape(-1, self.family.head_dim)
+                back = torch.empty_like(flat)
+                self.norm_backward(flat, [(norm, gradient.reshape(flat.shape))], back)
+                part.copy_(back.view(part.shape))
+        v.copy_(dv)
+
+    def _turn(self, part, positions, table, sign: float) -> None:
+        half = table.shape[1] // 2
+        cos, sin = table[positions.flatten()][:, None].split(half, -1)
         first, second = part[..., :half].float(), part[..., half:2 * half].float()
         turned = torch.cat([first * cos - second * sin * sign, second * cos + first * sin * sign], -1)
         part[..., :2 * half] = turned.to(part.dtype)
 
-    def gelu(self, h, out) -> None:
-        out.copy_(gelu(h))
+    def activate(self, h, out) -> None:
+        """활성 함수의 뒤 [tokens, ff]를 `out`의 앞쪽 칸에 적는다. h는 [tokens, ff] 또는 [tokens, 2 ff](gate와 up)다."""
+        act = ACTIVATIONS[self.family.activation]
+        if self.family.gated:
+            gate, up = h.float().chunk(2, -1)
+            out[:, :self.family.ff] = act(gate) * up
+        else:
+            out[:, :self.family.ff] = act(h.float())
 
-    def gelu_backward(self, h, gradient) -> None:
-        gradient.copy_(torch.ops.aten.gelu_backward(gradient, h))
+    def activate_backward(self, h, gradient) -> None:
+        """활성 함수의 뒤의 gradient(`gradient`의 앞 ff칸)를 앞의 gradient로 바꾸어 h에 덮어쓴다.
 
-    def embed(self, table, ids, out) -> None:
-        out.copy_(table[ids.flatten().to(table.device)])
-
-
-class CudaOps(TorchOps):
-    """`kernels/train.cu`의 커널.
-
-    Raises:
-        CompileError: 커널을 컴파일하지 못했다.
-    """
-
-    name = "커널"
-
-    def __init__(self, table, hidden: int, heads: int, rank: int, dtype: torch.dtype):
-        super().__init__(table)
-        self.hidden, self.heads, self.head_dim = hidden, heads, hidden // heads
-        self.padded, self.rotary = pad_rank(rank), table.shape[1]
-        self.threads = -(-hidden // 256) * 32
-        names = ["norms_forward", "norms_backward", "dequantize", "rotate", "unrotate", "gelu_forward",
-                 "gelu_backward", "cross_entropy", "gather"]
-        self.kernels = load_kernels(SOURCE.read_text(encoding="utf-8"), names, {
-            "HIDDEN": hidden, "HEADS": heads, "HEAD_DIM": self.head_dim, "ROTARY": self.rotary, "RANK": rank,
-            "PADDED_RANK": self.padded, "BF16": int(dtype is torch.bfloat16)})
-        self._offsets = {}
-
-    def _run(self, name: str, count: int, *args) -> None:
-        self.kernels[name]((-(-count // 256),), (256,), *args)
-
-    def _drop_arguments(self, layer, tokens, keys) -> tuple:
-        if keys is None:
-            return tokens, layer.index, 0, 1.0, layer.eps
-        return tokens // len(keys), layer.index, *drop_threshold(layer.dropout), layer.eps
-
-    def norms(self, layer, x, keys, n1, n2, residual, z) -> None:
-        self.kernels["norms_forward"]((len(x),), (self.threads,), x, layer.w1, layer.b1, layer.w2, layer.b2, layer.bias,
-                                      layer.a, keys, n1, n2, residual, z, *self._drop_arguments(layer, len(x), keys))
-
-    def norms_backward(self, layer, x, keys, n1, n2, dx, dropped) -> None:
-        self.kernels["norms_backward"]((len(x),), (self.threads,), x, layer.w1, layer.b1, layer.w2, layer.a, keys, n1,
-                                       n2, dx, dropped, *self._drop_arguments(layer, len(x), keys))
-
-    def weight(self, linear, out, layer=None):
-        state = getattr(linear.weight, "quant_state", None)
-        if state is None:
-            return super().weight(linear, out, layer)
-        rows, columns = linear.out_features, linear.in_features
-        stride = columns + (self.padded if layer else 0)
-        extra = rows * self.padded // 8 if layer else 0
-        count = rows * columns // 8
-        nested = state.nested
-        self._run("dequantize", -(-(count + extra) // 4), linear.weight.data, state.absmax if nested else None,
-                  state.state2.absmax if nested else state.absmax, state.state2.code if nested else None,
-                  state.offset if nested else None, state.code, layer.b if layer else None, out, count, columns, stride,
-                  extra, float(layer.scale) if layer else 1.0)
-        return out[:rows * stride].view(rows, stride)
-
-    def rotate(self, qkv, positions) -> None:
-        count = qkv.shape[0] * self.heads * 2 * self.rotary // 16
-        self._run("rotate", count, qkv, positions, self.table, count)
-
-    def unrotate(self, dq, dk, dv, positions, out) -> None:
-        dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        count = out.numel() // 8
-        self._run("unrotate", count, dq, dk, dv, out, positions, self.table, count)
-
-    def gelu(self, h, out) -> None:
-        self._run("gelu_forward", h.numel() // 8, h, out, h.numel() // 8)
-
-    def gelu_backward(self, h, gradient) -> None:
-        self._run("gelu_backward", h.numel() // 8, h, gradient, h.numel() // 8)
+        문이 있으면 a = act(gate) * up이므로 dup = da * act(gate), dgate = da * up * act'(gate)다.
+        """
+        act, da = ACTIVATIONS[self.family.activation], gradient[:, :self.family.ff].float()
+        with torch.enable_grad():
+            leaf = h.float().requires_grad_()
+            gate, *up = leaf.chunk(2, -1) if self.family.gated else (leaf,)
+            value = act(gate) * up[0] if up else act(gate)
+            (back,) = torch.autograd.grad(value, leaf, da)
+        h.copy_(back)
 
     def cross_entropy(self, logits, targets, factor):
-        if logits.shape[1] % 8:
-            return super().cross_entropy(logits, targets, factor)
-        nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        self.kernels["cross_entropy"]((len(logits),), (512,), logits, targets, nll, factor, logits.shape[1])
+        """`microstep.cross_entropy_`와 같다. 구조가 logits에 곱하는 수와 tanh로 누르는 것까지 한다."""
+        scale, cap = self.family.logit_scale, self.family.logit_cap
+        if scale == 1.0 and not cap:
+            return cross_entropy_(logits, targets, factor)
+        value = logits.float() * scale
+        if cap:
+            value = cap * torch.tanh(value / cap)
+        slope = scale * (1 - (value / cap).square()) if cap else scale
+        nll = cross_entropy_(value, targets, factor)  # value가 gradient로 바뀐다
+        if factor is not None:
+            logits.copy_(value * slope)
         return nll
 
     def embed(self, table, ids, out) -> None:
-        self._run("gather", out.numel() // 8, table, ids, out, out.numel() // 8)
+        """표 [vocab, hidden]의 행을 모은다. 표는 CPU 메모리에 있어도 된다."""
+        out.copy_(table[ids.flatten().to(table.device)])

@@ -1,29 +1,35 @@
-"""GPT-NeoX의 micro-step을 손으로 쓴 forward와 backward로 계산하는 일을 맡는다.
+"""어느 구조든 하나로 계산하는 학습의 micro-step: 손으로 쓴 forward와 backward.
 
-기반 가중치는 얼어 있고 LoRA는 query_key_value에만 있으므로, 자동미분 없이 필요한 것만 남기고 필요한 gradient만
-구한다. 층마다 남기는 것은 입력 x, 회전한 q·k·v, attention의 출력, gelu 앞의 값이다. 재계산하는 층은 x만 남긴다.
-4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS, 나머지는 `train_ops`의 몫이다.
+기반 가중치는 얼어 있고 LoRA만 배우므로, 자동미분 없이 필요한 것만 남기고 필요한 gradient만 구한다. 구조의 차이는 모두
+`Family`에 데이터로 있다. 4비트 가중치는 쓸 때마다 하나뿐인 자리(scratch)에 풀었다가 버린다. 행렬 곱은 cuBLAS가,
+attention은 `attention`이, 나머지는 `ops`가 한다. 식의 유도와 메모리의 배치는 이 폴더의 README.md에 있다.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from utils.data.blocks import shifted_targets
 from utils.engine.attention import Documents, choose_attention
 from utils.engine.cuda import CompileError
-from utils.engine.train_layers import HostEmbedding, Layer
-from utils.engine.train_ops import CudaOps, TorchOps, pad_rank
-from utils.model.loss import HEAD_CHUNK, head_loss
+from utils.engine.families import Family, describe
+from utils.engine.train_kernels import CudaOps
+from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers, read_norm
+from utils.engine.train_memory import kept_widths, saved_widths, scratch_elements, work_widths
+from utils.engine.train_ops import TorchOps
+from utils.model.loss import head_loss
 
 
 @dataclass
 class Saved:
-    """한 층의 backward가 쓰려고 forward가 남기는 것. tokens는 micro batch의 토큰 수다."""
+    """한 층의 backward가 쓰려고 forward가 남기는 것. tokens는 micro batch의 토큰 수다. 없는 것은 None이다."""
 
-    qkv: torch.Tensor  # [tokens, heads, 3, head_dim], 회전한 뒤
-    h: torch.Tensor  # [tokens, intermediate], gelu의 앞
-    z: torch.Tensor  # [tokens, padded_rank]
+    qkv: torch.Tensor                  # [tokens, qkv_width]. backward에서는 그 gradient로 덮인다
+    h: torch.Tensor                    # [tokens, mlp_width], 활성 함수의 앞. backward에서는 그 gradient로 덮인다
+    mid: torch.Tensor | None = None    # [tokens, hidden], attention까지 더한 잔차
+    post1: torch.Tensor | None = None  # [tokens, hidden], norm을 걸기 전의 attention 출력
+    post2: torch.Tensor | None = None  # [tokens, hidden], norm을 걸기 전의 MLP 출력
     attended: torch.Tensor | None = None  # [tokens, heads, head_dim]
     attention: list = field(default_factory=list)
 
@@ -32,52 +38,53 @@ class Saved:
         self.attended, self.attention = None, []
 
 
-class NeoxStep:
-    """GPT-NeoX + LoRA의 micro-step.
+class TrainStep:
+    """LoRA의 micro-step.
 
     Args:
-        model: PEFT로 감싼 GPTNeoXForCausalLM. 가중치는 그 안의 것을 그대로 쓴다.
+        model: PEFT로 감싼 causal LM. `describe(model, training=True)`가 `Family`를 주는 것이어야 한다.
         recompute_layers: backward에서 다시 계산할 층의 수. 앞의 층부터 센다.
         max_documents: 블록 하나에 든 문서의 최대 수.
 
-    GPU에서는 모델의 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
+    GPU에서는 출력 행렬과 묶이지 않은 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
     """
 
-    def __init__(self, model, recompute_layers: int = 0, max_documents: int = 1):
-        base = model.get_base_model()
-        config, self.body = base.config, base.gpt_neox
-        self.head = base.lm_head.weight.detach()
+    def __init__(self, model: nn.Module, recompute_layers: int = 0, max_documents: int = 1):
+        family = describe(model, training=True)
+        if isinstance(family, str):
+            raise ValueError(family)
+        self.family: Family = family
+        self.base = model.get_base_model()
+        self.head = self.base.get_output_embeddings().weight.detach()  # [vocab, hidden]
         self.dtype, self.device = self.head.dtype, self.head.device
-        if self.device.type == "cuda" and not isinstance(self.body.embed_in, HostEmbedding):
-            self.body.embed_in = HostEmbedding(self.body.embed_in.weight)
-        self.layers = [Layer(index, layer, self.dtype) for index, layer in enumerate(self.body.layers)]
-        self.hidden, self.heads, self.inner = (
-            config.hidden_size, config.num_attention_heads, config.intermediate_size)
+        if self.device.type == "cuda" and self.head.data_ptr() != self._table().data_ptr():
+            move_embedding(self.base)
+        self.layers = read_layers(self.base, family, self.dtype)
+        self.tails = largest_tails(self.layers)
+        self.final_norm = read_norm(self.base.get_submodule(family.final_norm), family)
         self.recompute_layers = min(recompute_layers, len(self.layers) - 1)
         self.max_documents = max_documents
-        norm = self.body.final_layer_norm
-        self.norm = (norm.weight.detach().to(self.dtype), norm.bias.detach().to(self.dtype), float(norm.eps))
-        self.padded_rank = pad_rank(self.layers[0].rank)
-        self.ops = self._choose_ops(config)
-        self.attention = choose_attention(self.heads, self.hidden // self.heads, self.dtype, self.device)
+        self.ops = self._choose_ops()
+        self.attention = choose_attention(family.heads, family.kv_heads, family.head_dim, family.attention_scale,
+                                          any(family.windows), self.dtype, self.device)
         self.release()
 
     @property
     def path(self) -> str:
-        return (f"손으로 쓴 GPT-NeoX({self.ops.name}, attention: {self.attention.name}, "
+        return (f"손으로 쓴 {self.family.kind}({self.ops.name}, attention: {self.attention.name}, "
                 f"재계산 {self.recompute_layers}/{len(self.layers)}층)")
 
-    def _choose_ops(self, config):
-        positions = torch.arange(config.max_position_embeddings, device=self.device)[None]
-        cos, sin = self.body.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions)
-        half = cos.shape[-1] // 2
-        table = torch.cat([cos[0, :, :half], sin[0, :, :half]], -1).float().contiguous()
+    def _choose_ops(self) -> TorchOps:
         if self.device.type == "cuda" and self.dtype is not torch.float32:
             try:
-                return CudaOps(table, self.hidden, self.heads, self.layers[0].rank, self.dtype)
+                return CudaOps(self.family, self.dtype)
             except CompileError:
                 pass
-        return TorchOps(table)
+        return TorchOps(self.family)
+
+    def _table(self) -> torch.Tensor:
+        """입력 embedding의 표 [vocab, hidden]."""
+        return self.base.get_input_embeddings().weight.detach()
 
     def recompute_more(self) -> bool:
         """재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
@@ -88,52 +95,76 @@ class NeoxStep:
 
     def release(self) -> None:
         """잡아 둔 메모리를 놓는다."""
-        self._tokens = 0
-        self.x = self.saved = self.n1 = self.n2 = self.t = self.g = self.dqkv = self.scratch = None
+        self._shape = None
+        self.x = self.z = self.stats = self.saved = self.buffers = self.scratch = self.tables = None
 
-    def _prepare(self, tokens: int) -> None:
-        if tokens == self._tokens:
+    def _prepare(self, rows: int, block: int) -> None:
+        """rows x block 토큰의 메모리를 잡는다. 크기는 `train_memory`가 정한다."""
+        if (rows, block) == self._shape:
             return
         self.release()
-        heads = (self.heads, 3, self.hidden // self.heads)
-        kept = len(self.layers) - self.recompute_layers
+        tokens, family = rows * block, self.family
 
-        def empty(*shape):
+        def empty(*shape: int) -> torch.Tensor:
             return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
-        # 가중치를 푸는 자리는 손실의 logits도 함께 쓴다
-        scratch = max(self.inner * self.hidden, 3 * self.hidden * (self.hidden + self.padded_rank),
-                      min(tokens, HEAD_CHUNK) * len(self.head))
-        shared = Saved(empty(tokens, *heads), empty(tokens, self.inner), empty(tokens, self.padded_rank))
-        self.x = empty(len(self.layers) + 1, tokens, self.hidden)
-        qkv, h, z = (empty(max(kept - 1, 0), tokens, *size) for size in (heads, (self.inner,), (self.padded_rank,)))
-        # 재계산하는 층과, backward가 곧바로 이어지는 마지막 층은 함께 쓰는 자리를 쓴다
-        self.saved = [shared] * self.recompute_layers + [Saved(*parts) for parts in zip(qkv, h, z, strict=True)]
+        kept = kept_widths(family, self.tails)
+        # 층마다 따로 잡아, 가중치를 올리며 할당기에 생긴 작은 틈을 채우게 한다
+        self.x = [empty(tokens, kept["x"]) for _ in range(len(self.layers) + 1)]
+        # 층마다 norm 둘의 (평균, 1/표준편차)
+        self.stats = torch.zeros(len(self.layers), 2, tokens, 2, dtype=torch.float32, device=self.device)
+        self.z = [{name: empty(tokens, part.tail) for name, part in self._named(layer)} for layer in self.layers]
+        widths = saved_widths(family, self.tails)
+        alone = max(len(self.layers) - self.recompute_layers - 1, 0)
+        # 재계산하는 층과, backward가 곧바로 이어지는 마지막 층은 한 벌을 함께 쓴다
+        shared = Saved(**{name: empty(tokens, width) for name, width in widths.items()})
+        stacks = {name: empty(alone, tokens, width) for name, width in widths.items()}
+        own = [Saved(**{name: stack[at] for name, stack in stacks.items()}) for at in range(alone)]
+        self.saved = [*[shared] * self.recompute_layers, *own]
         self.saved += [shared] * (len(self.layers) - len(self.saved))
-        self.n1, self.n2 = empty(tokens, self.hidden + self.padded_rank), empty(tokens, self.hidden)
-        wide = empty(tokens * max(self.inner, 3 * self.hidden))  # gelu의 값과 dqkv는 함께 살아 있지 않는다
-        self.g = wide[:tokens * self.inner].view(tokens, self.inner)
-        self.dqkv = wide[:tokens * 3 * self.hidden].view(tokens, *heads)
-        self.t, self.scratch = empty(tokens, self.hidden), empty(scratch)
-        self._tokens = tokens
+        self.buffers = {name: empty(tokens * width) for name, width in work_widths(family, self.tails).items()}
+        self.scratch = empty(scratch_elements(family, self.tails, tokens, self.recompute_layers))
+        self.tables = [self._rotary_table(kind, block) for kind in family.rotary_kinds]
+        self._shape = (rows, block)
+
+    def _rotary_table(self, kind: str | None, block: int) -> torch.Tensor:
+        """자리마다의 cos과 sin [block, rotary] fp32. 모델의 rotary 모듈이 그 dtype으로 반올림한 값을 그대로 쓴다."""
+        rotary = (self.base.gpt_neox if self.family.interleaved else self.base.model).rotary_emb
+        positions = torch.arange(block, device=self.device)[None]
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        cos, sin = rotary(like, positions) if kind is None else rotary(like, positions, kind)
+        half = cos.shape[-1] // 2
+        return torch.cat([cos[0, :, :half], sin[0, :, :half]], -1).float().contiguous()
+
+    @staticmethod
+    def _named(layer: Layer) -> list[tuple[str, Projection]]:
+        return [("qkv", layer.qkv), ("out", layer.out), ("mlp", layer.mlp), ("down", layer.down)]
+
+    def _wide(self, name: str, width: int) -> torch.Tensor:
+        """버퍼를 [tokens, width]로 본다. 층마다 LoRA의 칸 수가 다를 수 있어 앞쪽만 쓴다."""
+        tokens = len(self.x[0])
+        return self.buffers[name][:tokens * width].view(tokens, width)
 
     @torch.no_grad()
     def train(self, batch: dict) -> torch.Tensor:
-        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`을 돌려준다."""
+        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`을 돌려준다.
+
+        Args:
+            batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 씨앗),
+                factor(fp32 스칼라).
+        """
         documents, keys = self._begin(batch), batch["keys"]
         for layer in self.layers:
             self._forward_layer(layer, documents, keys)
         targets = shifted_targets(batch["labels"]).flatten()
-        gradient = self.t.new_empty(self.t.shape)
-        weight, bias, eps = self.norm
-        hidden, mean, deviation = torch.native_layer_norm(self.x[-1], (self.hidden,), weight, bias, eps)
+        gradient = torch.empty_like(self.x[-1])
+        hidden = self._wide("t", self.family.hidden)
+        self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
         nll = head_loss(hidden, self.head, targets, batch["factor"], gradient, self.scratch, self.ops.cross_entropy)
-        gradient = torch.ops.aten.native_layer_norm_backward(
-            gradient, self.x[-1], (self.hidden,), mean, deviation, weight, bias, (True, False, False))[0]
-        del hidden
+        self.ops.norm_backward(self.x[-1], [(self.final_norm, gradient)], gradient)
         for layer in reversed(self.layers):
             if layer.index < self.recompute_layers:
-                self._compute_activations(layer, self.saved[layer.index], None, documents, keys)
+                self._recompute_layer(layer, documents, keys)
             self._backward_layer(layer, gradient, documents, keys)
         return nll.sum() * batch["factor"]
 
@@ -144,56 +175,189 @@ class NeoxStep:
         for layer in self.layers:
             self._forward_layer(layer, documents, None)
             self.saved[layer.index].drop()
-        weight, bias, eps = self.norm
-        hidden = torch.nn.functional.layer_norm(self.x[-1], (self.hidden,), weight, bias, eps)
+        hidden = self._wide("t", self.family.hidden)
+        self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
         targets = shifted_targets(batch["labels"]).flatten()
         return head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy).sum()
 
     def _begin(self, batch: dict) -> Documents:
-        self._prepare(batch["input_ids"].numel())
-        self.ops.embed(self.body.embed_in.weight.detach(), batch["input_ids"], self.x[0])
-        return Documents.find(batch["position_ids"], self.max_documents * len(batch["position_ids"]))
+        rows, block = batch["input_ids"].shape
+        self._prepare(rows, block)
+        self.ops.embed(self._table(), batch["input_ids"], self.x[0])
+        scale = self.family.scale_of_embedding(self.dtype)
+        if scale != 1.0:
+            self.x[0].mul_(scale)
+        return Documents.find(batch["position_ids"], self.max_documents * rows)
 
     def _forward_layer(self, layer: Layer, documents: Documents, keys) -> None:
         """`x[index]`에서 `x[index + 1]`을 구한다."""
-        out, saved, ops = self.x[layer.index + 1], self.saved[layer.index], self.ops
-        self._compute_activations(layer, saved, out, documents, keys)
-        out.addmm_(saved.attended.flatten(1), ops.weight(layer.dense, self.scratch).t())
-        ops.gelu(saved.h, self.g)
-        out.addmm_(self.g, ops.weight(layer.down, self.scratch).t())
+        out = self.x[layer.index + 1]
+        self._attend(layer, documents, keys, out, again=False)
+        self._feed_forward(layer, keys, out, again=False)
 
-    def _compute_activations(self, layer: Layer, saved: Saved, residual, documents: Documents, keys) -> None:
-        """backward에 필요한 것들을 `saved`에 적는다. forward와 재계산이 함께 쓴다."""
-        ops = self.ops
-        ops.norms(layer, self.x[layer.index], keys, self.n1, self.n2, residual, saved.z)
-        weight = ops.weight(layer.qkv, self.scratch, layer)
-        torch.addmm(layer.qkv_bias, self.n1, weight.t(), out=saved.qkv.flatten(1))
-        ops.rotate(saved.qkv, documents.positions)
-        saved.attended, saved.attention = self.attention.forward(*saved.qkv.unbind(2), documents)
-        if residual is not None or layer.index > 0:
-            torch.addmm(layer.up_bias, self.n2, ops.weight(layer.up, self.scratch).t(), out=saved.h)
+    def _recompute_layer(self, layer: Layer, documents: Documents, keys) -> None:
+        """forward가 남기지 않은 `saved`를 x와 z에서 다시 채운다."""
+        self._attend(layer, documents, keys, None, again=True)
+        self._feed_forward(layer, keys, None, again=True)
+
+    def _attend(self, layer: Layer, documents: Documents, keys, out, again: bool) -> None:
+        """attention까지. 차례로 읽는 구조는 잔차를 `saved.mid`에, 함께 읽는 구조는 `out`에 적는다."""
+        family, ops, saved, z = self.family, self.ops, self.saved[layer.index], self.z[layer.index]
+        x, residual = self.x[layer.index], out if family.parallel else saved.mid
+        n1 = self._wide("n1", family.hidden + layer.qkv.tail)
+        norms = [(layer.norm1, n1)]
+        if family.parallel:
+            norms.append((layer.norm2, self._wide("n2", family.hidden + layer.mlp.tail)))
+        ops.norm(x, norms, None if family.post_norm else residual, layer.out_bias, self.stats[layer.index, 0])
+        self._multiply(layer.qkv, n1, z["qkv"], keys, again, saved.qkv)
+        table = self.tables[layer.turn] if layer.turn >= 0 else None
+        q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
+        saved.attended, saved.attention = self.attention.forward(q, k, v, documents, layer.window)
+        if residual is None:
+            return  # 함께 읽는 구조의 backward는 attention을 더한 값이 필요 없다
+        attended = saved.attended.flatten(1)
+        if layer.out.adapters:
+            wide = self._wide("attended", family.q_width + layer.out.tail)
+            wide[:, :family.q_width] = attended
+            attended = wide
+        if family.post_norm:
+            self._multiply(layer.out, attended, z["out"], keys, again, saved.post1)
+            ops.post_norm(saved.post1, layer.post1, x, residual)
+        else:
+            self._accumulate(layer.out, attended, z["out"], keys, again, residual)
+
+    def _feed_forward(self, layer: Layer, keys, out, again: bool) -> None:
+        """MLP. 재계산에서 `out`은 None이다."""
+        family, ops, saved, z = self.family, self.ops, self.saved[layer.index], self.z[layer.index]
+        if family.parallel:
+            n2 = self._wide("n2", family.hidden + layer.mlp.tail)
+            if again and self._skips_mlp(layer):
+                return
+        else:
+            n2 = self._wide("n1", family.hidden + layer.mlp.tail)
+            ops.norm(saved.mid, [(layer.norm2, n2)], None if family.post_norm else out, layer.down_bias,
+                     self.stats[layer.index, 1])
+        self._multiply(layer.mlp, n2, z["mlp"], keys, again, saved.h)
+        if again and not family.post_norm:
+            return
+        g = self._wide("g", family.ff + layer.down.tail)
+        ops.activate(saved.h, g)
+        if not family.post_norm:
+            self._accumulate(layer.down, g, z["down"], keys, again, out)
+            return
+        self._multiply(layer.down, g, z["down"], keys, again, saved.post2)
+        if not again:
+            ops.post_norm(saved.post2, layer.post2, saved.mid, out)
+
+    def _skips_mlp(self, layer: Layer) -> bool:
+        """첫 층의 입력은 얼어 있는 embedding이라, 함께 읽는 구조의 MLP에 LoRA가 없으면 되돌아갈 곳이 없다."""
+        return self.family.parallel and layer.index == 0 and not (layer.mlp.adapters or layer.down.adapters)
+
+    def _multiply(self, projection: Projection, wide, z, keys, again: bool, out) -> None:
+        """out = 선형층(LoRA까지)의 출력 [tokens, rows]. wide는 앞의 columns칸이 채워진 입력이다."""
+        self._fill_tail(projection, wide, z, keys, again)
+        weight = self.ops.weight(projection, self.scratch)
+        if projection.bias is None:
+            torch.mm(wide, weight.t(), out=out)
+        else:
+            torch.addmm(projection.bias, wide, weight.t(), out=out)
+
+    def _accumulate(self, projection: Projection, wide, z, keys, again: bool, residual) -> None:
+        """잔차 [tokens, hidden]에 배율을 곱한 출력을 더한다. bias는 이미 더해져 있다."""
+        self._fill_tail(projection, wide, z, keys, again)
+        weight = self.ops.weight(projection, self.scratch)
+        residual.addmm_(wide, weight.t(), alpha=self.family.residual_scale)
+
+    def _fill_tail(self, projection: Projection, wide, z, keys, again: bool) -> None:
+        """입력의 끝에 z를 적는다. 재계산할 때는 forward가 남긴 것을 쓴다."""
+        if again and projection.tail:
+            wide[:, projection.columns:] = z
+            return
+        for adapter in projection.adapters:
+            self.ops.lora_down(wide, projection.columns, adapter, keys, z)
 
     def _backward_layer(self, layer: Layer, gradient, documents: Documents, keys) -> None:
-        """출력의 `gradient`를 제자리에서 입력의 gradient로 바꾸고 LoRA의 gradient를 더한다.
+        """출력의 `gradient` [tokens, hidden]를 제자리에서 입력의 gradient로 바꾸고 LoRA의 gradient를 더한다."""
+        family, ops, saved = self.family, self.ops, self.saved[layer.index]
+        x = self.x[layer.index]
+        norms = []
+        if not self._skips_mlp(layer):
+            n2 = self._backward_mlp(layer, gradient, keys)
+            if family.parallel:
+                norms.append((layer.norm2, n2))
+            else:
+                ops.norm_backward(saved.mid, [(layer.norm2, n2)], gradient, gradient)
+        n1 = self._backward_attention(layer, gradient, documents, keys)
+        if layer.index > 0:
+            ops.norm_backward(x, [(layer.norm1, n1), *norms], gradient, gradient)
 
-        첫 층의 입력은 얼어 있는 embedding이므로 거기서는 LoRA까지만 되돌아간다.
-        """
-        saved, ops, first = self.saved[layer.index], self.ops, layer.index == 0
-        if not first:
-            torch.mm(gradient, ops.weight(layer.down, self.scratch), out=self.g)
-            ops.gelu_backward(saved.h, self.g)
-            torch.mm(self.g, ops.weight(layer.up, self.scratch), out=self.n2)
-        torch.mm(gradient, ops.weight(layer.dense, self.scratch), out=self.t)
-        parts = self.attention.backward(self.t.view_as(saved.attended), *saved.qkv.unbind(2), saved.attended,
-                                        saved.attention, documents)
+    def _backward_mlp(self, layer: Layer, gradient, keys) -> torch.Tensor:
+        """MLP의 입력(norm의 뒤)의 gradient [tokens, hidden + tail]."""
+        family, ops, saved, z = self.family, self.ops, self.saved[layer.index], self.z[layer.index]
+        dy, scale = self._through_post(layer.post2, saved.post2, gradient)
+        dg = self._wide("g", family.ff + layer.down.tail)
+        self._backward_product(layer.down, dy, scale, z["down"], dg)
+        if layer.down.adapters:
+            activated = self._wide("t", family.ff)
+            ops.activate(saved.h, activated)
+            self._backward_lora(layer.down, activated, dg, keys)
+        ops.activate_backward(saved.h, dg)
+        n2 = self._wide("n2" if family.parallel else "n1", family.hidden + layer.mlp.tail)
+        self._backward_product(layer.mlp, saved.h, 1.0, z["mlp"], n2)
+        source, which = (self.x[layer.index], 0) if family.parallel else (saved.mid, 1)
+        self._backward_lora(layer.mlp, source, n2, keys, layer.norm2, self.stats[layer.index, which])
+        return n2
+
+    def _backward_attention(self, layer: Layer, gradient, documents: Documents, keys) -> torch.Tensor | None:
+        """attention의 입력(norm의 뒤)의 gradient [tokens, hidden + tail]. 더 되돌아갈 곳이 없으면 None."""
+        family, ops, saved, z = self.family, self.ops, self.saved[layer.index], self.z[layer.index]
+        dy, scale = self._through_post(layer.post1, saved.post1, gradient)
+        wide = self._wide("attended", family.q_width + layer.out.tail)
+        self._backward_product(layer.out, dy, scale, z["out"], wide)
+        self._backward_lora(layer.out, saved.attended.flatten(1), wide, keys)
+        if layer.index == 0 and not layer.qkv.adapters:
+            saved.drop()
+            return None
+        q, k, v = ops.heads(saved.qkv)
+        table = self.tables[layer.turn] if layer.turn >= 0 else None
+        if family.qk_norm:  # 버퍼에는 다른 층의 q와 k가 남아 있을 수 있다
+            q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
+        parts = self.attention.backward(wide[:, :family.q_width].unflatten(1, (family.heads, family.head_dim)), q, k, v,
+                                        saved.attended, saved.attention, documents, layer.window)
         saved.drop()
-        ops.unrotate(*parts, documents.positions, self.dqkv)
+        ops.unrotate(*parts, saved.qkv, layer, documents.positions, table)
         del parts
-        dqkv = self.dqkv.flatten(1)
-        weight = ops.weight(layer.qkv, self.scratch, layer)
-        torch.mm(dqkv, weight, out=self.n1)
-        up = torch.mm(dqkv.t(), saved.z)[:, :layer.rank]
-        layer.lora_b.grad.add_(up, alpha=layer.scale)
-        ops.norms_backward(layer, self.x[layer.index], keys, self.n1, self.n2, None if first else gradient, self.t)
-        down = torch.mm(self.n1[:, self.hidden:].t(), self.t)[:layer.rank]
-        layer.lora_a.grad.add_(down)
+        n1 = self._wide("n1", family.hidden + layer.qkv.tail)
+        self._backward_product(layer.qkv, saved.qkv, 1.0, z["qkv"], n1)
+        self._backward_lora(layer.qkv, self.x[layer.index], n1, keys, layer.norm1, self.stats[layer.index, 0])
+        return n1
+
+    def _through_post(self, norm, y, gradient) -> tuple[torch.Tensor, float]:
+        """잔차의 gradient에서 선형층의 출력의 gradient와 거기에 곱할 수를 구한다."""
+        if norm is None:
+            return gradient, self.family.residual_scale
+        dy = self._wide("t", self.family.hidden)
+        self.ops.norm_backward(y, [(norm, gradient)], dy)  # norm에 잔차의 배율이 들어 있다
+        return dy, 1.0
+
+    def _backward_product(self, projection: Projection, dy, scale: float, z, wide) -> None:
+        """B의 gradient를 더하고, 입력의 gradient와 z의 gradient를 `wide` [tokens, columns + tail]에 적는다.
+
+        y = [u | z] [W | sB]^T 이므로 [du | dz] = dy [W | sB], d(sB) = dy^T z다. 여러 선형층을 쌓았으면 dy^T z에서
+        대각선의 덩어리만 쓴다.
+        """
+        weight = self.ops.weight(projection, self.scratch)
+        if scale == 1.0:
+            torch.mm(dy, weight, out=wide)
+        else:
+            torch.addmm(wide, dy, weight, beta=0.0, alpha=scale, out=wide)
+        if projection.adapters:
+            up = torch.mm(dy.t(), z)  # [rows, tail]
+            for part in projection.adapters:
+                block = up[part.row:part.row + part.rows, part.column:part.column + part.rank]
+                part.lora_b.grad.add_(block, alpha=part.scale * scale)
+
+    def _backward_lora(self, projection: Projection, u, wide, keys, norm=None, stats=None) -> None:
+        """A의 gradient를 더하고 입력의 gradient를 마저 채운다. `norm`이 있으면 u는 그 norm의 앞이다."""
+        for adapter in projection.adapters:
+            self.ops.lora_backward(u, wide, projection.columns, adapter, keys, norm, stats)

@@ -1,23 +1,24 @@
-"""GPT-NeoX 모델의 가중치를 토큰 하나를 만드는 커널이 읽는 꼴로 모으는 일을 맡는다. 큰 행렬은 베끼지 않는다."""
+"""모델의 가중치를 토큰 하나를 만드는 커널이 읽는 꼴로 모은다. 큰 행렬은 베끼지 않는다."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-ROWS = 16  # 커널이 한 번에 다루는 행의 수
-NF4_BLOCK = 64
+from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
+from utils.engine.families import NF4_BLOCK, Family, LayerModules, layer_modules, rotary_frequencies
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """선형층 하나.
+    """행렬 하나.
 
     Attributes:
-        weight: 16비트 [출력, 입력] 또는 NF4 바이트.
-        scale: NF4 블록의 절댓값. 16비트 가중치면 None.
+        weight: 16비트 [출력, 입력], int8 [출력, 입력] 또는 NF4 바이트 [출력 * 입력 / 2, 1].
+        scale: NF4 블록(64칸)의 절댓값. 이중 양자화면 8비트다. NF4가 아니면 None.
         group: 이중 양자화에서 절댓값 256개마다의 fp32 절댓값. 아니면 None.
         offset: 이중 양자화에서 절댓값에 더하는 수.
-        bias: fp32 [출력].
+        row_scale: int8 가중치의 행마다의 배율 fp32 [출력]. 아니면 None.
         shape: (출력, 입력).
     """
 
@@ -25,124 +26,185 @@ class Matrix:
     scale: torch.Tensor | None
     group: torch.Tensor | None
     offset: float
-    bias: torch.Tensor
+    row_scale: torch.Tensor | None
     shape: tuple[int, int]
-
-    def pointers(self) -> tuple:
-        return self.weight, self.scale, self.group, self.offset
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """query_key_value의 LoRA. 배율은 `up`에 곱해 둔다.
+    """나란한 행렬들의 LoRA. 어댑터가 없는 행렬의 자리는 0이고, r이 작은 것은 0으로 채운다. 배율은 `up`에 곱해 둔다.
 
     Attributes:
-        split_down: A를 16비트 둘로 나눈 [16의 배수로 올린 2r, 입력]. 앞의 r행이 위 절반, 다음 r행이 아래 절반.
-        up: B fp32 [출력, r].
-        down: A [r, 입력], 모델의 dtype.
-        up_16bit: B [출력, r], 모델의 dtype.
+        down: A [행렬의 수, r, 입력], 모델의 dtype. 질문을 읽을 때 쓴다.
+        up: B fp32 [전체 출력, r].
+        ups: 행렬마다의 B [출력, r], 모델의 dtype. 질문을 읽을 때 쓴다.
+        down_fp32: A fp32 [행렬의 수, r, 입력].
     """
 
-    split_down: torch.Tensor
-    up: torch.Tensor
     down: torch.Tensor
-    up_16bit: torch.Tensor
+    up: torch.Tensor
+    ups: tuple[torch.Tensor, ...]
+    down_fp32: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """나란히 곱하는 행렬들(q, k, v나 gate, up) 또는 행렬 하나.
+
+    Attributes:
+        bias: fp32 [전체 출력]. 없으면 None.
+        row_scale: int8 가중치의 행마다의 배율 fp32 [전체 출력]. 아니면 None.
+    """
+
+    parts: tuple[Matrix, ...]
+    bias: torch.Tensor | None
+    row_scale: torch.Tensor | None
+    adapter: Adapter | None
+
+    @property
+    def rows(self) -> int:
+        return sum(part.shape[0] for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """fp32 [hidden]. bias는 없으면 None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """층 하나의 가중치. norm은 (weight, bias)를 fp32로 둔 것이다."""
+    """층 하나의 가중치. 없는 norm은 None이다.
 
-    norm1: tuple[torch.Tensor, torch.Tensor]
-    norm2: tuple[torch.Tensor, torch.Tensor]
-    qkv: Matrix
-    dense: Matrix
-    up: Matrix
-    down: Matrix
-    adapter: Adapter | None
+    Attributes:
+        norm1, norm2: attention과 MLP의 입력에 거는 norm.
+        post1, post2: attention과 MLP의 출력에 거는 norm. 잔차의 배율을 곱해 둔 것이다.
+        q_norm, k_norm: 머리마다 거는 norm의 weight fp32 [head_dim].
+    """
 
-
-def why_not(model) -> str | None:
-    """이 모델에 커널을 쓸 수 없는 까닭. 쓸 수 있으면 None."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config
-    if config.model_type != "gpt_neox":
-        return f"{config.model_type} 구조"
-    if next(model.parameters()).device.type != "cuda":
-        return "GPU가 아님"
-    if not config.use_parallel_residual or config.hidden_act != "gelu":
-        return "병렬 잔차와 gelu가 아님"
-    if config.rope_parameters["rope_type"] != "default":
-        return "늘린 rotary"
-    head = config.hidden_size // config.num_attention_heads
-    if config.hidden_size % 128 or config.intermediate_size % 128 or head % 16 or head > 256:
-        return "커널이 모르는 크기"
-    edges = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    dtype = edges[0].dtype
-    if {edge.dtype for edge in edges} not in ({torch.float16}, {torch.bfloat16}):
-        return f"{dtype} 가중치"
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(edges[0].device)[0] < 8:
-        return "bf16이 없는 GPU"
-    kinds = set()
-    for layer in base.gpt_neox.layers:
-        for name, module in _linears(layer).items():
-            linear = getattr(module, "base_layer", module)
-            if hasattr(module, "base_layer") and (name != "query_key_value" or _odd_adapter(module)):
-                return f"{name}의 어댑터"
-            state = getattr(linear.weight, "quant_state", None)
-            if state is None and linear.weight.dtype != dtype:
-                return f"{type(linear).__name__} 가중치"
-            if state and (state.quant_type, state.blocksize, linear.weight.dtype) != ("nf4", NF4_BLOCK, torch.uint8):
-                return "NF4가 아닌 4비트"
-            kinds.add("plain" if state is None else f"nested={state.nested}")
-    return None if len(kinds) == 1 else "층마다 다른 가중치"
+    norm1: Norm | None
+    norm2: Norm | None
+    post1: Norm | None
+    post2: Norm | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    qkv: Linear
+    out: Linear
+    mlp: Linear
+    down: Linear
 
 
 class Weights:
     """모델 전체의 가중치.
 
     Attributes:
+        family: 구조.
         layers: `Layer`의 목록.
-        nf4, double_quant: 가중치의 꼴.
+        kind: WIDE, NF4, INT8.
+        double_quant: NF4의 절댓값도 양자화했는지.
         code: 이중 양자화의 8비트 코드표 fp32 [256]. 아니면 None.
-        rank: LoRA의 r. 없으면 0.
+        rank: LoRA의 r 가운데 가장 큰 것. 없으면 0.
+        dtype: 활성값과 16비트 가중치의 dtype.
+        embedding_scale: 입력 embedding에 곱하는 수.
+        rotary: rotary의 종류마다 (주파수 [rotary / 2], cos과 sin의 배율).
+        head: 출력 행렬 [어휘를 16의 배수로 올린 것, hidden]. 묶인 구조면 embedding과 같은 메모리다.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, family: Family):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        body = base.gpt_neox
+        self.family = family
         self.embedding = base.get_input_embeddings().weight.detach()
         self.head = _whole_rows(base.get_output_embeddings().weight.detach())
-        self.final_norm = _norm(body.final_layer_norm)
-        self.eps = float(base.config.layer_norm_eps)
         self.dtype = self.embedding.dtype
-        state = getattr(_unwrap(body.layers[0].attention.dense)[0].weight, "quant_state", None)
-        self.nf4, self.double_quant = state is not None, state is not None and state.nested
+        self.embedding_scale = family.scale_of_embedding(self.dtype)
+        self.rotary = rotary_frequencies(base, family)
+        modules = layer_modules(base, family)
+        state = getattr(unwrap(modules[0].out[0])[0].weight, "quant_state", None)
+        self.kind = weight_kind(unwrap(modules[0].out[0])[0])
+        self.double_quant = state is not None and state.nested
         self.code = state.state2.code.float().contiguous() if self.double_quant else None
-        self.layers = [self._layer(layer) for layer in body.layers]
-        ranks = [layer.adapter.up.shape[1] for layer in self.layers if layer.adapter]
-        self.rank = max(ranks, default=0)
-        self.turns = _turns(body.rotary_emb, base.config.max_position_embeddings, self.embedding.device)
+        self.rank = max((adapter[0].shape[0] for layer in modules for group in layer.linears() for module in group
+                         if (adapter := unwrap(module)[1])), default=0)
+        self.final_norm = self._norm(base.get_submodule(family.final_norm))
+        self.layers = [self._layer(layer) for layer in modules]
 
-    def _layer(self, layer) -> Layer:
-        matrices = {name: _matrix(_unwrap(module)[0]) for name, module in _linears(layer).items()}
-        adapter = _unwrap(layer.attention.query_key_value)[1]
-        return Layer(_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm), matrices["query_key_value"],
-                     matrices["dense"], matrices["dense_h_to_4h"], matrices["dense_4h_to_h"],
-                     adapter and _adapter(*adapter, torch.float16 if self.nf4 else self.dtype, self.dtype))
+    def _layer(self, modules: LayerModules) -> Layer:
+        norms = [module and self._norm(module) for module in (modules.norm1, modules.norm2)]
+        posts = [module and self._norm(module, self.family.residual_scale) for module in (modules.post1, modules.post2)]
+        heads = [module and self._norm(module).weight for module in (modules.q_norm, modules.k_norm)]
+        return Layer(*norms, *posts, *heads, *(self._linear(group) for group in modules.linears()))
+
+    def _norm(self, module, scale: float = 1.0) -> Norm:
+        bias = getattr(module, "bias", None)
+        weight = (module.weight.detach().float() + self.family.norm_offset) * scale
+        return Norm(weight.contiguous(), None if bias is None else bias.detach().float() * scale)
+
+    def _linear(self, modules: Sequence) -> Linear:
+        pairs = [unwrap(module) for module in modules]
+        parts = tuple(_matrix(linear) for linear, _ in pairs)
+        biases = [linear.bias for linear, _ in pairs]
+        bias = None
+        if any(item is not None for item in biases):
+            bias = torch.cat([part.weight.new_zeros(part.shape[0], dtype=torch.float32) if item is None
+                              else item.detach().float() for part, item in zip(parts, biases, strict=True)])
+        row_scale = torch.cat([part.row_scale for part in parts]) if self.kind == INT8 else None
+        adapters = [adapter for _, adapter in pairs]
+        return Linear(parts, bias, row_scale, self._adapter(parts, adapters) if any(adapters) else None)
+
+    def _adapter(self, parts: tuple[Matrix, ...], adapters: list) -> Adapter:
+        device = parts[0].weight.device
+        down = torch.zeros(len(parts), self.rank, parts[0].shape[1], device=device)
+        ups = [torch.zeros(part.shape[0], self.rank, device=device) for part in parts]
+        for index, adapter in enumerate(adapters):
+            if adapter:
+                a, b, scaling = adapter
+                down[index, : len(a)] = a
+                ups[index][:, : len(a)] = b.float() * scaling
+        return Adapter(down.to(self.dtype), torch.cat(ups).contiguous(), tuple(up.to(self.dtype) for up in ups), down)
 
 
-def _whole_rows(weight: torch.Tensor) -> torch.Tensor:
-    """행을 16의 배수까지 0으로 채운다. 알려진 모델은 이미 배수이므로 베끼지 않는다."""
-    return torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROWS))
+def shape_dtype(model) -> torch.dtype:
+    """활성값과 16비트 가중치의 dtype."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_input_embeddings().weight.dtype
 
 
-def _linears(layer) -> dict:
-    return {"query_key_value": layer.attention.query_key_value, "dense": layer.attention.dense,
-            "dense_h_to_4h": layer.mlp.dense_h_to_4h, "dense_4h_to_h": layer.mlp.dense_4h_to_h}
+def why_not_weights(model, family: Family) -> str | None:
+    """구조는 알지만 가중치의 꼴이나 어댑터를 커널이 읽지 못하는 이유. 읽을 수 있으면 None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    edges = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    dtype = edges[0].dtype
+    if {edge.dtype for edge in edges} not in ({torch.float16}, {torch.bfloat16}):
+        return f"{str(dtype).removeprefix('torch.')} 가중치"
+    kinds = set()
+    for layer in layer_modules(base, family):
+        for group in layer.linears():
+            for module in group:
+                linear = getattr(module, "base_layer", module)
+                if hasattr(module, "base_layer") and _odd_adapter(module):
+                    return "LoRA의 변형(DoRA, bias, 여러 어댑터)"
+                kind = weight_kind(linear)
+                if kind is None or (kind == WIDE and linear.weight.dtype != dtype):
+                    return f"{type(linear).__name__}({linear.weight.dtype}) 가중치"
+                state = getattr(linear.weight, "quant_state", None)
+                kinds.add((kind, state is not None and state.nested))
+    return None if len(kinds) == 1 else "층마다 꼴이 다른 가중치"
 
 
-def _unwrap(module) -> tuple:
+def weight_kind(linear) -> int | None:
+    """선형층의 가중치의 꼴. 커널이 모르는 꼴이면 None."""
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        known = (state.quant_type, state.blocksize, linear.weight.dtype) == ("nf4", NF4_BLOCK, torch.uint8)
+        return NF4 if known else None
+    if linear.weight.dtype == torch.int8:
+        return INT8 if _int8_scales(linear) is not None else None
+    return WIDE if type(linear) is torch.nn.Linear else None
+
+
+def unwrap(module) -> tuple:
     """PEFT가 감싼 선형층에서 (본래의 층, (A, B, 배율) 또는 None)을 꺼낸다."""
     if not hasattr(module, "base_layer"):
         return module, None
@@ -157,31 +219,23 @@ def _odd_adapter(module) -> bool:
                 or module.lora_B[names[0]].bias is not None)
 
 
-def _norm(module) -> tuple[torch.Tensor, torch.Tensor]:
-    return module.weight.detach().float(), module.bias.detach().float()
+def _whole_rows(weight: torch.Tensor) -> torch.Tensor:
+    """행을 16의 배수까지 0으로 채운다. 알려진 모델은 이미 배수이므로 베끼지 않는다."""
+    return weight if len(weight) % ROWS == 0 else torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROWS))
+
+
+def _int8_scales(linear) -> torch.Tensor | None:
+    """bitsandbytes의 int8 선형층의 행마다의 절댓값. 127로 나누면 배율이다. 한 번 계산한 뒤에는 state로 옮겨져 있다."""
+    scales = getattr(linear.weight, "SCB", None)
+    return getattr(getattr(linear, "state", None), "SCB", None) if scales is None else scales
 
 
 def _matrix(linear) -> Matrix:
     weight, state = linear.weight.detach(), getattr(linear.weight, "quant_state", None)
-    shape = tuple(weight.shape if state is None else state.shape)
-    bias = torch.zeros(shape[0], device=weight.device) if linear.bias is None else linear.bias.detach().float()
     if state is None:
-        return Matrix(weight.contiguous(), None, None, 0.0, bias, shape)
+        scales = _int8_scales(linear)
+        row_scale = None if scales is None else scales.float().to(weight.device) / 127
+        return Matrix(weight.contiguous(), None, None, 0.0, row_scale, tuple(weight.shape))
     if state.nested:
-        return Matrix(weight, state.absmax, state.state2.absmax, float(state.offset), bias, shape)
-    return Matrix(weight, state.absmax.float(), None, 0.0, bias, shape)
-
-
-def _adapter(down, up, scaling: float, split_dtype: torch.dtype, dtype: torch.dtype) -> Adapter:
-    down, up = down.float(), up.float() * scaling
-    rank = down.shape[0]
-    split = torch.zeros(-(-2 * rank // ROWS) * ROWS, down.shape[1], dtype=split_dtype, device=down.device)
-    split[:rank] = down
-    split[rank : 2 * rank] = down - split[:rank].float()
-    return Adapter(split, up.contiguous(), down.to(dtype), up.to(dtype))
-
-
-def _turns(rotary, context: int, device: torch.device) -> torch.Tensor:
-    """위치마다의 (cos, sin) fp32 [context, rotary/2, 2]."""
-    angles = torch.arange(context, device=device)[:, None] * rotary.inv_freq.float().to(device)
-    return (torch.stack((angles.cos(), angles.sin()), -1) * rotary.attention_scaling).contiguous()
+        return Matrix(weight, state.absmax, state.state2.absmax, float(state.offset), None, tuple(state.shape))
+    return Matrix(weight, state.absmax.float(), None, 0.0, None, tuple(state.shape))

@@ -23,13 +23,17 @@ FUSED_TARGETS = (("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("
 
 def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] | None = None,
                    attention: Collection[str] = ()) -> tuple[str, ...]:
-    """`auto`면 구조의 attention 층을 고른다. 기본값도 GPT-NeoX가 아니면 auto와 같다.
+    """`auto`면 구조의 attention 층을, `all`이면 출력 행렬을 뺀 모든 선형층을 고른다.
+
+    기본값도 GPT-NeoX가 아니면 auto와 같다.
 
     Args:
-        names: 모델에 있는 층의 이름. 주면 그 안에서만 고른다.
+        names: 모델에 있는 층의 이름(`linear_names`). 주면 그 안에서만 고른다. `all`은 이것이 있어야 한다.
         attention: attention 안에 있는 층의 이름. 흔한 이름이 하나도 없는 구조에서는 이것을 모두 고른다.
     """
     kind = config["model_type"]
+    if asked == ("all",):
+        return tuple(sorted(names))
     if asked == ("auto",) or (asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon")):
         usual = AUTO_TARGETS.get(kind, COMMON_TARGETS)
         groups = (usual, COMMON_TARGETS, *FUSED_TARGETS)

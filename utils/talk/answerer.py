@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from utils.data.encoder import Encoder
@@ -112,12 +112,23 @@ class Answerer:
             if piece:
                 answer.text += piece
                 yield piece
+        if self._decoder.notice:
+            self._say(self._decoder.notice)
         rest = stream.flush()
         if rest:
             answer.text += rest
             yield rest
         answer.stats = self._decoder.stats
         answer.finish_reason = self._decoder.finish_reason
+
+    def together(self, answers: Sequence[Answer]) -> None:
+        """설정과 모델(`tuned`)이 같은 답들을 한꺼번에 만든다. 줄을 서지 않으므로 페이지 없이 쓴다."""
+        self._decoder.use_adapter(answers[0].tuned)
+        replies = self._decoder.answer_many([answer.input_ids for answer in answers], answers[0].settings)
+        for answer, reply in zip(answers, replies, strict=True):
+            stream = TextStream(self.tokenizer)
+            text = "".join(stream.push(token) for token in reply.ids) + stream.flush()
+            answer.ids, answer.text, answer.finish_reason = reply.ids, text.lstrip(), reply.finish_reason
 
     def submit(self, *answers: Answer) -> None:
         """답들을 줄 끝에 세운다. 함께 세운 답들은 잇달아 만든다.

@@ -18,6 +18,7 @@ from utils.sampling import Sampling
 from utils.talk.answerer import Answer, Answerer
 
 MAX_NEW_TOKENS = 256
+TOGETHER = 16  # 한꺼번에 답하는 질문의 수
 CHRF_ORDER, CHRF_BETA = 6, 2
 REPEAT_N = 4
 # (이름, 표의 제목, 클수록 좋은가)
@@ -178,13 +179,14 @@ def make_row(question: Question, answers: Sequence[Answer], prompter) -> dict:
 
 
 def evaluate(answerer: Answerer, questions: Sequence[Question]) -> Iterator[dict]:
-    """질문마다 두 모델의 답을 만들어 잰 행을 하나씩 내놓는다. 줄을 서지 않으므로 페이지 없이 쓴다."""
-    for question in questions:
-        answers = make_answers(question, answerer.context)
-        for answer in answers:
-            for _ in answerer.pieces(answer):
-                pass
-        yield make_row(question, answers, answerer.prompter)
+    """질문마다 두 모델의 답을 잰 행. 질문 `TOGETHER`개에 함께 답한다. 줄을 서지 않으므로 페이지 없이 쓴다."""
+    for begin in range(0, len(questions), TOGETHER):
+        group = questions[begin : begin + TOGETHER]
+        pairs = [make_answers(question, answerer.context) for question in group]
+        for answers in zip(*pairs, strict=True):
+            answerer.together(answers)
+        for question, answers in zip(group, pairs, strict=True):
+            yield make_row(question, answers, answerer.prompter)
 
 
 def _ngrams(text: str, order: int) -> Counter:

@@ -9,6 +9,7 @@ import torch
 
 from utils import hub
 from utils.decode.decoder import Decoder
+from utils.decode.precision import choose_precision
 from utils.errors import UsageError
 from utils.model import diskmap, loader, lora, shards
 from utils.model.adapter import (
@@ -22,7 +23,6 @@ from utils.model.adapter import (
 )
 from utils.model.folder import open_model_folder, read_safetensors_header
 from utils.model.loader import Device, load_base, require_base
-from utils.model.precision import choose_precision
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.paths import BASE_DEMO, find_input, shown
 from utils.prompter import make_prompter
@@ -112,6 +112,7 @@ def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None,
             model = load_adapter(model, source.adapter)
     decoder = Decoder(model, tokenizer, find_ends(source, tokenizer))
     say(f"계산: {decoder.path}")
+    say(f"대화 길이: 질문과 답을 합쳐 {decoder.context:,}토큰까지 메모리에 들어간다")
     return Answerer(decoder, tokenizer, prompter, end_id, say, can_compare)
 
 

@@ -87,8 +87,9 @@ def disagreement(step, model: nn.Module, truth: Truth, device: torch.device) -> 
     """`step`의 값이 참값과 다르면 어느 길의 무엇이 얼마나 다른지. 같으면 None."""
     loss_limit, gradient_limit = TOLERANCE[model_dtype(model)]
     try:
-        with nudged(model), without_dropout(model, step):
-            block, short = (with_keys(part) for part in (truth.block, truth.short))
+        with nudged(model), without_dropout(model):
+            block = {**truth.block, **device_keys(device)}
+            short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
             loss = float(step.evaluate(block))
             one = torch.ones((), device=device)
             short_loss = float(step.train({**short, "factor": one}))
@@ -228,10 +229,6 @@ def make_block(documents: list[torch.Tensor], longest: int, total: int, max_docu
     return {name: value[None].to(device) for name, value in block.items()}
 
 
-def with_keys(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {**block, **device_keys(block["input_ids"].device)}
-
-
 def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
     return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}
 
@@ -283,10 +280,10 @@ def nudged(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_dropout(model: nn.Module, step=None) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """모든 dropout 확률을 0으로 두고, 끝나면 되돌린다. train과 eval에서 같은 값이 나오게 한다."""
     changed: list[tuple[object, str, float]] = []
-    for owner in (*model.modules(), *getattr(step, "layers", ()), *configs_of(model)):
+    for owner in (*model.modules(), *configs_of(model)):
         for name, value in list(vars(owner).items()):
             chance = "drop" in name or (name == "p" and isinstance(owner, nn.Dropout))
             if chance and type(value) is float and value:

@@ -1,22 +1,31 @@
-"""모델을 올리기 전에 config.json만으로 VRAM을 예측하고, 카드에 들어가는 학습 방식을 고르는 일을 맡는다."""
+"""모델을 올리기 전에 config.json만으로 VRAM을 예측하고, 카드에 들어가는 학습 방식을 고른다."""
 
 import sys
 from dataclasses import dataclass, field
 
 import torch
 
+from utils.engine.families import Family, describe
+from utils.engine.train_memory import (
+    TILE_ROWS,
+    Tails,
+    attention_bytes,
+    kept_widths,
+    saved_widths,
+    scratch_elements,
+    work_widths,
+)
 from utils.errors import UsageError
 
 GB = 1e9
 MARGIN = 0.3 * GB  # 다른 프로그램이 조금 늘어나도 견디는 여유
 CONTEXT = 0.55 * GB  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
-WORKSPACE = 0.06 * GB  # cuBLAS의 작업 공간
+WORKSPACE = 2 * (32 << 20)  # cuBLAS의 작업 공간 32 MiB. 보통의 stream과 graph를 찍는 stream에 하나씩
 FRAGMENTS = 0.02  # 할당기가 쪼개져 쓰지 못하고 남기는 비율
 SAFETY = 1.03  # 예측이 이만큼 모자라도 예산을 넘지 않게 한다
 TARGET_TOKENS = 1024  # micro-step의 토큰이 이보다 적으면 행렬 곱이 GPU를 채우지 못한다
 MOST_TOKENS = 4096  # 이보다 많으면 메모리만 늘고 거의 빨라지지 않는다
 LOSS_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수
-RANK_UNIT = 8
 LARGE, SEGMENT = 10 << 20, 2 << 20  # 할당기는 10 MiB부터 2 MiB의 배수로 잡는다
 
 
@@ -51,7 +60,7 @@ class MemoryPlan:
                 f"  micro batch {self.micro_batch_size}블록, {how}"]
 
     def outcome(self, peak: float) -> str:
-        """실제로 할당기가 잡은 최댓값 `peak`(바이트)을 예측과 견주는 한 줄."""
+        """실제로 할당기가 잡은 최댓값 `peak`(바이트)을 예측과 비교하는 한 줄."""
         return (f"VRAM: 할당기가 가장 많이 잡은 것 {peak / GB:.2f} GB(예측 {self.reserved / GB:.2f} GB, "
                 f"{self.reserved / peak - 1:+.1%})")
 
@@ -94,10 +103,10 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
         targets: tuple[str, ...], max_documents: int, grow: bool = False) -> MemoryPlan:
     """`budget` 바이트에 들어가는 계획. 규칙은 `make_plan`과 같고, `grow`는 상한을 직접 적었다는 뜻이다."""
     layers = config["num_hidden_layers"]
-    fused = config["model_type"] == "gpt_neox" and tuple(targets) == ("query_key_value",)
+    fast = find_family(config, targets) is not None
 
     def attempt(micro: int, recompute: int, block: int = cutoff_len) -> MemoryPlan:
-        parts = predict(config, block, micro, recompute, lora_r, max(2, max_documents), fused)
+        parts = predict(config, block, micro, recompute, lora_r, targets, max(2, max_documents))
         return MemoryPlan(micro, recompute, parts, budget)
 
     def fits(plan: MemoryPlan) -> bool:
@@ -109,8 +118,8 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
     if grow and not micro_batch_size:
         larger = (size for size in reversed(divisors) if enough < size and size * cutoff_len <= MOST_TOKENS)
         micros = [*(size for size in larger if fits(attempt(size, 0))), *micros]
-    most = layers - 1 if fused else layers
-    steps = range(most + 1) if fused else (0, layers)
+    most = layers - 1 if fast else layers
+    steps = range(most + 1) if fast else (0, layers)
     for micro in micros:
         if fits(attempt(micro, most)):
             return next(plan for plan in (attempt(micro, count) for count in steps) if fits(plan))
@@ -124,39 +133,101 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
                      f"쓸 수 있는 VRAM은 {budget / GB:.1f} GB다. {advice}")
 
 
-def predict(config: dict, block: int, micro: int, recompute: int, rank: int, max_documents: int,
-            fused: bool = True) -> dict[str, float]:
-    """부분마다의 바이트. 가중치는 NF4 이중 양자화, 나머지는 16비트다."""
-    layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
-    inner = config.get("intermediate_size") or 4 * hidden
-    heads, tokens, padded = config.get("num_attention_heads") or 1, block * micro, -(-rank // RANK_UNIT) * RANK_UNIT
-    matrices = [3 * hidden * hidden, hidden * hidden, inner * hidden, inner * hidden]
-    if not fused and config["model_type"] != "gpt_neox":
-        matrices[2] *= 2  # 문이 달린 MLP는 행렬이 셋이다
-    quantized = sum(_segments(count / 2) + count * (1 / 64 + 4 / 64 / 256) for count in matrices)
-    table = 2 * vocab * hidden
-    small = layers * 2 * (9 * hidden + inner + hidden * 4)
-    one_table = config.get("tie_word_embeddings", False) or fused  # fused는 입력 embedding을 CPU 메모리에 둔다
-    adapter = layers * rank * 4 * hidden * 4
-    parts = {"가중치": layers * quantized + small + table * (1 if one_table else 2),
-             "어댑터와 optimizer": 5 * adapter}
-    if fused:
-        kept = layers - min(recompute, layers - 1)
-        act = 2 * tokens * (3 * hidden + inner + padded)
-        attended = tokens * (2 * hidden + 4 * heads)
-        parts["저장하는 활성값"] = 2 * (layers + 1) * tokens * hidden + (kept - 1) * (act + attended)
-        scratch = 2 * max(inner * hidden, 3 * hidden * (hidden + padded), min(LOSS_CHUNK, tokens) * vocab)
-        flash = 4 * (tokens + 128 * max_documents * micro) * hidden + 2 * 3 * tokens * hidden
-        work = act + attended + 2 * tokens * (3 * hidden + padded + max(inner, 3 * hidden)) + scratch
-        parts["작업 공간"] = work + flash
+def find_family(config: dict, targets: tuple[str, ...]) -> Family | None:
+    """손으로 쓴 학습 길로 갈 구조. 자동미분으로 갈 것이면 None이다. 학습기와 같은 규칙(`describe`)에 묻는다."""
+    family = describe(config, training=True)
+    return family if isinstance(family, Family) and set(targets) <= set(family.linears()) else None
+
+
+def predict(config: dict, block: int, micro: int, recompute: int, rank: int, targets: tuple[str, ...],
+            max_documents: int) -> dict[str, float]:
+    """부분마다의 바이트. 가중치는 NF4 이중 양자화, 나머지는 16비트다.
+
+    Args:
+        block, micro: 블록의 토큰 수와 한 번에 계산하는 블록의 수.
+        recompute: backward에서 다시 계산하는 층의 수.
+        max_documents: 블록 하나에 든 문서의 최대 수.
+    """
+    family = find_family(config, targets)
+    if family is None:
+        parts = _predict_autograd(config, block, micro, recompute, rank, len(targets))
     else:
-        per_layer = 2 * tokens * (10 * hidden + 4 * inner)
-        parts["저장하는 활성값"] = 2 * layers * tokens * hidden if recompute else layers * per_layer
-        parts["작업 공간"] = per_layer + 2 * max(matrices) + 2 * micro * block * block
-    parts["손실"] = 4 * tokens * hidden + (0 if fused else 8 * min(LOSS_CHUNK, tokens) * vocab)
+        parts = _predict_engine(family, block * micro, recompute, rank, targets, max_documents * micro)
     parts["작업 공간"] += FRAGMENTS * sum(parts.values()) + WORKSPACE
     parts["CUDA context"] = CONTEXT
     return parts
+
+
+def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targets: tuple[str, ...],
+                    documents: int) -> dict[str, float]:
+    """손으로 쓴 길. 버퍼의 크기는 엔진이 실제로 잡을 때 쓰는 `train_memory`에서 온다."""
+    layers, tails = family.layers, Tails.of(family, targets, rank)
+    recompute = min(recompute, layers - 1)
+    linears = family.linears()
+    quantized = sum(_nf4_bytes(rows * columns) for _, columns, rows in linears.values())
+    # 층의 작은 것: norm의 weight와 bias(16비트와 엔진이 읽는 fp32 사본, 여섯 개까지)와 선형층의 bias(16비트)
+    small = 6 * 6 * family.hidden + 2 * (family.qkv_width + family.mlp_width + 2 * family.hidden)
+    # 출력 행렬 하나만 GPU에 있다. 입력 embedding은 그것과 한 tensor이거나 CPU 메모리로 옮긴다
+    table = _segments(2 * family.vocab * family.hidden)
+    trained = layers * sum(rank * (columns + rows) for name, (_, columns, rows) in linears.items() if name in targets)
+    kept = 2 * tokens * (layers * sum(kept_widths(family, tails).values()) + family.hidden)  # 마지막 층의 출력까지
+    saved = 2 * tokens * sum(saved_widths(family, tails).values())
+    # 재계산하는 층과 마지막 층은 한 벌을 함께 쓴다. attention의 출력은 마지막 층까지 저마다 살아 있다
+    alone = max(layers - recompute - 1, 0)
+    stored = kept + alone * saved + (layers - recompute) * tokens * attention_bytes(family)
+    work = saved + 2 * tokens * sum(work_widths(family, tails).values())
+    scratch = 2 * scratch_elements(family, tails, tokens, recompute)
+    widest = max((columns for name, (_, columns, _) in linears.items() if name in targets), default=0)
+    partial = 4 * -(-tokens // TILE_ROWS) * rank * widest
+    return {
+        "가중치": layers * (quantized + small) + table,
+        # fp32 다섯 벌: 값, gradient, Adam의 평균 둘, 메모리가 모자랄 때 되돌릴 gradient의 사본
+        "어댑터와 optimizer": 5 * 4 * trained,
+        "저장하는 활성값": stored,
+        "작업 공간": work + scratch + partial + _flash_backward(family, tokens, documents),
+        "손실": 2 * tokens * family.hidden,  # 마지막 은닉값의 gradient. 층을 지나며 제자리에서 바뀐다
+    }
+
+
+def _flash_backward(family: Family, tokens: int, documents: int) -> float:
+    """flash attention의 backward가 잠시 쓰는 바이트.
+
+    fp32 dq의 합(문서마다 128행까지 채우고 머리를 32의 배수로 올린다), 이어 놓은 dout, 16비트 dq, q의 머리 수만큼 늘린
+    dk와 dv, 그것을 더한 kv_heads의 dk와 dv.
+    """
+    head_dim = -(-family.head_dim // 32) * 32
+    accumulated = 4 * (tokens + 128 * documents) * family.heads * head_dim
+    grouped = family.heads != family.kv_heads
+    narrow = 2 * family.kv_heads * family.head_dim
+    return accumulated + 2 * tokens * (4 * family.q_width + (narrow if grouped else 0))
+
+
+def _predict_autograd(config: dict, block: int, micro: int, recompute: int, rank: int,
+                      targets: int) -> dict[str, float]:
+    """자동미분의 길. 구조를 모르므로 흔한 transformer 한 층이 남기는 것으로 어림한다."""
+    layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
+    inner, tokens = config.get("intermediate_size") or 4 * hidden, block * micro
+    gated = config["model_type"] != "gpt_neox"
+    matrices = [3 * hidden * hidden, hidden * hidden, *[inner * hidden] * (3 if gated else 2)]
+    tables = 1 if config.get("tie_word_embeddings", False) else 2
+    # 한 층이 남기는 토큰당 16비트 값: 잔차와 norm 6, q, k, v, attention의 출력 4 x hidden, MLP 안쪽의 네 단계 x inner.
+    # LoRA의 입력마다 dropout한 fp32 사본이 하나씩 더 남는다
+    per_layer = 2 * tokens * (10 * hidden + 4 * inner + 2 * targets * hidden)
+    stored = 2 * layers * tokens * hidden if recompute else layers * per_layer
+    return {
+        "가중치": layers * (sum(_nf4_bytes(count) for count in matrices) + 26 * hidden) + 2 * vocab * hidden * tables,
+        "어댑터와 optimizer": 5 * 4 * layers * targets * rank * 2 * hidden,
+        "저장하는 활성값": stored,
+        # 재계산하거나 되돌아가는 층 하나, 푼 가중치 하나, 블록마다의 mask
+        "작업 공간": per_layer + 2 * max(matrices) + 2 * micro * block * block,
+        # 은닉값과 그 gradient, logits 조각의 fp32 둘
+        "손실": 4 * tokens * hidden + 8 * min(LOSS_CHUNK, tokens) * vocab,
+    }
+
+
+def _nf4_bytes(count: int) -> float:
+    """값 count개의 NF4: 4비트 값, 64개마다 8비트 absmax, absmax 256개마다 fp32 하나."""
+    return _segments(count / 2) + count / 64 + 4 * count / 64 / 256
 
 
 def _segments(size: float) -> float:

@@ -18,8 +18,9 @@ from utils.train import progress
 from utils.train.records import Plan, Result, Settings
 from utils.train.stage import Inputs
 
-N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 그 뒤로는 학습한 모델만 시간이 허락하는 만큼 답한다
-MAX_SAMPLES, SAMPLE_SECONDS = 64, 30.0
+N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다
+MAX_SAMPLES = 64
+SAMPLE_SECONDS, SAMPLE_SHARE = 60.0, 0.1  # 답을 만드는 시간은 이 초와, 학습한 시간의 이 몫 가운데 큰 쪽까지다
 SHOWN_CHARS = 120
 
 
@@ -35,7 +36,8 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         say(line)
     samples = Samples([], [])
     # 나뉜 모델로는 답하지 않는다
-    problem = None if result.sharded else answer_samples(inputs, result.model, samples)
+    problem = None if result.sharded else answer_samples(
+        inputs, result.model, samples, max(SAMPLE_SECONDS, SAMPLE_SHARE * result.seconds))
     record.write_samples(settings.output_dir, samples.examples + samples.held_out)
     if problem is not None:
         say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
@@ -99,13 +101,16 @@ class Samples:
     held_out: list[dict]
 
 
-def answer_samples(inputs: Inputs, model, samples: Samples) -> str | None:
+def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> str | None:
     """답을 만드는 대로 `samples`에 더한다. 끝까지 만들지 못했으면 그 이유 한 줄을, 만들었으면 None을 돌려준다.
 
     학습은 이미 끝났으므로 메모리 부족도, Ctrl+C도, 어떤 오류도 여기서 멈춘다.
+
+    Args:
+        seconds: 답을 만드는 데 쓸 수 있는 시간(초).
     """
     try:
-        fill_samples(inputs, model, samples)
+        fill_samples(inputs, model, samples, time.perf_counter() + seconds)
     except KeyboardInterrupt:
         return "Ctrl+C로 멈추었다"
     except torch.OutOfMemoryError:
@@ -115,40 +120,47 @@ def answer_samples(inputs: Inputs, model, samples: Samples) -> str | None:
     return None
 
 
-def fill_samples(inputs: Inputs, model, samples: Samples) -> None:
-    """예시 질문과 검증 질문에 답한다. 질문 없이 글만 있는 행은 건너뛴다."""
+def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
+    """예시 질문과 검증 질문에 여럿씩 함께 답한다. 질문 없이 글만 있는 행은 건너뛴다.
+
+    Args:
+        until: `time.perf_counter()`가 이때가 되면 멈추고, 다 만든 답만 담는다.
+    """
     examples = []
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
-        examples.append((fill_placeholder(instruction, context), inputs.encoder.encode_prompt(prompt)))
+        examples.append(({"question": fill_placeholder(instruction, context)}, inputs.encoder.encode_prompt(prompt)))
     settings = Sampling(temperature=0.0)
     asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
     decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + settings.max_new_tokens)
-    for question, ids in examples:
-        if len(ids) < decoder.context:
-            samples.examples.append({"question": question, **answers(decoder, inputs, ids)})
-    began = time.perf_counter()
+    held_out = questions_of(inputs)
+    for kept, pairs in ((samples.examples, examples), (samples.held_out, held_out[:N_COMPARED])):
+        pairs = [pair for pair in pairs if len(pair[1]) < decoder.context]
+        answer(decoder, inputs, pairs, "tuned", settings, until)
+        answer(decoder, inputs, pairs, "base", settings, until)
+        kept += [sample for sample, _ in pairs if "tuned" in sample and "base" in sample]
+    rest = [pair for pair in held_out[N_COMPARED:] if len(pair[1]) < decoder.context]
+    answer(decoder, inputs, rest, "tuned", settings, until)
+    samples.held_out.extend(sample for sample, _ in rest if "tuned" in sample)
+
+
+def questions_of(inputs: Inputs) -> list[tuple[dict, list[int]]]:
+    """(질문과 모범 답, 질문의 토큰) `MAX_SAMPLES`개까지."""
+    found = []
     for member in inputs.held_out:
-        compared = len(samples.held_out) < N_COMPARED
-        if len(samples.held_out) == MAX_SAMPLES or (not compared and time.perf_counter() - began > SAMPLE_SECONDS):
-            break
         tokens, is_answer = inputs.documents.document(member)
         start = int(np.argmax(is_answer))
-        if 0 < start < decoder.context:
-            samples.held_out.append({"question": inputs.tokenizer.decode(tokens[:start]),
-                                     "reference": inputs.tokenizer.decode(tokens[start:-1]).strip(),
-                                     **answers(decoder, inputs, tokens[:start].tolist(), compared)})
+        if start and len(found) < MAX_SAMPLES:
+            found.append(({"question": inputs.tokenizer.decode(tokens[:start]),
+                           "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}, tokens[:start].tolist()))
+    return found
 
 
-def answers(decoder: Decoder, inputs: Inputs, input_ids: list[int], compared: bool = True) -> dict[str, str]:
-    """기반 모델(base)과 학습한 모델(tuned)의 답과 그 답이 끝난 까닭. 탐욕적으로 고르므로 늘 같다.
-
-    Args:
-        compared: False면 학습한 모델만 답한다.
-    """
-    given = {}
-    for name in ("base", "tuned") if compared else ("tuned",):
-        decoder.use_adapter(name == "tuned")
-        given[name] = inputs.tokenizer.decode(list(decoder.stream(input_ids, Sampling(temperature=0.0)))).strip()
-        given[f"{name}_finish"] = decoder.finish_reason
-    return given
+def answer(decoder: Decoder, inputs: Inputs, pairs: list[tuple[dict, list[int]]], name: str, settings: Sampling,
+           until: float) -> None:
+    """기반 모델(base)이나 학습한 모델(tuned)의 답과 답이 끝난 이유를 표본마다 적는다. 다 못 만든 답은 적지 않는다."""
+    decoder.use_adapter(name == "tuned")
+    for (sample, _), reply in zip(pairs, decoder.answer_many([ids for _, ids in pairs], settings, until), strict=True):
+        if reply.finish_reason != "cancelled":
+            sample[name] = inputs.tokenizer.decode(reply.ids).strip()
+            sample[f"{name}_finish"] = reply.finish_reason

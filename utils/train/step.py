@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from utils.engine.train_layers import restore_embedding, why_not
-from utils.engine.train_step import NeoxStep
+from utils.engine.families import describe
+from utils.engine.train_layers import restore_embedding
+from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.train.autograd_step import autograd_ways
 from utils.train.batches import count_documents, split_rows
@@ -62,11 +63,12 @@ def open_step(model: nn.Module, plan: MemoryPlan, train_set, eval_set, device: t
     Raises:
         UsageError: 어느 길로도 모델과 같은 값이 나오지 않는다.
     """
-    reason = why_not(model)
+    family = describe(model, training=True)
+    reason = family if isinstance(family, str) else None
     documents = max(2, *(count_documents(data) for data in (train_set, eval_set)))
     candidates = autograd_ways(model, recompute=plan.recompute_layers > 0, reason=reason or "")
     if reason is None:
-        candidates.insert(0, lambda: NeoxStep(model, plan.recompute_layers, documents))
+        candidates.insert(0, lambda: TrainStep(model, plan.recompute_layers, documents))
     step = choose_step(candidates, model, train_set, documents, device, say, reject=lambda: restore_embedding(model))
     return SplittingStep(CapturedStep(step, device), model, plan.micro_batch_size, gradients, say)
 

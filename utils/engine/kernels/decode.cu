@@ -1,160 +1,403 @@
-// GPT-NeoX(병렬 잔차)의 토큰 하나. 층마다 커널 셋(project, attend, contract)이고 끝에 head가 온다.
+// 토큰 하나의 층. 차례로 도는 층은 커널 다섯(project, attend, contract, project, contract), 병렬 잔차(GPT-NeoX)는
+// 셋(project, attend, contract)이고 끝에 head가 온다. 커널마다 앞 커널을 기다리기 전에 가중치를 미리 읽는다.
+//
+// 잔차 x는 fp32 [HIDDEN]이다. 선형층의 입력은 위, 아래 두 16비트로 나누고 IN_SCALE을 곱해 둔다: gate * up처럼 큰 값이
+// fp16의 범위(65,504)를 넘지 않게 한다. 곱한 뒤에 되돌린다.
 
 #define PER_THREAD ((HIDDEN + THREADS - 1) / THREADS)
-#define A_ROWS ((2 * RANK + ROWS - 1) / ROWS * ROWS)  // LoRA A의 행: fp16/bf16으로 나눈 위 절반과 아래 절반
-#define TABLE_BYTES (NF4 ? 32768 : 0)
+#define EARLY_NORM (PER_THREAD <= 10)  // norm의 weight를 레지스터에 미리 읽어 둘 만큼 좁은지
 
 extern __shared__ char shared[];
 
-// layer norm의 결과를 위, 아래 절반으로 적는다. 합과 제곱합을 함께 모아 동기화가 한 번이다.
-template <bool BF>
-__device__ __forceinline__ void layer_norm(const float* x, const float (&weight)[PER_THREAD],
-                                           const float (&bias)[PER_THREAD], float eps, u16* high, u16* low,
-                                           float2* scratch) {
-    float value[PER_THREAD];
-    float2 sum = {0.f, 0.f};
-    for (int j = 0; j < PER_THREAD; j++) {
-        int i = threadIdx.x + j * THREADS;
-        value[j] = i < HIDDEN ? __ldcg(x + i) : 0.f;
-        sum.x += value[j], sum.y += value[j] * value[j];
+struct Norm {
+    const float* weight;  // fp32 [HIDDEN]. 1을 더하는 구조(Gemma)면 더해 둔 것이다
+    const float* bias;    // RMS norm이면 널
+};
+
+// 블록의 스레드들이 나누어 쥔 벡터 [HIDDEN].
+struct Row {
+    float v[PER_THREAD];
+
+// 앞 커널이 적은 값은 L1을 거치지 않고 읽는다(ldcg). 다른 SM이 적은 것이라 L1에는 옛 값이 있을 수 있다.
+    __device__ __forceinline__ void load(const float* source) {
+        #pragma unroll
+        for (int j = 0; j < PER_THREAD; j++) {
+            int i = threadIdx.x + j * THREADS;
+            v[j] = source && i < HIDDEN ? __ldcg(source + i) : 0.f;
+        }
     }
-    for (int step = 16; step; step >>= 1)
-        sum.x += __shfl_xor_sync(~0u, sum.x, step), sum.y += __shfl_xor_sync(~0u, sum.y, step);
+// 가중치는 바뀌지 않으므로 읽기 전용 캐시로 읽는다(ldg).
+    __device__ __forceinline__ void load_constant(const float* source) {
+        #pragma unroll
+        for (int j = 0; j < PER_THREAD; j++) {
+            int i = threadIdx.x + j * THREADS;
+            v[j] = source && i < HIDDEN ? __ldg(source + i) : 0.f;
+        }
+    }
+};
+
+__device__ __forceinline__ void load_norm(const Norm& norm, Row& weight, Row& bias) {
+    weight.load_constant(norm.weight);
+    if (!RMS) bias.load_constant(norm.bias);
+}
+
+// (평균, 표준편차의 역수). RMS norm이면 평균은 0이다. 합과 제곱합을 함께 모아 동기화가 한 번이다. scratch: [WARPS].
+__device__ __forceinline__ float2 moments(const Row& row, float2* scratch) {
+    float2 sum = {0.f, 0.f};
+    #pragma unroll
+    for (int j = 0; j < PER_THREAD; j++) sum.x += row.v[j], sum.y += row.v[j] * row.v[j];
+    sum.x = warp_sum(sum.x), sum.y = warp_sum(sum.y);
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = sum;
     __syncthreads();
     sum = scratch[threadIdx.x & WARPS - 1];
     for (int step = WARPS / 2; step; step >>= 1)
         sum.x += __shfl_xor_sync(~0u, sum.x, step), sum.y += __shfl_xor_sync(~0u, sum.y, step);
-    float mean = sum.x / HIDDEN, scale = rsqrtf(fmaxf(sum.y / HIDDEN - mean * mean, 0.f) + eps);
+    float mean = RMS ? 0.f : sum.x / HIDDEN;
+    return {mean, rsqrtf(fmaxf(sum.y / HIDDEN - mean * mean, 0.f) + EPS)};
+}
+
+// 잔차를 읽어 norm한 것을 위, 아래로 적는다. 앞 선형층의 출력에 norm을 거는 구조(POST_NORM)에서는 아직 더하지 않은 그
+// 출력 y에 norm을 걸어 더하고, 첫 블록이 새 잔차를 x_out에 적는다(다른 블록이 읽고 있는 x와 다른 자리다).
+struct Residual {
+    const float* x;
+    const float* y;     // 널이면 더할 것이 없다
+    const float* post;  // y의 norm의 weight. 잔차의 배율을 곱해 둔 것이다
+    float* x_out;
+};
+
+template <bool BF, bool NORMED>
+__device__ __forceinline__ void read_residual(const Residual& from, const Norm& norm, Row& weight, Row& bias,
+                                              float scale, u16* high, float2* scratch) {
+    Row x;
+    x.load(from.x);
+    if (POST_NORM) {
+        if (from.y) {
+            Row y, post;
+            y.load(from.y);
+            post.load_constant(from.post);
+// 앞 선형층의 출력에 거는 norm: x += y / rms(y) * post
+            float factor = moments(y, scratch).y;
+            #pragma unroll
+            for (int j = 0; j < PER_THREAD; j++) x.v[j] += y.v[j] * factor * post.v[j];
+        }
+        for (int j = 0; j < PER_THREAD; j++) {
+            int i = threadIdx.x + j * THREADS;
+            if (from.x_out && blockIdx.x == 0 && i < HIDDEN) from.x_out[i] = x.v[j];
+        }
+    }
+    if (NORMED && !EARLY_NORM) load_norm(norm, weight, bias);
+// 이 선형층의 입력에 거는 norm. 두 moments는 scratch의 다른 자리를 쓰므로 사이에 동기화가 없어도 된다
+    float2 moment = NORMED ? moments(x, scratch + WARPS) : float2{0.f, 1.f};
+    #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
-        if (i < HIDDEN) store_split<BF>(high + i, low + i, (value[j] - mean) * scale * weight[j] + bias[j]);
+        if (i >= HIDDEN) continue;
+        float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] : x.v[j];
+        if (NORMED && !RMS) value += bias.v[j];
+        store_split<BF>(high + i, high + HIDDEN + i, value * scale);
     }
 }
 
-__device__ __forceinline__ void read_norm(const float* source, float (&target)[PER_THREAD]) {
-    for (int j = 0; j < PER_THREAD; j++) {
-        int i = threadIdx.x + j * THREADS;
-        target[j] = i < HIDDEN ? __ldg(source + i) : 0.f;
-    }
+__device__ __forceinline__ float activate(float value) {
+// 어느 것인지는 컴파일할 때 정해지므로 나머지 가지는 사라진다
+    if (ACTIVATION == SILU) return value / (1.f + expf(-value));
+    if (ACTIVATION == GELU_TANH)
+        return 0.5f * value * (1.f + tanhf(0.7978845608f * (value + 0.044715f * value * value * value)));
+    return 0.5f * value * (1.f + erff(value * 0.70710678f));
 }
 
-// qkv = W ln1(x) + bias + B A ln1(x) 그리고 act[:FF] = gelu(W ln2(x) + bias). 앞의 qkv_blocks개 블록이 qkv를 맡는다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
-    const float* x, float eps, const float* code, const float* adapter, int qkv_blocks, int slots,
-    const float* norm1, const float* shift1, const u8* weight1, const void* scale1, const float* group1, float offset1,
-    const float* bias1, const u16* lora_a, const float* lora_b, float* qkv,
-    const float* norm2, const float* shift2, const u8* weight2, const void* scale2, const float* group2, float offset2,
-    const float* bias2, u16* act) {
-    typedef Product<Piece<HIDDEN>, HIDDEN, 4> Main;
-    typedef Product<WidePiece<ACT_BF16, HIDDEN>, HIDDEN, 2> Lora;
-    let_next_kernel_start();
-    bool is_qkv = blockIdx.x < qkv_blocks;
-    int rows = is_qkv ? 3 * HIDDEN : FF, blocks = is_qkv ? qkv_blocks : gridDim.x - qkv_blocks;
-    int block = is_qkv ? blockIdx.x : blockIdx.x - qkv_blocks;
-    int first = rows / ROWS * block / blocks, tiles = rows / ROWS * (block + 1) / blocks - first;
-    Main product(is_qkv ? Matrix{weight1, scale1, group1, offset1} : Matrix{weight2, scale2, group2, offset2}, first,
-                 tiles);
+// MLP의 뒤쪽 행렬에 붙은 LoRA의 아래쪽 곱 d = A act. A [r][FF]는 블록마다 읽기에는 넓다. 그래서 act를 만든 블록이 제
+// 행들의 몫을 partial[블록][RANK]에 적고, 다음 커널이 블록들의 몫을 더한다. 더하는 차례가 정해져 있어 답은 늘 같다.
+struct LoraOfAct {
+    const float* a;  // fp32 [RANK][FF]. 없으면 널
+    float* partial;  // [MLP_BLOCKS][RANK]
+};
+
+// 워프 하나가 d의 행 PER_WARP개를 맡는다. 읽는 것은 앞 커널과 상관없거나 다른 읽기와 겹칠 수 있으므로 먼저 시작한다.
+struct LoraOfActGiver {
+    enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_ROWS + 31) / 32, HELD = PER_WARP * PER_LANE,
+           EARLY = HELD > 0 && HELD <= 8 };
+    float held[EARLY ? HELD : 1];
+
+    __device__ __forceinline__ static float weight(const LoraOfAct& lora, int k, int first, int rows) {
+        int r = (threadIdx.x >> 5) + k / PER_LANE * WARPS, i = (threadIdx.x & 31) + k % PER_LANE * 32;
+        return r < RANK && i < rows ? __ldg(lora.a + (size_t)r * FF + first + i) : 0.f;
+    }
+    __device__ __forceinline__ void prime(const LoraOfAct& lora, int first, int rows) {
+        #pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if (EARLY) held[EARLY ? k : 0] = weight(lora, k, first, rows);
+    }
+    // act: 이 블록이 만든 값 [rows](공유 메모리), first: 첫 행.
+    __device__ __forceinline__ void give(const LoraOfAct& lora, const float* act, int first, int rows,
+                                         int block) const {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            float sum = 0.f;
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++) {
+                int i = (threadIdx.x & 31) + l * 32, k = w * PER_LANE + l;
+                if (i < rows) sum += (EARLY ? held[EARLY ? k : 0] : weight(lora, k, first, rows)) * act[i];
+            }
+            sum = warp_sum(sum);
+            if ((threadIdx.x & 31) == 0 && r < RANK) lora.partial[block * RANK + r] = sum;
+        }
+    }
+};
+
+struct LoraOfActTaker {
+    enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_BLOCKS + 31) / 32 };
+    float held[PER_WARP ? PER_WARP : 1];
+
+    __device__ __forceinline__ void load(const LoraOfAct& lora) {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            float sum = 0.f;
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++) {
+                int b = (threadIdx.x & 31) + l * 32;
+                if (r < RANK && b < MLP_BLOCKS) sum += __ldcg(lora.partial + b * RANK + r);
+            }
+            held[PER_WARP ? w : 0] = sum;
+        }
+    }
+    // d [RANK]를 공유 메모리에 적는다. 그 뒤에 동기화해야 한다.
+    __device__ __forceinline__ void take(float adapter, float* down) const {
+        #pragma unroll
+        for (int w = 0; w < PER_WARP; w++) {
+            float sum = warp_sum(held[PER_WARP ? w : 0]);
+            int r = (threadIdx.x >> 5) + w * WARPS;
+            if ((threadIdx.x & 31) == 0 && r < RANK) down[r] = sum * adapter;
+        }
+    }
+};
+
+// 커널의 공유 메모리. 크기는 decode_plan.py의 `space`가 같은 차례로 센다.
+//   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK를 4의 배수로] | LoRA의 합의 자리 [lora_tiles][WARPS][ROWS]
+//   | 합의 자리 [slots][WARPS][ROWS] | 나머지
+struct Space {
+    enum { DOWN = (RANK + 3) / 4 * 4 };
+    u32* table;
+    float* codes;
+    float* down;
+    float* lora_partial;
+    float* partial;
+    char* rest;
+
+    __device__ __forceinline__ Space(int lora_tiles, int slots) {
+        table = (u32*)shared;
+        codes = (float*)(shared + TABLE_BYTES);
+        down = codes + 256;
+        lora_partial = down + 3 * DOWN;
+        partial = lora_partial + lora_tiles * WARPS * ROWS;
+        rest = (char*)(partial + slots * WARPS * ROWS);
+    }
+    __device__ __forceinline__ void fill(const float* code) const {
+        if (WEIGHT == NF4_WEIGHT) build_table(table);
+        if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+    }
+};
+
+// 선형층 하나(또는 나란한 여럿)를 곱한다. block은 이 선형층을 맡은 블록들 가운데의 번호다.
+//   MLP = false: out[행] = W norm(x), 행은 q | k | v.  MLP = true: act[행] = 활성(gate) * up 또는 활성(up), 16비트 둘.
+template <bool MLP>
+__device__ __forceinline__ void project_job(const Residual& from, const Norm& norm, const Linear& linear,
+                                            const LoraOfAct& next_lora, const float* code, float adapter, int block,
+                                            int blocks, int slots, float* out, u16* act) {
+    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS,
+           TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
+    typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
+    typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
+    typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
+// 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다
+    int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
+    Main product(linear.part, first * PAIR, tiles * PAIR);
     product.prime();
-    Lora lora({(const u8*)lora_a, 0, 0, 0.f}, 0, A_ROWS / ROWS);
-    bool adapted = RANK && is_qkv && *adapter != 0.f;
+    // 이 블록의 행들이 쓰는 part만 LoRA를 센다. gate와 up은 늘 함께 쓴다
+// 어댑터를 끄면 *adapter가 0이다. 블록 전체가 같은 값을 보므로 동기화가 어긋나지 않는다
+    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f;
+    int part_begin = MLP ? 0 : Where::part(first), part_end = MLP ? PARTS : Where::part(first + tiles - 1) + 1;
+    LoraDown<HIDDEN> lora(&linear.lora_a, part_begin * LORA_TILES, adapted ? (part_end - part_begin) * LORA_TILES : 0);
     if (adapted) lora.prime();
-
-    u32* table = (u32*)shared;
-    float* partial = (float*)(shared + TABLE_BYTES);
-    float* lora_partial = partial + slots * WARPS * ROWS;
-    float* codes = lora_partial + A_ROWS * WARPS;
-    float* down = codes + 256;
-    float2* scratch = (float2*)(down + (RANK + 3) / 4 * 4);
-    u16* high = (u16*)(scratch + WARPS);
-    float norm[PER_THREAD], shift[PER_THREAD];
-    read_norm(is_qkv ? norm1 : norm2, norm);
-    read_norm(is_qkv ? shift1 : shift2, shift);
+    Space space(PARTS * LORA_TILES, slots);
+    float2* scratch = (float2*)space.rest;
+    u16* high = (u16*)(scratch + 2 * WARPS);
+    Row weight, bias;
+    if (PRE_NORM && EARLY_NORM) load_norm(norm, weight, bias);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
-    float row_bias = has_row ? __ldg((is_qkv ? bias1 : bias2) + row) : 0.f;
-    if (adapted && has_row) asm volatile("prefetch.global.L2 [%0];" ::"l"(lora_b + row * RANK));
-    if (NF4) build_table(table);
-    if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+    RowEnd end, up_end;
+    if (has_row) end.load(linear, row, adapted);
+    if (has_row && PAIR == 2) up_end.load(linear, FF + row, adapted);
+    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    LoraOfActGiver giver;
+    if (gives) giver.prime(next_lora, first * ROWS, tiles * ROWS);
+    space.fill(code);
+// 2. 앞 커널이 끝나면 잔차를 읽어 norm한다. 블록마다 똑같이 센다: 나누어 세고 모으는 것보다 빠르다
     wait_for_previous_kernel();
-    layer_norm<ACT_BF16>(x, norm, shift, eps, high, high + HIDDEN, scratch);
+    read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, bias, IN_SCALE, high, scratch);
     __syncthreads();
 
-    Inputs inputs = {high, high + HIDDEN, table, codes};
-    if (adapted) lora.run(inputs, lora_partial);
-    product.run(inputs, partial);
+// 활성값의 위와 아래 절반, NF4의 표, 8비트 코드표
+    Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
+// 3. 곱한다. 워프마다의 합은 공유 메모리에 있고, 동기화한 뒤에 행마다 더한다
+    if (adapted) lora.run(inputs, space.lora_partial);
+    product.run(inputs, space.partial);
     __syncthreads();
     if (adapted) {
-        for (int r = threadIdx.x; r < RANK; r += THREADS)
-            down[r] = (Lora::row(lora_partial, r) + Lora::row(lora_partial, r + RANK)) * *adapter;
+        for (int part = part_begin; part < part_end; part++)
+            gather_lora<HIDDEN>(space.lora_partial + (part - part_begin) * LORA_TILES * LoraDown<HIDDEN>::FLOATS,
+                                adapter, space.down + part * Space::DOWN);
+        __syncthreads();
+    }
+// 어댑터가 꺼져 있으면 널을 넘겨 곱을 건너뛴다
+    const float* down = adapted ? space.down : 0;
+// 4. 출력 행 하나를 스레드 하나가 마무리한다
+    if (!MLP) {
+        if (!has_row) return;
+        int part = Where::part(row / ROWS);
+        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), down ? down + part * Space::DOWN : 0, row);
+        return;
+    }
+    // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
+// 출력 행 threadIdx.x는 tile번째 gate 묶음의 inside번째 행이다
+    int tile = threadIdx.x / ROWS, inside = threadIdx.x % ROWS;
+    float value = 0.f;
+    if (has_row) {
+        value = activate(end.finish(linear, Main::row(space.partial, tile * PAIR * ROWS + inside), down, row));
+        if (PAIR == 2)
+            value *= up_end.finish(linear, Main::row(space.partial, (tile * 2 + 1) * ROWS + inside),
+                                   down ? down + Space::DOWN : 0, FF + row);
+        store_split<ACT_BF16>(act + row, act + FF + row, value * IN_SCALE);
+    }
+    if (!gives) return;
+// 5. 다음 커널(contract)의 LoRA가 쓸 몫을 여기서 센다. act가 아직 fp32로 공유 메모리에 들어갈 수 있을 때다
+    float* values = (float*)high;  // 입력은 다 썼다
+    if (has_row) values[threadIdx.x] = value;
+    __syncthreads();
+    giver.give(next_lora, values, first * ROWS, tiles * ROWS, block);
+}
+
+// qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
+    Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
+    const float* adapter, int qkv_blocks, int slots, float* out, u16* act) {
+    let_next_kernel_start();
+    if ((int)blockIdx.x < qkv_blocks)
+        project_job<false>(from, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
+    else
+        project_job<true>(from, norm2, mlp, down_lora, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks,
+                          slots, out, act);
+}
+
+// 잔차에 더하는 선형층: attention의 출력 W_o, MLP의 출력 W_down, 병렬 잔차면 둘 다.
+//   x: 잔차 [HIDDEN]. POST_NORM이면 더하지 않고 y에 적는다.
+//   입력은 위 절반만 쓴다(16비트 가중치는 아래 절반도): 공유 메모리를 아낀다.
+template <bool OUT, bool DOWN>
+__device__ __forceinline__ void contract_job(float* x, float* y, const u16* attended, const u16* act, const float* code,
+                                             float adapter, const Linear& out, const Linear& down,
+                                             const LoraOfAct& down_lora, int slots) {
+    typedef Product<Piece<QDIM>, QDIM, OUT && DOWN ? 2 : 4> Out;
+    typedef Product<Piece<FF>, FF, 4> Down;
+    enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
+    int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
+// 1. 기다리기 전: 두 선형층의 가중치와 행의 마무리에 쓸 것을 미리 읽는다
+    Down down_product(down.part, first, DOWN ? tiles : 0);
+    Out out_product(out.part, first, OUT ? tiles : 0);
+    if (DOWN) down_product.prime();
+    if (OUT) out_product.prime();
+    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f;
+    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    LoraDown<QDIM> lora(&out.lora_a, 0, out_adapted ? LORA_TILES : 0);
+    if (out_adapted) lora.prime();
+    Space space(OUT ? LORA_TILES : 0, slots * (OUT + DOWN));
+    float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
+    u16* inputs = (u16*)space.rest;
+// 두 선형층의 입력이 차례로 놓인다
+    u16* acts = inputs + (OUT ? QDIM * COPIES : 0);
+    int row = first * ROWS + threadIdx.x;
+    bool has_row = threadIdx.x < tiles * ROWS;
+    RowEnd out_end, down_end;
+    if (has_row && OUT) out_end.load(out, row, out_adapted);
+    if (has_row && DOWN) down_end.load(down, row, down_adapted);
+    space.fill(code);
+    wait_for_previous_kernel();
+// 2. 앞 커널이 적은 활성값을 공유 메모리로 옮긴다. LoRA의 몫도 함께 읽기 시작해서 기다림을 겹친다
+    LoraOfActTaker taker;
+    if (down_adapted) taker.load(down_lora);
+    if (OUT)
+        for (int i = threadIdx.x; i < QDIM * COPIES / 8; i += THREADS)
+            ((uint4*)inputs)[i] = __ldcg((const uint4*)attended + i);
+    if (DOWN)
+        #pragma unroll 4
+        for (int i = threadIdx.x; i < FF * COPIES / 8; i += THREADS)
+            ((uint4*)acts)[i] = __ldcg((const uint4*)act + i);
+    float value = has_row && !POST_NORM ? __ldcg(x + row) : 0.f;
+    if (down_adapted) taker.take(adapter, space.down + Space::DOWN);
+    __syncthreads();
+
+    Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
+    Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.table, space.codes};
+// 3. 곱한다
+    if (out_adapted) lora.run(out_inputs, space.lora_partial);
+    if (DOWN) down_product.run(down_inputs, down_partial);
+    if (OUT) out_product.run(out_inputs, space.partial);
+    __syncthreads();
+    if (out_adapted) {
+        gather_lora<QDIM>(space.lora_partial, adapter, space.down);
         __syncthreads();
     }
     if (!has_row) return;
-    float value = Main::row(partial, threadIdx.x) + row_bias;
-    if (is_qkv) {
-        if (adapted)
-            for (int r = 0; r < RANK; r++) value += __ldg(lora_b + row * RANK + r) * down[r];
-        qkv[row] = value;
-    } else {
-        store_split<ACT_BF16>(act + row, act + ACT + row, 0.5f * value * (1.f + erff(value * 0.70710678f)));
+// 4. 행마다 더해 잔차를 고친다. 블록마다 다른 행이므로 서로 부딪치지 않는다
+    float sum = 0.f;
+    if (OUT) sum += out_end.finish(out, Out::row(space.partial, threadIdx.x), out_adapted ? space.down : 0, row);
+    if (DOWN)
+        sum += down_end.finish(down, Down::row(down_partial, threadIdx.x), down_adapted ? space.down + Space::DOWN : 0,
+                               row);
+    if (POST_NORM) y[row] = sum;
+    else x[row] = value + sum * RESIDUAL_SCALE;
+}
+
+#define CONTRACT(NAME, OUT, DOWN)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                              \
+        float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
+        Linear down, LoraOfAct down_lora, int slots) {                                                                 \
+        let_next_kernel_start();                                                                                       \
+        contract_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, down_lora, slots);                     \
     }
-}
+#if PARALLEL
+CONTRACT(contract, true, true)
+#else
+CONTRACT(contract_attention, true, false)
+CONTRACT(contract_mlp, false, true)
+#endif
 
-// x += W_4h_to_h gelu + W_dense attention + bias. NF4에서는 활성값의 위 절반(fp16)만 써서 공유 메모리를 아낀다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) contract(
-    float* x, const u16* act, const float* code, const float* bias, int slots,
-    const u8* weight1, const void* scale1, const float* group1, float offset1,
-    const u8* weight2, const void* scale2, const float* group2, float offset2) {
-    typedef Product<Piece<FF>, FF, 4> Down;
-    typedef Product<Piece<HIDDEN>, HIDDEN, 2> Dense;
-    let_next_kernel_start();
-    int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
-    Down down({weight1, scale1, group1, offset1}, first, tiles);
-    Dense dense({weight2, scale2, group2, offset2}, first, tiles);
-    down.prime();
-    dense.prime();
-    u32* table = (u32*)shared;
-    float* partial = (float*)(shared + TABLE_BYTES);
-    float* dense_partial = partial + slots * WARPS * ROWS;
-    float* codes = dense_partial + slots * WARPS * ROWS;
-    u16* inputs = (u16*)(codes + 256);
-    int row = first * ROWS + threadIdx.x;
-    bool has_row = threadIdx.x < tiles * ROWS;
-    float value = has_row ? __ldg(bias + row) : 0.f;
-    if (NF4) build_table(table);
-    if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
-    wait_for_previous_kernel();
-    #pragma unroll 4
-    for (int i = threadIdx.x; i < ACT * (NF4 ? 1 : 2) / 8; i += THREADS)
-        ((uint4*)inputs)[i] = __ldcg((const uint4*)act + i);
-    if (has_row) value += x[row];
-    __syncthreads();
-    down.run({inputs, NF4 ? 0 : inputs + ACT, table, codes}, partial);
-    dense.run({inputs + FF, NF4 ? 0 : inputs + ACT + FF, table, codes}, dense_partial);
-    __syncthreads();
-    if (has_row) x[row] = value + Down::row(partial, threadIdx.x) + Dense::row(dense_partial, threadIdx.x);
-}
-
-// logits[:VOCAB] = W norm(x). weight의 행은 16의 배수까지 있다.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) head(
-    const float* x, float eps, const float* norm, const float* shift, const u8* weight, float* logits, int slots) {
+// logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Norm norm, Linear linear, float* logits,
+                                                              int slots) {
     typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
     let_next_kernel_start();
-    int first = TILES * blockIdx.x / gridDim.x, tiles = TILES * (blockIdx.x + 1) / gridDim.x - first;
-    Main product({weight, 0, 0, 0.f}, first, tiles);
+// 어휘가 크면 블록이 SM보다 많다. 출력 행렬은 16비트라 NF4의 표가 필요 없다
+    int first = (int)((u64)TILES * blockIdx.x / gridDim.x);
+    int tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first;
+    Main product(linear.part, first, tiles);
     product.prime();
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);
-    u16* high = (u16*)(scratch + WARPS);
-    float scale[PER_THREAD], bias[PER_THREAD];
-    read_norm(norm, scale);
-    read_norm(shift, bias);
+    u16* high = (u16*)(scratch + 2 * WARPS);
+    Row weight, bias;
+    if (EARLY_NORM) load_norm(norm, weight, bias);
     wait_for_previous_kernel();
-    layer_norm<BF16>(x, scale, bias, eps, high, high + HIDDEN, scratch);
+    read_residual<BF16, true>(from, norm, weight, bias, 1.f, high, scratch);
     __syncthreads();
     product.run({high, high + HIDDEN, 0, 0}, partial);
     __syncthreads();
     int row = first * ROWS + threadIdx.x;
-    if (threadIdx.x < tiles * ROWS && row < VOCAB) logits[row] = Main::row(partial, threadIdx.x);
+// 16의 배수까지 채운 행의 로짓은 적지 않는다
+    if (threadIdx.x >= tiles * ROWS || row >= VOCAB) return;
+    float value = Main::row(partial, threadIdx.x) * LOGIT_SCALE;
+    logits[row] = LOGIT_CAP > 0.f ? LOGIT_CAP * tanhf(value * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f))) : value;
 }

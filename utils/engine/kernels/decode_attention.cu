@@ -1,25 +1,68 @@
-// 토큰 하나의 rotary, int8 KV cache, attention.
+// 토큰 하나의 attention: q/k norm, rotary, int8 KV cache, softmax. 질문을 읽는 커널과 함께 쓰는 것도 여기에 있다.
+//
+// KV cache는 PAGE개의 위치마다 메모리 한 쪽(page)이다. 대화가 길어지면 쪽을 더할 뿐 옮기지 않으므로 graph를 다시
+// 캡처하지 않는다. 쪽 하나에는 모든 층의 것이 있다(decode_plan.py의 `PageLayout`이 자리를 정한다):
+//   값    int8  [K, V][층][KV 머리][PAGE][HEAD_DIM]
+//   배율  fp16  [K, V][층][KV 머리][PAGE][HEAD_DIM / GROUP]     값 = int8 * 배율
+//   회전  float2 [rotary의 종류][PAGE][ROTARY / 2]              위치마다의 (cos, sin)
 
-#define LANE 16        // 레인 하나가 맡는 칸
-#define CHUNK 64       // 블록 하나가 맡는 위치의 수
-#define ATTENDERS 256  // 블록의 스레드 수
-#define SPLITS ((CONTEXT + CHUNK - 1) / CHUNK)
+#define LANE 16  // 레인 하나가 맡는 칸
+#define PER_KV (HEADS / KV_HEADS)
+#define KV_VECTORS (2 * LAYERS * KV_HEADS)
 
-__device__ __forceinline__ float rotate(const float* head, const float2* turns, int d) {
+// 한 층의 attention이 쓰는 상수. `AttentionArgument`와 같은 차례다.
+struct Attention {
+    int layer;
+    int window;  // 이 위치 수보다 먼 것은 보지 않는다. 0이면 모두 본다
+    int turn;    // 쓸 rotary의 종류. 음수면 돌리지 않는다
+    const float* q_norm;  // fp32 [HEAD_DIM]. norm이 없으면 널
+    const float* k_norm;
+};
+
+struct Page {
+    u8* bytes;
+    int slot;  // 쪽 안의 자리
+
+    __device__ __forceinline__ Page(u8* const* pages, int position)
+        : bytes((u8*)__ldg((const u64*)pages + position / PAGE)), slot(position % PAGE) {}
+
+    // kind 0은 K, 1은 V.
+    __device__ __forceinline__ static size_t vector(int kind, int layer, int head) {
+        return ((size_t)kind * LAYERS + layer) * KV_HEADS + head;
+    }
+    __device__ __forceinline__ signed char* values(int kind, int layer, int head) const {
+        return (signed char*)bytes + (vector(kind, layer, head) * PAGE + slot) * HEAD_DIM;
+    }
+    __device__ __forceinline__ u16* scales(int kind, int layer, int head) const {
+        return (u16*)(bytes + PAGE_SCALES) + (vector(kind, layer, head) * PAGE + slot) * (HEAD_DIM / GROUP);
+    }
+    __device__ __forceinline__ const float2* turns(int kind) const {
+        return (const float2*)(bytes + PAGE_TURNS) + ((size_t)kind * PAGE + slot) * (ROTARY / 2);
+    }
+};
+
+// d번째 칸의 (cos, sin). 돌리지 않는 칸이면 (1, 0)이다.
+__device__ __forceinline__ float2 turn_of(const float2* turns, int d) {
+    return turns && d < ROTARY ? __ldg(turns + d % (ROTARY / 2)) : float2{1.f, 0.f};
+}
+
+// 머리 하나의 d번째 칸을 돌린다. 앞 절반과 뒤 절반이 짝이다.
+__device__ __forceinline__ float rotate(const float* head, float2 turn, int d) {
     if (d >= ROTARY) return head[d];
-    float2 turn = turns[d % (ROTARY / 2)];
     return d < ROTARY / 2 ? head[d] * turn.x - head[d + ROTARY / 2] * turn.y
                           : head[d] * turn.x + head[d - ROTARY / 2] * turn.y;
 }
 
 // GROUP칸을 int8로 적고 fp16 scale 하나를 남긴다. 이어진 GROUP개 스레드가 함께 부른다.
-__device__ __forceinline__ void store_int8(signed char* cache, u16* scales, size_t index, float value) {
+__device__ __forceinline__ void store_int8(signed char* values, u16* scales, int d, float value) {
+// GROUP칸의 절댓값 가운데 가장 큰 것이 127이 된다
     float largest = fabsf(value);
-    for (int step = GROUP / 2; step; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
+    for (int step = GROUP / 2; step; step >>= 1)
+        largest = fmaxf(largest, __shfl_xor_sync(__activemask(), largest, step));
     u16 bits = narrow<false>(largest / 127.f);
     float scale = widen<false>(bits);
-    cache[index] = (signed char)(scale > 0.f ? fminf(fmaxf(rintf(value / scale), -127.f), 127.f) : 0.f);
-    if (index % GROUP == 0) scales[index / GROUP] = bits;
+    values[d] = (signed char)(scale > 0.f ? fminf(fmaxf(rintf(value / scale), -127.f), 127.f) : 0.f);
+    if (d % GROUP == 0) scales[d / GROUP] = bits;
 }
 
 __device__ __forceinline__ float int8_at(const uint4& packed, int j) {
@@ -27,128 +70,208 @@ __device__ __forceinline__ float int8_at(const uint4& packed, int j) {
     return (float)((int)(word << (3 - j % 4) * 8) >> 24);
 }
 
-// 새 토큰의 K, V를 cache에 더하고 attention을 센다. 블록은 머리 하나의 위치 CHUNK개를 맡는다. 머리마다 마지막에 끝난
-// 블록이 부분 결과를 합친다. partial: [HEADS][SPLITS][HEAD_DIM + 2], done: [HEADS]는 늘 0으로 되돌려 놓는다.
+// qkv 벡터에서 q, k, v가 시작하는 자리. GPT-NeoX는 머리마다 q, k, v가 번갈아 있고 나머지는 q 전체, k 전체, v 전체다.
+__device__ __forceinline__ int query_at(int head) { return INTERLEAVED ? head * 3 * HEAD_DIM : head * HEAD_DIM; }
+__device__ __forceinline__ int key_at(int head) {
+    return INTERLEAVED ? (head * 3 + 1) * HEAD_DIM : QDIM + head * HEAD_DIM;
+}
+__device__ __forceinline__ int value_at(int head) {
+    return INTERLEAVED ? (head * 3 + 2) * HEAD_DIM : QDIM + KVDIM + head * HEAD_DIM;
+}
+
+// 워프 하나가 머리 하나를 [HEAD_DIM] 옮기며 RMS norm을 한다. weight가 널이면 그대로 옮긴다.
+__device__ __forceinline__ void copy_head(const float* source, float* target, const float* weight) {
+// 레인 하나가 32칸 간격으로 PER_LANE칸을 맡는다
+    enum { PER_LANE = (HEAD_DIM + 31) / 32 };
+    int lane = threadIdx.x & 31;
+    float value[PER_LANE], square = 0.f;
+    for (int i = 0; i < PER_LANE; i++) {
+        int d = lane + i * 32;
+        value[i] = d < HEAD_DIM ? __ldcg(source + d) : 0.f;
+        square += value[i] * value[i];
+    }
+    float scale = weight ? rsqrtf(warp_sum(square) / HEAD_DIM + EPS) : 1.f;
+    for (int i = 0; i < PER_LANE; i++) {
+        int d = lane + i * 32;
+        if (d < HEAD_DIM) target[d] = value[i] * scale * (weight ? __ldg(weight + d) : 1.f);
+    }
+}
+
+// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
+// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 SPLITS로 나눈 한 토막을 맡는다. 토막은
+// CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
+// 아래의 모양은 줄 하나의 것이다.
+//   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], state: [6], out: 16비트 [위, 아래][QDIM]
+//   partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
 extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
-    const float* qkv, const float2* turns, const int* state, signed char* keys, u16* key_scales, signed char* values,
-    u16* value_scales, float* partial, int* done, u16* act) {
+    const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
-           AT_ONCE = ATTENDERS / SPAN, STEPS = (CHUNK + AT_ONCE - 1) / AT_ONCE };
-    __shared__ float query[HEAD_DIM], scores[CHUNK], sums[ATTENDERS / 32][HEAD_DIM];
-    __shared__ __align__(16) signed char fresh_key[HEAD_DIM], fresh_value[HEAD_DIM];
+           AT_ONCE = ATTENDERS / SPAN, STEPS = (CHUNK + AT_ONCE - 1) / AT_ONCE, Q = HEADS_PER_BLOCK,
+           KEY = Q, VALUE = Q + 1 };
+    __shared__ float raw[Q + 2][HEAD_DIM], query[Q][HEAD_DIM], scores[Q][CHUNK], sums[ATTENDERS / 32][Q][HEAD_DIM];
+    __shared__ __align__(16) signed char fresh[2][HEAD_DIM];
     __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
     __shared__ bool last;
-    int head = blockIdx.x, begin = blockIdx.y * CHUNK, tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-    int position = state[0];
-    if (begin > position) return;
-    int end = min(begin + CHUNK, position + 1), part = tid % SPAN, sub = tid / SPAN;
-    size_t base = (size_t)head * CONTEXT * HEAD_DIM, fresh = base + (size_t)position * HEAD_DIM;
+    let_next_kernel_start();
+// 함께 답하는 줄마다 메모리가 이어져 있다. 줄이 하나면 z는 0이다
+    qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
+    partial += blockIdx.z * HEADS * SPLITS * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
+    int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
+    int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
+// 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
+    int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
+    int seen = position + 1 - oldest, splits = gridDim.y;
+    int per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
+    int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
+    if ((int)blockIdx.y >= active) return;
 
-    // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다.
+// 위치 하나의 K는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 위치 STEPS개를 맡는다
     uint4 key[STEPS], value[STEPS];
     u16 key_scale[STEPS], value_scale[STEPS];
     bool present[STEPS];
-    #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int row = begin + sub + s * AT_ONCE;
-        present[s] = part < LANES && row < end && sub + s * AT_ONCE < CHUNK;
-        if (!present[s] || row == position) continue;
-        size_t index = base + (size_t)row * HEAD_DIM + part * LANE;
-        key[s] = __ldcg((const uint4*)(keys + index)), value[s] = __ldcg((const uint4*)(values + index));
-        key_scale[s] = __ldcg(key_scales + index / GROUP), value_scale[s] = __ldcg(value_scales + index / GROUP);
-    }
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const float* source = qkv + head * 3 * HEAD_DIM;
-    const float2* now = turns + (size_t)position * (ROTARY / 2);
-    for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-        query[d] = rotate(source, now, d) * rsqrtf((float)HEAD_DIM);
-        if (end == position + 1) {
-            store_int8(fresh_key, fresh_scales[0], d, rotate(source + HEAD_DIM, now, d));
-            store_int8(fresh_value, fresh_scales[1], d, source[2 * HEAD_DIM + d]);
-        }
-    }
-    __syncthreads();
-    if (end == position + 1 && tid < LANES) {
-        size_t index = fresh + tid * LANE;
-        *(uint4*)(keys + index) = ((const uint4*)fresh_key)[tid];
-        *(uint4*)(values + index) = ((const uint4*)fresh_value)[tid];
-        key_scales[index / GROUP] = fresh_scales[0][tid * LANE / GROUP];
-        value_scales[index / GROUP] = fresh_scales[1][tid * LANE / GROUP];
-    }
-
-    float q[LANE], largest = -1e30f;
-    #pragma unroll
-    for (int j = 0; j < LANE; j++) q[j] = part < LANES ? query[part * LANE + j] : 0.f;
-    #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        int row = begin + sub + s * AT_ONCE;
-        if (present[s] && row == position) {
-            key[s] = ((const uint4*)fresh_key)[part], value[s] = ((const uint4*)fresh_value)[part];
-            key_scale[s] = fresh_scales[0][part * LANE / GROUP], value_scale[s] = fresh_scales[1][part * LANE / GROUP];
-        }
-        float dot = 0.f;
-        if (present[s]) {
-            #pragma unroll
-            for (int j = 0; j < LANE; j++) dot += q[j] * int8_at(key[s], j);
-            dot *= widen<false>(key_scale[s]);
-        }
-        for (int step = SPAN / 2; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
-        if (part == 0 && sub + s * AT_ONCE < CHUNK) scores[sub + s * AT_ONCE] = row < end ? dot : -1e30f;
-    }
-    __syncthreads();
-    for (int i = lane; i < CHUNK; i += 32) largest = fmaxf(largest, scores[i]);
-    for (int step = 16; step; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    float total = 0.f;
-    for (int i = lane; i < CHUNK; i += 32) total += expf(scores[i] - largest);
-    for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
-
-    float sum[LANE] = {};
-    #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-        if (!present[s]) continue;
-        float weight = expf(scores[sub + s * AT_ONCE] - largest) * widen<false>(value_scale[s]);
+    auto load = [&](int from) {
         #pragma unroll
-        for (int j = 0; j < LANE; j++) sum[j] += weight * int8_at(value[s], j);
-    }
-    #pragma unroll
-    for (int j = 0; j < LANE; j++) {
-        for (int step = SPAN; step < 32; step <<= 1) sum[j] += __shfl_xor_sync(~0u, sum[j], step);
-        if (lane < LANES) sums[warp][lane * LANE + j] = sum[j];
+        for (int s = 0; s < STEPS; s++) {
+            int row = from + sub + s * AT_ONCE;
+            present[s] = part < LANES && row < end && sub + s * AT_ONCE < CHUNK;
+            if (!present[s] || row == position) continue;
+            Page page(pages, row);
+            key[s] = __ldcg((const uint4*)page.values(0, layer, kv) + part);
+            value[s] = __ldcg((const uint4*)page.values(1, layer, kv) + part);
+            key_scale[s] = __ldcg(page.scales(0, layer, kv) + part * LANE / GROUP);
+            value_scale[s] = __ldcg(page.scales(1, layer, kv) + part * LANE / GROUP);
+        }
+    };
+    load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
+    static_assert(HEAD_DIM <= ATTENDERS, "스레드 하나가 머리의 칸 하나를 맡는다");
+    Page here(pages, position);
+    float2 turn = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), tid);
+    wait_for_previous_kernel();
+
+// q, k, v 머리를 워프가 하나씩 옮기며 norm한다
+    bool is_last = end == position + 1;  // 새 토큰의 위치를 맡은 블록
+    for (int v = warp; v < Q + 2; v += ATTENDERS / 32) {
+        if (v < Q) copy_head(qkv + query_at(first_head + v), raw[v], attention.q_norm);
+        else if (v == KEY) copy_head(qkv + key_at(kv), raw[v], attention.k_norm);
+        else copy_head(qkv + value_at(kv), raw[v], 0);
     }
     __syncthreads();
+    if (tid < HEAD_DIM) {
+        for (int h = 0; h < Q; h++) query[h][tid] = rotate(raw[h], turn, tid) * ATTENTION_SCALE;
+        if (is_last) {
+            store_int8(fresh[0], fresh_scales[0], tid, rotate(raw[KEY], turn, tid));
+            store_int8(fresh[1], fresh_scales[1], tid, raw[VALUE][tid]);
+        }
+    }
+    __syncthreads();
+// K, V 머리를 함께 쓰는 블록이 여럿이면 첫 블록만 cache에 적는다
+    if (is_last && first_head % PER_KV == 0 && tid < 2 * LANES) {
+        int kind = tid / LANES, i = tid % LANES;
+        ((uint4*)here.values(kind, layer, kv))[i] = ((const uint4*)fresh[kind])[i];
+        here.scales(kind, layer, kv)[i * LANE / GROUP] = fresh_scales[kind][i * LANE / GROUP];
+    }
 
-    int active = position / CHUNK + 1;
-    u16* out = act + FF + head * HEAD_DIM;
-    float* mine = partial + ((size_t)head * SPLITS + blockIdx.y) * (HEAD_DIM + 2);
-    for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-        float value = 0.f;
-        for (int w = 0; w < ATTENDERS / 32; w++) value += sums[w][d];
-        if (active == 1) store_split<ACT_BF16>(out + d, out + ACT + d, value / total);
-        else mine[d] = value;
+// 이어 가는 softmax: 지금까지의 최댓값, 지수의 합, 지수를 곱한 V의 합
+    float largest[Q], total[Q], sum[Q][LANE];
+    #pragma unroll
+    for (int h = 0; h < Q; h++) {
+        largest[h] = -1e30f, total[h] = 0.f;
+        for (int j = 0; j < LANE; j++) sum[h][j] = 0.f;
+    }
+    for (int from = begin; from < end; from += CHUNK) {
+        if (from > begin) {
+            __syncthreads();
+            load(from);
+        }
+        #pragma unroll
+// 점수 = q k. 새 토큰의 K, V는 방금 만든 것을 쓴다
+        for (int s = 0; s < STEPS; s++) {
+            int row = from + sub + s * AT_ONCE;
+            if (present[s] && row == position) {
+                key[s] = ((const uint4*)fresh[0])[part], value[s] = ((const uint4*)fresh[1])[part];
+                key_scale[s] = fresh_scales[0][part * LANE / GROUP];
+                value_scale[s] = fresh_scales[1][part * LANE / GROUP];
+            }
+            #pragma unroll
+            for (int h = 0; h < Q; h++) {
+                float dot = 0.f;
+                if (present[s]) {
+                    #pragma unroll
+                    for (int j = 0; j < LANE; j++) dot += query[h][part * LANE + j] * int8_at(key[s], j);
+                    dot *= widen<false>(key_scale[s]);
+                }
+                for (int step = SPAN / 2; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
+                if (part == 0 && sub + s * AT_ONCE < CHUNK)
+                    scores[h][sub + s * AT_ONCE] = row < end ? dot : -1e30f;
+            }
+        }
+        __syncthreads();
+        #pragma unroll
+        for (int h = 0; h < Q; h++) {
+// 워프마다 같은 점수를 읽어 같은 최댓값을 얻으므로 블록의 동기화가 필요 없다
+            float most = largest[h], more = 0.f;
+            for (int i = lane; i < CHUNK; i += 32) most = fmaxf(most, scores[h][i]);
+            for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+            for (int i = lane; i < CHUNK; i += 32) more += expf(scores[h][i] - most);
+            float shrink = expf(largest[h] - most);
+            total[h] = total[h] * shrink + warp_sum(more), largest[h] = most;
+            #pragma unroll
+            for (int j = 0; j < LANE; j++) sum[h][j] *= shrink;
+            #pragma unroll
+            for (int s = 0; s < STEPS; s++) {
+                if (!present[s]) continue;
+                float weight = expf(scores[h][sub + s * AT_ONCE] - most) * widen<false>(value_scale[s]);
+                #pragma unroll
+                for (int j = 0; j < LANE; j++) sum[h][j] += weight * int8_at(value[s], j);
+            }
+        }
+    }
+    #pragma unroll
+    for (int h = 0; h < Q; h++)
+        #pragma unroll
+        for (int j = 0; j < LANE; j++) {
+            for (int step = SPAN; step < 32; step <<= 1) sum[h][j] += __shfl_xor_sync(~0u, sum[h][j], step);
+            if (lane < LANES) sums[warp][h][lane * LANE + j] = sum[h][j];
+        }
+    __syncthreads();
+
+// 워프들의 합을 모은다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
+    for (int h = 0; h < Q; h++) {
+        u16* target = out + (first_head + h) * HEAD_DIM;
+        float* mine = partial + ((size_t)(first_head + h) * SPLITS + blockIdx.y) * (HEAD_DIM + 2);
+        for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
+            float whole = 0.f;
+            for (int w = 0; w < ATTENDERS / 32; w++) whole += sums[w][h][d];
+            if (active == 1) store_split<ACT_BF16>(target + d, target + QDIM + d, whole / total[h] * IN_SCALE);
+            else mine[d] = whole;
+        }
+        if (active > 1 && tid == 0) mine[HEAD_DIM] = largest[h], mine[HEAD_DIM + 1] = total[h];
     }
     if (active == 1) return;
-    if (tid == 0) mine[HEAD_DIM] = largest, mine[HEAD_DIM + 1] = total;
+// 마지막에 끝난 블록이 토막들을 합친다: 최댓값을 맞추어 지수의 합으로 나눈다
     __threadfence();
     __syncthreads();
-    if (tid == 0) last = atomicAdd(done + head, 1) == active - 1;
+    if (tid == 0) last = atomicAdd(done + blockIdx.x, 1) == active - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
-    if (tid == 0) done[head] = 0;
-    const float* all = partial + (size_t)head * SPLITS * (HEAD_DIM + 2);
-    float top = -1e30f, whole = 0.f;
-    for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
-    for (int s = 0; s < active; s++) {
-        const float* one = all + s * (HEAD_DIM + 2) + HEAD_DIM;
-        whole += __ldcg(one + 1) * expf(__ldcg(one) - top);
-    }
-    for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-        float value = 0.f;
+    if (tid == 0) done[blockIdx.x] = 0;
+    for (int h = 0; h < Q; h++) {
+        u16* target = out + (first_head + h) * HEAD_DIM;
+        const float* all = partial + (size_t)(first_head + h) * SPLITS * (HEAD_DIM + 2);
+        float top = -1e30f, whole = 0.f;
+        for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
         for (int s = 0; s < active; s++) {
-            const float* one = all + s * (HEAD_DIM + 2);
-            value += __ldcg(one + d) * expf(__ldcg(one + HEAD_DIM) - top);
+            const float* one = all + s * (HEAD_DIM + 2) + HEAD_DIM;
+            whole += __ldcg(one + 1) * expf(__ldcg(one) - top);
         }
-        store_split<ACT_BF16>(out + d, out + ACT + d, value / whole);
+        for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
+            float merged = 0.f;
+            for (int s = 0; s < active; s++) {
+                const float* one = all + s * (HEAD_DIM + 2);
+                merged += __ldcg(one + d) * expf(__ldcg(one + HEAD_DIM) - top);
+            }
+            store_split<ACT_BF16>(target + d, target + QDIM + d, merged / whole * IN_SCALE);
+        }
     }
 }

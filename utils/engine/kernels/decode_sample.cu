@@ -1,14 +1,38 @@
-// 다음 토큰을 GPU에서 고른다: 벌점, 온도, top-k, top-p, 뽑기. 블록 하나가 어휘 전체를 레지스터에 쥔다.
+// 다음 토큰을 GPU에서 고른다: 벌점, 온도, top-k, top-p, 뽑기. 블록 하나가 어휘 전체를 다룬다.
+// 어휘가 작으면(HELD <= 40, 4만 토큰) 로짓을 레지스터에 쥐고, 크면 로짓이 있던 메모리(L2)에서 돌 때마다 다시 읽는다.
 // state: [0] 위치 [1] 답의 길이 [2] top_k [3] n-gram의 크기 [4], [5] 씨앗. settings: 온도, top_p, 벌점.
 
-#define CHOOSERS 1024
 #define NEVER __uint_as_float(0xff800000u)  // -inf
 #define MOST_K 256
 #define HELD ((VOCAB + CHOOSERS - 1) / CHOOSERS)
 #define WORDS ((VOCAB + 31) / 32)
+#define IN_REGISTERS (HELD <= 40)
+
+// 스레드 하나가 맡은 로짓 HELD개: 번호 threadIdx.x + j * CHOOSERS.
+struct Values {
+    float held[IN_REGISTERS ? HELD : 1];
+    float* memory;
+
+    __device__ __forceinline__ float get(int j) const {
+        if (IN_REGISTERS) return held[IN_REGISTERS ? j : 0];
+        int i = threadIdx.x + j * CHOOSERS;
+        return i < VOCAB ? __ldcg(memory + i) : NEVER;
+    }
+    __device__ __forceinline__ void set(int j, float value) {
+        if (IN_REGISTERS) held[IN_REGISTERS ? j : 0] = value;
+        else if (threadIdx.x + j * CHOOSERS < VOCAB) memory[threadIdx.x + j * CHOOSERS] = value;
+    }
+};
+// 레지스터에 쥔 것은 다 펼쳐야 하고, 메모리의 것은 여덟씩 펼치면 읽기가 겹친다.
+#if IN_REGISTERS
+#define FOR_EACH _Pragma("unroll") for (int j = 0; j < HELD; j++)
+#else
+#define FOR_EACH _Pragma("unroll 8") for (int j = 0; j < HELD; j++)
+#endif
 
 // 세는 이(counter)로 만드는 난수: Philox 4x32-10 (Salmon 외, 2011). 같은 씨앗의 같은 순번은 늘 같은 수다.
 __device__ __forceinline__ u32 philox(u32 counter, u32 key0, u32 key1) {
+// 네 워드 가운데 하나만 쓴다
     u32 c0 = counter, c1 = 0, c2 = 0, c3 = 0;
     for (int round = 0; round < 10; round++) {
         u32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -21,21 +45,25 @@ __device__ __forceinline__ u32 philox(u32 counter, u32 key0, u32 key1) {
 
 // float의 크기 차례를 지키는 정수.
 __device__ __forceinline__ u32 order_key(float value) {
+// 양수는 부호 비트를 세우고 음수는 모두 뒤집으면 정수의 차례가 실수의 차례와 같아진다
     u32 bits = __float_as_uint(value);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // 무게의 합이 target 이상인 가장 큰 문턱 key. 위의 비트부터 정한다. weight가 1이면 top-k, 확률이면 top-p다.
 template <class Weight>
-__device__ __forceinline__ u32 threshold(const float (&value)[HELD], Weight weight, float target, float (*scratch)[32]) {
+__device__ __forceinline__ u32 threshold(const Values& value, Weight weight, float target, float (*scratch)[32]) {
     u32 key = 0;
     for (int bit = 31; bit >= 0; bit--) {
+// 이 비트를 세워도 합이 target 이상이면 세운다
         u32 trial = key | 1u << bit;
         float sum = 0.f;
-        #pragma unroll
-        for (int j = 0; j < HELD; j++)
-            if (order_key(value[j]) >= trial) sum += weight(value[j]);
+        FOR_EACH {
+            float v = value.get(j);
+            if (order_key(v) >= trial) sum += weight(v);
+        }
         for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
+// 두 줄을 번갈아 쓰므로 동기화가 비트마다 한 번이다
         float* line = scratch[bit & 1];
         if ((threadIdx.x & 31) == 0) line[threadIdx.x >> 5] = sum;
         __syncthreads();
@@ -48,6 +76,7 @@ __device__ __forceinline__ u32 threshold(const float (&value)[HELD], Weight weig
 
 // 앞 스레드들의 합(자기 포함)과 전체의 합.
 __device__ __forceinline__ float2 running_sum(float value, float* scratch) {
+// 워프 안의 앞쪽 합
     for (int step = 1; step < 32; step <<= 1) {
         float other = __shfl_up_sync(~0u, value, step);
         if ((threadIdx.x & 31) >= step) value += other;
@@ -55,6 +84,7 @@ __device__ __forceinline__ float2 running_sum(float value, float* scratch) {
     __syncthreads();
     if ((threadIdx.x & 31) == 31) scratch[threadIdx.x >> 5] = value;
     __syncthreads();
+// 앞 워프들의 합을 더한다
     float ahead = 0.f, total = 0.f;
     for (int w = 0; w < CHOOSERS / 32; w++) {
         if (w == threadIdx.x >> 5) ahead = total;
@@ -64,14 +94,14 @@ __device__ __forceinline__ float2 running_sum(float value, float* scratch) {
 }
 
 // top-k가 작을 때. 스레드마다의 최댓값 가운데 k번째는 전체의 k번째 이하이므로, 그 이상인 후보만 모아 줄 세운다.
-__device__ __forceinline__ bool choose_few(const float (&value)[HELD], int top_k, float top_p, float inverse,
+__device__ __forceinline__ bool choose_few(const Values& value, int top_k, float top_p, float inverse,
                                            float largest, float luck, float (*lines)[32], int* chosen) {
     __shared__ float found[CHOOSERS], ranked[CHOOSERS];
     __shared__ int found_id[CHOOSERS], ranked_id[CHOOSERS], amount;
     int tid = threadIdx.x;
     float most = NEVER;
-    #pragma unroll
-    for (int j = 0; j < HELD; j++) most = fmaxf(most, value[j]);
+    FOR_EACH most = fmaxf(most, value.get(j));
+// 스레드마다의 최댓값들에서 top_k번째를 찾는다
     u32 mine = order_key(most), cut = 0;
     for (int bit = 31; bit >= 0; bit--) {
         u32 trial = cut | 1u << bit;
@@ -79,11 +109,12 @@ __device__ __forceinline__ bool choose_few(const float (&value)[HELD], int top_k
     }
     if (tid == 0) amount = 0;
     __syncthreads();
-    #pragma unroll
-    for (int j = 0; j < HELD; j++) {
-        if (order_key(value[j]) < cut || tid + j * CHOOSERS >= VOCAB) continue;
+    FOR_EACH {
+        float v = value.get(j);
+        if (order_key(v) < cut || tid + j * CHOOSERS >= VOCAB) continue;
+// 모이는 차례는 그때그때 다르지만 아래에서 값과 번호로 줄을 세우므로 답은 같다
         int place = atomicAdd(&amount, 1);
-        if (place < CHOOSERS) found[place] = value[j], found_id[place] = tid + j * CHOOSERS;
+        if (place < CHOOSERS) found[place] = v, found_id[place] = tid + j * CHOOSERS;
     }
     __syncthreads();
     if (amount > CHOOSERS) return false;
@@ -94,6 +125,7 @@ __device__ __forceinline__ bool choose_few(const float (&value)[HELD], int top_k
         ranked[rank] = own, ranked_id[rank] = id;
     }
     __syncthreads();
+// 줄 세운 것에서 top-k, top-p를 차례로 자르고 하나를 뽑는다
     bool kept = tid < amount && ranked[tid] >= ranked[min(top_k, amount) - 1];
     float weight = kept ? expf((ranked[tid] - largest) * inverse) : 0.f;
     float2 sum = running_sum(weight, lines[0]);
@@ -104,51 +136,66 @@ __device__ __forceinline__ bool choose_few(const float (&value)[HELD], int top_k
     return true;
 }
 
-__device__ __forceinline__ void choose_many(float (&value)[HELD], int top_k, float top_p, float inverse, float largest,
+__device__ __forceinline__ void choose_many(Values& value, int top_k, float top_p, float inverse, float largest,
                                             float luck, float (*lines)[32], int* chosen) {
     int tid = threadIdx.x;
     float sum = 0.f;
+// top-k: k번째 값보다 작은 것을 지운다
     if (top_k > 0 && top_k < VOCAB) {
         u32 cut = threshold(value, [](float) { return 1.f; }, (float)top_k, lines);
-        #pragma unroll
-        for (int j = 0; j < HELD; j++)
-            if (order_key(value[j]) < cut) value[j] = NEVER;
+        FOR_EACH if (order_key(value.get(j)) < cut) value.set(j, NEVER);
         __syncthreads();
     }
-    #pragma unroll
-    for (int j = 0; j < HELD; j++) sum += value[j] = expf((value[j] - largest) * inverse);
+    FOR_EACH {
+        float weight = expf((value.get(j) - largest) * inverse);
+        value.set(j, weight);
+        sum += weight;
+    }
+// top-p: 큰 것부터 더해 top_p에 닿게 하는 문턱 아래를 지운다
     if (top_p < 1.f) {
         float total = block_sum(sum, lines[0]);
         __syncthreads();
         u32 cut = threshold(value, [](float v) { return v; }, top_p * total, lines);
         sum = 0.f;
-        #pragma unroll
-        for (int j = 0; j < HELD; j++) sum += value[j] = order_key(value[j]) < cut ? 0.f : value[j];
+        FOR_EACH {
+            float weight = value.get(j);
+            if (order_key(weight) < cut) weight = 0.f, value.set(j, 0.f);
+            sum += weight;
+        }
     }
+// 남은 무게를 차례로 늘어놓고 luck이 떨어지는 자리를 고른다
     float2 running = running_sum(sum, lines[1]);
     float drawn = luck * running.y, low = running.x - sum;
     if (sum > 0.f && drawn >= low && drawn < running.x) {
+// 더하기의 오차로 끝을 넘으면 마지막으로 무게가 있던 것을 고른다
         int pick = -1;
-        #pragma unroll
-        for (int j = 0; j < HELD; j++) {
-            if (value[j] > 0.f && (pick < 0 || drawn >= low)) pick = tid + j * CHOOSERS;
-            low += value[j];
+        FOR_EACH {
+            float weight = value.get(j);
+            if (weight > 0.f && (pick < 0 || drawn >= low)) pick = tid + j * CHOOSERS;
+            low += weight;
         }
         *chosen = pick;
     }
 }
 
+// 다음 토큰을 고르고 그 embedding을 잔차 x에 적는다. 줄마다 블록 하나다. used, banned: 어휘마다 한 비트. 답에 나온 토큰과 막을 토큰이다.
+//   told: 핀 고정된 CPU 메모리.
 extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
-    const float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x) {
-    __shared__ u32 used[WORDS], banned[WORDS];
+    float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x) {
+    int line = blockIdx.x;  // 함께 답하는 줄의 번호
+    logits += (size_t)line * VOCAB, state += line * 6, answer += (size_t)line * CONTEXT, told += (size_t)line * CONTEXT;
+    x += (size_t)line * HIDDEN;
+    u32* used = (u32*)shared;
+    u32* banned = used + WORDS;
     __shared__ float lines[2][32];
-    __shared__ unsigned long long best;
+    __shared__ u64 best;
     __shared__ int chosen;
     int tid = threadIdx.x, count = state[1], top_k = state[2], size = state[3];
     float temperature = settings[0], top_p = settings[1], penalty = settings[2];
     for (int i = tid; i < WORDS; i += CHOOSERS) used[i] = banned[i] = 0;
     if (tid == 0) best = 0;
     __syncthreads();
+// 앞 커널을 기다리는 동안 답에 나온 토큰과 막을 n-gram을 비트로 표시한다
     for (int i = tid; i < count; i += CHOOSERS) {
         if (penalty != 1.f) atomicOr(used + answer[i] / 32, 1u << answer[i] % 32);
         if (size < 1 || i < size - 1) continue;
@@ -159,25 +206,30 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     wait_for_previous_kernel();
     __syncthreads();
 
-    float value[HELD];
-    unsigned long long mine = 0;
-    #pragma unroll
-    for (int j = 0; j < HELD; j++) {
+// 벌점을 매기며 가장 큰 로짓을 찾는다
+    Values value;
+    value.memory = logits;
+    u64 mine = 0;
+    FOR_EACH {
         int i = tid + j * CHOOSERS;
-        value[j] = i < VOCAB ? __ldcg(logits + i) : NEVER;
+        float v = i < VOCAB ? __ldcg(logits + i) : NEVER;
         if (i < VOCAB) {
-            if (used[i / 32] >> i % 32 & 1) value[j] = value[j] < 0.f ? value[j] * penalty : value[j] / penalty;
-            if (banned[i / 32] >> i % 32 & 1) value[j] = NEVER;
-            unsigned long long rank = (unsigned long long)order_key(value[j]) << 32 | (u32)~i;  // 같으면 앞의 번호
+            bool punished = used[i / 32] >> i % 32 & 1, never = banned[i / 32] >> i % 32 & 1;
+            if (punished) v = v < 0.f ? v * penalty : v / penalty;
+            if (never) v = NEVER;
+            if (!IN_REGISTERS && (punished || never)) value.set(j, v);
+            u64 rank = (u64)order_key(v) << 32 | (u32)~i;  // 같으면 앞의 번호
             mine = rank > mine ? rank : mine;
         }
+        if (IN_REGISTERS) value.set(j, v);
     }
     for (int step = 16; step; step >>= 1) {
-        unsigned long long other = __shfl_xor_sync(~0u, mine, step);
+        u64 other = __shfl_xor_sync(~0u, mine, step);
         mine = other > mine ? other : mine;
     }
     if ((tid & 31) == 0) atomicMax(&best, mine);
     __syncthreads();
+// 윗 32비트는 값, 아래 32비트는 번호를 뒤집은 것이다
     u32 top_key = best >> 32;
     if (tid == 0) chosen = (int)~(u32)best;
     float largest = __uint_as_float(top_key & 0x80000000u ? top_key & 0x7fffffffu : ~top_key);
@@ -188,8 +240,10 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
             choose_many(value, top_k, top_p, inverse, largest, luck, lines, &chosen);
     }
     __syncthreads();
+// 다음 토큰의 잔차를 준비하고 상태를 하나 옮긴다
     int token = chosen;
-    for (int i = tid; i < HIDDEN; i += CHOOSERS) x[i] = widen<BF16>(embedding[(size_t)token * HIDDEN + i]);
+    for (int i = tid; i < HIDDEN; i += CHOOSERS)
+        x[i] = widen<BF16>(embedding[(size_t)token * HIDDEN + i]) * EMBEDDING_SCALE;
     if (tid == 0) {
         answer[count] = token;
         told[count] = token;

@@ -1,243 +1,317 @@
-// GPT-NeoX 한 층을 학습할 때 행렬 곱과 attention 사이에 있는 모든 계산. 한 thread가 16바이트(8개)를 다룬다.
-// 컴파일할 때 정하는 상수: HIDDEN HEADS HEAD_DIM ROTARY RANK PADDED_RANK BF16
-// PADDED_RANK는 RANK를 8의 배수로 올린 것이다. query_key_value의 입력은 [norm(x) | dropout(norm(x)) A^T]를 이어 붙인
-// 폭 HIDDEN + PADDED_RANK이고, 가중치도 [W | scale * B]로 이어 붙여 LoRA가 행렬 곱 하나에 들어간다.
+// 학습할 때 한 층에서 행렬 곱과 attention 사이에 있는 모든 계산. 행렬은 모두 행 우선이고, 값은 16비트, 계산은 fp32다.
+// 컴파일할 때 정하는 상수(train_kernels.py의 defines):
+//   HIDDEN FF HEADS KV_HEADS HEAD_DIM ROTARY  크기       INTERLEAVED  q, k, v가 머리마다 번갈아 놓였는지
+//   RMS EPS QK_NORM                           norm의 종류  GATED ACTIVATION  MLP의 종류(0 gelu, 1 gelu_tanh, 2 silu)
+//   LOGIT_SCALE LOGIT_CAP                     logits에 곱하는 수와 누르는 수      BF16  16비트의 종류
+//   LORA_ROWS LORA_THREADS TILE_ROWS TILE_THREADS LOSS_THREADS  블록의 모양
+//
+// 선형층의 입력은 [u | z]로 이어 붙인 폭 columns + tail이고, 쌓은 가중치는 [W | scale * B]다. z = dropout(u) A^T라서
+// LoRA가 행렬 곱 하나에 함께 들어간다. 같은 입력을 읽는 선형층들(q, k, v나 gate, up)은 저마다의 z를 tail의 다른 칸에 둔다.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#define VECTORS (HIDDEN / 8)                       // 행 하나를 이루는 16바이트의 수
+#define NORM_THREADS ((VECTORS + 31) / 32 * 32)    // norm은 행 하나를 블록 하나가, 16바이트 하나를 thread 하나가 맡는다
+#define SPAN 8                                     // LoRA 커널이 한 번에 다루는 rank의 수
 
-#define VECTORS (HIDDEN / 8)
-#define THREADS ((VECTORS + 31) / 32 * 32)
-#define WARPS (THREADS / 32)
-#define WIDE (HIDDEN + PADDED_RANK)
-#define LOSS_THREADS 512
+// ---- norm ----
 
-struct Eight { float v[8]; };
-
-__device__ __forceinline__ float widen(u16 bits) {
-#if BF16
-    return __uint_as_float((u32)bits << 16);
-#else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#endif
-}
-
-__device__ __forceinline__ u16 narrow(float value) {
-    u16 bits;
-#if BF16
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-    u32 word = __float_as_uint(value);
-    bits = value == value ? (u16)((word + 0x7fff + ((word >> 16) & 1)) >> 16) : (u16)0x7fff;
-#endif
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-    return bits;
-}
-
-__device__ __forceinline__ Eight unpack(uint4 raw) {
-    Eight out;
-    u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        out.v[2 * i] = widen((u16)(words[i] & 0xffff));
-        out.v[2 * i + 1] = widen((u16)(words[i] >> 16));
-    }
-    return out;
-}
-
-__device__ __forceinline__ uint4 pack(const Eight& in) {
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = (u32)narrow(in.v[2 * i]) | ((u32)narrow(in.v[2 * i + 1]) << 16);
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-__device__ __forceinline__ Eight load(const u16* at) { return unpack(*(const uint4*)at); }
-__device__ __forceinline__ void store(u16* at, const Eight& value) { *(uint4*)at = pack(value); }
-
-// 블록 전체의 합 N개. 모든 thread가 합을 받는다.
-template <int N> __device__ __forceinline__ void sum_block(float (&values)[N]) {
-    __shared__ float parts[N][32];
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int step = 16; step; step >>= 1) values[n] += __shfl_xor_sync(0xffffffffu, values[n], step);
-    if (threadIdx.x % 32 == 0)
-#pragma unroll
-        for (int n = 0; n < N; n++) parts[n][threadIdx.x / 32] = values[n];
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        float total = 0.f;
-        for (int warp = 0; warp < WARPS; warp++) total += parts[n][warp];
-        values[n] = total;
-    }
-    __syncthreads();
-}
-
-__device__ __forceinline__ u32 mix(u32 h) {
-    h ^= h >> 16;
-    h *= 0x85ebca6bu;
-    h ^= h >> 13;
-    h *= 0xc2b2ae35u;
-    return h ^ (h >> 16);
-}
-
-// 블록의 씨앗, 층, 블록 안의 자리로 정해지는 난수로 8개의 값에 dropout을 건다. 16비트씩 쓴다.
-__device__ __forceinline__ void drop(Eight& value, const int* keys, int row, int block_len, int layer, int column,
-                                     int threshold, float scale) {
-    if (threshold == 0) return;
-    u32 low = mix((u32)keys[2 * (row / block_len)] ^ ((u32)layer * 0x9e3779b9u + 1u));
-    u32 high = (u32)keys[2 * (row / block_len) + 1];
-    u32 pair = (u32)(row % block_len) * (HIDDEN / 2) + column / 2;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 word = mix(mix(pair + i + low) ^ high);
-        value.v[2 * i] *= (int)(word & 0xffff) >= threshold ? scale : 0.f;
-        value.v[2 * i + 1] *= (int)(word >> 16) >= threshold ? scale : 0.f;
-    }
-}
-
-// 행의 평균을 빼고 표준편차의 역수를 돌려준다.
-__device__ __forceinline__ float standardize(Eight& x, bool active, float eps) {
+// 행을 평균 0, 제곱평균 1로 만들고 (평균, 1/표준편차)를 돌려준다. RMSNorm은 평균을 빼지 않는다.
+__device__ __forceinline__ float2 standardize(Eight& x, bool active) {
+    float mean = 0.f;
+#if !RMS
     float sum[1] = {0.f};
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[0] += x.v[i];
-    sum_block(sum);
-    float mean = sum[0] / HIDDEN, square[1] = {0.f};
+    sum_block<1, NORM_THREADS>(sum);
+    mean = sum[0] / HIDDEN;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        x.v[i] -= mean;
-        square[0] += active ? x.v[i] * x.v[i] : 0.f;
-    }
-    sum_block(square);
-    float scale = rsqrtf(square[0] / HIDDEN + eps);
+    for (int i = 0; i < 8; i++) x.v[i] -= mean;
+#endif
+    float square[1] = {0.f};
+#pragma unroll
+    for (int i = 0; i < 8; i++) square[0] += active ? x.v[i] * x.v[i] : 0.f;
+    sum_block<1, NORM_THREADS>(square);
+    float scale = rsqrtf(square[0] / HIDDEN + EPS);
 #pragma unroll
     for (int i = 0; i < 8; i++) x.v[i] *= scale;
-    return scale;
+    return float2{mean, scale};
 }
 
-__device__ __forceinline__ Eight affine(const Eight& x, const u16* weight, const u16* bias, int column) {
-    Eight w = load(weight + column), b = load(bias + column), out;
+// 정규화한 값 8개에 norm의 weight를 곱하고 bias를 더한다. bias가 없으면(null) 0이다.
+__device__ __forceinline__ Eight affine(const Eight& x, const float* weight, const float* bias, int column) {
+    Eight w = load_float(weight + column, 1.f), b = load_float(bias ? bias + column : nullptr, 0.f), out;
 #pragma unroll
-    for (int i = 0; i < 8; i++) out.v[i] = widen(narrow(x.v[i] * w.v[i] + b.v[i]));
+    for (int i = 0; i < 8; i++) out.v[i] = x.v[i] * w.v[i] + b.v[i];
     return out;
 }
 
-// 행 하나: 두 norm, LoRA의 아래쪽 곱 z = dropout(norm1) A^T, 잔차 x + 두 선형층의 bias.
-extern "C" __global__ void __launch_bounds__(THREADS) norms_forward(
-    const u16* x, const u16* w1, const u16* b1, const u16* w2, const u16* b2, const u16* bias, const float* lora_a,
-    const int* keys, u16* n1, u16* n2, u16* residual, u16* z, int block_len, int layer, int threshold, float keep_scale,
-    float eps) {
+// 행 하나의 norm을 한 곳이나 두 곳(n2가 null이 아니면)에 적고, residual이 있으면 거기에 x + bias를 적는다.
+// w1이 null이면 n1에 x를 그대로 적는다. stride는 출력 행의 폭(원소)이다. stats [tokens]에는 행의 (평균, 1/표준편차)를 적는다.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_forward(
+    const u16* x, const float* w1, const float* b1, u16* n1, int stride1, const float* w2, const float* b2, u16* n2,
+    int stride2, u16* residual, const float* bias, float2* stats) {
     size_t row = blockIdx.x;
     int column = threadIdx.x * 8;
     bool active = threadIdx.x < VECTORS;
     Eight value = {};
     if (active) value = load(x + row * HIDDEN + column);
     if (active && residual) {
-        Eight b = load(bias + column), out;
+        Eight b = load_float(bias ? bias + column : nullptr, 0.f), out;
 #pragma unroll
         for (int i = 0; i < 8; i++) out.v[i] = value.v[i] + b.v[i];
         store(residual + row * HIDDEN + column, out);
     }
-    standardize(value, active, eps);
-    Eight dropped = {};
-    if (active) {
-        dropped = affine(value, w1, b1, column);
-        store(n1 + row * WIDE + column, dropped);
-        store(n2 + row * HIDDEN + column, affine(value, w2, b2, column));
-        drop(dropped, keys, (int)row, block_len, layer, column, threshold, keep_scale);
+    if (w1 == nullptr) {
+        if (active) store(n1 + row * stride1 + column, value);
+        return;
     }
-    for (int first = 0; first < PADDED_RANK; first += 8) {
-        float dot[8] = {};
-        if (active) {
-#pragma unroll
-            for (int r = 0; r < 8; r++) {
-                if (first + r < RANK) {
-                    const float4* a = (const float4*)(lora_a + (size_t)(first + r) * HIDDEN + column);
-                    float4 p = a[0], q = a[1];
-                    dot[r] = dropped.v[0] * p.x + dropped.v[1] * p.y + dropped.v[2] * p.z + dropped.v[3] * p.w +
-                             dropped.v[4] * q.x + dropped.v[5] * q.y + dropped.v[6] * q.z + dropped.v[7] * q.w;
-                }
-            }
-        }
-        sum_block(dot);
-        if (threadIdx.x == 0) {
-            Eight out;
-#pragma unroll
-            for (int r = 0; r < 8; r++) out.v[r] = dot[r];
-            store(n1 + row * WIDE + HIDDEN + first, out);
-            store(z + row * PADDED_RANK + first, out);
-        }
-    }
+    float2 found = standardize(value, active);
+    if (stats && threadIdx.x == 0) stats[row] = found;
+    if (!active) return;
+    store(n1 + row * stride1 + column, affine(value, w1, b1, column));
+    if (n2) store(n2 + row * stride2 + column, affine(value, w2, b2, column));
 }
 
-// 행 하나: 두 norm과 LoRA 아래쪽의 backward, 잔차의 gradient까지 더한 dx와, A의 gradient에 쓸 dropout(norm1).
-// gradient가 필요 없는 첫 층은 dx를 null로 부른다.
-extern "C" __global__ void __launch_bounds__(THREADS) norms_backward(
-    const u16* x, const u16* w1, const u16* b1, const u16* w2, const float* lora_a, const int* keys, const u16* dn1,
-    const u16* dn2, u16* dx, u16* dropped_out, int block_len, int layer, int threshold, float keep_scale, float eps) {
-    size_t row = blockIdx.x;
-    int column = threadIdx.x * 8;
+// 행 하나: out = x + norm(y). 출력에 norm을 거는 구조의 잔차. w와 b에 잔차의 배율이 들어 있다.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) post_norm(
+    const u16* y, const float* w, const float* b, const u16* x, u16* out) {
+    size_t at = (size_t)blockIdx.x * HIDDEN + threadIdx.x * 8;
     bool active = threadIdx.x < VECTORS;
     Eight value = {};
-    if (active) value = load(x + row * HIDDEN + column);
-    float deviation = standardize(value, active, eps);
-    if (active) {
-        Eight dropped = affine(value, w1, b1, column);
-        drop(dropped, keys, (int)row, block_len, layer, column, threshold, keep_scale);
-        store(dropped_out + row * HIDDEN + column, dropped);
-    }
-    if (dx == nullptr) return;
-    Eight gradient = {};
-    float sums[2] = {0.f, 0.f};
-    if (active) {
-        for (int first = 0; first < PADDED_RANK; first += 8) {
-            Eight dz = load(dn1 + row * WIDE + HIDDEN + first);
+    if (active) value = load(y + at);
+    standardize(value, active);
+    if (!active) return;
+    Eight normal = affine(value, w, b, threadIdx.x * 8), base = load(x + at);
 #pragma unroll
-            for (int r = 0; r < 8; r++) {
-                if (first + r < RANK) {
-                    const float4* a = (const float4*)(lora_a + (size_t)(first + r) * HIDDEN + column);
-                    float4 p = a[0], q = a[1];
-                    float g = dz.v[r];
-                    gradient.v[0] += g * p.x, gradient.v[1] += g * p.y, gradient.v[2] += g * p.z;
-                    gradient.v[3] += g * p.w, gradient.v[4] += g * q.x, gradient.v[5] += g * q.y;
-                    gradient.v[6] += g * q.z, gradient.v[7] += g * q.w;
-                }
-            }
+    for (int i = 0; i < 8; i++) base.v[i] += normal.v[i];
+    store(out + at, base);
+}
+
+// 행 하나: 한두 norm의 출력의 gradient를 x까지 되돌려 base(null이면 0)에 더한 것을 out에 적는다.
+// n = (x - 평균) r, y = n w + b, g = dy w라 하면 dx = r (g - 평균(g) - n 평균(g n))이다. RMSNorm에는 평균(g)이 없다.
+// 두 norm은 같은 n에서 나오므로 g를 먼저 더한다. w1이 null이면 norm이 없는 것이라 dy를 그대로 더한다.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_backward(
+    const u16* x, const float* w1, const u16* d1, int stride1, const float* w2, const u16* d2, int stride2,
+    const u16* base, u16* out) {
+    size_t row = blockIdx.x, at = row * HIDDEN + threadIdx.x * 8;
+    int column = threadIdx.x * 8;
+    bool active = threadIdx.x < VECTORS;
+    Eight gradient = {}, total = {};
+    if (active) {
+        if (base) total = load(base + at);
+        gradient = load(d1 + row * stride1 + column);
+    }
+    if (w1 == nullptr) {
+        if (!active) return;
+#pragma unroll
+        for (int i = 0; i < 8; i++) total.v[i] += gradient.v[i];
+        store(out + at, total);
+        return;
+    }
+    Eight normal = {};
+    if (active) normal = load(x + at);
+    float scale = standardize(normal, active).y, sums[2] = {0.f, 0.f};
+    if (active) {
+        Eight w = load_float(w1 + column, 1.f);
+#pragma unroll
+        for (int i = 0; i < 8; i++) gradient.v[i] *= w.v[i];
+        if (d2) {
+            Eight other = load(d2 + row * stride2 + column), weight = load_float(w2 + column, 1.f);
+#pragma unroll
+            for (int i = 0; i < 8; i++) gradient.v[i] += other.v[i] * weight.v[i];
         }
-        drop(gradient, keys, (int)row, block_len, layer, column, threshold, keep_scale);
-        Eight d1 = load(dn1 + row * WIDE + column), d2 = load(dn2 + row * HIDDEN + column);
-        Eight s1 = load(w1 + column), s2 = load(w2 + column);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            gradient.v[i] = (gradient.v[i] + d1.v[i]) * s1.v[i] + d2.v[i] * s2.v[i];
-            sums[0] += gradient.v[i];
-            sums[1] += gradient.v[i] * value.v[i];
+            sums[0] += gradient.v[i] * normal.v[i];
+            sums[1] += gradient.v[i];
         }
     }
-    sum_block(sums);
-    if (active) {
-        Eight out = load(dx + row * HIDDEN + column);
+    sum_block<2, NORM_THREADS>(sums);
+    if (!active) return;
+    // along = 평균(g n), mean = 평균(g). base가 있으면 잔차를 타고 온 gradient에 더한다
+    float along = sums[0] / HIDDEN, mean = RMS ? 0.f : sums[1] / HIDDEN;
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            out.v[i] += deviation * (gradient.v[i] - sums[0] / HIDDEN - value.v[i] * (sums[1] / HIDDEN));
-        store(dx + row * HIDDEN + column, out);
+    for (int i = 0; i < 8; i++) total.v[i] += scale * (gradient.v[i] - mean - normal.v[i] * along);
+    store(out + at, total);
+}
+
+// ---- LoRA ----
+
+// LORA_ROWS개의 행: z = dropout(u) A^T. 입력 wide [tokens, stride]의 끝(columns + own부터)과 z [tokens, tail]에 적는다.
+// A [rank, columns]의 조각을 읽어 여러 행에 함께 쓰므로 A를 읽는 양이 행의 수만큼 준다. 반올림한 u를 쓴다.
+extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
+    u16* wide, const float* a, u16* z, const int* keys, int tokens, int stride, int columns, int tail, int own, int rank,
+    int padded, int block_len, int site, int threshold, float keep_scale) {
+    __shared__ float parts[LORA_THREADS / 32][LORA_ROWS * SPAN];
+    Dropout drop = {keys, block_len, site, threshold, keep_scale};
+    int first_row = blockIdx.x * LORA_ROWS;
+    uint2 seeds[LORA_ROWS];
+#pragma unroll
+    for (int n = 0; n < LORA_ROWS; n++) seeds[n] = drop_seed(drop, min(first_row + n, tokens - 1));
+    for (int first = 0; first < padded; first += SPAN) {
+        // dot[n * SPAN + r]은 행 n, rank r의 합이다. thread마다 열의 일부만 더하고 끝에 블록이 합친다
+        float dot[LORA_ROWS * SPAN] = {};
+        for (int column = threadIdx.x * 8; column < columns; column += LORA_THREADS * 8) {
+            Eight u[LORA_ROWS];
+#pragma unroll
+            for (int n = 0; n < LORA_ROWS; n++) {
+                int row = min(first_row + n, tokens - 1);
+                float scale[8];
+                drop_scales<8>(drop, seeds[n], row, columns, column, scale);
+                u[n] = load(wide + (size_t)row * stride + column);
+#pragma unroll
+                for (int i = 0; i < 8; i++) u[n].v[i] *= scale[i];
+            }
+#pragma unroll
+            for (int half = 0; half < SPAN; half += 4) {  // A의 네 행을 한꺼번에 읽어 기다림을 겹친다
+                Eight lines[4];
+#pragma unroll
+                for (int r = 0; r < 4; r++)  // rank를 넘는 행은 아무것이나 읽고, 합을 적을 때 0으로 바꾼다
+                    lines[r] = load_float(a + (size_t)min(first + half + r, rank - 1) * columns + column, 0.f);
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+#pragma unroll
+                    for (int n = 0; n < LORA_ROWS; n++)
+#pragma unroll
+                        for (int i = 0; i < 8; i++) dot[n * SPAN + half + r] += u[n].v[i] * lines[r].v[i];
+            }
+        }
+        // 합치기: 워프 안은 shuffle로, 워프끼리는 공유 메모리로. thread 하나가 (행, rank) 하나를 적는다
+#pragma unroll
+        for (int n = 0; n < LORA_ROWS * SPAN; n++) dot[n] = sum_lanes(dot[n]);
+        if (threadIdx.x % 32 == 0)
+#pragma unroll
+            for (int n = 0; n < LORA_ROWS * SPAN; n++) parts[threadIdx.x / 32][n] = dot[n];
+        __syncthreads();
+        int row = first_row + threadIdx.x / SPAN, r = first + threadIdx.x % SPAN;
+        if (threadIdx.x < LORA_ROWS * SPAN && row < tokens) {
+            float total = 0.f;
+            for (int warp = 0; warp < LORA_THREADS / 32; warp++) total += parts[warp][threadIdx.x];
+            u16 bits = to_bits(r < rank ? total : 0.f);
+            wide[(size_t)row * stride + columns + own + r] = bits;
+            z[(size_t)row * tail + own + r] = bits;
+        }
+        __syncthreads();
     }
 }
 
-// NF4를 16비트로 푼다. absmax가 8비트로 한 번 더 양자화되어 있으면 함께 푼다. 출력 행의 폭은 stride다.
-// count 뒤의 자리에서는 LoRA의 B를 scale을 곱해 행의 끝 PADDED_RANK 칸에 적는다.
-// 한 thread가 네 곳을 맡아 읽기 넷을 한꺼번에 띄운다.
+// TILE_ROWS개의 행과 thread마다 4열: 입력의 gradient에 LoRA를 지나온 것을 더하고, A의 gradient의 부분합을 적는다.
+//   du += dropout(dz A)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
+//   partial[tile][r] = sum_row dz[row][r] dropout(u)[row]      fp32 [tiles, rank, columns]
+// 행의 묶음마다 따로 적고 reduce_partials가 차례대로 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다.
+// weight가 있으면 u는 norm의 앞이고, forward가 남긴 stats로 여기서 norm을 다시 건다. norm의 뒤를 남기지 않아도 된다.
+// 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
+#define BATCH 4
+
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
+    const u16* u, u16* wide, const float* a, float* partial, const int* keys, const float* weight, const float* bias,
+    const float2* stats, int tokens, int u_stride, int stride, int columns, int own, int rank, int block_len, int site,
+    int threshold, float keep_scale) {
+    __shared__ float dz[TILE_ROWS][SPAN];
+    __shared__ uint2 seeds[TILE_ROWS];
+    __shared__ float2 norms[TILE_ROWS];
+    Dropout drop = {keys, block_len, site, threshold, keep_scale};
+    int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 4, first_row = blockIdx.y * TILE_ROWS;
+    int rows = min(TILE_ROWS, tokens - first_row);
+    bool active = column < columns;
+    if (threadIdx.x < rows) {
+        seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
+        norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
+    }
+    // norm의 weight와 bias의 이 네 열
+    Four gain = {1.f, 1.f, 1.f, 1.f}, shift = {};
+    if (active && weight) gain = *(const Four*)(weight + column);
+    if (active && bias) shift = *(const Four*)(bias + column);
+    for (int first = 0; first < rank; first += SPAN) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < rows * SPAN; i += TILE_THREADS) {
+            int r = first + i % SPAN;  // rank를 8의 배수로 올린 칸에는 0이 있다
+            dz[i / SPAN][i % SPAN] = widen<BF16>(wide[(size_t)(first_row + i / SPAN) * stride + columns + own + r]);
+        }
+        __syncthreads();
+        if (!active) continue;
+        // lines = A의 이 네 열, sums = A의 gradient의 이 네 열. 행을 지나는 동안 레지스터에 머문다
+        Four lines[SPAN], sums[SPAN] = {};
+#pragma unroll
+        for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
+            lines[r] = *(const Four*)(a + (size_t)min(first + r, rank - 1) * columns + column);
+        for (int start = 0; start < rows; start += BATCH) {
+            uint2 inputs[BATCH], gradients[BATCH];
+#pragma unroll
+            for (int n = 0; n < BATCH; n++) {
+                int row = first_row + min(start + n, rows - 1);
+                inputs[n] = *(const uint2*)(u + (size_t)row * u_stride + column);
+                gradients[n] = *(const uint2*)(wide + (size_t)row * stride + column);
+            }
+#pragma unroll
+            for (int n = 0; n < BATCH; n++) {
+                if (start + n >= rows) break;
+                int row = first_row + start + n;
+                float scale[4], value[4], total[4], back[4] = {0.f, 0.f, 0.f, 0.f};
+                drop_scales<4>(drop, seeds[start + n], row, columns, column, scale);
+                unpack_four(inputs[n], value);
+                unpack_four(gradients[n], total);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float normal = (value[i] - norms[start + n].x) * norms[start + n].y * gain.v[i] + shift.v[i];
+                    value[i] = (weight ? widen<BF16>(to_bits(normal)) : value[i]) * scale[i];
+                }
+#pragma unroll
+                for (int r = 0; r < SPAN; r++) {
+                    float d = dz[start + n][r];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        back[i] += d * lines[r].v[i];
+                        sums[r].v[i] += d * value[i];
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[i] += back[i] * scale[i];
+                *(uint2*)(wide + (size_t)row * stride + column) =
+                    uint2{pack_two(total[0], total[1]), pack_two(total[2], total[3])};
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < SPAN; r++)
+            if (first + r < rank)
+                *(Four*)(partial + ((size_t)blockIdx.y * rank + first + r) * columns + column) = sums[r];
+    }
+}
+
+// gradient [count] += 부분합 [tiles, count]의 합. 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의
+// 순서대로 더한다. 더하는 순서가 늘 같으므로 두 번 계산하면 비트까지 같다.
+extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, float* gradient, int tiles,
+                                                                  int count) {
+    __shared__ Four parts[8][32];
+    int lane = threadIdx.x % 32, group = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
+    Four total = {};
+    if (at < count) {
+#pragma unroll 8
+        for (int tile = group; tile < tiles; tile += 8) {
+            Four part = *(const Four*)(partial + (size_t)tile * count + at);
+#pragma unroll
+            for (int i = 0; i < 4; i++) total.v[i] += part.v[i];
+        }
+    }
+    parts[group][lane] = total;
+    __syncthreads();
+    if (group != 0 || at >= count) return;
+    Four sum = *(const Four*)(gradient + at);
+    for (int other = 0; other < 8; other++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum.v[i] += parts[other][lane].v[i];
+    *(Four*)(gradient + at) = sum;
+}
+
+// ---- 가중치 ----
+
+// NF4를 16비트로 푼다. 값 = levels[4비트] * absmax이고, 값 64개가 absmax 하나를 함께 쓴다. absmax도 8비트로 양자화되어
+// 있으면(absmax8이 null이 아니면) code[absmax8] * absmax[256개마다 하나] + offset으로 함께 푼다.
+// 출력 행의 폭은 stride이고, count 뒤의 일은 행의 끝 tail칸에 LoRA의 B [rows, rank]를 scale을 곱해 적는 것이다. 자기의
+// 칸은 own부터 rank개이고 나머지는 0이다. 한 thread가 네 곳을 맡아 읽기 넷을 한꺼번에 띄운다.
 extern "C" __global__ void __launch_bounds__(256) dequantize(
     const u8* packed, const u8* absmax8, const float* absmax, const float* code, const float* offset,
-    const float* levels, const float* lora_b, u16* out, int count, int columns, int stride, int extra, float scale) {
+    const float* levels, const float* lora_b, u16* out, int count, int columns, int stride, int extra, int tail, int own,
+    int rank, float scale) {
     __shared__ float table[16];
     int start = blockIdx.x * 1024 + threadIdx.x;
     u32 bytes[4];
@@ -246,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     for (int i = 0; i < 4; i++) {
         int index = start + i * 256;
         if (index < count) {
-            bytes[i] = __ldcs((const u32*)packed + index);
+            bytes[i] = __ldcs((const u32*)packed + index);  // 한 번만 읽으므로 L2에 남기지 않는다
             int block = index / 8;
             top[i] = absmax8 ? code[absmax8[block]] * absmax[block / 256] + *offset : absmax[block];
         }
@@ -261,16 +335,18 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
         if (index < count) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                u32 byte = (bytes[i] >> (8 * j)) & 0xff;
+                u32 byte = (bytes[i] >> (8 * j)) & 0xff;  // 앞의 값이 위쪽 4비트에 있다
                 value.v[2 * j] = table[byte >> 4] * top[i];
                 value.v[2 * j + 1] = table[byte & 15] * top[i];
             }
             if (stride != columns) at += (size_t)(index / (columns / 8)) * (stride - columns);
         } else if (index < count + extra) {
-            int row = (index - count) / (PADDED_RANK / 8), first = (index - count) % (PADDED_RANK / 8) * 8;
+            int row = (index - count) / (tail / 8), first = (index - count) % (tail / 8) * 8;
 #pragma unroll
-            for (int r = 0; r < 8; r++)
-                value.v[r] = first + r < RANK ? lora_b[(size_t)row * RANK + first + r] * scale : 0.f;
+            for (int r = 0; r < 8; r++) {
+                int mine = first + r - own;
+                value.v[r] = mine >= 0 && mine < rank ? lora_b[(size_t)row * rank + mine] * scale : 0.f;
+            }
             at = (size_t)row * stride + columns + first;
         } else {
             continue;
@@ -279,124 +355,294 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     }
 }
 
-// [tokens, HEADS, 3, HEAD_DIM]의 q와 k를 제자리에서 돌린다. table은 [context, ROTARY]의 cos와 sin이다.
-extern "C" __global__ void __launch_bounds__(256) rotate(u16* qkv, const long long* positions, const float* table,
-                                                         int count) {
-    int index = blockIdx.x * 256 + threadIdx.x;
-    if (index >= count) return;
-    const int half_vectors = ROTARY / 16;
-    int lane = index % half_vectors * 8, part = index / half_vectors;
-    int token = part / (2 * HEADS), head = part / 2 % HEADS;
-    u16* at = qkv + (((size_t)token * HEADS + head) * 3 + part % 2) * HEAD_DIM + lane;
-    const float* angle = table + (size_t)positions[token] * ROTARY + lane;
-    Eight a = load(at), b = load(at + ROTARY / 2), first, second;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float c = angle[i], s = angle[ROTARY / 2 + i];
-        first.v[i] = a.v[i] * c - b.v[i] * s;
-        second.v[i] = b.v[i] * c + a.v[i] * s;
-    }
-    store(at, first);
-    store(at + ROTARY / 2, second);
+// ---- 머리: norm과 회전 ----
+
+#define QKV_WIDTH ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+#if ROTARY % 8 == 0
+#define WIDTH 4                          // 이웃한 네 값(8바이트)을 lane 하나가 맡는다. 짝이 되는 넷도 이웃해 있다
+#else
+#define WIDTH 2
+#endif
+#define PER_LANE ((HEAD_DIM / WIDTH + 31) / 32)
+#define LIVE (QK_NORM ? HEAD_DIM : ROTARY)  // rotate가 고치는 칸. 제자리에서 돌리면 나머지는 그대로 둔다
+#define HALF (ROTARY / 2)                // 앞쪽 반의 e와 뒤쪽 반의 e + HALF가 짝이 되어 돈다
+
+// 행 안에서 q(part 0), k(1), v(2)의 머리가 시작하는 곳.
+__device__ __forceinline__ int head_start(int part, int head) {
+    if (INTERLEAVED) return (head * 3 + part) * HEAD_DIM;
+    return (part == 0 ? head : part == 1 ? HEADS + head : HEADS + KV_HEADS + head) * HEAD_DIM;
 }
 
-// attention의 dq, dk, dv([tokens, HEADS, HEAD_DIM])를 되돌려 [tokens, HEADS, 3, HEAD_DIM]으로 모은다.
-extern "C" __global__ void __launch_bounds__(256) unrotate(const u16* dq, const u16* dk, const u16* dv, u16* dqkv,
-                                                           const long long* positions, const float* table, int count) {
-    int index = blockIdx.x * 256 + threadIdx.x;
+__device__ __forceinline__ void load_lane(const u16* at, float (&value)[WIDTH]) {
+#if WIDTH == 4
+    unpack_four(*(const uint2*)at, value);
+#else
+    u32 raw = *(const u32*)at;
+    value[0] = widen<BF16>((u16)(raw & 0xffff)), value[1] = widen<BF16>((u16)(raw >> 16));
+#endif
+}
+
+__device__ __forceinline__ void store_lane(u16* at, const float (&value)[WIDTH]) {
+#if WIDTH == 4
+    *(uint2*)at = uint2{pack_two(value[0], value[1]), pack_two(value[2], value[3])};
+#else
+    *(u32*)at = pack_two(value[0], value[1]);
+#endif
+}
+
+// 짝이 있는 자리. 돌리지 않는 칸은 자기 자신이다.
+__device__ __forceinline__ int partner(int element) {
+    if (element >= ROTARY) return element;
+    return element < HALF ? element + HALF : element - HALF;
+}
+
+// 워프 하나가 머리 하나: norm(QK_NORM이면)을 걸고 자리만큼 돌린다. table [block, ROTARY]는 cos과 sin, null이면 돌리지 않는다.
+//   앞쪽 y1 = x1 cos - x2 sin,  뒤쪽 y2 = x2 cos + x1 sin
+// QK_NORM이면 qkv를 그대로 두고 qk [tokens, HEADS + KV_HEADS, HEAD_DIM]에, 아니면 qkv의 제자리에 적는다.
+extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, const long long* positions,
+                                                         const float* table, const float* wq, const float* wk,
+                                                         int count) {
+    int index = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index >= count) return;
-    const int vectors = HEAD_DIM / 8;
-    int lane = index % vectors * 8, part = index / vectors;
-    int kind = part % 3, head = part / 3 % HEADS, token = part / (3 * HEADS);
-    const u16* from = (kind == 0 ? dq : kind == 1 ? dk : dv) + ((size_t)token * HEADS + head) * HEAD_DIM;
-    Eight value = load(from + lane);
-    if (kind < 2 && lane < ROTARY) {
-        bool upper = lane >= ROTARY / 2;
-        int pair = upper ? lane - ROTARY / 2 : lane;
-        Eight other = load(from + (upper ? pair : pair + ROTARY / 2));
-        const float* angle = table + (size_t)positions[token] * ROTARY + pair;
+    int token = index / (HEADS + KV_HEADS), head = index % (HEADS + KV_HEADS);
+    int part = head >= HEADS;
+    u16* from = qkv + (size_t)token * QKV_WIDTH + head_start(part, part ? head - HEADS : head);
+    float own[PER_LANE][WIDTH] = {}, other[PER_LANE][WIDTH] = {}, square = 0.f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float c = angle[i], s = upper ? -angle[ROTARY / 2 + i] : angle[ROTARY / 2 + i];
-            value.v[i] = value.v[i] * c + other.v[i] * s;
+    for (int i = 0; i < PER_LANE; i++) {
+        int element = (lane + 32 * i) * WIDTH;
+        if (element >= LIVE) continue;
+        load_lane(from + element, own[i]);
+        load_lane(from + partner(element), other[i]);
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) square += own[i][j] * own[i][j];
+    }
+    u16* to = from;
+    if (QK_NORM) {
+        float scale = rsqrtf(sum_lanes(square) / HEAD_DIM + EPS);
+        const float* weight = part ? wk : wq;
+        to = qk + ((size_t)token * (HEADS + KV_HEADS) + head) * HEAD_DIM;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            int element = (lane + 32 * i) * WIDTH;
+            if (element < HEAD_DIM) {
+#pragma unroll
+                for (int j = 0; j < WIDTH; j++) {
+                    own[i][j] *= scale * weight[element + j];
+                    other[i][j] *= scale * weight[partner(element) + j];
+                }
+            }
         }
     }
-    store(dqkv + (size_t)part * HEAD_DIM + lane, value);
-}
-
-extern "C" __global__ void __launch_bounds__(256) gelu_forward(const u16* h, u16* out, int count) {
-    int index = blockIdx.x * 256 + threadIdx.x;
-    if (index >= count) return;
-    Eight value = load(h + (size_t)index * 8);
+    sync_lanes();  // 제자리에서 돌리므로 모든 lane이 읽은 다음에 적는다
 #pragma unroll
-    for (int i = 0; i < 8; i++) value.v[i] *= 0.5f * (1.f + erff(value.v[i] * 0.70710678f));
-    store(out + (size_t)index * 8, value);
+    for (int i = 0; i < PER_LANE; i++) {
+        int element = (lane + 32 * i) * WIDTH;
+        if (element >= LIVE) continue;
+        if (table && element < ROTARY) {
+            bool upper = element >= HALF;
+            const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                float sine = upper ? angle[HALF + j] : -angle[HALF + j];
+                own[i][j] = own[i][j] * angle[j] + other[i][j] * sine;
+            }
+        }
+        store_lane(to + element, own[i]);
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(256) gelu_backward(const u16* h, u16* gradient, int count) {
+// 워프 하나가 머리 하나: attention의 gradient dq, dk, dv([tokens, 머리, HEAD_DIM])를 되돌려 qkv에 덮어쓴다.
+// 회전의 backward는 반대쪽 회전이다: dx1 = dy1 cos + dy2 sin, dx2 = dy2 cos - dy1 sin.
+// QK_NORM이면 qkv에 남아 있는 norm 앞의 값 x로 dx = r (g - n 평균(g n))까지 구한다(g = dy w, n = x r).
+extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const u16* dk, const u16* dv, u16* qkv,
+                                                           const long long* positions, const float* table,
+                                                           const float* wq, const float* wk, int count) {
+    int index = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (index >= count) return;
+    const int heads = HEADS + 2 * KV_HEADS;
+    int token = index / heads, head = index % heads;
+    int part = head < HEADS ? 0 : head < HEADS + KV_HEADS ? 1 : 2;
+    head -= part == 0 ? 0 : part == 1 ? HEADS : HEADS + KV_HEADS;
+    const u16* from = (part == 0 ? dq + (size_t)token * HEADS * HEAD_DIM
+                                 : (part == 1 ? dk : dv) + (size_t)token * KV_HEADS * HEAD_DIM) + head * HEAD_DIM;
+    u16* to = qkv + (size_t)token * QKV_WIDTH + head_start(part, head);
+    float value[PER_LANE][WIDTH] = {}, normal[PER_LANE][WIDTH] = {}, square = 0.f, along = 0.f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int element = (lane + 32 * i) * WIDTH;
+        if (element >= HEAD_DIM) continue;
+        load_lane(from + element, value[i]);
+        if (part < 2 && table && element < ROTARY) {
+            float other[WIDTH];
+            load_lane(from + partner(element), other);
+            bool upper = element >= HALF;
+            const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                float sine = upper ? -angle[HALF + j] : angle[HALF + j];
+                value[i][j] = value[i][j] * angle[j] + other[j] * sine;
+            }
+        }
+        if (QK_NORM && part < 2) {
+            load_lane(to + element, normal[i]);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) square += normal[i][j] * normal[i][j];
+        }
+    }
+    // 회전을 되돌린 gradient에서 머리마다의 norm까지 되돌린다. v에는 norm이 없다
+    if (QK_NORM && part < 2) {
+        const float* weight = part ? wk : wq;
+        float scale = rsqrtf(sum_lanes(square) / HEAD_DIM + EPS);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            int element = (lane + 32 * i) * WIDTH;
+            if (element >= HEAD_DIM) continue;
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                normal[i][j] *= scale;
+                value[i][j] *= weight[element + j];
+                along += value[i][j] * normal[i][j];
+            }
+        }
+        along = sum_lanes(along) / HEAD_DIM;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) value[i][j] = scale * (value[i][j] - normal[i][j] * along);
+    }
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int element = (lane + 32 * i) * WIDTH;
+        if (element < HEAD_DIM) store_lane(to + element, value[i]);
+    }
+}
+
+// ---- 활성 함수 ----
+
+// act(x)와 그 기울기 act'(x).
+__device__ __forceinline__ float2 activation(float x) {
+    if (ACTIVATION == 2) {  // silu: x s, s = 1 / (1 + e^-x)이고 기울기는 s (1 + x (1 - s))
+        float s = 1.f / (1.f + expf(-x));
+        return float2{x * s, s * (1.f + x * (1.f - s))};
+    }
+    if (ACTIVATION == 1) {  // gelu의 tanh 근사: x (1 + t) / 2, t = tanh(k (x + 0.044715 x^3)), k = sqrt(2 / pi)
+        const float k = 0.7978845608f;
+        float t = bounded_tanh(k * (x + 0.044715f * x * x * x));
+        float slope = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * k * (1.f + 0.134145f * x * x);
+        return float2{0.5f * x * (1.f + t), slope};
+    }
+    float half = 0.5f * (1.f + erff(x * 0.70710678f));  // gelu: x Phi(x), 기울기는 Phi(x) + x phi(x)
+    return float2{x * half, half + x * 0.39894228f * expf(-0.5f * x * x)};
+}
+
+#define FF_VECTORS (FF / 8)
+
+// a = act(gate) * up 또는 act(h). h는 [tokens, FF](GATED면 [gate | up]으로 2 FF), out 행의 폭은 stride.
+extern "C" __global__ void __launch_bounds__(256) activate(const u16* h, u16* out, int stride, int count) {
     int index = blockIdx.x * 256 + threadIdx.x;
     if (index >= count) return;
-    Eight value = load(h + (size_t)index * 8), d = load(gradient + (size_t)index * 8);
+    size_t row = index / FF_VECTORS;
+    int column = index % FF_VECTORS * 8;
+    const u16* at = h + row * (GATED ? 2 * FF : FF) + column;
+    Eight value = load(at), up = {};
+    if (GATED) up = load(at + FF);
+#pragma unroll
+    for (int i = 0; i < 8; i++) value.v[i] = activation(value.v[i]).x * (GATED ? up.v[i] : 1.f);
+    store(out + row * stride + column, value);
+}
+
+// da(gradient의 앞 FF칸, 행의 폭 stride)를 h의 gradient로 바꾸어 h에 덮어쓴다.
+// GATED면 dgate = da up act'(gate), dup = da act(gate)다.
+extern "C" __global__ void __launch_bounds__(256) activate_backward(u16* h, const u16* gradient, int stride, int count) {
+    int index = blockIdx.x * 256 + threadIdx.x;
+    if (index >= count) return;
+    size_t row = index / FF_VECTORS;
+    int column = index % FF_VECTORS * 8;
+    u16* at = h + row * (GATED ? 2 * FF : FF) + column;
+    Eight value = load(at), d = load(gradient + row * stride + column), up = {}, d_up;
+    if (GATED) up = load(at + FF);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float x = value.v[i];
-        d.v[i] *= 0.5f * (1.f + erff(x * 0.70710678f)) + x * 0.39894228f * expf(-0.5f * x * x);
+        float2 act = activation(value.v[i]);
+        value.v[i] = d.v[i] * act.y * (GATED ? up.v[i] : 1.f);
+        d_up.v[i] = d.v[i] * act.x;
     }
-    store(gradient + (size_t)index * 8, d);
+    store(at, value);
+    if (GATED) store(at + FF, d_up);
 }
 
-// 행 하나의 음의 로그 가능도. factor가 있으면 logits를 factor * (softmax - onehot)으로 덮어쓴다.
+// ---- 손실과 embedding ----
+
+// 구조가 logits에 하는 일: 곱하고, LOGIT_CAP이 있으면 cap tanh(x / cap)으로 누른다.
+__device__ __forceinline__ float shape_logit(float x) {
+    x *= LOGIT_SCALE;
+    return LOGIT_CAP > 0.f ? LOGIT_CAP * bounded_tanh(x / LOGIT_CAP) : x;
+}
+
+// 행 하나의 음의 로그 가능도 log(sum e^l) - l[정답]. factor가 있으면 logits를 gradient로 덮어쓴다.
+//   d/dx = factor (softmax(l) - onehot) * dl/dx,  dl/dx = LOGIT_SCALE (1 - (l / cap)^2)
+// 행을 두 번 읽는다. 처음에는 최댓값과 합을 함께 구한다(최댓값이 바뀌면 합에 e^(옛것 - 새것)을 곱한다).
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* logits, const long long* targets,
                                                                         float* nll, const float* factor, int vocab) {
     __shared__ float tops[LOSS_THREADS / 32], sums[LOSS_THREADS / 32];
     u16* row = logits + (size_t)blockIdx.x * vocab;
     long long target = targets[blockIdx.x];
     int vectors = vocab / 8;
-    if (target < 0) {
+    if (target < 0) {  // 세지 않는 자리
         if (threadIdx.x == 0) nll[blockIdx.x] = 0.f;
         if (factor)
-            for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS)
-                ((uint4*)row)[at] = make_uint4(0, 0, 0, 0);
+            for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS) ((uint4*)row)[at] = uint4{0, 0, 0, 0};
         return;
     }
+    // 첫 번째 읽기: thread마다의 최댓값 top과 sum e^(l - top)
     float top = -3.4e38f, sum = 0.f;
     for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS) {
         Eight value = load(row + at * 8);
         float best = top;
 #pragma unroll
-        for (int i = 0; i < 8; i++) best = fmaxf(best, value.v[i]);
-        sum *= __expf(top - best);
+        for (int i = 0; i < 8; i++) {
+            value.v[i] = shape_logit(value.v[i]);
+            best = fmaxf(best, value.v[i]);
+        }
+        sum *= expf(top - best);
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum += __expf(value.v[i] - best);
+        for (int i = 0; i < 8; i++) sum += expf(value.v[i] - best);
         top = best;
     }
 #pragma unroll
     for (int step = 16; step; step >>= 1) {
-        float other = __shfl_xor_sync(0xffffffffu, top, step), weight = __shfl_xor_sync(0xffffffffu, sum, step);
+        float other = __shfl_xor_sync(~0u, top, step), weight = __shfl_xor_sync(~0u, sum, step);
         float best = fmaxf(top, other);
-        sum = sum * __expf(top - best) + weight * __expf(other - best);
+        sum = sum * expf(top - best) + weight * expf(other - best);
         top = best;
     }
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, sums[threadIdx.x / 32] = sum;
     __syncthreads();
+    // 워프들의 (최댓값, 합)을 모아 log(sum e^l)을 구한다
     float best = tops[0], total = 0.f;
     for (int warp = 1; warp < LOSS_THREADS / 32; warp++) best = fmaxf(best, tops[warp]);
-    for (int warp = 0; warp < LOSS_THREADS / 32; warp++) total += sums[warp] * __expf(tops[warp] - best);
+    for (int warp = 0; warp < LOSS_THREADS / 32; warp++) total += sums[warp] * expf(tops[warp] - best);
     float log_sum = best + logf(total);
-    if (threadIdx.x == 0) nll[blockIdx.x] = log_sum - widen(row[target]);
+    if (threadIdx.x == 0) nll[blockIdx.x] = log_sum - shape_logit(widen<BF16>(row[target]));
     if (factor == nullptr) return;
-    __syncthreads();
+    __syncthreads();  // 정답의 logit을 읽은 다음에 덮어쓴다
+    // 두 번째 읽기: softmax - onehot으로 덮어쓴다
     float scale = *factor;
     for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS) {
         Eight value = load(row + at * 8);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            value.v[i] = scale * (__expf(value.v[i] - log_sum) - (at * 8 + i == target ? 1.f : 0.f));
+        for (int i = 0; i < 8; i++) {
+            float logit = shape_logit(value.v[i]);
+            float slope = LOGIT_CAP > 0.f ? 1.f - (logit / LOGIT_CAP) * (logit / LOGIT_CAP) : 1.f;
+            float one = at * 8 + i == target ? 1.f : 0.f;
+            value.v[i] = scale * LOGIT_SCALE * slope * (expf(logit - log_sum) - one);
+        }
         store(row + at * 8, value);
     }
 }
 
-// 표의 행을 모은다. 표는 핀 고정된 CPU 메모리에 있어도 된다.
+// 표 [vocab, HIDDEN]의 행을 모은다. 표는 핀 고정된 CPU 메모리에 있어도 된다(GPU가 PCIe로 읽는다).
 extern "C" __global__ void __launch_bounds__(256) gather(const u16* table, const long long* ids, u16* out, int count) {
     int index = blockIdx.x * 256 + threadIdx.x;
     if (index >= count) return;

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_neox, build_tokenizer
+from conftest import ROOT, build_neox, build_tokenizer
 from peft import LoraConfig, get_peft_model
+from tiny import lora_neox
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils.engine.train_step import NeoxStep
+from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.model.adapter import PromptInfo
 from utils.train.autograd_step import AutogradStep
@@ -55,10 +56,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def neox(folder, dropout: float = 0.2):
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, target_modules=["query_key_value"],
-                                           task_type="CAUSAL_LM"))
+    return lora_neox(folder, dropout=dropout)
 
 
 def llama(dropout: float = 0.2):
@@ -136,12 +134,11 @@ def test_eval_loss_is_the_mean_over_tokens_and_leaves_training_alone(tiny_neox):
 
 
 def test_the_path_is_named(tiny_neox):
-    assert "손으로 쓴 GPT-NeoX" in make(neox(tiny_neox)).step.path
-    path = make(llama()).step.path
-    assert "자동미분" in path and "llama" in path
+    assert "손으로 쓴 gpt_neox" in make(neox(tiny_neox)).step.path
+    assert "손으로 쓴 llama" in make(llama()).step.path
 
 
-class Leaky(NeoxStep):
+class Leaky(TrainStep):
     """문서의 경계를 잊은 micro-step."""
 
     def evaluate(self, batch):
@@ -149,7 +146,7 @@ class Leaky(NeoxStep):
         return super().evaluate({**batch, "position_ids": positions})
 
 
-@pytest.mark.parametrize("step", [Leaky, NeoxStep, AutogradStep])
+@pytest.mark.parametrize("step", [Leaky, TrainStep, AutogradStep])
 def test_leaking_documents_are_refused(step, tiny_neox):
     model = neox(tiny_neox)
     step = step(model, 0) if step is AutogradStep else step(model, 0, 2)
@@ -239,10 +236,10 @@ def test_resume_is_the_same_run(architecture, step, tiny_neox, tmp_path):
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = {paths!r}
 import torch
 from pathlib import Path
-from test_trainer import adapter, losses, make, neox
+from test_loop import adapter, losses, make, neox
 model = neox(Path({folder!r}))
 loop = make(model, count=11, micro={micro}, accumulation={accumulation}, steps=5, evaluates=True)
 assert loop.group.world == {world}
@@ -260,7 +257,7 @@ def test_two_processes_equal_one(tmp_path):
         output = tmp_path / f"world{world}"
         output.mkdir()
         script = output / "run.py"
-        script.write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), tests=str(Path(__file__).parent),
+        script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)],
                                         folder=str(folder), output=str(output), micro=micro, world=world,
                                         accumulation=accumulation), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",

@@ -1,6 +1,5 @@
-"""GPU가 있는 사람이 `pytest -m gpu tests/test_gpu_decode.py` 하나로 확인한다: 커널의 정확도, 같은 답, 뽑기의 분포."""
+"""GPU가 있으면 `pytest -m gpu tests/engine/test_gpu_decode.py`로 확인한다: 커널의 정확도, 같은 답, 뽑기의 분포."""
 
-import copy
 import sys
 import threading
 from pathlib import Path
@@ -10,12 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
+import families
+from families import exact
 from standin import SHAPES, add_lora, build
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCausalLM
 
 from utils.decode.decoder import Decoder
-from utils.engine.decode_engine import NeoxDecode
-from utils.engine.weights import why_not
+from utils.engine.decode_engine import FastDecode, why_not
 from utils.sampling import Sampling, penalize, probabilities
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
@@ -44,29 +44,12 @@ def quantized(double, head=128, heads=2, layers=2, rotary=0.5):
     return build("tiny", half(), double, half()).eval()
 
 
-def exact(model):
-    """4비트를 풀어 fp32로 만든 사본. 정답으로 쓴다."""
-    import bitsandbytes as bnb
-
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                child.weight.quant_state.dtype = torch.float32
-                linear = torch.nn.Linear(child.in_features, child.out_features, device="meta")
-                linear.weight = torch.nn.Parameter(
-                    bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state))
-                linear.bias = torch.nn.Parameter(child.bias.data.float())
-                setattr(parent, name, linear)
-    return model.float()
-
-
 @torch.no_grad()
 def errors(model, vocab, prompt=40, answer=30):
     """정답과의 상대 오차: (우리, transformers)."""
     model.eval()
     ids = torch.randint(0, vocab, (prompt + answer,), generator=torch.Generator().manual_seed(1)).tolist()
-    ours = NeoxDecode(model, vocab).logits(ids[:prompt], ids[prompt:])
+    ours = FastDecode(model, vocab).logits(ids[:prompt], ids[prompt:])
     batch = torch.tensor([ids[:-1]], device="cuda")
     theirs, truth = (side(batch).logits[0, prompt - 1 :, :vocab].float() for side in (model, exact(model)))
     assert not ours.isnan().any()
@@ -97,10 +80,39 @@ def test_every_prompt_length(prompt):
     assert ours < max(1.2 * theirs, 0.01), (ours, theirs)
 
 
-def trained():
+MIDDLE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+@pytest.mark.parametrize("kind", ["wide", "nf4", "single", "int8"])
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family(name, kind):
+    """구조마다, 가중치의 꼴마다, 모든 선형층에 어댑터를 얹은 로짓. 창을 넘는 길이다."""
+    model = families.build(name, half(), **MIDDLE).cuda()
+    if kind != "wide":
+        model = families.quantize(model, "int8" if kind == "int8" else "nf4", kind == "nf4")
+    ours, theirs = errors(families.add_lora(model, rank=8), 300, prompt=90, answer=40)
+    assert ours < max(1.2 * theirs, 0.01), (ours, theirs)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_greedy_of_every_family(name):
+    """외운 모델의 답이 transformers의 답과 토큰 하나까지 같다. 질문 20개, 토큰 128개."""
+    model, rows = trained(families.build(name).cuda(), 304)
+    model = model.to(half())
+    decoder = Decoder(model, range(304), (-1,))
+    assert "전용 CUDA 커널" in decoder.path
+    settings = Sampling(**GREEDY, max_new_tokens=128)
+    questions = [row[:24] for row in rows.tolist()]
+    ids = torch.tensor(questions, device="cuda")
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=128,
+                              pad_token_id=0)[:, 24:].tolist()
+    assert [list(decoder.stream(question, settings)) for question in questions] == expected
+    assert [reply.ids for reply in decoder.answer_many(questions, settings)] == expected
+
+
+def trained(model, vocab):
     """무작위 토큰 열 20개를 외운 모델. 로짓의 차이가 뚜렷해서 반올림이 답을 바꾸지 못한다."""
-    model = plain(torch.float32, num_hidden_layers=2, max_position_embeddings=256)
-    rows = torch.randint(1, 512, (20, 160), generator=torch.Generator().manual_seed(3)).cuda()
+    rows = torch.randint(1, vocab, (20, 160), generator=torch.Generator().manual_seed(3)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(1000):
         loss = model(rows, labels=rows).loss
@@ -113,7 +125,7 @@ def trained():
 
 
 def test_greedy_equals_generate():
-    model, rows = trained()
+    model, rows = trained(plain(torch.float32, num_hidden_layers=2, max_position_embeddings=256), 512)
     model = model.to(half())
     decoder = Decoder(model, range(512), (-1,))
     assert "전용 CUDA 커널" in decoder.path
@@ -145,24 +157,26 @@ def test_adapter_switch_stop_and_seed():
     assert len(list(decoder.stream([5] * 2040, Sampling(**GREEDY)))) == 8
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return NeoxDecode(plain(half()), 500)
+@pytest.fixture(scope="module", params=[500, 50_000])
+def engine(request):
+    """어휘가 작으면 로짓을 레지스터에, 크면 메모리에 둔다. 큰 어휘에서 500번 뒤의 로짓은 뽑히지 않을 만큼 작다."""
+    return FastDecode(plain(half(), vocab=request.param + 12), request.param)
 
 
 def draw(engine, logits, answer, settings, times):
     """뽑기 커널만 여러 번 부른 결과."""
-    engine._settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
-    engine._logits.copy_(logits)
-    engine._answer[: len(answer)] = torch.tensor(answer, dtype=torch.int32)
+    step = engine._step
+    step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
+    step.answer[: len(answer)] = torch.tensor(answer, dtype=torch.int32)
     states = torch.tensor([[0, len(answer), settings.top_k, settings.no_repeat_ngram_size, seed, 77]
                            for seed in range(times)], dtype=torch.int32, device="cuda")
     drawn = torch.empty(times, dtype=torch.int32, device="cuda")
     for index in range(times):
-        engine._state.copy_(states[index])
-        engine._kernels["choose"]((1,), (1024,), engine._logits, engine._state, engine._settings, engine._answer,
-                                  engine._told, engine._weights.embedding, engine._x)
-        drawn[index] = engine._answer[len(answer)]
+        step.state.copy_(states[index])
+        step.logits.fill_(-1e4)
+        step.logits[: len(logits)] = logits
+        step.pick()
+        drawn[index] = step.answer[len(answer)]
     return drawn.cpu().long()
 
 
@@ -191,12 +205,25 @@ def test_sampling_follows_the_distribution(engine, settings):
 
 def test_other_models_take_the_captured_forward():
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                         num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
-                                         eos_token_id=None)).cuda().eval()
+    model = PhiForCausalLM(PhiConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                     num_attention_heads=4, max_position_embeddings=4096, bos_token_id=None,
+                                     eos_token_id=None)).cuda().eval()
     decoder, ids = Decoder(model, range(300), (-1,)), torch.arange(1, 30, device="cuda")[None]
-    assert "CUDA graph" in decoder.path and "llama" in decoder.path
+    assert "CUDA graph" in decoder.path and "phi" in decoder.path
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=50,
                               pad_token_id=0)[0, 29:].tolist()
-    assert list(decoder.stream(ids[0].tolist(), Sampling(**GREEDY, max_new_tokens=50))) == expected
+    settings = Sampling(**GREEDY, max_new_tokens=50)
+    assert list(decoder.stream(ids[0].tolist(), settings)) == expected
+    long = [5] * 1500 + ids[0].tolist()  # cache가 자란다
+    replies = decoder.answer_many([ids[0].tolist(), long, [7]], settings)
+    assert [reply.ids for reply in replies] == [list(decoder.stream(question, settings))
+                                                for question in (ids[0].tolist(), long, [7])]
     assert why_not(plain(torch.float32)) is not None
+
+
+def test_long_talk_grows_the_cache():
+    """쪽을 넘어 자란 cache의 로짓이 정답과 같다. 긴 질문은 조각으로 읽는다."""
+    model = families.build("qwen3", half(), **MIDDLE | {"max_position_embeddings": 8192}).cuda()
+    for prompt, answer in ((500, 60), (3000, 20)):
+        ours, theirs = errors(model, 300, prompt=prompt, answer=answer)
+        assert ours < max(1.2 * theirs, 0.015), (ours, theirs)

@@ -1,28 +1,27 @@
-// 토큰 하나를 만드는 커널들이 함께 쓰는 것: 16비트 변환, 텐서 코어, 블록 합.
-// 컴파일할 때 정하는 상수: HIDDEN FF HEADS HEAD_DIM ROTARY CONTEXT VOCAB RANK NF4 DOUBLE_QUANT BF16 GROUP
+// PTX 명령을 감싼 함수들: 16비트 변환, 텐서 코어, 커널과 블록 사이의 신호.
+// 토큰을 만드는 커널의 PTX는 모두 이 파일에 있다. 나머지는 평범한 CUDA C++라서, 이 파일만 바꾸면 GPU 없이 CPU에서 돌려
+// 볼 수 있다(tests/cuda_on_cpu.py).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
+typedef unsigned long long u64;
 
-#define WARPS 16
-#define THREADS (WARPS * 32)
-// 활성값의 자리 act: [FF + HIDDEN]칸의 위 절반과 아래 절반. 앞의 FF칸은 gelu, 뒤의 HIDDEN칸은 attention의 출력이다.
-#define ACT (FF + HIDDEN)
-#define ACT_BF16 (BF16 && !NF4)  // NF4는 코드표도 활성값도 fp16이다. bf16보다 정밀하다
-
+// 앞 커널이 끝나고 그 결과가 보일 때까지 기다린다(programmatic dependent launch).
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
+// 다음 커널이 시작해도 된다고 알린다. 다음 커널은 가중치를 미리 읽으며 위의 wait에서 기다린다.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
+// fp32를 16비트로 줄인다. fp16은 범위를 넘으면 가장 큰 수로 자른다.
 template <bool BF> __device__ __forceinline__ u16 narrow(float value) {
     u16 bits;
 #if __CUDA_ARCH__ >= 800
@@ -42,13 +41,8 @@ template <bool BF> __device__ __forceinline__ float widen(u16 bits) {
     return value;
 }
 
-// 활성값 하나를 16비트 둘(위, 아래)로 나누어 적는다. 둘을 더하면 fp32에 가깝다.
-template <bool BF> __device__ __forceinline__ void store_split(u16* high, u16* low, float value) {
-    u16 top = narrow<BF>(value);
-    *high = top;
-    *low = narrow<BF>(value - widen<BF>(top));
-}
-
+// 텐서 코어: c [16 x 8] += a [16 x 16] b [16 x 8]. 레인마다 a 여덟 개, b 네 개, c 네 개를 쥔다.
+// 레인 4g + t의 c[0], c[1]은 행 g의 열 2t, 2t + 1이고 c[2], c[3]은 행 g + 8의 같은 열이다.
 template <bool BF> __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
     if (BF)
@@ -65,6 +59,7 @@ template <bool BF> __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u3
 #endif
 }
 
+// 가중치는 한 번만 읽으므로 L1에 남기지 않는다.
 __device__ __forceinline__ uint4 load_weight(const void* address) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -72,13 +67,15 @@ __device__ __forceinline__ uint4 load_weight(const void* address) {
     return v;
 }
 
-// 블록 전체의 합. scratch는 float 32개.
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
-    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;
-    __syncthreads();
-    value = (threadIdx.x & 31) < (blockDim.x >> 5) ? scratch[threadIdx.x & 31] : 0.f;
-    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
-    return value;
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// int8 넷(한 워드)을 fp16 둘씩으로 바꾼다. 1024 + (값 + 128)의 fp16을 비트로 만들고 1152를 뺀다. 반올림이 없다.
+__device__ __forceinline__ uint2 int8_to_fp16(u32 word) {
+    word ^= 0x80808080u;
+    u32 low = __byte_perm(word, 0x64646464u, 0x4140), high = __byte_perm(word, 0x64646464u, 0x4342);
+    asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
+    asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
+    return {low, high};
 }

@@ -5,11 +5,21 @@ import time
 
 import pytest
 import torch
+from families import FAMILIES
+from families import build as build_family
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from utils.decode.decoder import Decoder
+from utils.decode.transformers_engine import CapturedStep, EagerStep, ForwardDecode
 from utils.errors import UsageError
 from utils.sampling import Sampling, penalize, pick, probabilities
 
@@ -209,3 +219,48 @@ def test_at_least_as_fast_as_generate_on_the_cpu(tokenizer):
         ours.append(middle - start)
         theirs.append(time.perf_counter() - middle)
     assert min(ours) < 1.1 * min(theirs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_together_equal_one_at_a_time(name):
+    """길이가 다른 질문에 함께 답한 것이 하나씩 답한 것과 토큰 하나까지 같고, 줄마다 따로 멈춘다."""
+    model = build_family(name)
+    questions = [question[:length] for question, length in zip(prompts(5, 40), (5, 40, 17, 1, 9), strict=True)]
+    settings = Sampling(**GREEDY, max_new_tokens=24)
+    decoder = Decoder(model, range(257), 10_000)
+    alone = [list(decoder.stream(question, settings)) for question in questions]
+    assert [reply.ids for reply in decoder.answer_many(questions, settings)] == alone
+    end = alone[1][7]
+    replies = Decoder(model, range(257), end).answer_many(questions, settings)
+    for reply, answer in zip(replies, alone, strict=True):
+        stopped = end in answer
+        assert reply.ids == (answer[: answer.index(end)] if stopped else answer)
+        assert reply.finish_reason == ("stop" if stopped else "length")
+
+
+def test_answering_many_stops_when_the_time_is_up(tokenizer):
+    replies = Decoder(neox(), tokenizer, 10_000).answer_many(prompts(3), Sampling(**GREEDY), until=0.0)
+    assert [reply.finish_reason for reply in replies] == ["cancelled"] * 3
+    assert Decoder(neox(), tokenizer, 10_000).answer_many([], Sampling()) == []
+
+
+@pytest.mark.parametrize("build", [neox, llama])
+def test_a_sized_cache_answers_like_a_growing_one(build):
+    """GPU에서 쓰는 크기가 정해진 cache를 CPU에서 캡처 없이 돌린 로짓. 아직 쓰지 않은 자리를 읽지 않는다."""
+    model, device = build(context=2048), torch.device("cpu")
+    engine = ForwardDecode(model, 2048, 257)
+    questions = [[7], prompts(1, 513)[0], prompts(1, 20)[0]]  # 513: 마지막 조각이 토큰 하나다
+    sized = CapturedStep(engine._forward, model.config, device, 16, 1024)
+    growing = EagerStep(engine._forward, DynamicCache(config=model.config), device)
+    with torch.inference_mode():
+        assert torch.allclose(sized.read(questions), growing.read(questions), atol=1e-3)
+
+
+def test_short_of_memory_says_the_number(tokenizer):
+    """메모리가 모자라면 몇 토큰까지 되는지 말하고 짧게 답한다. 질문도 들어가지 않으면 거절한다."""
+    decoder = Decoder(neox(), tokenizer, 10_000)
+    decoder._engine._free_bytes = lambda: 20.5 * decoder._engine._token_bytes  # 20토큰이 들어가는 메모리
+    answer = list(decoder.stream(prompts(1)[0], Sampling(**GREEDY, max_new_tokens=50)))
+    assert len(answer) == 4 and "4토큰" in decoder.notice and "20토큰" in decoder.notice
+    with pytest.raises(UsageError, match="20토큰"):
+        decoder.stream(prompts(1, 30)[0], Sampling(**GREEDY))

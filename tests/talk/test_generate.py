@@ -12,10 +12,10 @@ import torch
 from conftest import load_script, run_script
 
 from utils.decode.decoder import Decoder, Stats
+from utils.decode.precision import choose_precision
 from utils.errors import UsageError
 from utils.model import adapter, loader
 from utils.model.loader import Device
-from utils.model.precision import choose_precision
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
 from utils.sampling import Sampling

@@ -3,6 +3,7 @@
 import psutil
 import torch
 
+from utils.engine.families import Family, describe
 from utils.errors import UsageError
 from utils.model.folder import open_model_folder
 from utils.model.loader import Device
@@ -14,8 +15,9 @@ def choose_precision(base_model: str, device: Device, load_4bit: bool | None,
                      load_8bit: bool) -> tuple[str | None, str]:
     """(load_base에 줄 quantize, 고른 까닭). 플래그가 없으면 남은 메모리에 들어가는 가장 빠른 것을 고른다.
 
-    GPU의 GPT-NeoX는 전용 커널이 NF4를 바로 읽어 4비트가 가장 빠르다(H100에서 1.3b: 1,390 대 797 토큰/초). 학습도
-    같은 4비트에서 했다. 나머지는 풀어 쓰는 일이 없는 16비트가 빠르고, 들어가지 않을 때만 4비트로 줄인다.
+    전용 커널이 아는 구조는 GPU에서 NF4를 바로 읽으므로 4비트가 가장 빠르다(H100에서 polyglot 1.3b: 1,390 대 797
+    토큰/초). 학습도 같은 4비트에서 했다. 나머지는 풀어 쓰는 일이 없는 16비트가 빠르고, 들어가지 않을 때만 4비트로
+    줄인다.
 
     Raises:
         UsageError: 두 플래그를 함께 주었다.
@@ -28,8 +30,8 @@ def choose_precision(base_model: str, device: Device, load_4bit: bool | None,
     width = device.dtype.itemsize
     name = f"{width * 8}비트({str(device.dtype).removeprefix('torch.')})"
     folder = open_model_folder(base_model)
-    if load_4bit is None and kind == "cuda" and folder.config["model_type"] == "gpt_neox":
-        return "4bit", "4비트(NF4). GPU의 GPT-NeoX에서는 읽을 가중치가 적어 가장 빠르다. 16비트는 --load_4bit False"
+    if load_4bit is None and kind == "cuda" and isinstance(describe(folder.config), Family):
+        return "4bit", "4비트(NF4). 전용 커널이 바로 읽고, 읽을 가중치가 적어 가장 빠르다. 16비트는 --load_4bit False"
     need = sum(torch.Size(entry.shape).numel() for entry in folder.tensors.values()) * width + SPARE
     free = torch.cuda.mem_get_info(device.device)[0] if kind == "cuda" else psutil.virtual_memory().available
     room = f"남은 {'VRAM' if kind == 'cuda' else 'RAM'} {free / 1e9:.1f} GB"

@@ -7,7 +7,7 @@ import pytest
 from conftest import load_script, run_script, train_settings
 
 from utils.model import adapter
-from utils.model.targets import choose_targets
+from utils.model.targets import choose_targets, linear_names
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.train import results, stage
 from utils.train.records import Schedule
@@ -113,6 +113,18 @@ def test_auto_targets_follow_the_architecture():
     assert choose_targets(("auto",), {"model_type": "gpt_neox"}) == ("query_key_value",)
     assert choose_targets(("auto",), {"model_type": "llama"}) == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert choose_targets(("query_key_value", "dense"), {"model_type": "gpt_neox"}) == ("query_key_value", "dense")
+
+
+def test_all_means_every_linear_layer_but_the_head():
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "vocab_size": 64}
+    expected = {GPTNeoXConfig: {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+                Qwen3Config: {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}}
+    for kind, names in expected.items():
+        model = AutoModelForCausalLM.from_config(kind(**sizes))
+        assert set(choose_targets(("all",), model.config.to_dict(), linear_names(model))) == names
 
 
 def test_console_run_ends_with_the_next_commands(tiny_neox, tiny_data, tmp_path):

@@ -1,0 +1,98 @@
+"""요즘 고르는 모델의 모양에 무작위 가중치를 넣어 GPU에서 층마다 양자화해 만든다."""
+
+import torch
+
+GROUPED = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+SHAPES = {
+    "polyglot-ko-1.3b": {"model_type": "gpt_neox", "hidden_size": 2048, "num_hidden_layers": 24,
+                         "num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 30080, "rotary_pct": 0.5,
+                         "max_position_embeddings": 2048, "tie_word_embeddings": False},
+    "qwen3-1.7b": {"model_type": "qwen3", "hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144,
+                   "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED},
+    "llama-1.5b": {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 7168,
+                   "vocab_size": 110592, "tie_word_embeddings": True, "max_position_embeddings": 131072, **GROUPED},
+    "qwen3-4b": {"model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728,
+                 "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED,
+                 "num_attention_heads": 32},
+    "exaone4-1.2b": {"model_type": "exaone4", "hidden_size": 2048, "num_hidden_layers": 30, "intermediate_size": 4096,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 102400,
+                     "tie_word_embeddings": True, "max_position_embeddings": 65536, "sliding_window": None,
+                     "layer_types": ["full_attention"] * 30},
+    "gemma3-270m": {"model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 18,
+                    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048,
+                    "vocab_size": 262144, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+                    "sliding_window": 512, "query_pre_attn_scalar": 256},
+}
+
+
+def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, double_quant: bool = True,
+          compute: torch.dtype | None = None):
+    """무작위 가중치의 CausalLM. 어댑터는 없다.
+
+    Args:
+        kind: "nf4", "int8", "wide"(16비트 그대로).
+        dtype: 양자화하지 않는 가중치의 dtype.
+        compute: 4비트 선형층이 계산하는 dtype. None이면 dtype과 같다.
+    """
+    import bitsandbytes as bnb
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    conf = dict(SHAPES[shape])
+    config = AutoConfig.for_model(conf.pop("model_type"), bos_token_id=None, eos_token_id=None, pad_token_id=None,
+                                  **conf)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return (torch.randn(*size, device="cuda", generator=generator) * 0.02).to(dtype)
+
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            weight = random(module.out_features, module.in_features)
+            if kind == "nf4":
+                linear = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False,
+                                           compute_dtype=compute or dtype,
+                                           compress_statistics=double_quant, quant_type="nf4", device="meta")
+                linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double_quant,
+                                                  quant_type="nf4", module=linear).to("cuda")
+            elif kind == "int8":
+                linear = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False,
+                                             has_fp16_weights=False, device="meta")
+                linear.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to("cuda")
+            else:
+                linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            linear.bias = None if module.bias is None else torch.nn.Parameter(random(module.out_features))
+            parent, leaf = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), leaf, linear)
+    norms = {id(module.weight) for name, module in model.named_modules() if "norm" in name.rsplit(".", 1)[-1]}
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            parent, leaf = name.rsplit(".", 1)
+            value = random(*parameter.shape)
+            if id(parameter) in norms and config.model_type != "gemma3_text":
+                value = value + 1
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(value, requires_grad=False))
+    model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb"):
+            parent, leaf = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), leaf, type(module)(config).to("cuda"))
+        elif hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device="cuda")
+    model.is_loaded_in_4bit = kind == "nf4"
+    return model.requires_grad_(False).eval()
+
+
+def add_lora(model, targets="all-linear", rank: int = 8):
+    """LoRA(r 8, alpha 16, dropout 0.05). B도 무작위라서 어댑터가 답을 바꾼다."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, lora_dropout=0.05, task_type="CAUSAL_LM",
+                                             target_modules=targets)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.requires_grad_(False)

@@ -1,0 +1,258 @@
+// CUDA 커널을 CPU에서 돌리는 최소한의 흉내. 스레드 하나가 fiber 하나, 블록 하나가 OS 스레드 하나다.
+// kernels/device.cuh(PTX)의 자리에 들어간다. 나머지 커널 소스는 한 글자도 바꾸지 않고 그대로 컴파일한다.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+struct float2 { float x, y; };
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct Dim { u32 x, y, z; };
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __constant__ static const
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+enum State { RUNNING, AT_BARRIER, DONE };
+struct Fiber { void* stack_pointer; State state; u32 id; };
+struct Warp { u64 slot[32]; u32 a[32][4], b[32][2]; int arrived = 0, live = 0; u32 generation = 0; };
+struct Block {
+    Dim index, size, grid;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<uint4> dynamic;
+    int arrived = 0, live = 0, count = 0, counted = 0;
+    void* scheduler;
+    void (*body)(void*);
+    void* argument;
+};
+static thread_local Block* block;
+static thread_local Fiber* fiber;
+
+extern "C" void switch_stack(void** save, void* load);
+asm(R"(
+.text
+.globl switch_stack
+switch_stack:
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    ret
+)");
+
+static void yield() { switch_stack(&fiber->stack_pointer, block->scheduler); }
+
+static void release_block() {
+    if (block->live && block->arrived == block->live) {
+        block->arrived = 0, block->counted = block->count, block->count = 0;
+        for (Fiber& other : block->fibers)
+            if (other.state == AT_BARRIER) other.state = RUNNING;
+    }
+}
+static void __syncthreads() {
+    block->arrived++;
+    fiber->state = AT_BARRIER;
+    release_block();
+    if (fiber->state == AT_BARRIER) yield();
+}
+static int __syncthreads_count(bool value) {
+    block->count += value;
+    __syncthreads();
+    int result = block->counted;
+    __syncthreads();
+    return result;
+}
+static Warp& warp() { return block->warps[fiber->id / 32]; }
+static void release_warp(Warp& own) {
+    if (own.live && own.arrived == own.live) own.arrived = 0, own.generation++;
+}
+static void sync_warp() {
+    Warp& own = warp();
+    u32 generation = own.generation;
+    own.arrived++;
+    release_warp(own);
+    while (own.generation == generation) yield();
+}
+
+static void fiber_main() {
+    block->body(block->argument);
+    fiber->state = DONE;
+    block->live--, warp().live--;
+    release_warp(warp());
+    release_block();
+    yield();
+}
+
+// 블록의 fiber들이 쓰는 스택. 지우지 않고 다음 블록이 다시 쓴다.
+enum { STACK = 64 << 10 };
+static std::mutex stacks_lock;
+static std::vector<std::pair<size_t, char*>> stacks;
+static char* take_stacks(size_t count) {
+    std::lock_guard<std::mutex> guard(stacks_lock);
+    for (auto one = stacks.begin(); one != stacks.end(); ++one)
+        if (one->first == count) {
+            char* memory = one->second;
+            stacks.erase(one);
+            return memory;
+        }
+    return (char*)malloc(count * STACK);
+}
+
+static void run_block(Block& own) {
+    block = &own;
+    char* memory = take_stacks(own.fibers.size());
+    for (u32 i = 0; i < own.fibers.size(); i++) {
+        Fiber& one = own.fibers[i];
+        one.id = i, one.state = RUNNING;
+        u64* top = (u64*)((uintptr_t)(memory + (i + 1) * STACK - i % 64 * 64) & ~(uintptr_t)15);
+        *--top = 0;  // ret으로 들어온 함수의 스택은 16의 배수에서 8이 모자라야 한다
+        *--top = (u64)fiber_main;
+        for (int r = 0; r < 6; r++) *--top = 0;
+        one.stack_pointer = top;
+        own.warps[i / 32].live++, own.live++;
+    }
+    while (own.live)
+        for (u32 first = 0; first < own.fibers.size(); first += 32) {
+            bool again = true;
+            while (again) {
+                again = false;
+                for (u32 i = first; i < first + 32 && i < own.fibers.size(); i++) {
+                    fiber = &own.fibers[i];
+                    if (fiber->state != RUNNING) continue;
+                    again = true;
+                    switch_stack(&own.scheduler, fiber->stack_pointer);
+                }
+            }
+        }
+    std::lock_guard<std::mutex> guard(stacks_lock);
+    stacks.push_back({own.fibers.size(), memory});
+}
+
+template <class... A, size_t... I>
+static void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*(A*)arguments[I]...);
+}
+template <class... A> static void launch(void (*kernel)(A...), const u32* sizes, void** arguments) {
+    struct Call { void (*kernel)(A...); void** arguments; } one{kernel, arguments};
+    std::vector<Block> blocks(sizes[0] * sizes[1] * sizes[2]);
+    std::vector<std::thread> threads;
+    for (u32 i = 0; i < blocks.size(); i++) {
+        Block& own = blocks[i];
+        own.grid = {sizes[0], sizes[1], sizes[2]}, own.size = {sizes[3], 1, 1};
+        own.index = {i % sizes[0], i / sizes[0] % sizes[1], i / sizes[0] / sizes[1]};
+        own.fibers.resize(sizes[3]), own.warps.resize((sizes[3] + 31) / 32), own.dynamic.resize(sizes[4] / 16 + 1);
+        own.body = [](void* given) {
+            Call* call_ = (Call*)given;
+            call(call_->kernel, call_->arguments, std::index_sequence_for<A...>{});
+        };
+        own.argument = &one;
+        threads.emplace_back([&own] { run_block(own); });
+        if (threads.size() == 32) {
+            for (auto& thread : threads) thread.join();
+            threads.clear();
+        }
+    }
+    for (auto& thread : threads) thread.join();
+}
+
+#define threadIdx (Dim{fiber->id, 0, 0})
+#define blockIdx (block->index)
+#define blockDim (block->size)
+#define gridDim (block->grid)
+#define shared ((char*)block->dynamic.data())
+
+template <class T> static T exchange(T value, int source) {
+    Warp& own = warp();
+    u64 bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    own.slot[fiber->id % 32] = bits;
+    sync_warp();
+    bits = own.slot[source];
+    sync_warp();
+    memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+template <class T> static T __shfl_xor_sync(u32, T value, int step) { return exchange(value, (fiber->id % 32) ^ step); }
+template <class T> static T __shfl_up_sync(u32, T value, int step) {
+    int lane = fiber->id % 32;
+    return exchange(value, lane >= step ? lane - step : lane);
+}
+static u32 __activemask() { return ~0u; }
+static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+static int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
+static u32 atomicOr(u32* at, u32 value) { return __atomic_fetch_or(at, value, __ATOMIC_SEQ_CST); }
+static u64 atomicMax(u64* at, u64 value) {
+    u64 old = *at;
+    *at = old > value ? old : value;
+    return old;
+}
+template <class T> static T __ldg(const T* at) { return *at; }
+template <class T> static T __ldcg(const T* at) { return *at; }
+template <class T> static T __ldcs(const T* at) { return *at; }
+static u32 __float_as_uint(float value) { u32 bits; memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(u32 bits) { float value; memcpy(&value, &bits, 4); return value; }
+static u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
+static float rsqrtf(float value) { return 1.f / sqrtf(value); }
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+
+static void wait_for_previous_kernel() {}
+static void let_next_kernel_start() {}
+static void prefetch(const void*) {}
+static uint4 load_weight(const void* at) { return *(const uint4*)at; }
+template <bool BF> static u16 narrow(float value) {
+    u16 bits;
+    if (BF) {
+        u32 word = __float_as_uint(value);
+        return (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    }
+    _Float16 half = (_Float16)fminf(fmaxf(value, -65504.f), 65504.f);
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+template <bool BF> static float widen(u16 bits) {
+    if (BF) return __uint_as_float((u32)bits << 16);
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return half;
+}
+static uint2 int8_to_fp16(u32 word) {
+    u16 half[4];
+    for (int i = 0; i < 4; i++) half[i] = narrow<false>((float)(signed char)(word >> i * 8));
+    return {half[0] | (u32)half[1] << 16, half[2] | (u32)half[3] << 16};
+}
+// 텐서 코어의 레인 배치는 PTX 문서의 m16n8k16을 따른다.
+template <bool BF> static void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    Warp& own = warp();
+    int lane = fiber->id % 32;
+    u32 a[4] = {a0, a1, a2, a3};
+    memcpy(own.a[lane], a, 16);
+    own.b[lane][0] = b0, own.b[lane][1] = b1;
+    sync_warp();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
+        float sum = 0.f;
+        for (int k = 0; k < 16; k++) {
+            u32 left = own.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            u32 right = own.b[column * 4 + k % 8 / 2][k / 8];
+            sum += widen<BF>(left >> k % 2 * 16) * widen<BF>(right >> k % 2 * 16);
+        }
+        c[i] += sum;
+    }
+    sync_warp();
+}

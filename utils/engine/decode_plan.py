@@ -1,0 +1,194 @@
+"""토큰을 만드는 커널의 모든 상수를 정하는 한곳: 모델의 크기, 블록의 수, 공유 메모리, KV cache 한 쪽의 자리.
+
+커널은 여기서 만든 값을 `-D` 상수로 받을 뿐 아무것도 새로 정하지 않는다.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from utils.engine.cuda import CompileError
+from utils.engine.families import Family
+
+SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
+           "decode_sample.cu", "decode_prefill.cu", "decode_rows.cu")
+ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
+WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
+THREADS = WARPS * 32
+CHOOSERS = 1024      # 뽑는 커널의 스레드 수
+ATTENDERS = 256      # attention 커널의 스레드 수
+CHUNK = 128          # attention 블록이 한 번에 보는 위치의 수. 이보다 짧은 대화는 블록끼리 합치지 않는다
+SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
+LINE_SPLITS = 4      # 함께 답할 때의 것. 줄이 많아 블록이 이미 많다
+PAGE = 512           # KV cache 한 쪽의 위치의 수
+LINES = 16           # 함께 답하는 질문의 수
+MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
+WIDE, NF4, INT8 = range(3)
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
+SCRATCH = 2 * WARPS * 8  # norm이 쓰는 자리(바이트)
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """KV cache 한 쪽의 자리(바이트). 값, 배율, rotary의 차례다.
+
+    Attributes:
+        group: int8 값 몇 개가 배율 하나를 함께 쓰는지.
+        scales, turns: 배율과 rotary가 시작하는 자리.
+        size: 한 쪽의 크기.
+    """
+
+    group: int
+    scales: int
+    turns: int
+    size: int
+
+    @classmethod
+    def of(cls, family: Family) -> "PageLayout":
+        group = 16 if family.head_dim % 32 else 32
+        values = 2 * family.layers * family.kv_heads * PAGE * family.head_dim
+        scales = values // group * 2
+        turns = len(family.rotary_kinds) * PAGE * (family.rotary // 2) * 8
+        return cls(group, values, values + scales, values + scales + turns)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """커널 하나의 블록 수, 블록 하나의 최대 묶음 수, 공유 메모리(바이트)."""
+
+    blocks: int
+    slots: int
+    shared: int
+
+
+class Plan:
+    """모델 하나와 GPU 하나를 위한 상수.
+
+    Args:
+        family: 구조.
+        vocab: 고를 수 있는 토큰의 수.
+        rank: LoRA의 r. 없으면 0.
+        weight: WIDE(16비트), NF4, INT8.
+        double_quant: NF4의 절댓값도 양자화했는지.
+        bf16: 활성값과 16비트 가중치가 bf16인지. 아니면 fp16이다.
+        multiprocessors, shared_limit: GPU의 SM 수, 블록 하나의 최대 공유 메모리(바이트).
+
+    Attributes:
+        defines: 커널의 `-D` 상수.
+        pages: KV cache 한 쪽의 자리.
+        project_qkv, project_mlp, contract_out, contract_down, head: 커널의 `Grid`. 병렬 잔차면 project와 contract가
+            하나씩이라 둘이 같다.
+        qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
+        can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
+        lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
+
+    Raises:
+        CompileError: 이 GPU의 공유 메모리에 들어가지 않는다.
+    """
+
+    def __init__(self, family: Family, vocab: int, rank: int, weight: int, double_quant: bool, bf16: bool,
+                 multiprocessors: int, shared_limit: int):
+        self.multiprocessors, self._limit = multiprocessors, shared_limit
+        hidden, ff = family.hidden, family.ff
+        q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
+        table = 32768 if weight == NF4 else 0
+        copies = 2 if weight == WIDE else 1
+        pair = 2 if family.gated else 1
+        qkv_parts = 1 if family.interleaved else 3
+        fixed = table + 1024  # NF4의 표와 8비트 코드표
+
+        def space(lora_parts: int, rest: int) -> int:
+            """묶음의 자리를 뺀 공유 메모리. decode.cu의 `Space`와 같은 차례다."""
+            return fixed + 3 * ceil(rank / 4) * 16 + lora_parts * self.lora_rows // lora_tile * SLOT + rest
+
+        lora_tile = 8 if rank <= 8 else ROWS
+        self.lora_rows = ceil(rank / lora_tile) * lora_tile  # 나란한 행렬 하나가 차지하는 A의 행
+        norm = SCRATCH + hidden * 4
+        qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
+        if family.parallel:
+            extra = space(max(qkv_parts, pair), norm)
+            self.qkv_blocks, grid = self._shared_grid(qkv_tiles, mlp_tiles, pair, extra)
+            self.project_qkv = self.project_mlp = grid
+            self.mlp_blocks = grid.blocks - self.qkv_blocks
+            grid = self._grid(hidden // ROWS, space(1, (ff + q_dim) * 2 * copies), 2)
+            self.contract_out = self.contract_down = grid
+        else:
+            self.project_qkv = self._grid(qkv_tiles, space(qkv_parts, norm), 1)
+            self.project_mlp = self._grid(mlp_tiles, space(pair, norm), pair)
+            self.qkv_blocks, self.mlp_blocks = self.project_qkv.blocks, self.project_mlp.blocks
+            self.contract_out = self._grid(hidden // ROWS, space(1, q_dim * 2 * copies), 1)
+            self.contract_down = self._grid(hidden // ROWS, space(0, ff * 2 * copies), 1)
+        self.head = self._grid(ceil(vocab / ROWS), norm, 1)
+        # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
+        line_slots = min(8, (shared_limit - fixed) // (SLOT * LINES) // 2 * 2)
+        self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
+        line_slots = max(2, line_slots)
+        self.lines_shared = fixed + line_slots * SLOT * LINES
+        self.choose_shared = 2 * ceil(vocab / 32) * 4
+        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
+        self.pages = PageLayout.of(family)
+        self.defines = {
+            "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
+            "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
+            "VOCAB": vocab, "RANK": rank,
+            "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
+            "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
+            "LINES": LINES, "LINE_SLOTS": line_slots,
+            "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
+            "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
+            "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
+            "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
+            "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
+            "GATED": int(family.gated), "ACTIVATION": ACTIVATIONS[family.activation],
+            "GELU_TANH": ACTIVATIONS["gelu_tanh"], "SILU": ACTIVATIONS["silu"],
+            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
+            "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
+            "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
+            "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
+            "IN_SCALE": "0.015625f" if family.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다
+            **{name: f"{value:.9e}f" for name, value in (
+                ("EPS", family.eps), ("ATTENTION_SCALE", family.attention_scale), ("LOGIT_CAP", family.logit_cap),
+                ("LOGIT_SCALE", family.logit_scale), ("RESIDUAL_SCALE", family.residual_scale),
+                ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))}}
+
+    def shared(self, name: str) -> int:
+        """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
+        grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
+                 "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
+                 "head": (self.head,)}
+        if name.endswith("_lines"):
+            return self.lines_shared if self.can_answer_together else 0
+        return max((grid.shared for grid in grids.get(name, ())), default=self.choose_shared if name == "choose" else 0)
+
+    def _grid(self, units: int, extra: int, slots_per_unit: int) -> Grid:
+        """units개의 단위를 나누어 맡는 블록들. 단위 하나는 출력 ROWS행이고 합의 자리 slots_per_unit개를 쓴다."""
+        most = min(THREADS // ROWS, (self._limit - extra) // (SLOT * slots_per_unit))
+        if most < 1:
+            raise CompileError(f"공유 메모리가 모자란다: {self._limit}바이트")
+        blocks = min(units, self.multiprocessors * ceil(units / (self.multiprocessors * most)))
+        slots = ceil(units / blocks) * slots_per_unit
+        return Grid(blocks, slots, extra + slots * SLOT)
+
+    def _shared_grid(self, qkv: int, mlp: int, pair: int, extra: int) -> tuple[int, Grid]:
+        """qkv와 MLP의 앞쪽을 함께 맡는 블록들: (qkv를 맡는 블록의 수, 전체)."""
+        blocks = max(2, self._grid(qkv + mlp, extra, pair).blocks)
+        most = min(THREADS // ROWS, (self._limit - extra) // (SLOT * pair))
+        while True:
+            qkv_blocks = min(max(1, round(blocks * qkv / (qkv + mlp * pair))), blocks - 1)
+            slots = max(ceil(qkv / qkv_blocks), ceil(mlp / (blocks - qkv_blocks)) * pair)
+            if slots <= most * pair and ceil(qkv / qkv_blocks) <= THREADS // ROWS:
+                return qkv_blocks, Grid(blocks, slots, extra + slots * SLOT)
+            blocks += 1
+
+
+def odd_size(family: Family) -> str | None:
+    """커널이 다루지 못하는 크기. 다룰 수 있으면 None.
+
+    NF4를 한 번에 128칸씩 읽으므로 선형층의 입력은 128의 배수여야 하고, 출력은 ROWS의 배수여야 한다.
+    """
+    inputs = family.hidden, family.ff, family.q_width
+    if any(width % 128 for width in inputs) or family.qkv_width % ROWS or family.head_dim % 16:
+        return "128의 배수가 아닌 크기"
+    return None

@@ -1,0 +1,243 @@
+"""토큰 하나를 만드는 커널들의 차례와, 그 커널들이 읽고 쓰는 메모리."""
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, WIDE, Plan
+from utils.engine.families import Family
+from utils.engine.weights import Adapter, Layer, Linear, Norm, Weights
+
+KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
+LINES_KERNELS = ["qkv_lines", "mlp_lines", "out_lines", "down_lines", "head_lines", "lora_lines", "norm_lines"]
+PARALLEL_KERNELS, SEQUENTIAL_KERNELS = ["contract"], ["contract_attention", "contract_mlp"]
+PARTS = ("qkv", "out", "mlp", "down")
+
+
+class MatrixArgument(ctypes.Structure):
+    """커널의 `Matrix`."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("group", ctypes.c_void_p),
+                ("offset", ctypes.c_float)]
+
+
+class LinearArgument(ctypes.Structure):
+    """커널의 `Linear`."""
+
+    _fields_ = [("part", MatrixArgument * 3), ("lora_a", MatrixArgument)] + [
+        (name, ctypes.c_void_p) for name in ("bias", "row_scale", "lora_b")]
+
+
+class LoraOfActArgument(ctypes.Structure):
+    """커널의 `LoraOfAct`."""
+
+    _fields_ = [("a", ctypes.c_void_p), ("partial", ctypes.c_void_p)]
+
+
+class NormArgument(ctypes.Structure):
+    """커널의 `Norm`."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class ResidualArgument(ctypes.Structure):
+    """커널의 `Residual`."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y", "post", "x_out")]
+
+
+class AttentionArgument(ctypes.Structure):
+    """커널의 `Attention`."""
+
+    _fields_ = [("layer", ctypes.c_int), ("window", ctypes.c_int), ("turn", ctypes.c_int),
+                ("q_norm", ctypes.c_void_p), ("k_norm", ctypes.c_void_p)]
+
+
+class KvCache:
+    """층마다의 K, V. 위치 PAGE개마다 메모리 한 쪽이고, 대화가 길어지면 쪽을 더한다.
+
+    Attributes:
+        table: 쪽의 주소 int64 [쪽의 최대 수]. 커널이 읽는다. 주면 그 메모리를 쓴다.
+        capacity: 지금 담을 수 있는 위치의 수.
+    """
+
+    def __init__(self, family: Family, plan: Plan, rotary: tuple, device: torch.device,
+                 table: torch.Tensor | None = None):
+        self._family, self._plan, self._rotary, self._device = family, plan, rotary, device
+        self._pages: list[torch.Tensor] = []
+        pages = -(-family.context // PAGE)
+        self.table = torch.zeros(pages, dtype=torch.int64, device=device) if table is None else table
+
+    @property
+    def capacity(self) -> int:
+        return len(self._pages) * PAGE
+
+    def fits(self, free: float) -> int:
+        """`free`바이트가 더 있을 때 담을 수 있는 위치의 수. 질문을 읽으며 층 하나의 K, V를 푸는 자리도 센다."""
+        widened = 2 * self._family.kv_heads * self._family.head_dim * 2 * PAGE
+        return int((free + len(self._pages) * self._plan.pages.size) // (self._plan.pages.size + 2 * widened)) * PAGE
+
+    def grow(self, tokens: int) -> None:
+        """위치 `tokens`개를 담을 수 있게 쪽을 더한다."""
+        while self.capacity < tokens:
+            page = torch.zeros(self._plan.pages.size, dtype=torch.uint8, device=self._device)
+            page[self._plan.pages.turns :].copy_(self._turns(self.capacity).view(torch.uint8).flatten())
+            self.table[len(self._pages)] = page.data_ptr()
+            self._pages.append(page)
+
+    def _turns(self, begin: int) -> torch.Tensor:
+        """begin부터 PAGE개 위치의 (cos, sin) fp32 [rotary의 종류, PAGE, rotary / 2, 2]. transformers와 같은 수다."""
+        positions = torch.arange(begin, begin + PAGE, device=self._device, dtype=torch.float32)[:, None]
+        kinds = []
+        for inv_freq, scaling in self._rotary:
+            angles = positions * inv_freq.to(self._device, torch.float32)
+            kinds.append(torch.stack((angles.cos(), angles.sin()), -1) * scaling)
+        return torch.stack(kinds).contiguous()
+
+
+class DecodeStep:
+    """토큰 하나의 커널들. 잔차와 상태를 담은 메모리를 쥔다.
+
+    Args:
+        kernels: 이름마다의 커널. `kernel(grid, block, *args, shared=, overlap=)`로 실행한다.
+
+    Attributes:
+        x: 잔차 fp32 [hidden]. 시작할 때 마지막 질문 토큰의 잔차를 넣는다.
+        state: int32 [6]: 위치, 답의 길이, top_k, n-gram의 크기, 씨앗 둘.
+        settings: fp32 [3]: 온도, top_p, 벌점.
+        told: 고른 토큰 int32 [문맥]. 핀 고정된 CPU 메모리라서 GPU를 기다리지 않고 읽는다.
+        adapter_on: fp32 [1]. 0이면 어댑터를 더하지 않는다.
+    """
+
+    def __init__(self, weights: Weights, plan: Plan, kernels: dict[str, Callable], vocab: int):
+        self.weights, self.plan, self.kernels = weights, plan, kernels
+        family, device = weights.family, weights.embedding.device
+        self.cache = KvCache(family, plan, weights.rotary, device)
+        q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
+        self.x = torch.zeros(family.hidden, device=device)
+        self._other_x = torch.zeros_like(self.x)
+        self._y = torch.zeros_like(self.x)
+        self._qkv = torch.zeros(q_dim + 2 * kv_dim, device=device)
+        self._attended = torch.zeros(2, q_dim, dtype=torch.int16, device=device)
+        self._act = torch.zeros(2, family.ff, dtype=torch.int16, device=device)
+        self._partial = torch.zeros(family.heads, SPLITS, family.head_dim + 2, device=device)
+        self._done = torch.zeros(family.heads, dtype=torch.int32, device=device)
+        self.logits = torch.zeros(vocab, device=device)
+        self.state = torch.zeros(6, dtype=torch.int32, device=device)
+        self.settings = torch.zeros(3, device=device)
+        self.adapter_on = torch.ones(1, device=device)
+        self.answer = torch.zeros(family.context, dtype=torch.int32, device=device)
+        self.told = torch.zeros(family.context, dtype=torch.int32)
+        if device.type == "cuda":
+            self.told = self.told.pin_memory()
+        self._lora_partial = torch.zeros(plan.mlp_blocks * max(1, weights.rank), device=device)
+        self._kept: list[torch.Tensor] = []  # 커널이 주소로 읽는 tensor
+        self._layers = [self._arguments(index, layer) for index, layer in enumerate(weights.layers)]
+        self.head_argument = LinearArgument()
+        self.head_argument.part[0] = MatrixArgument(weights.head.data_ptr(), None, None, 0.0)
+
+    def run(self, overlap: bool) -> None:
+        """토큰 하나: `x`를 층마다 지나 로짓을 얻고 다음 토큰을 골라 그 embedding을 `x`에 넣는다.
+
+        Args:
+            overlap: 앞 커널이 끝나기 전에 다음 커널을 시작하게 한다(compute capability 9.0부터).
+        """
+        plan, kernels, family = self.plan, self.kernels, self.weights.family
+        code, adapter = self.weights.code, self.adapter_on
+        pending = None  # 아직 잔차에 더하지 않은 y의 norm(POST_NORM)
+        for index, (layer, arguments) in enumerate(zip(self.weights.layers, self._layers, strict=True)):
+            linear, attention, lora = arguments
+            norm1, norm2 = norm_argument(layer.norm1), norm_argument(layer.norm2)
+            project = (norm1, linear["qkv"], norm2, linear["mlp"], lora, code, adapter)
+            contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora)
+            grid = plan.project_qkv
+            kernels["project"]((grid.blocks,), (THREADS,), self._residual(self.x, pending, self._other_x), *project,
+                               plan.qkv_blocks, grid.slots, self._qkv, self._act, shared=grid.shared,
+                               overlap=overlap and index > 0)
+            kernels["attend"]((family.heads // plan.queries, SPLITS), (ATTENDERS,), self._qkv, attention,
+                              self.cache.table, self.state, self._partial, self._done, self._attended, overlap=overlap)
+            grid = plan.contract_out
+            if family.parallel:
+                kernels["contract"]((grid.blocks,), (THREADS,), *contract, grid.slots // 2, shared=grid.shared,
+                                    overlap=overlap)
+                continue
+            kernels["contract_attention"]((grid.blocks,), (THREADS,), *contract, grid.slots, shared=grid.shared,
+                                          overlap=overlap)
+            # 출력의 norm이 있으면 두 잔차 x를 번갈아 쓴다. 다른 블록이 읽는 x를 고치지 않기 위해서다
+            source, target = (self._other_x, self.x) if family.post_norm else (self.x, None)
+            grid = plan.project_mlp
+            kernels["project"]((grid.blocks,), (THREADS,), self._residual(source, layer.post1, target), *project,
+                               0, grid.slots, self._qkv, self._act, shared=grid.shared, overlap=overlap)
+            grid = plan.contract_down
+            kernels["contract_mlp"]((grid.blocks,), (THREADS,), *contract, grid.slots, shared=grid.shared,
+                                    overlap=overlap)
+            pending = layer.post2
+        self.choose(overlap, pending)
+
+    def choose(self, overlap: bool, pending: Norm | None = None) -> None:
+        """`x`의 로짓을 얻고 다음 토큰을 고른다."""
+        weights, grid = self.weights, self.plan.head
+        self.kernels["head"]((grid.blocks,), (THREADS,), self._residual(self.x, pending, None),
+                             norm_argument(weights.final_norm), self.head_argument, self.logits, grid.slots,
+                             shared=grid.shared, overlap=overlap)
+        self.pick(overlap)
+
+    def pick(self, overlap: bool = False) -> None:
+        """지금의 로짓에서 다음 토큰을 고른다."""
+        self.kernels["choose"]((1,), (CHOOSERS,), self.logits, self.state, self.settings, self.answer, self.told,
+                               self.weights.embedding, self.x, shared=self.plan.choose_shared, overlap=overlap)
+
+    def linear_arguments(self, index: int) -> dict[str, LinearArgument]:
+        return self._layers[index][0]
+
+    def attention_argument(self, index: int) -> AttentionArgument:
+        return self._layers[index][1]
+
+    def _residual(self, x: torch.Tensor, post: Norm | None, target: torch.Tensor | None) -> ResidualArgument:
+        if post is None:
+            return ResidualArgument(x.data_ptr(), None, None, None if target is None else target.data_ptr())
+        return ResidualArgument(x.data_ptr(), self._y.data_ptr(), post.weight.data_ptr(),
+                                None if target is None else target.data_ptr())
+
+    def _arguments(self, index: int, layer: Layer) -> tuple[dict[str, LinearArgument], AttentionArgument,
+                                                            LoraOfActArgument]:
+        linears = {name: self._linear(getattr(layer, name), name) for name in PARTS}
+        family, adapter = self.weights.family, layer.down.adapter
+        attention = AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
+                                      _pointer(layer.k_norm))
+        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_fp32),
+                                                     _pointer(self._lora_partial))
+
+    def _linear(self, linear: Linear, name: str) -> LinearArgument:
+        argument = LinearArgument()
+        for place, part in enumerate(linear.parts):
+            argument.part[place] = MatrixArgument(_pointer(part.weight), _pointer(part.scale), _pointer(part.group),
+                                                  part.offset)
+        argument.bias, argument.row_scale = _pointer(linear.bias), _pointer(linear.row_scale)
+        if linear.adapter is not None:
+            argument.lora_b = _pointer(linear.adapter.up)
+            if name != "down":
+                argument.lora_a = MatrixArgument(_pointer(self._padded_a(linear.adapter)), None, None, 0.0)
+        return argument
+
+    def _padded_a(self, adapter: Adapter) -> torch.Tensor:
+        """행렬마다 A의 행을 커널의 묶음까지 0으로 채운 것 [행렬의 수, lora_rows, 입력]. dtype은 활성값과 같다."""
+        down = adapter.down_fp32
+        padded = down.new_zeros(len(down), self.plan.lora_rows, down.shape[2],
+                                dtype=self.weights.dtype if self.weights.kind == WIDE else torch.float16)
+        padded[:, : down.shape[1]] = down
+        self._kept.append(padded)
+        return padded
+
+
+def kernel_names(family: Family) -> list[str]:
+    return KERNELS + LINES_KERNELS + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+
+
+def norm_argument(norm: Norm | None) -> NormArgument:
+    return NormArgument() if norm is None else NormArgument(_pointer(norm.weight), _pointer(norm.bias))
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
