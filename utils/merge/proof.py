@@ -60,7 +60,9 @@ def read_windows(job: Job) -> Windows:
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     config = load_config(job.base.path)
     budget = min(512, max(64, LOGIT_BYTES // (4 * config["vocab_size"])))
-    length = min(budget // len(chosen), config.get("max_position_embeddings") or budget)  # 자리의 표 밖을 읽지 않는다
+    longest = int(documents.lengths()[chosen].max())
+    limit = config.get("max_position_embeddings") or longest  # 자리의 표(learned, ALiBi) 밖을 읽지 않는다
+    length = min(budget // len(chosen), longest, limit)
     ids = np.full((len(chosen), length), end_id, np.int64)
     real, answer = np.zeros((2, len(chosen), length), bool)
     for row, member in enumerate(chosen):

@@ -51,14 +51,15 @@ class StreamedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.device.__get__:
+        if func == torch.Tensor.device.__get__:  # 부를 때마다 새로 만들어지는 함수라 is로는 같지 않다
             return args[0].place
         if func is F.linear and isinstance(args[1], cls):
             return args[1].multiply(*args[:1], *args[2:], **kwargs)
         if func is F.embedding and isinstance(args[1], cls):
             return args[1].look_up(args[0])
         if getattr(func, "__name__", "") == "__get__" or func in _SHAPES:
-            return super().__torch_function__(func, types, args, kwargs)
+            found = super().__torch_function__(func, types, args, kwargs)
+            return func(args[0].whole()) if isinstance(found, torch.Tensor) else found  # `.T`처럼 값이 든 속성
         args, kwargs = ([part.whole() if isinstance(part, cls) else part for part in args],
                         {name: part.whole() if isinstance(part, cls) else part for name, part in kwargs.items()})
         return func(*args, **kwargs)
