@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.files import MANIFEST, damage, read_json
 from utils.model.checkpoint import newest_valid
 from utils.model.loader import _learned
-from utils.model.tokenizer import _first_line
 from utils.paths import looks_like_hub_id
 
 PROMPT_FILE = "prompt.json"
@@ -55,7 +54,7 @@ def load_adapter(model, adapter: Path):
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({_first_line(error)}). {advice}") from None
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({first_line(error)}). {advice}") from None
     empty = sorted(name for name in found.missing_keys if _learned(name))
     for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
         if names:

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from utils import hub
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.model.folder import download_command, open_model_folder
-from utils.model.tokenizer import _first_line
 from utils.paths import looks_like_hub_id
 from utils.process import is_sharded
 
@@ -54,7 +53,7 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
-        raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+        raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({first_line(error)})") from None
     found = text.to_dict()
     for common, own in text.attribute_map.items():
         found.setdefault(common, found.get(own))
@@ -111,7 +110,7 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
             device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)  # attention은 sdpa, 없는 구조면 eager를 스스로 고른다
     except (OSError, ValueError) as error:
-        raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+        raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({first_line(error)})") from None
     except RuntimeError as error:
         if "mismatched_sizes" not in str(error):
             raise

@@ -20,9 +20,9 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from utils.data.blocks import IGNORE, shifted_targets
 from utils.model.checkpoint import ADAPTER
 from utils.train.autograd_step import recompute_all
-from utils.train.graph_step import check_isolation
 from utils.train.group import Group
-from utils.train.step import Batch
+from utils.train.micro_step import Batch
+from utils.train.parity import check_isolation
 
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 WRAPPED = "_fsdp_wrapped_module."

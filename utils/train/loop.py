@@ -11,11 +11,11 @@ from utils.errors import UsageError
 from utils.train.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
 from utils.train.group import Group
 from utils.train.listener import Listener
+from utils.train.micro_step import Batch, RunningStep
 from utils.train.progress import Speed
 from utils.train.records import Recipe
 from utils.train.resume import Checkpoints
 from utils.train.state import TrainState
-from utils.train.step import Batch, RunningStep
 from utils.train.weights import Weights
 
 

@@ -11,9 +11,9 @@ from utils import files
 from utils.errors import UsageError
 from utils.model import adapter, checkpoint
 from utils.train.group import Group
+from utils.train.micro_step import RunningStep
 from utils.train.run_folder import KEEP, Run, checkpoint_bytes
 from utils.train.state import TrainState
-from utils.train.step import RunningStep
 from utils.train.weights import Weights
 
 SCHEDULE, SCALER = "scheduler.pt", "scaler.pt"
