@@ -290,7 +290,7 @@ def _same(values: torch.Tensor) -> torch.Tensor:
 
 
 def _split_qkv(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """머리마다 섞인 [heads, (q, k, v), head_dim]을 [(q, k, v), heads, head_dim]으로 놓는다."""
+    """attention head마다 섞인 [heads, (q, k, v), head_dim]을 [(q, k, v), heads, head_dim]으로 놓는다."""
     return lambda x: x.view(heads, 3, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 

@@ -14,7 +14,7 @@ from utils.files import file_sha256, read_json, write_manifest
 from utils.merge.job import Job
 from utils.model import lora, nf4, shards
 from utils.model.adapter import ADAPTER_FOLDER, PROMPT_FILE, read_prompt_info
-from utils.model.folder import TensorEntry, model_digest, text_config
+from utils.model.folder import ADAPTER_FILES, TensorEntry, model_digest, text_config
 from utils.model.shards import Planned
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 
@@ -47,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 - `prompt.json`에 학습에 쓴 템플릿이 있다. 다른 형식으로 물으면 답이 나빠진다.
 - `adapter/`는 4비트로 띄울 때 쓴다. 합친 가중치를 그대로 4비트로 줄이면 배운 것의 일부가 반올림에 묻힌다.
   `python generate.py --load_4bit True --base_model {name}`은 어댑터를 뺀 가중치를 4비트로 올리고 어댑터를 얹는다.
-- `merge-report.json`은 합친 뒤 다시 읽어 견준 결과이고, `manifest.json`은 파일마다의 크기와 sha256이다.
+- `merge-report.json`은 합친 뒤 다시 읽어 비교한 결과이고, `manifest.json`은 파일마다의 크기와 sha256이다.
 """
 _ONTO = {"original": "기반 모델의 원래 가중치", "quantized": "NF4를 다녀온 가중치"}
 
@@ -178,7 +178,7 @@ def write_companions(folder: Path, job: Job) -> None:
     if prompt is not None:
         shutil.copyfile(prompt / PROMPT_FILE, folder / PROMPT_FILE)
     (folder / ADAPTER_FOLDER).mkdir()
-    for name in (lora.CONFIG_FILE, lora.WEIGHTS_FILE):
+    for name in ADAPTER_FILES:
         shutil.copyfile(job.adapter / name, folder / ADAPTER_FOLDER / name)
     (folder / "README.md").write_text(render(job, folder), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""장치와 dtype, 토크나이저, 기반 모델, 어댑터를 고르고 올리는 일을 맡는다."""
+"""장치와 dtype, 설정, 기반 모델: 한 번 고르고, 검사하고, 올린다."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from utils.process import is_sharded
 
 @dataclass(frozen=True)
 class Device:
-    """고른 장치와 계산 dtype, 그리고 고른 까닭."""
+    """고른 장치와 계산 dtype, 그리고 고른 이유."""
 
     device: torch.device
     dtype: torch.dtype
@@ -131,11 +131,6 @@ def keep_nf4_layout(model) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-
-
-def _learned(name: str) -> bool:
-    """어댑터가 채워야 하는 자리의 이름인지. 다른 이름은 기반 모델의 가중치다."""
-    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 def _refuse_nan(model, base_model: str | Path) -> None:

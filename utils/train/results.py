@@ -12,6 +12,7 @@ import torch
 from utils import record, report
 from utils.decode.decoder import Decoder
 from utils.environment import installed_version, peak_ram_bytes
+from utils.errors import first_line
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import Sampling
 from utils.train import progress
@@ -65,7 +66,7 @@ def stopped_line(samples: list[dict]) -> str:
 
 
 def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
-    """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
+    """학습 한 번을 되풀이하고 비교하는 데 필요한 모든 것."""
     schedule, state, seconds = plan.schedule, result.state, result.seconds
     tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
@@ -116,7 +117,7 @@ def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> s
     except torch.OutOfMemoryError:
         return "메모리가 모자란다"
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

@@ -8,7 +8,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from utils.model.checkpoint import ADAPTER
+from utils.model.folder import ADAPTER_WEIGHTS
 from utils.train.group import Group
 
 
@@ -78,7 +78,7 @@ class ReplicatedWeights:
             self.model.save_pretrained(folder)
 
     def load_adapter(self, folder: Path) -> None:
-        set_peft_model_state_dict(self.model, load_file(folder / ADAPTER[1]))
+        set_peft_model_state_dict(self.model, load_file(folder / ADAPTER_WEIGHTS))
 
     def optimizer_file(self, folder: Path) -> Path:
         return folder / "optimizer.pt"
