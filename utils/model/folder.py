@@ -11,14 +11,14 @@ from pathlib import Path
 from utils.errors import UsageError
 from utils.files import read_json
 
-SAMPLE_BYTES = 1 << 20
-
+SAMPLE_BYTES = 1 << 20  # model_digest가 파일의 양끝에서 읽는 바이트
 MAX_HEADER_BYTES = 64 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+# safetensors의 dtype -> 값 하나의 바이트. 없는 것(BOOL, I8, F8)은 1바이트다
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -127,7 +127,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
             start, end = info["data_offsets"]
             entry = TensorEntry(name, info["dtype"], tuple(info["shape"]), file, 8 + length + start, 8 + length + end)
             sides = all(type(side) is int and side >= 0 for side in entry.shape)
-            n_bytes = math.prod(entry.shape) * _BYTES.get(entry.dtype, 1)
+            n_bytes = math.prod(entry.shape) * ITEM_BYTES.get(entry.dtype, 1)
             whole = sides and end - start == n_bytes and start >= 0 and entry.end <= size
         except (KeyError, TypeError, ValueError):
             raise broken from None
