@@ -51,7 +51,7 @@ class Update:
         return shape[::-1] if self.transposed else shape
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """더할 값의 [start, stop) 행. PEFT의 `get_delta_weight`와 같은 차례로 계산한다."""
+        """더할 값의 [start, stop) 행 [stop - start, 폭], fp32. PEFT의 `get_delta_weight`와 같은 차례로 계산한다."""
         if self.transposed:
             return (self.b @ self.a[:, start:stop]).mul_(self.scale).T
         return (self.b[start:stop] @ self.a).mul_(self.scale)

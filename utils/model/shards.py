@@ -75,7 +75,13 @@ def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """첫 차원의 [start, stop) 행을 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다."""
+    """첫 차원의 [start, stop) 행 [stop - start, ...]를 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다.
+
+    safetensors의 `get_slice`는 쓰지 않는다: mmap이라 잘린 파일에서 프로세스가 죽고(SIGBUS), 읽은 쪽이 RAM에 남는다.
+
+    Raises:
+        OSError: 읽는 동안 파일이 짧아졌다.
+    """
     row_bytes = (entry.end - entry.start) // max(1, math.prod(entry.shape[:1]))
     buffer = bytearray((stop - start) * row_bytes)
     with entry.file.open("rb") as stream:

@@ -104,7 +104,8 @@ class Checkpoints:
         self.began = time.perf_counter()
 
     def read_optimizer(self, file: Path) -> dict:
-        """
+        """이 프로세스의 optimizer 상태.
+
         Raises:
             UsageError: 모델을 나누어 배운 실행과 나누지 않은 실행은 서로 이어 갈 수 없다.
         """

@@ -69,6 +69,7 @@ class ReplicatedWeights:
         self.group.add_up(self.gradients)
 
     def clip_gradients(self, limit: float) -> torch.Tensor:
+        """g <- g min(1, limit / |g|). 더한 1e-6은 0으로 나누지 않게 한다(`torch.nn.utils.clip_grad_norm_`과 같다)."""
         norm = self.gradients.norm()
         self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
