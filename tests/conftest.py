@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / room) for room in ("bench", "engine"))]
 
 TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("tests/conftest.py", "utils/cli.py"))
 SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]

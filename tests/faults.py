@@ -93,7 +93,7 @@ def lab(tmp_path_factory, tiny_neox, tiny_data):
 
 
 def state_of(checkpoint: Path) -> dict:
-    """체크포인트의 어댑터, optimizer, loss의 기록. `same`으로 견준다."""
+    """체크포인트의 어댑터, optimizer, loss의 기록. `same`으로 비교한다."""
     import torch
     from safetensors.torch import load_file
 

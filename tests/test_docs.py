@@ -115,7 +115,6 @@ def test_flags_and_files_named_in_the_text_exist(document):
 
 
 def test_memory_table_is_what_the_planner_says():
-    sys.path.append(str(ROOT / "tests" / "bench"))
     from standin import config_of
 
     from utils.errors import UsageError

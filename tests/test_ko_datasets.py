@@ -31,7 +31,7 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def koalpaca() -> list[str]:
     if not KOALPACA.is_file():
-        pytest.skip(f"견줄 KoAlpaca가 없다: {KOALPACA}")
+        pytest.skip(f"비교할 KoAlpaca가 없다: {KOALPACA}")
     return [row["text"] for _, row in read_rows(KOALPACA)]
 
 

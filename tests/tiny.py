@@ -22,7 +22,7 @@ TEXT = """\
 ### 질문: 한글은 누가 만들었나요?
 
 ### 답변: 세종대왕이 1443년에 만들어 1446년에 널리 알렸습니다.
-### 질문: 가을에 나뭇잎의 색이 바뀌는 까닭을 알려 주세요.
+### 질문: 가을에 나뭇잎의 색이 바뀌는 이유을 알려 주세요.
 
 ### 답변: 날이 추워지면 잎의 초록 색소가 먼저 사라지고, 가려져 있던 노란 색소와 붉은 색소가 드러납니다.
 ### 질문: 아침에 일찍 일어나는 방법이 있을까요?
@@ -302,3 +302,14 @@ def tiny_model(folder: Path, kind: str, dtype: torch.dtype = torch.float16, seed
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**settings, **changes}))
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def lora_neox(folder: Path, *, dropout: float = 0.0, rank: int = 4):
+    """`folder`의 GPT-NeoX를 CPU에 fp32로 올려 Q, K, V의 행렬에 LoRA를 단 것. A의 값은 늘 같고 B는 0이다."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return get_peft_model(base, LoraConfig(r=rank, lora_dropout=dropout, target_modules=["query_key_value"],
+                                           task_type="CAUSAL_LM"))

@@ -1,4 +1,4 @@
-"""GPU가 있는 사람이 `pytest -m gpu tests/test_gpu.py`로 확인한다: 학습의 커널, attention, 찍은 micro-step, 학습기."""
+"""GPU가 있으면 `pytest -m gpu tests/engine/test_gpu.py`로 확인한다: 학습의 커널, attention, 찍은 micro-step, 학습기."""
 
 import sys
 from pathlib import Path

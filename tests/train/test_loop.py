@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_neox, build_tokenizer
+from conftest import ROOT, build_neox, build_tokenizer
 from peft import LoraConfig, get_peft_model
+from tiny import lora_neox
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
@@ -55,10 +56,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def neox(folder, dropout: float = 0.2):
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, target_modules=["query_key_value"],
-                                           task_type="CAUSAL_LM"))
+    return lora_neox(folder, dropout=dropout)
 
 
 def llama(dropout: float = 0.2):
@@ -238,10 +236,10 @@ def test_resume_is_the_same_run(architecture, step, tiny_neox, tmp_path):
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = {paths!r}
 import torch
 from pathlib import Path
-from test_trainer import adapter, losses, make, neox
+from test_loop import adapter, losses, make, neox
 model = neox(Path({folder!r}))
 loop = make(model, count=11, micro={micro}, accumulation={accumulation}, steps=5, evaluates=True)
 assert loop.group.world == {world}
@@ -259,7 +257,7 @@ def test_two_processes_equal_one(tmp_path):
         output = tmp_path / f"world{world}"
         output.mkdir()
         script = output / "run.py"
-        script.write_text(SCRIPT.format(root=str(Path(__file__).parents[1]), tests=str(Path(__file__).parent),
+        script.write_text(SCRIPT.format(paths=[str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)],
                                         folder=str(folder), output=str(output), micro=micro, world=world,
                                         accumulation=accumulation), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",

@@ -1,4 +1,4 @@
-"""GPU가 있는 사람이 `pytest -m gpu tests/test_gpu_decode.py` 하나로 확인한다: 커널의 정확도, 같은 답, 뽑기의 분포."""
+"""GPU가 있으면 `pytest -m gpu tests/engine/test_gpu_decode.py`로 확인한다: 커널의 정확도, 같은 답, 뽑기의 분포."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""OpenAI의 클라이언트가 그대로 쓰인다. 열쇠, 범위, 바쁨, 떠남도 OpenAI의 방식으로 알려진다."""
+"""OpenAI의 클라이언트가 그대로 쓰인다. API 키, 범위, 바쁨, 떠남도 OpenAI의 방식으로 알려진다."""
 
 import concurrent.futures
 import time

@@ -1,4 +1,4 @@
-"""사람이 브라우저로 쓰는 그대로: 묻고, 흐르고, 멈추고, 지우고, 견주고, 재고, 기록한다. 밖으로 나가는 요청은 없다."""
+"""사람이 브라우저로 쓰는 그대로: 묻고, 흐르고, 멈추고, 지우고, 비교하고, 재고, 기록한다. 밖으로 나가는 요청은 없다."""
 
 import csv
 import io
@@ -136,7 +136,7 @@ def test_three_examples_fill_the_form(page):
 def test_compare_shows_both_models(page):
     set_tokens(page, 12)
     expect(page.locator("#base-output")).to_be_hidden()
-    ask(page, "견주어 보자", "compare")
+    ask(page, "비교해 보자", "compare")
     wait_status(page, DONE)
     wait_status(page, DONE, "base-status")
     assert output(page) and output(page, "base-output") and output(page) != output(page, "base-output")
@@ -300,7 +300,7 @@ def test_console_stays_quiet_about_what_people_write(talk_server):
 
 
 def test_many_visitors_with_a_third_leaving(talk_server):
-    """tests/bench/load_page.py의 짧은 판이다."""
+    """tests/bench/load_page.py의 짧은 실행이다."""
     from bench.load_page import load
 
     result = load(talk_server, clients=20, seconds=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from utils import files
 from utils.errors import UsageError
@@ -124,8 +125,7 @@ def test_second_run_in_one_folder_is_refused_and_a_dead_one_leaves_no_lock(tmp_p
         pass
     code = ("import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from utils import files\n"
             "with files.locked(Path(sys.argv[2])): os._exit(9)")
-    root = str(Path(run_folder.__file__).parents[1])
-    assert subprocess.run([sys.executable, "-c", code, root, str(folder)]).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code, str(ROOT), str(folder)]).returncode == 9
     with files.locked(folder):
         pass
 
