@@ -47,7 +47,7 @@ def merge(
     ])
     gc.disable()  # torch를 불러오고 끝낼 때 객체 수십만 개를 거듭 훑지 않게 한다. 0.4초가 준다
     from utils import files
-    from utils.merge import gguf, writer
+    from utils.merge import exportable, gguf, writer
     from utils.merge.job import open_job
 
     gc.freeze()
@@ -55,7 +55,7 @@ def merge(
     max_bytes = writer.parse_size(max_shard_size)
     job = open_job(find_input(peft_root), base_model, cache_dir, merge_onto)
     if export:
-        gguf.require_exportable(job.base.config)
+        exportable.require_exportable(job.base.config)
     writer.check_target(output_dir, job, job.base.n_bytes if export else 0)
     for warning in job.warnings:
         console.say(f"경고: {warning}")

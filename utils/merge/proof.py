@@ -21,9 +21,9 @@ from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.paths import DATA_DEMO, find_input
 from utils.prompter import make_prompter
 
-N_PROMPTS = 8
-LOGIT_BYTES = 32 * 2**20
-ROWS = 16
+N_PROMPTS = 8  # 검산에 쓰는 행의 수
+LOGIT_BYTES = 32 * 2**20  # 모델 하나의 logits에 쓰는 바이트
+ROWS = 16  # 한 번에 비교하는 토큰의 수. fp64로 펼친 사본이 [16, vocab]에 머문다
 MIN_TOP1, MAX_KL = 0.98, 1e-3  # 쓴 것이 쓰려던 것과 같다고 보는 기준
 MIN_RETAINED = 0.9  # 배운 것이 이만큼 남지 않았으면 알린다
 MIN_GAIN = 0.02  # 토큰당 nat. 어댑터가 이만큼도 낫게 하지 못했으면 남은 몫을 따지지 않는다
@@ -44,7 +44,11 @@ class Windows:
 
 
 def read_windows(job: Job) -> Windows:
-    """학습에서 검증에 쓴 행. 실행의 기록이 없으면 함께 든 데이터의 행이다. logits이 메모리에 맞게 짧게 자른다."""
+    """학습에서 검증에 쓴 행들. logits가 메모리에 맞도록 답 둘레를 짧게 자른다.
+
+    run.json이 없거나 거기 적힌 데이터를 찾지 못하면 함께 든 데이터의 행이다(찾지 못한 것은 `absent`에 남는다). 검증하지
+    않은 학습이면 학습한 데이터의 5%를 본다.
+    """
     tokenizer = load_tokenizer(job.base.path)
     end_id = end_token_id(tokenizer)
     info = adapter.read_prompt_info(job.adapter) or adapter.read_prompt_info(job.root)
@@ -59,6 +63,7 @@ def read_windows(job: Job) -> Windows:
     held_out = held_out_members(documents, settings.get("val_set_size") or 5, settings.get("seed", 42))
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     config = load_config(job.base.path)
+    # fp32 logits [토큰, vocab]이 LOGIT_BYTES를 넘지 않는 토큰의 수. 64에서 512 사이에서 행들이 나누어 가진다
     budget = min(512, max(64, LOGIT_BYTES // (4 * config["vocab_size"])))
     longest = int(documents.lengths()[chosen].max())
     limit = config.get("max_position_embeddings") or longest  # 자리의 표(learned, ALiBi) 밖을 읽지 않는다
@@ -138,6 +143,7 @@ def warnings(report: dict) -> list[str]:
 
 
 def describe(report: dict) -> str:
+    """검산의 결과 한 줄."""
     kept = "개선이 거의 없어 따지지 않음" if report["retained"] is None else f"{report['retained']:.1%}"
     return (f"프롬프트 {report['prompts']}개, 토큰 {report['tokens']}개. "
             f"쓴 것과 쓰려던 것: 같은 첫 토큰 {report['top1']:.1%}, 평균 KL {report['kl']:.1e}, "
@@ -148,7 +154,7 @@ def describe(report: dict) -> str:
 
 @torch.no_grad()
 def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> torch.Tensor:
-    """[실제 토큰의 수, vocab]의 logit. 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
+    """[실제 토큰의 수, vocab]의 logit(fp32, CPU). 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
     model = streamed.build(source, device)
     positions = torch.arange(windows.ids.shape[1], device=device).expand(windows.ids.shape)
     logits = model(input_ids=windows.ids.to(device), position_ids=positions, use_cache=False).logits[:, :-1]
@@ -156,6 +162,11 @@ def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> 
 
 
 def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
+    """두 logit [토큰, vocab]의 비교. KL(expected || actual) = sum_v p_v (log p_v - log q_v)의 토큰 평균이다.
+
+    Raises:
+        UsageError: 합친 모델의 logit이 유한하지 않다.
+    """
     same, kl, gap = 0, 0.0, 0.0
     for one, other in zip(expected.split(ROWS), actual.split(ROWS), strict=True):
         same += int((one.argmax(-1) == other.argmax(-1)).sum())
@@ -168,6 +179,7 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
 
 
 def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:
+    """답의 토큰마다의 평균 음의 로그 가능도(nat). logits는 [실제 토큰의 수, vocab]이다."""
     goal = windows.ids[:, 1:][windows.real[:, 1:]]
     scored = windows.answer[:, 1:][windows.real[:, 1:]]
     return F.cross_entropy(logits[scored], goal[scored]).item()

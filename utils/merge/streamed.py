@@ -65,7 +65,7 @@ class StreamedWeight(torch.Tensor):
         return func(*args, **kwargs)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
+        """x [..., in] -> [..., out]. 합치지 않고 y = x W^T + b + scale (x A^T) B^T로 더해 B A를 만들지 않는다."""
         out = torch.empty(*x.shape[:-1], self.entry.shape[0], device=x.device)
         for start, stop in row_spans(self.entry.shape):
             out[..., start:stop] = x @ self.read(start, stop).to(x.device).T
@@ -77,11 +77,12 @@ class StreamedWeight(torch.Tensor):
         return out
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] -> [..., 폭]."""
+        """ids [...] -> [..., 폭]. 나온 토큰마다 한 행씩만 읽는다. embedding에는 얹을 갱신이 없다."""
         unique, where = ids.unique(return_inverse=True)
         return torch.cat([self.read(i, i + 1) for i in unique.tolist()]).to(self.place)[where]
 
     def whole(self) -> torch.Tensor:
+        """갱신까지 더한 온전한 행렬, fp32."""
         values = torch.cat([self.read(start, stop) for start, stop in row_spans(self.entry.shape)])
         if self.update is not None:
             values += self.update.rows(0, self.entry.shape[0])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils import hub
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.files import read_json
 from utils.model.folder import text_config
 
@@ -20,7 +20,7 @@ def load_tokenizer(model: str | Path, cache_dir: str | None = None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({_first_line(error)})") from None
+        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"토크나이저에 끝 토큰(eos_token)이 없다: {model}")
     if tokenizer.pad_token is None:
@@ -69,7 +69,3 @@ def _after_answer(tokenizer) -> list[int]:
     except Exception:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
         return []
     return tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

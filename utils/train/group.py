@@ -1,4 +1,4 @@
-"""함께 배우는 프로세스들. torchrun과 accelerate가 환경 변수로 알려 준다."""
+"""함께 배우는 프로세스들의 통신: 합치고 기다린다. 몇 개인지는 `process`가 안다."""
 
 from dataclasses import dataclass
 

@@ -12,6 +12,7 @@ from utils import record, report
 from utils.data.questions import read_question
 from utils.decode.decoder import Decoder
 from utils.environment import installed_version, peak_ram_bytes
+from utils.errors import first_line
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import GREEDY
 from utils.train import progress
@@ -116,7 +117,7 @@ def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> s
     except torch.OutOfMemoryError:
         return "메모리가 모자란다"
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

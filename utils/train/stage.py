@@ -1,4 +1,4 @@
-"""미세조정 한 번의 준비와 계획과 모델. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
+"""미세조정의 앞쪽 단계: 준비(prepare), 계획(plan), 모델(build_model), 데이터의 검사. `finetune-lora.py`가 부른다."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
