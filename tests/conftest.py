@@ -108,6 +108,20 @@ def talk_server(talk_run):
         yield served
 
 
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, tiny_neox, tiny_data):
+    """40개의 행을 한 epoch에 9 step씩 배우는 실험실."""
+    import faults
+
+    if not faults.CAN_FORK:
+        pytest.skip("프로세스를 가를 수 있는 Linux에서만 고장을 일으킨다")
+    lab = faults.Lab(tmp_path_factory.mktemp("lab"), {
+        "base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4, "num_train_epochs": 2,
+        "val_set_size": 20})
+    yield lab.start()
+    lab.stop()
+
+
 def refuse(capsys, stage, *flags: str, retired: dict | None = None) -> str:
     """단계를 부르고, 종료 코드 2와 한 줄짜리 오류를 확인해 그 줄을 돌려준다."""
     from utils import cli
@@ -144,6 +158,7 @@ def pytest_configure(config):
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다
             signal.signal(number, lambda *_: None)
+    config.addinivalue_line("markers", "quick: 모델을 학습하지 않는 가벼운 테스트. 고치는 동안 `-m quick`으로 자주 돌린다")
     config.addinivalue_line("markers", "gpu: CUDA GPU가 있어야 도는 테스트")
     config.addinivalue_line("markers", "slow: 오래 걸려 `-m slow`로 청할 때만 도는 테스트")
 
