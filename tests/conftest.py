@@ -158,7 +158,7 @@ def pytest_configure(config):
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다
             signal.signal(number, lambda *_: None)
-    config.addinivalue_line("markers", "quick: 모델을 학습하지 않는 가벼운 테스트. 고치는 동안 `-m quick`으로 자주 돌린다")
+    config.addinivalue_line("markers", "quick: 모델을 학습하지 않는 가벼운 테스트")
     config.addinivalue_line("markers", "gpu: CUDA GPU가 있어야 도는 테스트")
     config.addinivalue_line("markers", "slow: 오래 걸려 `-m slow`로 청할 때만 도는 테스트")
 

@@ -16,7 +16,7 @@ from utils.model import folder
 
 pytestmark = pytest.mark.quick
 
-DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md")),
+DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md", ".github/CONTRIBUTING.md")),
         *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
 STAGES = {"finetune-lora.py": "train", "merge-lora.py": "merge", "generate.py": "serve",
           "ko-datasets/download-koalpaca.py": "download"}
@@ -59,8 +59,12 @@ def check_python(words: list[str]) -> None:
         parse_pip(words[2:])
     elif words[:2] == ["-m", "utils.report"]:
         assert not any(word.startswith("-") for word in words[2:])
-    elif words[:2] in (["-m", "utils.doctor"], ["-m", "pytest"]):
+    elif words[:2] == ["-m", "utils.doctor"]:
         assert len(words) == 2
+    elif words[:2] == ["-m", "pytest"]:
+        assert words[2:] in ([], ["-m", "quick"])
+    elif words[0].startswith("tests/bench/"):
+        assert (ROOT / words[0]).is_file() and len(words) == 1
     elif words[0] == "-c":
         compile(words[1], "문서", "exec")
     elif words != ["--version"]:
