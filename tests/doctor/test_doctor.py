@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, build_neox
+from conftest import ROOT
+from tiny import build_neox
 
 from utils import environment
 from utils.doctor import checks

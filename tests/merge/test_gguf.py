@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import build_neox
+from tiny import build_neox
 
 from utils.errors import UsageError
 from utils.merge.gguf import _chat_form, _literal, _pre_tokenizer, render_modelfile, require_exportable, write

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, build_neox, load_script, run_script, write_rows
+from conftest import ROOT, load_script, run_script, write_rows
 from safetensors.torch import load_file, save_file
+from tiny import build_neox
 
 from utils.errors import UsageError
 from utils.files import damage, read_manifest, staged

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_neox
+from conftest import ROOT
 from test_architectures import TARGETS, build_model
+from tiny import build_neox
 
 from utils.environment import peak_ram_bytes
 from utils.errors import UsageError
