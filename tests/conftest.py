@@ -1,4 +1,4 @@
-"""테스트가 함께 쓰는 것들: 무작위 가중치의 작은 GPT-NeoX 폴더와, 끝까지 학습한 작은 실행."""
+"""테스트가 함께 쓰는 fixture와 실행하는 법: 작은 모델의 폴더, 끝까지 학습한 작은 실행, 열린 페이지, 고장의 실험실."""
 
 import json
 import os
@@ -11,51 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import pytest
-import torch
+from tiny import build_neox
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / room) for room in ("bench", "engine"))]
 
-TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("tests/conftest.py", "utils/cli.py"))
-SPECIAL = ["<|unused0|>", "<|unused1|>", "<|endoftext|>", "<|sep|>"]
-
-
-def build_tokenizer(folder: Path, vocab_size: int = 800):
-    """polyglot처럼 끝 토큰이 2번이고 pad가 없는 byte-level BPE 토크나이저를 학습해 폴더에 쓴다."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator([TEXT], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|endoftext|>",
-                                        unk_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 2, context: int = 256,
-               dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    folder.mkdir(parents=True, exist_ok=True)
-    size = len(build_tokenizer(folder))
-    torch.manual_seed(seed)
-    config = GPTNeoXConfig(vocab_size=size + 13, hidden_size=hidden, num_hidden_layers=layers,
-                           num_attention_heads=heads, intermediate_size=hidden * 4, rotary_pct=0.5,
-                           max_position_embeddings=context, use_parallel_residual=True, bos_token_id=0,
-                           eos_token_id=0, tie_word_embeddings=False)
-    GPTNeoXForCausalLM(config).to(dtype).save_pretrained(folder, safe_serialization=True)
-    return folder
-
 
 def write_rows(path: Path, n: int = 40) -> Path:
     """textonly 형식의 짧은 행 n개."""
-    form = "### 질문: {0} 더하기 {0}는?\n\n### 답변: {0}에 {0}를 더하면 {1}입니다.<|endoftext|>"
+    form = "### 질문: {0} 더하기 {0}는?\n\n### 답변: {0}에 {0}를 더하면 {1}입니다. {0}의 두 배와 같습니다.<|endoftext|>"
     texts = [form.format(i, 2 * i) for i in range(n)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -108,6 +72,20 @@ def talk_server(talk_run):
         yield served
 
 
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, tiny_neox, tiny_data):
+    """40개의 행을 한 epoch에 9 step씩 배우는 실험실."""
+    import faults
+
+    if not faults.CAN_FORK:
+        pytest.skip("프로세스를 가를 수 있는 Linux에서만 고장을 일으킨다")
+    lab = faults.Lab(tmp_path_factory.mktemp("lab"), {
+        "base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4, "num_train_epochs": 2,
+        "val_set_size": 20})
+    yield lab.start()
+    lab.stop()
+
+
 def refuse(capsys, stage, *flags: str, retired: dict | None = None) -> str:
     """단계를 부르고, 종료 코드 2와 한 줄짜리 오류를 확인해 그 줄을 돌려준다."""
     from utils import cli
@@ -144,6 +122,7 @@ def pytest_configure(config):
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다
             signal.signal(number, lambda *_: None)
+    config.addinivalue_line("markers", "quick: 모델을 학습하지 않는 가벼운 테스트")
     config.addinivalue_line("markers", "gpu: CUDA GPU가 있어야 도는 테스트")
     config.addinivalue_line("markers", "slow: 오래 걸려 `-m slow`로 청할 때만 도는 테스트")
 

@@ -15,8 +15,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).resolve().parent
 MODES = {"count": 0, "full": 1, "kill": 2}
 CAN_FORK = hasattr(os, "fork") and sys.platform == "linux"
@@ -79,17 +77,6 @@ class Lab:
 
     def resume(self, output: Path, **options) -> Outcome:
         return self.train(output, resume_from_checkpoint="True", **options)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, tiny_neox, tiny_data):
-    """40개의 행을 한 epoch에 9 step씩 배우는 실험실."""
-    if not CAN_FORK:
-        pytest.skip("프로세스를 가를 수 있는 Linux에서만 고장을 일으킨다")
-    lab = Lab(tmp_path_factory.mktemp("lab"), {"base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64,
-                                               "batch_size": 4, "num_train_epochs": 2, "val_set_size": 20})
-    yield lab.start()
-    lab.stop()
 
 
 def state_of(checkpoint: Path) -> dict:

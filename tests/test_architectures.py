@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, build_tokenizer, run_script, write_rows
+from conftest import ROOT, run_script, write_rows
+from tiny import build_tokenizer
 
 from utils.model.targets import choose_targets
 

@@ -5,6 +5,8 @@ import pytest
 from utils import cli, console
 from utils.errors import UsageError
 
+pytestmark = pytest.mark.quick
+
 
 def stage(*, count: int = 3, rate: float = 1e-3, wide: bool = True, names: tuple[str, ...] = ("x",),
           folder: str | None = None, resume: bool | str | None = None):

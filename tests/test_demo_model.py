@@ -5,10 +5,11 @@ import json
 import math
 import random
 import re
+import shlex
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from safetensors import safe_open
 
 from utils import record
@@ -95,6 +96,23 @@ def test_a_shortened_answer_is_whole_sentences(train_demo):
 def test_the_examples_of_the_page_are_rows_to_learn(train_demo):
     train, _ = train_demo.read_rows()
     assert {fill_placeholder(*example) for example in EXAMPLES} <= {question for question, _ in train}
+
+
+def test_first_command_of_the_readme_learns_and_says_what_it_learnt(tmp_path):
+    """README의 첫 명령을 짧게 줄인 것: 데모를 그대로 찾아 배우고, loss가 줄고, 배운 답과 다음 명령을 말한다."""
+    first = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+                 if "python finetune-lora.py" in line)
+    flags = shlex.split(first.split("python finetune-lora.py")[1])
+    rows = (ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json").read_text(encoding="utf-8").splitlines()[:48]
+    (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
+    done = run_script("finetune-lora.py", *flags, "--data_path", str(tmp_path / "rows.json"), "--output_dir",
+                      str(tmp_path / "run"), "--val_set_size", "8", "--cutoff_len", "256", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = record.read_run(tmp_path / "run")
+    assert run["eval_loss_after"] < run["eval_loss_before"]
+    assert "학습한 모델의 답: " in done.stdout
+    assert set(re.findall(r"python (\S+\.py)", done.stdout)) == {"merge-lora.py", "generate.py"}
+    assert "### " in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, load_script, refuse, run_script
-from faults import lab  # noqa: F401
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -192,7 +191,7 @@ def spoil(folder: Path, how: str) -> None:
     ("header", "100,000,000"), ("truncated", "덜 받아졌다"), ("deep", "config.json"), ("shapes", "가중치는"),
     ("layers", "layers.2"), ("nan", "NaN"),
 ])
-def test_hostile_base_model_is_refused_and_nothing_is_written(lab, copied, tmp_path, how, named):  # noqa: F811
+def test_hostile_base_model_is_refused_and_nothing_is_written(lab, copied, tmp_path, how, named):
     spoil(copied, how)
     refused = lab.train(tmp_path / "run", base_model=copied)
     assert refused.code == 2 and named in refused.error, refused.text

@@ -12,6 +12,8 @@ from conftest import ROOT
 from utils.data.rows import END_TOKEN, read_rows
 from utils.prompter import Prompter
 
+pytestmark = pytest.mark.quick
+
 TEXTONLY = ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json"
 COLUMNS = ROOT / "ko-datasets" / "polyglot-ko-lite.json"
 KOALPACA = ROOT.parent / "shared" / "data" / "koalpaca_500.json"

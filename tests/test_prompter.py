@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from utils.errors import UsageError
 from utils.prompter import TEMPLATES, ChatPrompter, Prompter, fill_placeholder, make_prompter, shift_space
 
+pytestmark = pytest.mark.quick
+
 NAMES = sorted(file.stem for file in TEMPLATES.glob("*.json"))
 GOOD = {"name": "n", "prompt_no_input": "Q: {instruction}\nA: ", "prompt_input": "Q: {instruction}\nI: {input}\nA: ",
         "answer_marker": "\nA:"}

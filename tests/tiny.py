@@ -129,6 +129,22 @@ def build_tokenizer(folder: Path, vocab_size: int = 384):
     return tokenizer
 
 
+def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 2, context: int = 256,
+               dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
+    """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    size = len(build_tokenizer(folder))
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(vocab_size=size + 13, hidden_size=hidden, num_hidden_layers=layers,
+                           num_attention_heads=heads, intermediate_size=hidden * 4, rotary_pct=0.5,
+                           max_position_embeddings=context, use_parallel_residual=True, bos_token_id=0,
+                           eos_token_id=0, tie_word_embeddings=False)
+    GPTNeoXForCausalLM(config).to(dtype).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def tiny_config(model_type: str, vocab_size: int, **overrides):
     """`model_type`의 기본 설정에서 크기만 줄인 설정.
 

@@ -105,8 +105,8 @@ def measured(body: str) -> tuple[float, float, int]:
 def write_base(folder: Path, shape: str) -> None:
     """polyglot 모양의 fp16 폴더. 같은 난수 조각을 되풀이해 빨리 쓴다."""
     from accelerate import init_empty_weights
-    from conftest import build_tokenizer
     from standin import config_of
+    from tiny import build_tokenizer
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     folder.mkdir(parents=True)

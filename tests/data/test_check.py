@@ -15,6 +15,8 @@ from utils.errors import UsageError
 from utils.model import tokenizer
 from utils.prompter import Prompter
 
+pytestmark = pytest.mark.quick
+
 SHIPPED = ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json"
 SHIPPED_COLUMNS = ROOT / "ko-datasets" / "polyglot-ko-lite.json"
 KOALPACA = ROOT.parent / "shared" / "data" / "koalpaca_500.json"

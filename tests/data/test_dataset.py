@@ -15,6 +15,8 @@ from utils.errors import UsageError
 from utils.model.tokenizer import load_tokenizer
 from utils.prompter import Prompter
 
+pytestmark = pytest.mark.quick
+
 CUTOFF = 64
 END = 2
 QUESTION, ANSWER = "물은 왜 어나요?", "온도가 낮아지면 분자가 자리를 잡기 때문입니다."

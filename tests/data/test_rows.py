@@ -12,6 +12,8 @@ from utils.data import readers, rows
 from utils.errors import UsageError
 from utils.prompter import Prompter
 
+pytestmark = pytest.mark.quick
+
 ROW = {"text": "### 질문: 물은 왜 어나요?\n\n### 답변: 온도가 낮아지기 때문입니다.<|endoftext|>"}
 LINE = json.dumps(ROW, ensure_ascii=False)
 

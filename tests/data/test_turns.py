@@ -14,6 +14,8 @@ from utils.model import tokenizer
 from utils.prompter import Prompter
 from utils.talk import api
 
+pytestmark = pytest.mark.quick
+
 END = 2
 
 

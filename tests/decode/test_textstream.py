@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from utils.decode.textstream import TextStream, byte_alphabet
 
+pytestmark = pytest.mark.quick
+
 PIECES = ["양파는 식물의 줄기입니다. ", "뷁쉛퉳 ", "漢字와 國語 ",
           "👩‍👩‍👧‍👦🇰🇷🥨", "ㅋㅋㅋ…", "def f(x):\n    return x ** 2\n", "\t{}\\n",
           "가\u0301나", "𠮷野家 ", "Ω≈ç√ ", "\r\n", "  ", "<b>굵게</b> ", "한글abc한글 "]

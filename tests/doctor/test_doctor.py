@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, build_neox
+from conftest import ROOT
+from tiny import build_neox
 
 from utils import environment
 from utils.doctor import checks
@@ -73,12 +73,12 @@ def test_quick_part_says_faults_or_stops(check, fault, level):
         assert len(said) == (check in environment.QUICK_CHECKS)
 
 
-def test_quick_part_is_quick_and_imports_no_torch():
-    code = ("import sys, time; began = time.perf_counter(); from utils import doctor; doctor.quick(print);"
-            "assert 'torch' not in sys.modules; print(time.perf_counter() - began)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def test_quick_part_imports_nothing_heavy():
+    code = ("import sys; from utils import environment; environment.quick(print);"
+            "print({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'transformers', 'bitsandbytes'})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 2
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_a_missing_torch_is_told_before_anything_is_computed():
@@ -87,9 +87,7 @@ def test_a_missing_torch_is_told_before_anything_is_computed():
 
 
 def test_real_facts_of_this_machine():
-    began = time.perf_counter()
     facts = look_full()
-    assert time.perf_counter() - began < 60
     assert facts.python == sys.version_info[:2]
     assert facts.matmul_4bit_error == ""
     assert facts.torch_cuda == torch.version.cuda

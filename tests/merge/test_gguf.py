@@ -1,12 +1,13 @@
 """GGUF의 약속: llama.cpp가 transformers와 같은 토큰으로 답한다. xllamacpp가 설치된 곳에서만 답까지 비교한다."""
 
 import json
+import re
 import shutil
 import urllib.request
 
 import pytest
 import torch
-from conftest import build_neox
+from tiny import build_neox
 
 from utils.errors import UsageError
 from utils.merge.exportable import require_exportable
@@ -69,6 +70,61 @@ def test_every_tensor_is_there_and_close(request, family, kind):
     embedding = next(tensor for name, tensor in state.items() if "embed" in name and "out" not in name)
     gap = torch.from_numpy(written["token_embd.weight"].copy()).float() - embedding.float()
     assert gap.abs().max() <= (0 if kind == "f16" else embedding.float().abs().max() / 250)
+
+
+def expected_tensors(folder) -> dict:
+    """llama.cpp가 읽는 이름과 순서로 놓은 가중치. 읽는 법은 llama.cpp의 그래프에서 왔다.
+
+    GPT-NeoX의 q, k, v는 head마다 섞여 있고 llama.cpp는 q 전부, k 전부, v 전부를 읽는다. Llama의 rotary는 반으로
+    나눈 두 칸을 돌리고 llama.cpp는 이웃한 두 칸을 돌리므로, q와 k의 head 안에서 i째와 i + d/2째 행이 이웃이 된다.
+    """
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    found = {}
+    for name, tensor in state.items():
+        if "query_key_value" in name:
+            size = len(tensor) // heads // 3
+            order = [head * 3 * size + part * size + row for part in range(3) for head in range(heads)
+                     for row in range(size)]
+        elif "self_attn.q_proj" in name or "self_attn.k_proj" in name:
+            count = heads if "q_proj" in name else groups
+            size = len(tensor) // count
+            order = [head * size + half * size // 2 + row for head in range(count) for row in range(size // 2)
+                     for half in range(2)]
+        else:
+            order = list(range(len(tensor)))
+        found[name] = tensor[order].float()
+    return found
+
+
+NAMES = {  # 폴더의 이름 -> GGUF의 이름
+    "gpt_neox.embed_in": "token_embd", "embed_out": "output", "lm_head": "output",
+    "gpt_neox.final_layer_norm": "output_norm", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down"}
+
+
+def gguf_name(name: str) -> str:
+    stem, kind = name.rsplit(".", 1)
+    layer = re.search(r"layers\.(\d+)\.(.+)", stem)
+    return f"blk.{layer[1]}.{NAMES[layer[2]]}.{kind}" if layer else f"{NAMES[stem]}.{kind}"
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_every_tensor_holds_the_values_in_the_order_that_llama_cpp_reads(request, family):
+    folder = request.getfixturevalue(family)
+    reader = gguf.GGUFReader(folder / write(folder, "f16"))
+    written = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    expected = {gguf_name(name): tensor for name, tensor in expected_tensors(folder).items()}
+    assert set(written) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(torch.from_numpy(written[name].copy()).float().reshape(tensor.shape), tensor), name
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from utils.model import checkpoint
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS
 from utils.train import run_folder
 
+pytestmark = pytest.mark.quick
+
 FILES = (*checkpoint.RESUMABLE, "optimizer.pt", "rng_state.pth", "optimizer_0/shard.distcp")
 RUN = {"run": {"seed": {"id": 1, "shown": "1"}}, "step": 1, "rows": 1}
 

@@ -7,6 +7,8 @@ import pytest
 from utils.errors import UsageError
 from utils.talk import guard
 
+pytestmark = pytest.mark.quick
+
 
 def status(path="/", method="GET", server_name="127.0.0.1", share=False, api=False, **headers) -> int:
     """문지기가 돌려준 HTTP 상태. 들여보냈으면 200이다."""

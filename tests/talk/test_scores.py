@@ -17,6 +17,8 @@ from utils.sampling import Sampling
 from utils.talk import scores
 from utils.talk.answerer import Answer, Answerer
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("hypothesis, reference, expected", [
     ("고양이가 매트 위에 앉아 있다.", "고양이가 매트 위에 앉아 있다.", 100.0),

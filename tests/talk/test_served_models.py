@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_tokenizer, run_script
+from conftest import run_script
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from tiny import tiny_model
+from tiny import build_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from utils.decode.decoder import Decoder

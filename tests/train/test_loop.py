@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_neox, build_tokenizer
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
-from tiny import lora_neox
+from tiny import build_neox, build_tokenizer, lora_neox
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import build_tokenizer
 from peft import LoraConfig, get_peft_model
+from tiny import build_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

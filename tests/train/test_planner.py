@@ -12,6 +12,8 @@ from utils.errors import UsageError
 from utils.model.loader import Device
 from utils.train.planner import CONTEXT, GB, SAFETY, WORKSPACE, find_family, fit, make_plan, predict
 
+pytestmark = pytest.mark.quick
+
 TARGETS = ("query_key_value",)
 
 

@@ -7,7 +7,8 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import build_tokenizer, load_script, run_script
+from conftest import load_script, run_script
+from tiny import build_tokenizer
 
 from utils import record
 from utils.data.documents import Documents

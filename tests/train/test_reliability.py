@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_script
-from faults import lab, same, state_of  # noqa: F401
+from faults import same, state_of
 from safetensors.torch import load_file
 
 from utils import files
@@ -27,12 +27,12 @@ def folders_are_whole(output: Path) -> bool:
     return all(checkpoint.damage(folder) is None for folder in checkpoint.checkpoints(output))
 
 
-def go_on(lab, output: Path, **options):  # noqa: F811
+def go_on(lab, output: Path, **options):
     """있으면 이어 가고, 없으면 처음부터 한다."""
     return (lab.resume if checkpoint.newest_valid(output) else lab.train)(output, **options)
 
 
-def kill_until_done(lab, output: Path, moments, **flags) -> int:  # noqa: F811
+def kill_until_done(lab, output: Path, moments, **flags) -> int:
     """정해진 순간마다 SIGKILL로 죽이며 이어 가고, 끝낸 뒤 죽은 횟수를 돌려준다."""
     killed = 0
     for moment in moments:
@@ -47,7 +47,7 @@ def kill_until_done(lab, output: Path, moments, **flags) -> int:  # noqa: F811
     return killed
 
 
-def test_run_killed_thirty_times_inside_its_saves_is_the_same_run(lab, tmp_path):  # noqa: F811
+def test_run_killed_thirty_times_inside_its_saves_is_the_same_run(lab, tmp_path):
     """output_dir에 쓰기, 내리기(fsync), 이름 바꾸기, 지우기의 아무 순간에나 죽는다. 쓰던 것은 반만 쓰인다."""
     if not lab.can_count:
         pytest.skip("C 컴파일러가 없어 쓰는 순간을 셀 수 없다")
@@ -65,7 +65,7 @@ def test_run_killed_thirty_times_inside_its_saves_is_the_same_run(lab, tmp_path)
 
 
 @pytest.mark.slow
-def test_run_killed_at_every_kind_of_moment(lab, tmp_path):  # noqa: F811
+def test_run_killed_at_every_kind_of_moment(lab, tmp_path):
     """같은 것을 더 길게: 쓰는 순간 60번과 아무 때(시간) 30번. 끝난 실행은 새로 시작해 모두 쓸 때까지 한다."""
     flags = {"num_train_epochs": 20, "val_set_size": 0}
     whole = lab.train(tmp_path / "whole", **flags)
@@ -86,7 +86,7 @@ def test_run_killed_at_every_kind_of_moment(lab, tmp_path):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def cut(lab, tmp_path_factory):  # noqa: F811
+def cut(lab, tmp_path_factory):
     """checkpoint-3과 checkpoint-4가 남은, 끝나지 않은 실행."""
     output = tmp_path_factory.mktemp("cut") / "run"
     assert lab.train(output, signals=[[3, "SIGTERM"]]).code == 143
@@ -117,7 +117,7 @@ def test_damage_to_each_real_file_is_named(cut, tmp_path, how):
         assert found is not None and (name in found or name == files.MANIFEST), (name, found)
 
 
-def test_damaged_newest_is_refused_by_name_and_the_older_one_goes_on(lab, cut, tmp_path):  # noqa: F811
+def test_damaged_newest_is_refused_by_name_and_the_older_one_goes_on(lab, cut, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(cut, output)
     older, newest = checkpoint.checkpoints(output)[-2:]
@@ -136,7 +136,7 @@ def test_damaged_newest_is_refused_by_name_and_the_older_one_goes_on(lab, cut, t
     assert fresh.code == 2 and "끝나지 않은 실행" in fresh.error
 
 
-def test_damaged_adapter_is_refused_by_name(lab, tmp_path):  # noqa: F811
+def test_damaged_adapter_is_refused_by_name(lab, tmp_path):
     output = tmp_path / "run"
     assert lab.train(output, num_train_epochs=1).code == 0
     assert adapter.find_adapter(output) == output
@@ -145,7 +145,7 @@ def test_damaged_adapter_is_refused_by_name(lab, tmp_path):  # noqa: F811
         adapter.find_adapter(output)
 
 
-def disk_fills_up(lab, output: Path, at: int, **options) -> None:  # noqa: F811
+def disk_fills_up(lab, output: Path, at: int, **options) -> None:
     full = go_on(lab, output, fault=("full", at), **options)
     assert full.code == 2, (at, full.text)
     assert "디스크가 차서" in full.error or "쓸 수 없다" in full.error, (at, full.text)
@@ -155,7 +155,7 @@ def disk_fills_up(lab, output: Path, at: int, **options) -> None:  # noqa: F811
     assert ("--resume_from_checkpoint True" in full.error) == can_resume, (at, full.text)
 
 
-def fill_at(lab, tmp_path: Path, choose, **options) -> list[int]:  # noqa: F811
+def fill_at(lab, tmp_path: Path, choose, **options) -> list[int]:
     """끝까지 가는 실행의 쓰기를 세고, 고른 쓰기마다 디스크를 채운 뒤 자리를 비우고 끝낸다."""
     if not lab.can_count:
         pytest.skip("C 컴파일러가 없어 쓰기를 셀 수 없다")
@@ -174,20 +174,20 @@ def fill_at(lab, tmp_path: Path, choose, **options) -> list[int]:  # noqa: F811
     return tried
 
 
-def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(lab, tmp_path):  # noqa: F811
+def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(lab, tmp_path):
     """저장, 어댑터, 곡선과 예시를 쓰다가 디스크가 찬다. 쓰기의 수는 실행마다 조금 다르므로 끝은 남긴다."""
     options = {"num_train_epochs": 0.4, "answers": True}
     fill_at(lab, tmp_path, lambda n: [*range(1, n - 10, n // 6), n - 10], **options)
 
 
 @pytest.mark.slow
-def test_full_disk_at_every_write(lab, tmp_path):  # noqa: F811
+def test_full_disk_at_every_write(lab, tmp_path):
     tried = fill_at(lab, tmp_path, lambda n: list(range(n - 1)), num_train_epochs=0.4)
     print(f"쓰기 {len(tried)}곳")
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_first_signal_saves_and_tells_the_command(lab, tmp_path, name, code):  # noqa: F811
+def test_first_signal_saves_and_tells_the_command(lab, tmp_path, name, code):
     output = tmp_path / "run"
     stopped = lab.train(output, signals=[[4, name]])
     assert stopped.code == code, stopped.text
@@ -197,7 +197,7 @@ def test_first_signal_saves_and_tells_the_command(lab, tmp_path, name, code):  #
     assert not list(output.glob(".tmp-*"))
 
 
-def test_second_signal_ends_at_once_without_half_a_checkpoint(lab, tmp_path):  # noqa: F811
+def test_second_signal_ends_at_once_without_half_a_checkpoint(lab, tmp_path):
     output = tmp_path / "run"
     stopped = lab.train(output, signals=[[4, "SIGINT", "SIGINT"]])
     assert stopped.code == 130 and checkpoint.newest_valid(output).name == "checkpoint-3", stopped.text
@@ -249,7 +249,7 @@ def test_break_and_ignored_signals(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_infinite_loss_stops_before_the_weights_are_touched(lab, tmp_path):  # noqa: F811
+def test_infinite_loss_stops_before_the_weights_are_touched(lab, tmp_path):
     output = tmp_path / "run"
     stopped = lab.train(output, learning_rate=1e38)
     assert stopped.code == 2 and "step 3에서" in stopped.error and "학습률" in stopped.error, stopped.text
@@ -261,7 +261,7 @@ def test_infinite_loss_stops_before_the_weights_are_touched(lab, tmp_path):  # n
     assert not (output / "adapter_model.safetensors").exists()
 
 
-def test_second_run_in_one_folder_is_refused(lab, tmp_path):  # noqa: F811
+def test_second_run_in_one_folder_is_refused(lab, tmp_path):
     output = tmp_path / "run"
     with files.locked(output):
         refused = lab.train(output)
@@ -304,7 +304,7 @@ def test_nothing_leaves_the_machine(tiny_neox, tiny_data, tmp_path):
     assert not (tmp_path / "log").exists(), (tmp_path / "log").read_text(encoding="utf-8")
 
 
-def grows_little(lab, output: Path, epochs: float, early: int) -> None:  # noqa: F811
+def grows_little(lab, output: Path, epochs: float, early: int) -> None:
     done = lab.train(output, num_train_epochs=epochs, val_set_size=0)
     assert done.code == 0, done.text
     lines = done.text.splitlines()
@@ -323,10 +323,10 @@ def grows_little(lab, output: Path, epochs: float, early: int) -> None:  # noqa:
     assert grown <= {"trainer_state.json"}, grown
 
 
-def test_memory_does_not_grow(lab, tmp_path):  # noqa: F811
+def test_memory_does_not_grow(lab, tmp_path):
     grows_little(lab, tmp_path / "run", 22, 40)
 
 
 @pytest.mark.slow
-def test_two_thousand_steps(lab, tmp_path):  # noqa: F811
+def test_two_thousand_steps(lab, tmp_path):
     grows_little(lab, tmp_path / "run", 200, 200)

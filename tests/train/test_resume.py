@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, write_rows
-from faults import lab, same, state_of  # noqa: F401
+from faults import same, state_of
 
 from utils import files
 from utils.model import checkpoint
@@ -21,14 +21,14 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def straight(lab, tmp_path_factory):  # noqa: F811
+def straight(lab, tmp_path_factory):
     output = tmp_path_factory.mktemp("straight") / "run"
     done = lab.train(output, **LONG)
     assert done.code == 0, done.text
     return output
 
 
-def cut_and_resume(lab, output: Path, after: int, **options):  # noqa: F811
+def cut_and_resume(lab, output: Path, after: int, **options):
     """`after` step의 알림에서 신호를 보내 그다음 step에서 멈추고, 알려 준 대로 이어 간다."""
     cut = lab.train(output, signals=[[after, "SIGTERM"]], **options)
     assert cut.code == 143 and f"checkpoint-{after + 1}에 저장하고" in cut.text, cut.text
@@ -38,7 +38,7 @@ def cut_and_resume(lab, output: Path, after: int, **options):  # noqa: F811
 
 
 @pytest.mark.parametrize("after", [6, 12, 19, 39])
-def test_resumed_run_is_the_same_run(lab, straight, tmp_path, after):  # noqa: F811
+def test_resumed_run_is_the_same_run(lab, straight, tmp_path, after):
     """7(아무것의 배수도 아니고), 13(둘째 epoch), 20(평가하고 저장한 자리), 40(마지막 step)에서 끊는다."""
     output = tmp_path / "run"
     cut_and_resume(lab, output, after, **LONG)
@@ -47,7 +47,7 @@ def test_resumed_run_is_the_same_run(lab, straight, tmp_path, after):  # noqa: F
     assert (output / name).read_bytes() == (straight / name).read_bytes()
 
 
-def test_run_cut_after_the_last_step_takes_no_further_step(lab, straight, tmp_path):  # noqa: F811
+def test_run_cut_after_the_last_step_takes_no_further_step(lab, straight, tmp_path):
     output = tmp_path / "run"
     done = lab.train(output, signals=[[STEPS, "SIGINT"]], **LONG)
     assert done.code == 130, done.text
@@ -56,7 +56,7 @@ def test_run_cut_after_the_last_step_takes_no_further_step(lab, straight, tmp_pa
     assert checkpoint.step_of(newest) == STEPS and same(state_of(newest), state_of(straight / newest.name))
 
 
-def test_early_stopping_keeps_its_count(lab, tmp_path):  # noqa: F811
+def test_early_stopping_keeps_its_count(lab, tmp_path):
     for rate in (0.3, 1, 0.1, 3):  # 검증 loss가 출렁이게 학습률을 높인다
         options = {**LONG, "learning_rate": rate, "early_stopping_patience": 2}
         whole = tmp_path / f"whole-{rate}"
@@ -72,7 +72,7 @@ def test_early_stopping_keeps_its_count(lab, tmp_path):  # noqa: F811
         assert same(state_of(newest), state_of(whole / newest.name))
 
 
-def test_micro_batch_halved_for_memory_stays_halved(lab, tmp_path):  # noqa: F811
+def test_micro_batch_halved_for_memory_stays_halved(lab, tmp_path):
     options = {"micro_batch_size": 4, "oom": 3}
     done = lab.train(tmp_path / "whole", **options)
     assert done.code == 0 and "micro batch를 2로 줄여" in done.text, done.text
@@ -83,7 +83,7 @@ def test_micro_batch_halved_for_memory_stays_halved(lab, tmp_path):  # noqa: F81
 
 
 @pytest.fixture(scope="module")
-def cut(lab, tmp_path_factory):  # noqa: F811
+def cut(lab, tmp_path_factory):
     output = tmp_path_factory.mktemp("cut") / "run"
     assert lab.train(output, signals=[[3, "SIGINT"]]).code == 130
     return output
@@ -100,14 +100,14 @@ def cut(lab, tmp_path_factory):  # noqa: F811
     ("early_stopping_patience", 2, "early_stopping_patience: None -> 2"),
     ("train_on_inputs", False, "train_on_inputs: True -> False"),
 ])
-def test_changed_run_is_refused_by_name(lab, cut, flag, value, named):  # noqa: F811
+def test_changed_run_is_refused_by_name(lab, cut, flag, value, named):
     before = sorted(file.name for file in cut.rglob("*"))
     refused = lab.resume(cut, **{flag: value})
     assert refused.code == 2 and named in refused.error, refused.text
     assert sorted(file.name for file in cut.rglob("*")) == before
 
 
-def test_changed_data_and_base_are_refused_by_name(lab, cut, tmp_path, tiny_neox):  # noqa: F811
+def test_changed_data_and_base_are_refused_by_name(lab, cut, tmp_path, tiny_neox):
     data = write_rows(tmp_path / "other.json", 41)
     base = tmp_path / "base"
     base.mkdir()
@@ -120,7 +120,7 @@ def test_changed_data_and_base_are_refused_by_name(lab, cut, tmp_path, tiny_neox
     assert "data_path: " in refused.error and f"-> {data}" in refused.error and "base_model: " in refused.error
 
 
-def test_moved_base_and_data_of_the_same_content_are_the_same_run(lab, cut, tmp_path, tiny_neox, tiny_data):  # noqa: F811
+def test_moved_base_and_data_of_the_same_content_are_the_same_run(lab, cut, tmp_path, tiny_neox, tiny_data):
     base, data = tmp_path / "moved", tmp_path / "rows.json"
     base.mkdir()
     for file in Path(tiny_neox).iterdir():
@@ -130,7 +130,7 @@ def test_moved_base_and_data_of_the_same_content_are_the_same_run(lab, cut, tmp_
     assert stopped.code == 130, stopped.text
 
 
-def test_nothing_is_resumed_unasked_and_a_named_checkpoint_is_that_one(lab, tmp_path):  # noqa: F811
+def test_nothing_is_resumed_unasked_and_a_named_checkpoint_is_that_one(lab, tmp_path):
     output = tmp_path / "run"
     assert lab.train(output, signals=[[5, "SIGINT"]]).code == 130
     refused = lab.train(output)
@@ -142,7 +142,7 @@ def test_nothing_is_resumed_unasked_and_a_named_checkpoint_is_that_one(lab, tmp_
         assert lab.train(output, resume_from_checkpoint=wrong).code == 2
 
 
-def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):  # noqa: F811
+def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):
     output = tmp_path / "run"
     assert lab.train(output, answers=True, num_train_epochs=1).code == 0
     again = lab.resume(output, num_train_epochs=1)
@@ -159,7 +159,7 @@ def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):  # noqa: F81
     assert not (tmp_path / "none").exists()
 
 
-def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):  # noqa: F811
+def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):
     output = tmp_path / "run"
     assert lab.train(output, signals=[[13, "SIGTERM"]]).code == 143
     before = files.read_manifest(output / "checkpoint-14")["seconds"]
