@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.data import blocks, dataset
-from utils.data.encoder import Encoder
+from utils.data import dataset
+from utils.data.encoder import make_encoder
+from utils.data.questions import held_out_members, read_question
 from utils.errors import UsageError
 from utils.merge import streamed, writer
 from utils.merge.job import Job
@@ -56,11 +57,10 @@ def read_windows(job: Job) -> Windows:
     if not Path(data).is_file():
         data, settings, absent = str(DATA_DEMO), {}, data
     prompter = make_prompter(info.template if info else "default", tokenizer)
-    encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == "chat")
+    encoder = make_encoder(tokenizer, prompter, end_id)
     documents = dataset.load_documents(data, prompter, encoder, settings.get("cutoff_len", 1024), end_id,
                                        settings.get("cache_dir"))
-    percent = settings.get("val_set_size") or 5
-    _, held_out = blocks.split_by_content(documents, percent, settings.get("seed", 42))
+    held_out = held_out_members(documents, settings.get("val_set_size") or 5, settings.get("seed", 42))
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     config = load_config(job.base.path)
     # fp32 logits [토큰, vocab]이 LOGIT_BYTES를 넘지 않는 토큰의 수. 64에서 512 사이에서 행들이 나누어 가진다
@@ -69,11 +69,11 @@ def read_windows(job: Job) -> Windows:
     ids = np.full((len(chosen), length), end_id, np.int64)
     real, answer = np.zeros((2, len(chosen), length), bool)
     for row, member in enumerate(chosen):
-        tokens, is_answer = documents.document(member)
-        begin = max(0, int(np.argmax(is_answer)) - length // 3)
-        cut = slice(begin, begin + length)
-        n = len(tokens[cut])
-        ids[row, :n], real[row, :n], answer[row, :n] = tokens[cut], True, is_answer[cut]
+        asked = read_question(documents, member)
+        begin = max(0, len(asked.prompt) - length // 3)
+        tokens = np.concatenate([asked.prompt, asked.answer])[begin : begin + length]
+        ids[row, : len(tokens)], real[row, : len(tokens)] = tokens, True
+        answer[row, len(asked.prompt) - begin : len(tokens)] = True
     return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
 
 

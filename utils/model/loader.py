@@ -10,7 +10,7 @@ from utils import hub
 from utils.errors import UsageError, first_line
 from utils.model.folder import download_command, open_model_folder
 from utils.paths import looks_like_hub_id
-from utils.process import is_sharded
+from utils.process import is_sharded, local_rank, n_local_processes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Device:
 def choose_device() -> Device:
     """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         major, minor = torch.cuda.get_device_capability()
         card = f"{torch.cuda.get_device_name()}(compute capability {major}.{minor})"
@@ -103,7 +103,7 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     }
     quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
     if is_sharded():  # RAM에서 양자화한다. torchrun은 프로세스마다 스레드를 하나만 주어 몇 분이 걸린다
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, os.cpu_count() // n_local_processes()))
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             str(base_model), dtype=device.dtype, quantization_config=quantization,

@@ -1,8 +1,6 @@
-"""토크나이저: 읽기, 답의 끝을 뜻하는 토큰들, 모델이 아는 토큰인지의 검사."""
+"""토크나이저: 읽기와, 답의 끝을 뜻하는 토큰들."""
 
 from pathlib import Path
-
-import numpy as np
 
 from utils import hub
 from utils.errors import UsageError, first_line
@@ -36,27 +34,6 @@ def end_token_id(tokenizer) -> int:
     polyglot-ko의 config.json은 eos를 0이라 하지만 `<|endoftext|>`는 2다.
     """
     return int(tokenizer.eos_token_id)
-
-
-def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
-    """토큰 번호가 모두 embedding의 행 안에 있는지 본다. 밖의 번호는 CPU에서는 IndexError, 커널에서는 남의 메모리다.
-
-    Args:
-        ids: 토큰 번호의 배열이나 목록.
-        n_rows: 입력 embedding의 행 수.
-        tokenizer: 번호를 글자로 보여 줄 토크나이저.
-        where: 번호가 나온 곳. 메시지의 앞에 적힌다.
-
-    Raises:
-        UsageError: 밖의 번호가 있다. 그 토큰과 번호와 embedding의 크기를 말한다.
-    """
-    ids = np.asarray(ids, dtype=np.int64).ravel()
-    outside = ids[(ids < 0) | (ids >= n_rows)]
-    if len(outside):
-        worst = int(outside.max())
-        token = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
-        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {token!r}의 번호는 "
-                         f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
 
 
 def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:

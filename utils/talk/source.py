@@ -1,4 +1,4 @@
-"""대화할 모델 하나를 찾고 올린다: 기반 모델, 어댑터, 템플릿, 가중치의 비트 수."""
+"""대화할 모델 하나: 기반 모델, 어댑터, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 import filecmp
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def _last(name: str) -> str:
 
 def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
                   prompt_template: str | None, say: Callable[[str], None]) -> Answerer:
-    """모델을 올린다. 고른 것과 까닭을 모두 알린다."""
+    """모델을 올린다. 고른 것과 이유를 모두 알린다."""
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
     quantize, reason = choose_precision(source.base_model, device, load_4bit, load_8bit)
@@ -145,7 +145,7 @@ def has_adapter(folder: str | Path) -> bool:
 
 
 def has_merged(folder: str | Path, adapter: Path) -> bool:
-    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 견준다."""
+    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 비교한다."""
     return has_adapter(folder) and filecmp.cmp(
         Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS, adapter / ADAPTER_WEIGHTS, shallow=False)
 
