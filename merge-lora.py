@@ -1,6 +1,7 @@
 """LoRA 어댑터를 기반 모델에 합쳐 모델 폴더 하나로 만든다."""
 
 import gc
+from dataclasses import asdict
 
 from utils import cli, console
 from utils.paths import find_input, shown
@@ -79,7 +80,7 @@ def prove(job, folder) -> dict:
     console.say(f"검산: {proof.describe(report)}")
     for warning in proof.warnings(report):
         console.say(f"경고: {warning}")
-    return report
+    return asdict(report)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,35 @@ class Windows:
     absent: str | None
 
 
+@dataclass(frozen=True)
+class Proof:
+    """검산의 결과. merge-report.json의 `proof`다.
+
+    Attributes:
+        prompts, tokens: 비교한 행과 토큰의 수.
+        data, absent_data: 행을 읽은 파일과, 학습한 데이터인데 찾지 못한 파일.
+        merge_onto: 합친 바탕(original, quantized).
+        top1: 가장 높은 토큰이 쓰려던 것과 같은 비율.
+        kl: 쓰려던 것과의 KL. 토큰당 평균 nat다.
+        largest_gap: 쓰려던 것과의 logit 차이의 최댓값.
+        base_loss, trained_loss, merged_loss: 답의 토큰의 평균 loss. 차례로 NF4로 올린 기반 모델, 배운 모델, 합친 모델.
+        retained: 배운 개선 가운데 남은 몫. 개선이 거의 없으면 None이다.
+    """
+
+    prompts: int
+    tokens: int
+    data: str
+    absent_data: str | None
+    merge_onto: str
+    top1: float
+    kl: float
+    largest_gap: float
+    base_loss: float
+    trained_loss: float
+    merged_loss: float
+    retained: float | None
+
+
 def read_windows(job: Job) -> Windows:
     """학습에서 검증에 쓴 행들. logits가 메모리에 맞도록 답 둘레를 짧게 자른다.
 
@@ -79,14 +108,8 @@ def read_windows(job: Job) -> Windows:
     return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
 
 
-def prove(job: Job, merged: Path) -> dict:
-    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과.
-
-    Returns:
-        쓰려던 것과의 top1(가장 높은 토큰이 같은 비율), kl(토큰당 평균 nat), largest_gap(logit 차이의 최댓값);
-        답의 토큰의 평균 loss인 base_loss(NF4로 올린 기반 모델), trained_loss(배운 모델), merged_loss(합친 모델);
-        retained(배운 개선 가운데 남은 몫; 개선이 거의 없으면 None).
-    """
+def prove(job: Job, merged: Path) -> Proof:
+    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과."""
     windows = read_windows(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     written = open_model_folder(merged)
@@ -108,47 +131,46 @@ def prove(job: Job, merged: Path) -> dict:
     del asked, actual, trained
     base_loss = _answer_loss(logits("quantized", {}), windows)
     gain = base_loss - trained_loss
-    return {"prompts": len(windows.ids), "tokens": int(windows.real[:, 1:].sum()), "data": windows.source,
-            "absent_data": windows.absent, "merge_onto": job.onto, **compared, "base_loss": base_loss,
-            "trained_loss": trained_loss, "merged_loss": merged_loss,
-            "retained": (base_loss - merged_loss) / gain if gain >= MIN_GAIN else None}
+    return Proof(len(windows.ids), int(windows.real[:, 1:].sum()), windows.source, windows.absent, job.onto, **compared,
+                 base_loss=base_loss, trained_loss=trained_loss, merged_loss=merged_loss,
+                 retained=(base_loss - merged_loss) / gain if gain >= MIN_GAIN else None)
 
 
-def judge(report: dict) -> None:
+def judge(proof: Proof) -> None:
     """쓴 것이 쓰려던 것과 다르면 이유를 말한다.
 
     Raises:
         UsageError: 기준에 못 미친다.
     """
-    if not (report["top1"] >= MIN_TOP1 and report["kl"] <= MAX_KL):
-        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(report)} (기준: 같은 첫 토큰 "
+    if not (proof.top1 >= MIN_TOP1 and proof.kl <= MAX_KL):
+        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(proof)} (기준: 같은 첫 토큰 "
                          f"{MIN_TOP1:.0%} 이상, KL {MAX_KL:g} 이하). 디스크와 어댑터를 살피고 다시 합친다")
 
 
-def warnings(report: dict) -> list[str]:
+def warnings(proof: Proof) -> list[str]:
     """합친 것은 멀쩡하지만 사용자가 알아야 하는 것들."""
     said = []
-    if report["absent_data"]:
-        said.append(f"학습한 데이터를 찾지 못해({report['absent_data']}) 함께 든 데이터({report['data']})로 검산했다. "
+    if proof.absent_data:
+        said.append(f"학습한 데이터를 찾지 못해({proof.absent_data}) 함께 든 데이터({proof.data})로 검산했다. "
                     "남은 개선은 그 데이터의 것이다")
-    lost = report["merged_loss"] - report["trained_loss"]
-    gain = max(0.0, report["base_loss"] - report["trained_loss"])
+    lost = proof.merged_loss - proof.trained_loss
+    gain = max(0.0, proof.base_loss - proof.trained_loss)
     if lost > max((1 - MIN_RETAINED) * gain, MIN_GAIN):
         how = ("기반 모델이 NF4로 반올림하면 많이 달라지는 모델이다. 배운 모델 그대로 합치려면 새 폴더에 "
-               "--merge_onto quantized로 다시 합친다" if report["merge_onto"] == "original" else
+               "--merge_onto quantized로 다시 합친다" if proof.merge_onto == "original" else
                "16비트로 적으면서 잃었다. generate.py --peft_root로 어댑터를 얹어 쓴다")
-        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {report['trained_loss']:.3f}인데 "
-                    f"합친 모델은 {report['merged_loss']:.3f}다(학습 전 {report['base_loss']:.3f}). {how}")
+        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {proof.trained_loss:.3f}인데 "
+                    f"합친 모델은 {proof.merged_loss:.3f}다(학습 전 {proof.base_loss:.3f}). {how}")
     return said
 
 
-def describe(report: dict) -> str:
+def describe(proof: Proof) -> str:
     """검산의 결과 한 줄."""
-    kept = "개선이 거의 없어 따지지 않음" if report["retained"] is None else f"{report['retained']:.1%}"
-    return (f"프롬프트 {report['prompts']}개, 토큰 {report['tokens']}개. "
-            f"쓴 것과 쓰려던 것: 같은 첫 토큰 {report['top1']:.1%}, 평균 KL {report['kl']:.1e}, "
-            f"가장 큰 logit 차이 {report['largest_gap']:.3f}. 배운 모델과: 답의 loss "
-            f"{report['trained_loss']:.3f} -> {report['merged_loss']:.3f}(학습 전 {report['base_loss']:.3f}), "
+    kept = "개선이 거의 없어 따지지 않음" if proof.retained is None else f"{proof.retained:.1%}"
+    return (f"프롬프트 {proof.prompts}개, 토큰 {proof.tokens}개. "
+            f"쓴 것과 쓰려던 것: 같은 첫 토큰 {proof.top1:.1%}, 평균 KL {proof.kl:.1e}, "
+            f"가장 큰 logit 차이 {proof.largest_gap:.3f}. 배운 모델과: 답의 loss "
+            f"{proof.trained_loss:.3f} -> {proof.merged_loss:.3f}(학습 전 {proof.base_loss:.3f}), "
             f"남은 개선 {kept}")
 
 
