@@ -82,7 +82,8 @@ class Decoder:
     def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None):
         config = model.config.get_text_config(decoder=True)
         self.end_ids = frozenset(end_ids)
-        self.context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT, DBRX
+        self.context = int(next(filter(None, limits), None) or tokenizer.model_max_length)
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
         self.finish_reason = "length"

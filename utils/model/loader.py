@@ -57,6 +57,7 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
     found = text.to_dict()
     for common, own in text.attribute_map.items():
         found.setdefault(common, found.get(own))
+    found.setdefault("max_position_embeddings", found.get("max_seq_len"))  # MPT와 DBRX의 문맥 길이
     quantized = getattr(config, "quantization_config", None)
     return found if quantized is None else {**found, "quantization_config": quantized}
 
