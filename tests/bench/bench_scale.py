@@ -6,7 +6,7 @@
    5 step을 이어서 배우고, 합친다.
 2. 데이터 병렬: 1.3b(batch 64)와, 모든 선형층에 LoRA를 붙인 Qwen3-1.7B(batch 16)를 한 장과 두 장에서 배운다.
 
-NVIDIA H200 두 장, torch 2.11+cu130, transformers 5.17, bitsandbytes 0.50.2, `--steps 20`으로 잰 값:
+NVIDIA H200 두 장, torch 2.11+cu130, transformers 5.17, bitsandbytes 0.50.2에서 잰 값:
 
 | 모양 | batch | 프로세스 | 토큰/초 | 카드마다 GB | 효율 | loss 차이 |
 |---|---|---|---|---|---|---|
@@ -15,7 +15,8 @@ NVIDIA H200 두 장, torch 2.11+cu130, transformers 5.17, bitsandbytes 0.50.2, `
 | 1.3b | 64 | 1 | 74,138 | 2.02 | | |
 | 1.3b | 64 | 2 | 147,329 | 2.02 | 0.994 | 2.6e-05 |
 
-저장한 어댑터의 tensor 80개(값 6,553,600개)는 all_gather로 모은 것과 비트까지 같았고, 합치기는 25초(25.8 GB, 검산 없이)였다.
+저장한 어댑터의 tensor 80개(값 6,553,600개)는 all_gather로 모은 것과 비트까지 같았다.
+합치기는 25초였다(25.8 GB, 검산 없이).
 """
 
 import argparse
