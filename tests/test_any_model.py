@@ -103,3 +103,8 @@ def test_the_proof_and_the_samples_stay_within_the_context(kind, tmp_path):
     road = walk(tiny(kind, tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
     assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
     assert "예시 답을 모두 만들지 못했다" not in road.said
+
+
+def test_a_model_with_an_integer_table_is_proved(tmp_path):
+    road = walk(tiny("deepseek_v4", tmp_path / "base"), tmp_path / "road", val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"

@@ -12,7 +12,7 @@ from utils.model import diskmap
 from utils.model.diskmap import DiskMap
 from utils.model.folder import ModelFolder, TensorEntry
 from utils.model.lora import Update
-from utils.model.shards import read_rows, read_whole, row_spans
+from utils.model.shards import DTYPES, read_rows, read_whole, row_spans
 
 Rows = Callable[[int, int], torch.Tensor]
 
@@ -110,7 +110,9 @@ def build(source: Source, device: torch.device) -> nn.Module:
     resident = _built(source)
     for name in model.state_dict():
         entry = disk.entries.get(name)
-        if entry is not None and len(entry.shape) > 1:
+        if entry is not None and entry.dtype not in DTYPES:  # 정수 표(토큰 -> 전문가)는 값 그대로 쓴다
+            value = read_whole(entry)
+        elif entry is not None and len(entry.shape) > 1:
             value = StreamedWeight.make(entry, source.rows(entry), source.updates.get(entry.name), device)
         elif entry is not None:
             value = read_whole(entry).to(source.dtype).float()
