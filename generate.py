@@ -115,19 +115,24 @@ def print_answer(answerer, ask: str, input: str) -> None:
 def print_scores(answerer, results, n: int) -> None:
     """검증 질문 n개로 기반 모델과 학습한 모델을 재어 표로 보여 준다."""
     from utils.errors import UsageError
+    from utils.record import MODELS
     from utils.talk import scores
 
     if results.load is None:
         raise UsageError("어댑터에 run.json이 없어 검증 질문을 알 수 없다. finetune-lora.py의 --output_dir를 적는다")
-    questions = results.validation().questions[:n]
+    validation = results.validation()
+    if validation.changed:
+        console.say("주의: 데이터가 학습한 뒤에 바뀌었다. 학습에 쓴 질문이 섞여 있을 수 있다")
+    questions = validation.questions[:n]
     rows = []
     for row in scores.evaluate(answerer, questions):
         rows.append(row)
-        console.say(f"[{len(rows)}/{len(questions)}] {row['question'][:60]}\n  기반: {row['base_text'][:100]}\n"
-                f"  학습: {row['tuned_text'][:100]}")
+        console.say(f"[{len(rows)}/{len(questions)}] {row.question[:60]}")
+        for model in MODELS:
+            console.say(f"  {model.title}: {row.answers[model.name].text[:100]}")
     console.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
     for title, base, tuned, change in scores.table(rows):
-        console.say(f"  {title}: 기반 {base}, 학습 후 {tuned} ({change})")
+        console.say(f"  {title}: 기반 모델 {base}, 학습한 모델 {tuned} ({change})")
 
 
 def open_page(answerer, model_name: str, results, access) -> None:

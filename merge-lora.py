@@ -1,6 +1,7 @@
 """LoRA 어댑터를 기반 모델에 합쳐 모델 폴더 하나로 만든다."""
 
 import gc
+from dataclasses import asdict
 
 from utils import cli, console
 from utils.paths import find_input, shown
@@ -27,7 +28,7 @@ def merge(
 ):
     """LoRA 어댑터를 기반 모델에 합쳐 16비트 모델 폴더 하나로 만든다.
 
-    모델이 아무리 커도 조각으로 읽고 쓰며, 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 같은지 견준다.
+    모델이 아무리 커도 조각으로 읽고 쓰며, 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 같은지 비교한다.
 
     Args:
         peft_root: finetune-lora.py의 output_dir. 완성된 어댑터가 없으면 가장 새 체크포인트를 쓴다.
@@ -36,7 +37,7 @@ def merge(
         cache_dir: 받은 모델을 둘 폴더.
         max_shard_size: 가중치 파일 하나의 가장 큰 크기(1GB, 500MB).
         merge_onto: original이면 기반 모델의 원래 가중치에, quantized면 학습할 때처럼 NF4를 다녀온 가중치에 합친다.
-        verify: 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 견준다. False면 건너뛴다.
+        verify: 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 비교한다. False면 건너뛴다.
         export: gguf면 llama.cpp와 Ollama에서 쓰는 GGUF 파일과 Modelfile도 쓴다.
         gguf_type: GGUF의 정밀도(f16, q8_0).
     """
@@ -47,7 +48,7 @@ def merge(
     ])
     gc.disable()  # torch를 불러오고 끝낼 때 객체 수십만 개를 거듭 훑지 않게 한다. 0.4초가 준다
     from utils import files
-    from utils.merge import gguf, writer
+    from utils.merge import exportable, gguf, writer
     from utils.merge.job import open_job
 
     gc.freeze()
@@ -55,7 +56,7 @@ def merge(
     max_bytes = writer.parse_size(max_shard_size)
     job = open_job(find_input(peft_root), base_model, cache_dir, merge_onto)
     if export:
-        gguf.require_exportable(job.base.config)
+        exportable.require_exportable(job.base.config)
     writer.check_target(output_dir, job, job.base.n_bytes if export else 0)
     for warning in job.warnings:
         console.say(f"경고: {warning}")
@@ -79,7 +80,7 @@ def prove(job, folder) -> dict:
     console.say(f"검산: {proof.describe(report)}")
     for warning in proof.warnings(report):
         console.say(f"경고: {warning}")
-    return report
+    return asdict(report)
 
 
 if __name__ == "__main__":

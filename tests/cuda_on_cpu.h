@@ -213,6 +213,7 @@ static int max(int a, int b) { return a > b ? a : b; }
 
 static void wait_for_previous_kernel() {}
 static void let_next_kernel_start() {}
+static void __syncwarp() { sync_warp(); }
 static void prefetch(const void*) {}
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }
 template <bool BF> static u16 narrow(float value) {

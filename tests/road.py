@@ -17,7 +17,7 @@ from conftest import ROOT, load_script
 from torch.nn import functional
 
 # 문서마다의 합과 묶은 합은 더하는 순서만 다르다. 합친 모델은 가중치를 16비트로 한 번 반올림한다
-LIMITS = {"loss": 1e-3, "gradient": 1e-2, "validation": 1e-3, "merged": 5e-3, "merged_4bit": 5e-3, "answer": 0.0,
+LIMITS = {"loss": 1e-4, "gradient": 1e-3, "validation": 1e-4, "merged": 5e-3, "merged_4bit": 5e-3, "answer": 0.0,
           "answer_4bit": 0.0}
 ANSWER_TOKENS = 10
 NEAR = 1e-3  # 두 logit의 차이가 이보다 작으면 반올림이 고른 것이므로 어느 쪽이든 맞다
@@ -133,17 +133,14 @@ def documents(block: dict) -> list[dict]:
 
 
 def load(folder: Path, four_bit: bool = False):
-    """fp32로 올린 모델. eager attention이 있으면 그것을 쓴다: soft cap과 창을 빠뜨리지 않는 가장 곧은 계산이다."""
+    """fp32로 올린 모델. attention은 transformers가 스스로 고른 것이다(Falcon의 ALiBi는 eager와 sdpa의 값이 다르다)."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32) if four_bit else None
-    settings = {"dtype": torch.float32, "quantization_config": quantization, "device_map": {"": "cpu"}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager", **settings)
-    except ValueError:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **settings)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, quantization_config=quantization,
+                                                 device_map={"": "cpu"})
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False  # 켜 두면 첫 forward가 4비트 가중치를 제자리에서 바꾼다
@@ -199,7 +196,7 @@ def mean_loss(model, blocks: list[dict], backward: bool = False) -> float:
                 loss = functional.cross_entropy(logits, document["labels"][1:], reduction="sum") / count
                 if backward:
                     loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
     return total
 
 

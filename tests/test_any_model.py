@@ -54,13 +54,19 @@ FAMILIES = {
              "scale_attn_weights": (False, True), "tie_word_embeddings": (False, True), "n_inner": (96, None)},
     "bloom": {"apply_residual_connection_post_layernorm": (True, False), "tie_word_embeddings": (False, True),
               "layer_norm_epsilon": NORMS},
-    "falcon": {"new_decoder_architecture": (True, False), "multi_query": (True, False), "parallel_attn": (False, True),
+    "falcon": {"new_decoder_architecture": (True, False), "multi_query": (True, False), "parallel_attn": (True, False),
                "bias": (True, False), "alibi": (True, False), "tie_word_embeddings": (False, True)},
     "apertus": {name: SHORT[name] for name in ("tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")},
+    "llama4_text": {name: SHORT[name] for name in ("tie_word_embeddings", "num_key_value_heads", "rms_norm_eps")},
     "mixtral": {**SHORT, "sliding_window": (8, None), "num_experts_per_tok": (1, 2)},
     "stablelm": {"use_qkv_bias": (True, False), "qk_layernorm": (True, False), "rope_parameters": PARTS,
                  "use_parallel_residual": (True, False), "tie_word_embeddings": (True, False)},
 }
+
+
+# 값의 쓰임이 저마다 다른 구조. 나머지는 -m slow에서 본다
+QUICK = ("gpt_neox", "llama", "qwen2", "gemma2", "gemma3_text", "exaone4", "granite", "cohere", "gpt2", "bloom",
+         "falcon", "apertus", "mixtral")
 
 
 def check(family: str, drawn: dict) -> None:
@@ -77,10 +83,11 @@ def drawing(examples: int):
 
 
 def configs(family: str):
-    return st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FAMILIES[family].items()})
+    drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FAMILIES[family].items()})
+    return drawn.filter(lambda fields: not fields.get("new_decoder_architecture") or fields["parallel_attn"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK)
 def test_a_drawn_model_passes_the_whole_road(family):
     drawing(1)(given(configs(family))(lambda drawn: check(family, drawn)))()
 
@@ -91,6 +98,8 @@ def test_many_drawn_models_pass_the_whole_road(family):
     drawing(20)(given(configs(family))(lambda drawn: check(family, drawn)))()
 
 
-def test_the_proof_stays_within_the_context_when_there_is_one_validation_row(tmp_path):
-    road = walk(tiny("codegen", tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
-    assert road.outcome == "pass", f"{road.note}\n{road.said}"
+@pytest.mark.parametrize("kind", ["codegen", "mpt"])
+def test_the_proof_and_the_samples_stay_within_the_context(kind, tmp_path):
+    road = walk(tiny(kind, tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+    assert "예시 답을 모두 만들지 못했다" not in road.said

@@ -60,14 +60,18 @@ def test_curves_are_drawn_from_any_history(tmp_path, rows):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_character_is_drawn_as_a_box(tmp_path, monkeypatch, recwarn):
-    """글꼴에 없는 글자를 그리면 matplotlib이 경고한다. 한글 글꼴이 없어도 경고가 없어야 한다."""
+def test_no_character_is_drawn_as_a_box(tmp_path, recwarn, caplog):
+    """글꼴에 없는 글자를 그리면 matplotlib이 경고한다. 제목과 표의 한글은 함께 설치되는 글꼴에 모두 있다."""
     runs = [("학습 e3 漢字 ก 🙂 $x$", {"history": history()}), ("e5", {"history": history(50), "peak_vram_gb": 2.0})]
-    report.draw_curves(runs, tmp_path / "with.png")
-    monkeypatch.setattr(report, "KOREAN_FONTS", ())
-    assert report.korean_fonts() == ["DejaVu Sans"]
-    report.draw_curves(runs, tmp_path / "without.png")
-    assert [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)] == []
+    report.draw_curves(runs, tmp_path / "curves.png")
+    messages = [str(warning.message) for warning in recwarn] + caplog.messages  # 수식의 글자는 경고가 아니라 기록이다
+    assert [message for message in messages if "lyph" in message] == []
+
+
+def test_a_missing_font_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FONT_PACKAGE", "no_such_font_package")
+    with pytest.raises(UsageError, match=r"no_such_font_package.*requirements\.txt"):
+        report.draw_curves([("e3", {"history": history()})], tmp_path / "curves.png")
 
 
 def test_points_skip_what_cannot_be_drawn():

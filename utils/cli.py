@@ -22,8 +22,9 @@ from pathlib import Path
 import fire
 
 from utils import environment
-from utils.console import hush_libraries, is_main_process, printable, say, use_utf8
+from utils.console import hush_libraries, printable, say, use_utf8
 from utils.errors import UsageError
+from utils.process import is_first_process
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
 FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
@@ -48,7 +49,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
             environment.quick(say)
             stage(**flags)
     except UsageError as error:
-        if is_main_process():
+        if is_first_process():
             print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:

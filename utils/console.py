@@ -5,15 +5,13 @@ import os
 import sys
 import warnings
 
+from utils.process import is_first_process
+
 
 def say(text: str = "") -> None:
     """한 줄을 출력한다. 여러 프로세스로 실행하면 rank 0만 말한다."""
-    if is_main_process():
+    if is_first_process():
         print(printable(text), flush=True)
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def printable(text: str) -> str:

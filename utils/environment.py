@@ -1,4 +1,4 @@
-"""설치된 버전과 메모리 사용량."""
+"""이 컴퓨터의 Python, 패키지, 카드, 디스크와 메모리. 스크립트가 시작할 때 하는 빠른 검사도 여기에 있다."""
 
 import importlib.util
 import re
@@ -30,7 +30,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Quick:
-    """torch를 불러오지 않고 2초 안에 알 수 있는 사실."""
+    """torch를 불러오지 않고 2초 안에 알 수 있는 사실.
+
+    Attributes:
+        python: Python의 버전(3, 12).
+        system: 운영 체제. `sys.platform`의 값이다.
+        versions: requirements.txt의 패키지 -> 설치된 버전. 없으면 None이다.
+        torch_cuda: torch가 쓰는 CUDA의 버전. CPU용이면 None이다.
+        nvidia: 첫 NVIDIA 카드의 `이름, 드라이버 버전`. torch가 CPU용일 때만 묻는다.
+        free_disk_gb: 저장소가 있는 디스크의 여유 공간(GB, 10^9바이트).
+    """
 
     python: tuple[int, int] = sys.version_info[:2]
     system: str = sys.platform
@@ -38,6 +47,28 @@ class Quick:
     torch_cuda: str | None = None
     nvidia: str = ""
     free_disk_gb: float = 0.0
+
+
+def quick(say: Callable[[str], None], facts: Quick | None = None) -> None:
+    """스크립트가 시작할 때 하는 검사. 나쁜 것만 말하고, 그대로는 실행할 수 없으면 멈춘다.
+
+    Raises:
+        UsageError: Python이 낮거나 패키지가 없다.
+    """
+    facts = facts or look_quick()
+    for check in QUICK_CHECKS:
+        finding = check(facts)
+        if finding.level == BAD and check in (check_python, check_versions):
+            raise UsageError(f"{finding.text}. 고치는 법: {finding.fix}")
+        if finding.level != OK:
+            say(f"{finding.level}: {finding.text}\n      고치는 법: {finding.fix}")
+
+
+def look_quick() -> Quick:
+    """torch를 불러오지 않고 본다. NVIDIA 카드는 torch가 CPU용일 때만 묻는다."""
+    torch_cuda = _torch_build()
+    return Quick(versions={name: installed_version(name) for name in required_versions()}, torch_cuda=torch_cuda,
+                 nvidia="" if torch_cuda else ask_nvidia_smi(), free_disk_gb=shutil.disk_usage(ROOT).free / 1e9)
 
 
 def check_python(facts: Quick) -> Finding:
@@ -57,14 +88,15 @@ def check_versions(facts: Quick) -> Finding:
     untested = [f"{name} {found}(시험한 범위 {ranges[name]})" for name, found in facts.versions.items()
                 if not SpecifierSet(ranges[name]).contains(found, prereleases=True)]
     if untested:
-        return Finding(WARN, f"시험하지 않은 판: {', '.join(untested)}", INSTALL)
+        return Finding(WARN, f"시험하지 않은 버전: {', '.join(untested)}", INSTALL)
     return Finding(OK, f"패키지 {len(facts.versions)}개가 모두 시험한 범위 안에 있다")
 
 
 def check_torch_build(facts: Quick) -> Finding:
     if facts.torch_cuda is None and facts.nvidia:
         return Finding(BAD, f"NVIDIA 카드({facts.nvidia.split(',')[0]})가 있는데 torch가 CPU용이다", install_cuda())
-    return Finding(OK, f"torch {facts.versions.get('torch')}, {_build(facts)}")
+    build = f"CUDA {facts.torch_cuda}용" if facts.torch_cuda else "CPU용"
+    return Finding(OK, f"torch {facts.versions.get('torch')}, {build}")
 
 
 def check_disk(facts: Quick) -> Finding:
@@ -74,29 +106,13 @@ def check_disk(facts: Quick) -> Finding:
     return Finding(OK, text)
 
 
+QUICK_CHECKS: tuple[Callable[[Quick], Finding], ...] = (check_python, check_versions, check_torch_build, check_disk)
+
+
 def install_cuda() -> str:
     """CPU용 torch를 CUDA용으로 바꾸는 명령."""
     return (f"python -m pip uninstall -y torch && python -m pip install \"torch{required_versions()['torch']}\" "
             "--index-url https://download.pytorch.org/whl/cu130")
-
-
-def quick(say: Callable[[str], None], facts: Quick | None = None) -> None:
-    """스크립트가 시작할 때 하는 검사. 나쁜 것만 말하고, 그대로는 실행할 수 없으면 멈춘다.
-
-    Raises:
-        UsageError: Python이 낮거나 패키지가 없다.
-    """
-    facts = facts or look_quick()
-    for check in QUICK_CHECKS:
-        finding = check(facts)
-        if finding.level == BAD and check in (check_python, check_versions):
-            raise UsageError(f"{finding.text}. 고치는 법: {finding.fix}")
-        if finding.level != OK:
-            say(f"{finding.level}: {finding.text}\n      고치는 법: {finding.fix}")
-
-
-def _build(facts: Quick) -> str:
-    return f"CUDA {facts.torch_cuda}용" if facts.torch_cuda else "CPU용"
 
 
 def required_versions() -> dict[str, str]:
@@ -106,15 +122,16 @@ def required_versions() -> dict[str, str]:
     return {row[1]: row[2].strip() for row in rows if row}
 
 
-def look_quick() -> Quick:
-    """torch를 불러오지 않고 본다. NVIDIA 카드는 torch가 CPU용일 때만 묻는다."""
-    torch_cuda = _torch_build()
-    return Quick(versions={name: installed_version(name) for name in required_versions()}, torch_cuda=torch_cuda,
-                 nvidia="" if torch_cuda else ask_nvidia_smi(), free_disk_gb=shutil.disk_usage(ROOT).free / 1e9)
+def installed_version(name: str) -> str | None:
+    """설치된 패키지의 버전. 없으면 None이다. 패키지를 불러오지 않는다."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def ask_nvidia_smi() -> str:
-    """첫 NVIDIA 카드의 `이름, 드라이버 판`. 카드나 드라이버가 없으면 빈 글자다."""
+    """첫 NVIDIA 카드의 `이름, 드라이버 버전`. 카드나 드라이버가 없으면 빈 글자다."""
     program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path="/usr/lib/wsl/lib")
     if program is None:
         return ""
@@ -124,13 +141,6 @@ def ask_nvidia_smi() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return asked.stdout.strip().splitlines()[0] if asked.returncode == 0 and asked.stdout.strip() else ""
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def peak_ram_bytes() -> int:
@@ -151,13 +161,10 @@ def peak_ram_bytes() -> int:
 
 
 def _torch_build() -> str | None:
-    """깔린 torch가 쓰는 CUDA의 판. CPU용이면 None이다. 불러오면 느리므로 파일만 읽는다."""
+    """설치된 torch가 쓰는 CUDA의 버전. CPU용이면 None이다. 불러오면 느리므로 파일만 읽는다."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
     text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda[^=\n]*=\s*'([^']+)'", text, re.MULTILINE)
     return found[1] if found else None
-
-
-QUICK_CHECKS: tuple[Callable[[Quick], Finding], ...] = (check_python, check_versions, check_torch_build, check_disk)

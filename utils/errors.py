@@ -1,4 +1,4 @@
-"""사용자가 스스로 고칠 수 있는 오류 하나를 정의한다."""
+"""사용자가 스스로 고칠 수 있는 오류 하나."""
 
 
 class UsageError(Exception):
@@ -7,3 +7,8 @@ class UsageError(Exception):
     스크립트는 이 예외만 한국어 한 줄로 보여 주고 종료 코드 2로 끝낸다. 문장에는 무엇이 잘못되었는지, 그 값은
     무엇인지, 무엇을 하면 되는지가 들어간다. 다른 예외는 프로그램의 결함이므로 traceback을 그대로 남긴다.
     """
+
+
+def first_line(error: Exception) -> str:
+    """라이브러리가 던진 오류의 첫 줄. 글이 없으면 오류의 이름이다."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,7 @@
-"""파일을 잃지 않게 쓰는 한 가지 방법: 옆에 쓰고 이름을 바꾼다. 봉인(manifest)과 잠금도 여기에 있다."""
+"""파일을 잃지 않게 쓰는 한 가지 방법: 옆의 임시 이름에 쓰고, 다 쓴 뒤에 제 이름을 준다. 봉인과 잠금도 여기에 있다.
+
+파일 하나는 `staged_file`, 잠근 폴더 하나는 `staged`, 봉한 폴더는 `stage`와 `publish`로 쓴다. 모두 `put`으로 끝난다.
+"""
 
 import contextlib
 import errno
@@ -8,7 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
@@ -19,58 +21,155 @@ from utils.process import is_first_process
 
 MANIFEST = "manifest.json"
 STAGING = ".tmp-"
+LOCK_FILE = ".lock"
+WAITS = (0.1, 0.3, 1.0, 3.0)  # 초
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = ("No space left", "os error 28)", "os error 27)", "os error 112)", "os error 122)",
               "PytorchStreamWriter failed", "inline_container.cc", "iostream error", "file write failed")
-LOCK_FILE = ".lock"
 
 
-def damage(folder: Path, required: tuple[str, ...]) -> str | None:
-    """폴더의 어느 파일이 어떻게 손상되었는지 한마디로 말한다. 온전하면 None이다."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return f"{MANIFEST}이 없거나 깨졌다"
-    gone = [name for name in required if name not in manifest["files"]]
-    if gone:
-        return f"{gone[0]}이 {MANIFEST}에 없다"
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name}이 없다"
-        size = file.stat().st_size
-        if size != expected.get("size"):
-            return f"{name}의 크기가 {size:,}바이트다(적힌 크기 {expected.get('size')}바이트)"
-        if file_sha256(file) != expected.get("sha256"):
-            return f"{name}의 내용이 적힌 sha256과 다르다"
-    return None
+@contextlib.contextmanager
+def staged_file(target: Path, failed: str | None = None) -> Iterator[TextIO]:
+    """글을 임시 이름에 쓰고, 블록이 무사히 끝나면 `target`의 이름을 준다. 도중에 끝나면 아무것도 남기지 않는다.
 
+    Args:
+        failed: 쓰지 못했을 때 할 말의 앞부분. 적지 않으면 OSError를 그대로 올린다.
 
-def read_manifest(folder: Path) -> dict | None:
-    """manifest.json의 내용. 없거나, 한 글자라도 바뀌었거나, 모양이 다르면 None이다."""
+    Raises:
+        UsageError: 쓰지 못했고 `failed`가 있다.
+    """
+    staging = own_staging_of(target)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
-        return None
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not isinstance(manifest.get("run"), dict):
-        return None
-    inside = all(isinstance(entry, dict) and _is_inside(name) for name, entry in files.items())
-    return manifest if inside else None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staging.open("w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        put(staging, target)
+    except OSError as error:
+        if failed is None:
+            raise
+        raise UsageError(f"{failed}: {target} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
 
 
-def staging_of(final: Path) -> Path:
-    """`final`을 쓰는 동안의 임시 폴더."""
-    return final.with_name(STAGING + final.name)
+@contextlib.contextmanager
+def staged(output_dir: str) -> Iterator[Path]:
+    """옆의 임시 폴더를 잠가 그 안에 쓸 자리를 주고, 탈 없이 끝나면 제자리로 옮긴다. 탈이 나면 지운다.
+
+    어디서 끊겨도 `output_dir`에는 아무것도 없거나 다 된 모델이 있다. 잠금은 프로세스가 죽으면 풀린다.
+
+    Raises:
+        UsageError: 같은 `output_dir`에 쓰는 다른 실행이 있다.
+    """
+    output = Path(output_dir).resolve()
+    staging = staging_of(output)
+    work = staging / output.name
+    try:
+        with locked(staging, output_dir):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                yield work
+                if output.is_dir():
+                    output.rmdir()  # 그 사이에 누가 무엇을 두었으면 여기서 멈춘다
+                put(work, output)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError):  # Windows는 잠근 파일을 지우지 못하고, 잠금을 풀 때 지운다
+                    (staging / LOCK_FILE).unlink()
+    finally:
+        with contextlib.suppress(OSError):  # 그 사이에 다른 실행이 잠갔으면 그것의 폴더다
+            staging.rmdir()
 
 
 def stage(final: Path) -> Path:
-    """`final`을 쓸 임시 폴더를 비워서 만든다."""
+    """`final`을 쓸 임시 폴더를 비워서 만든다. 여러 프로세스가 함께 쓰므로 이름이 모두에게 같다."""
     staging = staging_of(final)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
+
+
+def publish(staging: Path, final: Path, facts: dict) -> None:
+    """임시 폴더를 봉하고 제 이름을 준다."""
+    seal(staging, facts)
+    put(staging, final)
+
+
+def publish_files(staging: Path, folder: Path, facts: dict) -> None:
+    """임시 폴더의 파일을 하나씩 `folder`로 옮긴다. manifest.json이 맨 끝이므로 도중에 끊기면 손상이 드러난다."""
+    seal(staging, facts)
+    names = [file.name for file in sorted(staging.iterdir()) if file.name != MANIFEST]
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in [*names, MANIFEST]:
+        put(staging / name, folder / name)
+    staging.rmdir()
+
+
+def put(source: Path, target: Path) -> None:
+    """임시 이름의 파일이나 폴더에 제 이름을 준다. 있던 파일은 대신하고, 있던 폴더는 비켜 놓았다가 지운다.
+
+    Windows는 있는 폴더 위로 이름을 바꾸지 못하고 폴더를 fsync하지 못한다. 그래서 둘 다 쓰지 않는다.
+    """
+    if not target.is_dir():
+        rename(source, target)
+        return
+    old = target.with_name(f"{STAGING}old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    rename(target, old)
+    rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """이름을 바꾼다. 있던 파일은 대신한다. Windows에서 백신이나 색인이 잠깐 열어 둔 것은 기다렸다가 다시 한다."""
+    for wait in WAITS:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    source.replace(target)
+
+
+def staging_of(final: Path) -> Path:
+    """`final`을 쓰는 동안의 임시 이름. 함께 배우는 프로세스 모두에게 같다."""
+    return final.with_name(STAGING + final.name)
+
+
+def own_staging_of(final: Path) -> Path:
+    """이 프로세스만 쓰는 임시 이름. 잠그지 않고 쓰는 파일과 폴더에 쓴다."""
+    return final.with_name(f"{STAGING}{os.getpid()}-{final.name}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]:
+    """폴더를 이 프로세스의 것으로 잠근다. 운영 체제의 잠금이므로 프로세스가 죽으면 남지 않는다.
+
+    Args:
+        output_dir: 사용자가 적은 폴더. 적지 않으면 `folder`다. 알리는 말에 쓴다.
+
+    Raises:
+        UsageError: 다른 실행이 잠갔거나 폴더에 쓸 수 없다.
+    """
+    output_dir = output_dir or folder
+    if not is_first_process():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_FILE)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 적는다"
+                         ) from None
+    except OSError as error:
+        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({error.strerror or error})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def seal(folder: Path, facts: dict) -> None:
@@ -100,28 +199,64 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     _flush(folder / MANIFEST)
 
 
-def publish(staging: Path, final: Path, facts: dict) -> None:
-    """임시 폴더를 봉하고 제 이름으로 바꾼다. 같은 이름의 폴더가 있으면 비켜 놓았다가 지운다.
+def read_manifest(folder: Path) -> dict | None:
+    """manifest.json의 내용. 없거나, 한 글자라도 바뀌었거나, 모양이 다르면 None이다."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
+        return None
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("run"), dict):
+        return None
+    inside = all(isinstance(entry, dict) and _is_inside(name) for name, entry in files.items())
+    return manifest if inside else None
 
-    Windows는 있는 폴더 위로 이름을 바꾸지 못하고 폴더를 fsync하지 못한다. 그래서 둘 다 쓰지 않는다.
+
+def damage(folder: Path, required: tuple[str, ...]) -> str | None:
+    """폴더의 어느 파일이 어떻게 손상되었는지 한마디로 말한다. 온전하면 None이다."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST}이 없거나 깨졌다"
+    gone = [name for name in required if name not in manifest["files"]]
+    if gone:
+        return f"{gone[0]}이 {MANIFEST}에 없다"
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name}이 없다"
+        size = file.stat().st_size
+        if size != expected.get("size"):
+            return f"{name}의 크기가 {size:,}바이트다(적힌 크기 {expected.get('size')}바이트)"
+        if file_sha256(file) != expected.get("sha256"):
+            return f"{name}의 내용이 적힌 sha256과 다르다"
+    return None
+
+
+def file_sha256(file: Path) -> str:
+    """파일 내용의 sha256(16진수 64글자)."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_sha256(*texts: str) -> str:
+    """차례대로 이은 글들의 sha256(16진수 64글자). 나뉜 자리가 다르면 값도 다르다."""
+    return hashlib.sha256("\x1f".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_json(path: Path, missing: str) -> dict:
+    """JSON 파일을 읽는다.
+
+    Raises:
+        UsageError: 없으면 `missing`을, 깨졌으면 그 자리를 말한다.
     """
-    seal(staging, facts)
-    old = final.with_name(f"{STAGING}old-{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        rename(final, old)
-    rename(staging, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def publish_files(staging: Path, folder: Path, facts: dict) -> None:
-    """임시 폴더의 파일을 하나씩 `folder`로 옮긴다. manifest.json이 맨 끝이므로 도중에 끊기면 손상이 드러난다."""
-    seal(staging, facts)
-    names = [file.name for file in sorted(staging.iterdir()) if file.name != MANIFEST]
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for name in [*names, MANIFEST]:
-        (staging / name).replace(folder / name)
-    staging.rmdir()
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError:
+        raise UsageError(missing) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}가 올바른 JSON이 아니다: {error}") from None
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -138,107 +273,6 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\:\0")
 
 
-def rename(source: Path, target: Path) -> None:
-    for wait in (0.1, 0.3, 1.0, 3.0):
-        try:
-            source.rename(target)
-            return
-        except PermissionError:  # Windows에서는 백신이나 색인이 파일을 잠깐 열어 두기도 한다
-            time.sleep(wait)
-    source.rename(target)
-
-
 def _flush(file: Path) -> None:
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def staged_file(target: Path, failed: str) -> Iterator[TextIO]:
-    """글을 임시 이름에 쓰고, 블록이 무사히 끝나면 `target`의 이름을 준다. 도중에 끝나면 아무것도 남기지 않는다.
-
-    Raises:
-        UsageError: 쓰지 못했다. `failed`는 그때 할 말의 앞부분이다.
-    """
-    staged = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8", newline="\n") as stream:
-            yield stream
-        staged.replace(target)
-    except OSError as error:
-        raise UsageError(f"{failed}: {target} ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
-
-
-def read_json(path: Path, missing: str) -> dict:
-    """JSON 파일을 읽는다. 없으면 `missing`을, 깨졌으면 그 자리를 말한다."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise UsageError(missing) from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}가 올바른 JSON이 아니다: {error}") from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]:
-    """폴더를 이 프로세스의 것으로 잠근다. 운영 체제의 잠금이므로 프로세스가 죽으면 남지 않는다.
-
-    Args:
-        output_dir: 사용자가 적은 폴더. 적지 않으면 `folder`다. 알리는 말에 쓴다.
-    """
-    output_dir = output_dir or folder
-    if not is_first_process():
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_FILE)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 적는다"
-                         ) from None
-    except OSError as error:
-        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({error.strerror or error})") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def staged(output_dir: str) -> Iterator[Path]:
-    """옆의 임시 폴더를 잠가 그 안에 쓸 자리를 주고, 탈 없이 끝나면 제자리로 옮긴다. 탈이 나면 지운다.
-
-    어디서 끊겨도 `output_dir`에는 아무것도 없거나 다 된 모델이 있다. 잠금은 프로세스가 죽으면 풀린다.
-
-    Raises:
-        UsageError: 같은 `output_dir`에 쓰는 다른 실행이 있다.
-    """
-    output = Path(output_dir).resolve()
-    staging = output.with_name(STAGING + output.name)
-    work = staging / output.name
-    try:
-        with locked(staging, output_dir):
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                yield work
-                if output.is_dir():
-                    output.rmdir()  # Windows는 빈 폴더 위로도 이름을 바꾸지 못한다
-                work.rename(output)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-                with suppress(OSError):  # Windows는 잠근 파일을 지우지 못하고, 잠금을 풀 때 지운다
-                    (staging / LOCK_FILE).unlink()
-    finally:
-        with suppress(OSError):  # 그 사이에 다른 실행이 잠갔으면 그것의 폴더다
-            staging.rmdir()

@@ -3,21 +3,47 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.files import read_json
+from utils.files import read_json, staged_file
 
 RUN_FILE, CURVES_FILE, SAMPLES_FILE = "run.json", "curves.png", "samples.md"
-MODELS = (("base", "기반 모델"), ("tuned", "학습한 모델"))  # (답의 열, 이름)
-# (run의 열, 한글 제목, 영어 제목, 표시 형식)
+
+
+@dataclass(frozen=True)
+class Model:
+    """비교하는 두 모델의 하나. `name`은 기록에서 답의 열이고, `tuned`가 False면 어댑터를 끈다."""
+
+    name: str
+    title: str
+    tuned: bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """run.json의 수 하나를 사람에게 보이는 방법: 열, 제목, 표시 형식, 단위."""
+
+    key: str
+    title: str
+    form: str
+    unit: str = ""
+
+    def shown(self, run: dict) -> str | None:
+        """단위까지 적은 값. 기록에 수가 없으면 None이다."""
+        value = run.get(self.key)
+        return f"{value:{self.form}}{self.unit}" if isinstance(value, int | float) else None
+
+
+MODELS = (Model("base", "기반 모델", tuned=False), Model("tuned", "학습한 모델", tuned=True))
 FIGURES = (
-    ("eval_loss_before", "검증 loss, 처음", "eval loss before", ".3f"),
-    ("eval_loss_after", "검증 loss, 끝", "eval loss after", ".3f"),
-    ("tokens_per_second", "학습 토큰/초", "train tokens/s", ",.0f"),
-    ("peak_vram_gb", "최대 VRAM (GB)", "peak VRAM (GB)", ".2f"),
-    ("peak_ram_gb", "최대 RAM (GB)", "peak RAM (GB)", ".2f"),
-    ("train_seconds", "걸린 시간 (초)", "seconds", ",.0f"),
+    Figure("eval_loss_before", "학습 전 검증 loss", ".4f"),
+    Figure("eval_loss_after", "학습 후 검증 loss", ".4f"),
+    Figure("train_seconds", "걸린 시간", ",.0f", "초"),
+    Figure("tokens_per_second", "학습 속도", ",.0f", " 토큰/초"),
+    Figure("peak_vram_gb", "최대 VRAM", ".2f", " GB"),
+    Figure("peak_ram_gb", "최대 RAM", ".2f", " GB"),
 )
 
 
@@ -25,14 +51,12 @@ def write_run(output_dir: str | Path, run: dict) -> Path:
     """학습의 기록을 run.json으로 쓴다. 쓰다 끊겨도 앞의 파일이 남는다.
 
     Args:
-        run: `history`는 Trainer의 `log_history`(step마다의 dict)다. 그 밖의 항목은 그대로 담긴다. JSON에 없는 값은
-            글자로, NaN과 inf는 null로 바꾼다.
+        run: `history`는 step마다의 dict(`step`, `loss`, `eval_loss` 따위)다. 그 밖의 항목은 그대로 담긴다. JSON에
+            없는 값은 글자로, NaN과 inf는 null로 바꾼다.
     """
     file = Path(output_dir) / RUN_FILE
-    staged = file.with_suffix(".tmp")
-    text = json.dumps(_plain(run), ensure_ascii=False, indent=2, allow_nan=False)
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(file)
+    with staged_file(file) as stream:
+        stream.write(json.dumps(_plain(run), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
     return file
 
 
@@ -60,11 +84,12 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
              "모범 답이 없는 것은 페이지의 예시 질문이다.\n"]
     for number, sample in enumerate(samples, 1):
         parts.append(f"## {number}. 질문\n\n{_quoted(sample['question'])}\n")
-        for key, title in (("reference", "모범 답"), *MODELS):
+        for key, title in (("reference", "모범 답"), *((model.name, model.title) for model in MODELS)):
             if key in sample:
                 parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
     file = Path(output_dir) / SAMPLES_FILE
-    file.write_text("\n".join(parts), encoding="utf-8")
+    with staged_file(file) as stream:
+        stream.write("\n".join(parts))
     return file
 
 

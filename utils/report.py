@@ -1,58 +1,72 @@
-"""학습 한 번의 기록(run.json, curves.png, samples.md)을 쓰고, 여러 번의 기록을 겹쳐 그린다.
+"""학습의 곡선 그림(curves.png): 한 번의 기록도, 겹쳐 보는 여러 번의 기록도 run.json에서 그린다.
 
 `python -m utils.report train/lora-e3/b16 train/lora-e5/b16`은 두 학습의 곡선을 그림 하나에 겹친다.
 """
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from utils import environment
 from utils.errors import UsageError
 from utils.record import CURVES_FILE, FIGURES, read_run
 
-# (history의 열, 한글 제목, 영어 제목, 로그 축인가)
-PANELS = (
-    ("loss", "학습 loss", "train loss", False),
-    ("eval_loss", "검증 loss (답의 토큰 평균)", "eval loss (answer tokens)", False),
-    ("learning_rate", "학습률", "learning rate", False),
-    ("grad_norm", "기울기 크기", "gradient norm", True),
-    ("eval_samples_per_second", "검증 속도 (블록/초)", "eval samples/s", False),
-)
+FONT_PACKAGE = "koreanize_matplotlib"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
-KOREAN_FONTS = ("malgun", "applesdgothicneo", "notosanscjk-regular", "notosanskr-regular", "notosanscjkkr-regular",
-                "nanumgothic", "nanumbarungothic", "applegothic", "gulim", "undotum", "notoserifcjk-regular")
-WSL_FONT = Path("/mnt/c/Windows/Fonts/malgun.ttf")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """곡선 하나의 자리: history의 열, 제목, 세로가 로그 축인지."""
+
+    key: str
+    title: str
+    log: bool = False
+
+
+PANELS = (
+    Panel("loss", "학습 loss"),
+    Panel("eval_loss", "검증 loss (답의 토큰 평균)"),
+    Panel("learning_rate", "학습률"),
+    Panel("grad_norm", "기울기 크기", log=True),
+    Panel("eval_samples_per_second", "검증 속도 (블록/초)"),
+)
 
 
 def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> Path | BinaryIO:
-    """학습 곡선을 PNG로 그린다. 여러 학습이면 한 축에 겹친다.
-
-    한글 글꼴이 있으면 한글로, 없으면 영어로 적는다. 글꼴에 없는 글자는 네모 대신 물음표가 된다.
+    """학습 곡선을 PNG로 그린다. 여러 학습이면 한 축에 겹친다. 글꼴에 없는 글자는 네모 대신 물음표가 된다.
 
     Args:
         runs: (이름, `write_run`에 준 dict)들.
         png_path: 쓸 파일이나 메모리의 흐름. 그대로 돌려준다.
+
+    Raises:
+        UsageError: 한글 글꼴의 패키지가 없다.
     """
     import matplotlib
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    fonts = korean_fonts()
-    korean = len(fonts) > 1
+    files = [korean_font(), Path(font_manager.findfont("DejaVu Sans"))]
+    font_manager.fontManager.addfont(files[0])
+    fonts = [font_manager.FontProperties(fname=file).get_name() for file in files]
     with matplotlib.rc_context({"font.family": fonts, "font.size": 12, "axes.unicode_minus": False,
                                 "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                                 "axes.spines.right": False}):
         figure = Figure(figsize=(15, 8), dpi=110, layout="constrained")
         axes = figure.subplots(2, 3).ravel()
-        names = [_drawable(name, fonts) for name, _ in runs]
-        for axis, (key, title, english, log) in zip(axes, PANELS, strict=False):
-            axis.set_title(title if korean else english, fontsize=14)
+        names = [_drawable(name, files) for name, _ in runs]
+        for axis, panel in zip(axes, PANELS, strict=False):
+            axis.set_title(panel.title, fontsize=14)
             axis.set_xlabel("step")
-            _draw_panel(axis, key, [_with_start(run) for _, run in runs], log, "기록 없음" if korean else "no record")
-        _draw_figures(axes[-1], names, [run for _, run in runs], korean)
+            _draw_panel(axis, panel, [_with_start(run) for _, run in runs])
+        _draw_figures(axes[-1], names, [run for _, run in runs])
         if len(runs) > 1:
             figure.legend(axes[0].get_lines()[: len(runs)], names, loc="outside lower center", ncols=min(len(runs), 3),
                           frameon=False)
@@ -62,19 +76,18 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> 
     return png_path
 
 
-def korean_fonts() -> list[str]:
-    """글꼴 이름들: 한글 글꼴을 찾으면 [한글 글꼴, DejaVu Sans], 못 찾으면 [DejaVu Sans]."""
-    from matplotlib import font_manager
+def korean_font() -> Path:
+    """패키지로 설치된 나눔고딕의 파일. 어느 컴퓨터에서나 같은 그림이 된다.
 
-    found = {Path(path).stem.lower(): path for path in font_manager.findSystemFonts()}
-    if WSL_FONT.is_file():
-        found.setdefault("malgun", str(WSL_FONT))
-    for stem in KOREAN_FONTS:
-        path = found.get(stem)
-        if path and {ord("가"), ord("힣")} <= set(font_manager.get_font(path).get_charmap()):
-            font_manager.fontManager.addfont(path)
-            return [font_manager.FontProperties(fname=path).get_name(), "DejaVu Sans"]
-    return ["DejaVu Sans"]
+    패키지를 부르지 않고 자리만 찾는다. 부르면 matplotlib의 설정을 통째로 바꾸고, Python 3.12부터 없는 distutils를 쓴다.
+
+    Raises:
+        UsageError: 패키지가 없다.
+    """
+    spec = importlib.util.find_spec(FONT_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"한글 글꼴의 패키지 {FONT_PACKAGE}이 없다. {environment.INSTALL}을 실행한다")
+    return Path(spec.origin).with_name("fonts") / "NanumGothic.ttf"
 
 
 def points(history: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
@@ -88,7 +101,10 @@ def _with_start(run: dict) -> list[dict]:
     return [{"step": 0, "eval_loss": run.get("eval_loss_before")}, *run["history"]]
 
 
-def _draw_panel(axis, key: str, histories: list[list[dict]], log: bool, empty: str) -> None:
+def _draw_panel(axis, panel: Panel, histories: list[list[dict]]) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    key = panel.key
     drawn, highest = 0, 0.0
     for number, history in enumerate(histories):
         steps, values = points(history, key)
@@ -102,9 +118,11 @@ def _draw_panel(axis, key: str, histories: list[list[dict]], log: bool, empty: s
                           textcoords="offset points", ha="center", color=COLORS[number % len(COLORS)],
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
     if not drawn:
-        axis.text(0.5, 0.5, empty, ha="center", va="center", transform=axis.transAxes, color="gray")
-    elif log and highest > 0:
+        axis.text(0.5, 0.5, "기록 없음", ha="center", va="center", transform=axis.transAxes, color="gray")
+    elif panel.log and highest > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")  # 기본 표시(10의 지수)는 수식이라 글꼴에 없는 빼기 기호를 쓴다
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     elif key == "learning_rate":
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     elif key == "eval_samples_per_second":
@@ -112,16 +130,14 @@ def _draw_panel(axis, key: str, histories: list[list[dict]], log: bool, empty: s
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_figures(axis, names: list[str], runs: list[dict], korean: bool) -> None:
+def _draw_figures(axis, names: list[str], runs: list[dict]) -> None:
     axis.axis("off")
-    rows = [(key, title if korean else english, form) for key, title, english, form in FIGURES
-            if any(isinstance(run.get(key), int | float) for run in runs)]
+    rows = [(figure.title, [figure.shown(run) or "-" for run in runs]) for figure in FIGURES
+            if any(figure.shown(run) for run in runs)]
     if not rows:
         return
-    cells = [[format(run[key], form) if isinstance(run.get(key), int | float) else "-" for run in runs]
-             for key, _, form in rows]
     heads = [name if len(name) <= 18 else f"…{name[-17:]}" for name in names]
-    table = axis.table(cellText=cells, rowLabels=[title for _, title, _ in rows],
+    table = axis.table(cellText=[cells for _, cells in rows], rowLabels=[title for title, _ in rows],
                        colLabels=heads if len(runs) > 1 else None, cellLoc="center", bbox=[0.38, 0.1, 0.62, 0.8])
     table.auto_set_font_size(False)
     table.set_fontsize(12 if len(runs) <= 2 else 10)
@@ -129,12 +145,11 @@ def _draw_figures(axis, names: list[str], runs: list[dict], korean: bool) -> Non
         cell.set_edgecolor("lightgray")
 
 
-def _drawable(text: str, fonts: list[str]) -> str:
+def _drawable(text: str, fonts: Sequence[Path]) -> str:
+    """글꼴 파일들에 없는 글자를 물음표로 바꾼 글. `$`는 수식이 아니라 글자다."""
     from matplotlib import font_manager
 
-    known = set()
-    for font in fonts:
-        known |= set(font_manager.get_font(font_manager.findfont(font)).get_charmap())
+    known = {char for font in fonts for char in font_manager.get_font(font).get_charmap()}
     return "".join(char if ord(char) in known else "?" for char in text).replace("$", r"\$")
 
 

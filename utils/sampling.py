@@ -1,4 +1,4 @@
-"""다음 토큰을 고르는 규칙을 맡는다: 벌점, 자르기, 뽑기."""
+"""다음 토큰을 고르는 규칙: 벌점, 자르기, 뽑기. 로짓 [vocab]과 이미 나온 답에서 토큰 번호 하나로."""
 
 import random
 from dataclasses import dataclass
@@ -49,6 +49,9 @@ class Sampling:
     def seed_number(self) -> int:
         """실제로 쓸 씨앗(0 이상, 2^63 미만)."""
         return random.SystemRandom().getrandbits(63) if self.seed is None else self.seed % 2**63
+
+
+GREEDY = Sampling(temperature=0.0)  # 늘 가장 그럴듯한 토큰을 고르므로 다시 물어도 같다
 
 
 def banned_by_ngram(answer: list[int], size: int) -> list[int]:

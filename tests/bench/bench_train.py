@@ -276,42 +276,55 @@ def peaks(shapes=(POLYGLOT, "qwen3-1.7b", "llama-1.5b", "exaone4-1.2b", "gemma3-
     return results
 
 
-def exact() -> dict:
-    """같은 micro-step을 두 번 계산해 비트까지 같은지와, 라이브러리의 결정적 방식의 비용."""
-    from utils.engine.train_step import TrainStep
+class Strict:
+    """attention의 backward를 라이브러리의 결정적 방식으로 하게 한다(atomic 없이 나누어 더한다)."""
 
-    model = tuned("qwen3-1.7b", targets_of("qwen3-1.7b", True))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            parameter.grad = torch.zeros_like(parameter)
+    def __init__(self, attention):
+        self.attention, self.name, self.forward = attention, f"결정적 {attention.name}", attention.forward
+
+    def backward(self, *args):
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+        try:
+            return self.attention.backward(*args)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def exact(shape: str = "qwen3-1.7b") -> dict:
+    """찍은 micro-step을 되풀이해 비트까지 같은지와, attention의 결정적 방식의 비용."""
+    from utils.engine.train_step import TrainStep
+    from utils.train.graph_step import CapturedStep
+
+    model, results = tuned(shape, targets_of(shape, True)), {}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    results = {}
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.grad = torch.zeros_like(parameter)
     for documents in (1, 2, 4, 8):
-        block = Blocks(4, documents=documents)[0]
-        batch = {name: value[None].cuda() for name, value in block.items()}
+        batch = {name: value[None].cuda() for name, value in Blocks(4, documents=documents)[0].items()}
         batch["factor"] = torch.tensor(1e-3, device="cuda")
         batch["keys"] = torch.tensor([[5, 7]], dtype=torch.int32, device="cuda")
-        step = TrainStep(model, 0, 9)
         for strict in (False, True):
-            torch.use_deterministic_algorithms(strict, warn_only=True)
-            runs, times = [], []
-            for _ in range(6):
+            step = TrainStep(model, 0, 9)
+            if strict:
+                step.attention = Strict(step.attention)
+            captured, runs, times = CapturedStep(step, torch.device("cuda")), [], []
+            for _ in range(8):
                 for parameter in trained:
                     parameter.grad.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                captured.train(batch)
+                end.record()
                 torch.cuda.synchronize()
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                events[0].record()
-                step.train(batch)
-                events[1].record()
-                torch.cuda.synchronize()
-                times.append(events[0].elapsed_time(events[1]))
+                times.append(start.elapsed_time(end))
                 runs.append([parameter.grad.clone() for parameter in trained])
-            same = all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
-            results[f"문서 {documents}, 결정적 {strict}"] = same, round(statistics.median(times[2:]), 2)
-            print("  exact", documents, strict, results[f"문서 {documents}, 결정적 {strict}"], flush=True)
-        step.release()
-    torch.use_deterministic_algorithms(False)
+            same = all(torch.equal(a, b) for other in runs[3:] for a, b in zip(runs[2], other, strict=True))
+            name = f"문서 {documents}, {step.attention.name}"
+            results[name] = same, round(statistics.median(times[3:]), 2)
+            print("  비트까지 같다, ms:", name, results[name], flush=True)
+            captured.release()
     return results
 
 

@@ -175,12 +175,13 @@ def test_repaired_file_has_no_fault_that_can_be_mended(seeded, encoder, tmp_path
     dropped = sum(len(places[kind]) for kind in ("broken", "missing", "empty", "placeholder", "duplicate"))
     assert done.dropped == dropped
     assert done.written == len(before.splitlines()) - dropped
-    assert path.read_bytes() == before and not list(tmp_path.glob("*.part"))
+    assert path.read_bytes() == before and not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("garbled", [
     "안녕하세요. 반갑습니다.".encode().decode("latin-1"),
     "안녕하세요. 반갑습니다.".encode("cp949").decode("latin-1"),
+    "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in "안녕하세요. 반갑습니다.".encode()),
 ])
 def test_reversible_mojibake_is_restored(garbled):
     assert repair.fix_text(garbled) == "안녕하세요. 반갑습니다."

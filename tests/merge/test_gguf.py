@@ -10,7 +10,9 @@ import torch
 from tiny import build_neox
 
 from utils.errors import UsageError
-from utils.merge.gguf import _chat_form, _literal, _pre_tokenizer, render_modelfile, require_exportable, write
+from utils.merge.exportable import require_exportable
+from utils.merge.gguf import _pre_tokenizer, write
+from utils.merge.modelfile import _chat_form, _literal, render_modelfile
 from utils.paths import BASE_DEMO
 
 gguf = pytest.importorskip("gguf", reason="gguf가 설치되지 않았다")

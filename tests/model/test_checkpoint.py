@@ -13,6 +13,7 @@ from conftest import ROOT
 from utils import files
 from utils.errors import UsageError
 from utils.model import checkpoint
+from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS
 from utils.train import run_folder
 
 pytestmark = pytest.mark.quick
@@ -96,13 +97,13 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
 def test_adapter_files_arrive_with_the_manifest_last(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
     staging = files.stage(tmp_path / "adapter")
-    for name in checkpoint.ADAPTER:
+    for name in ADAPTER_FILES:
         (staging / name).write_bytes(b"new")
     files.publish_files(staging, tmp_path, RUN)
-    assert files.damage(tmp_path, checkpoint.ADAPTER) is None
-    assert sorted(file.name for file in tmp_path.iterdir()) == [*checkpoint.ADAPTER, files.MANIFEST]
-    (tmp_path / checkpoint.ADAPTER[1]).write_bytes(b"odd")
-    assert checkpoint.ADAPTER[1] in files.damage(tmp_path, checkpoint.ADAPTER)
+    assert files.damage(tmp_path, ADAPTER_FILES) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*ADAPTER_FILES, files.MANIFEST]
+    (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"odd")
+    assert ADAPTER_WEIGHTS in files.damage(tmp_path, ADAPTER_FILES)
 
 
 @pytest.mark.parametrize("error, full", [

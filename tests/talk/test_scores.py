@@ -2,10 +2,14 @@
 
 import csv
 import io
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
+from utils import record
 from utils.decode.decoder import Decoder
+from utils.errors import UsageError
 from utils.model import adapter, loader
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
@@ -68,15 +72,34 @@ def test_validation_questions_are_the_held_out_rows(answerer, talk_run):
         assert question.input_ids == answerer.ask(plain)
 
 
+def test_changed_data_is_seen_by_its_content(answerer, talk_run, tmp_path):
+    """행의 수가 그대로여도 글이 한 자 바뀌면 안다."""
+    run = record.read_run(talk_run)
+    text = Path(run["settings"]["data_path"]).read_text(encoding="utf-8")
+    for name, content in (("same", text), ("other", text.replace("더하면", "보태면", 1))):
+        folder, data = tmp_path / name, tmp_path / f"{name}{Path(run['settings']['data_path']).suffix}"
+        folder.mkdir()
+        data.write_text(content, encoding="utf-8")
+        record.write_run(folder, {**run, "settings": {**run["settings"], "data_path": str(data)},
+                                  "data": {**run["data"], "sha256": sha256(text.encode()).hexdigest()}})
+        assert scores.load_validation(folder, answerer).changed is (name == "other")
+
+
+def test_a_run_without_its_settings_is_named(answerer, talk_run, tmp_path):
+    record.write_run(tmp_path, {"history": record.read_run(talk_run)["history"]})
+    with pytest.raises(UsageError, match=r"run\.json에 학습의 설정"):
+        scores.load_validation(tmp_path, answerer)
+
+
 def test_evaluate_gives_scores_and_a_csv_that_reads_back(answerer, talk_run):
     questions = scores.load_validation(talk_run, answerer).questions[:2]
     rows = list(scores.evaluate(answerer, questions))
-    assert rows[0]["base_text"] != rows[0]["tuned_text"]
+    assert rows[0].answers["base"].text != rows[0].answers["tuned"].text
     text = scores.to_csv(rows)
     assert text.startswith("\ufeff")
     head, *lines = csv.reader(io.StringIO(text.removeprefix("\ufeff")))
     assert len(lines) == 2 and len(head) == len(lines[0]) == 4 + 2 * len(scores.METRICS)
-    assert lines[0][2] == rows[0]["base_text"]
+    assert lines[0][2] == rows[0].answers["base"].text
     assert [row[0].split("(")[0].rstrip(" ↑↓") for row in scores.table(rows)] == [
         "스스로 멈춤", "chrF", "한글 비율", "반복", "질문 되풀이"]
 

@@ -19,9 +19,9 @@ from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.model.adapter import PromptInfo
 from utils.train.autograd_step import AutogradStep
-from utils.train.graph_step import check_isolation
 from utils.train.group import ALONE, join_group
 from utils.train.loop import Loop
+from utils.train.parity import check_isolation
 from utils.train.planner import MemoryPlan
 from utils.train.records import Recipe
 from utils.train.resume import Checkpoints

@@ -9,9 +9,9 @@ from tiny import build_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from utils.data.encoder import require_known_ids
 from utils.errors import UsageError
 from utils.model.loss import Head
-from utils.model.tokenizer import require_known_ids
 from utils.train import parity
 from utils.train.autograd_step import AutogradStep, autograd_ways
 

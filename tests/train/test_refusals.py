@@ -13,6 +13,7 @@ from tiny import build_tokenizer
 from utils import record
 from utils.data.documents import Documents
 from utils.data.encoder import Encoder
+from utils.decode.decoder import Reply
 from utils.errors import UsageError
 from utils.model import loader
 from utils.model.targets import choose_targets
@@ -177,9 +178,9 @@ def test_no_row_left_is_refused(capsys, tiny_neox, tmp_path):
 
 
 class Failing:
-    """답을 몇 개 만든 뒤에 죽는 decoder."""
+    """질문의 묶음 몇 개에 답한 뒤에 죽는 decoder."""
 
-    context, finish_reason = 256, "stop"
+    context = 256
 
     def __init__(self, error: BaseException, after: int):
         self.error, self.left = error, after
@@ -187,11 +188,11 @@ class Failing:
     def use_adapter(self, on: bool) -> None:
         pass
 
-    def stream(self, ids, settings):
+    def answer_many(self, questions, settings, until):
         self.left -= 1
         if self.left < 0:
             raise self.error
-        return iter([5])
+        return [Reply([5], "stop") for _ in questions]
 
 
 @pytest.mark.parametrize("error, named", [(torch.OutOfMemoryError("CUDA out of memory"), "메모리가 모자란다"),
@@ -201,13 +202,13 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     tokenizer = build_tokenizer(tmp_path)
     made = []
     monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
-    inputs = SimpleNamespace(tokenizer=tokenizer, end_id=2, prompter=make_prompter("default", tokenizer),
+    inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
                              encoder=Encoder(tokenizer, 2), documents=documents([10], [5], 16),
                              held_out=np.arange(0))
     samples = results.Samples([], [])
-    problem = results.answer_samples(inputs, None, samples)
+    problem = results.answer_samples(inputs, None, samples, seconds=60)
     assert named in problem and "\n" not in problem
-    assert len(samples.examples) == 1 and "tuned" in samples.examples[0]
+    assert len(samples.examples) == 3 and all("tuned" in sample and "base" in sample for sample in samples.examples)
     assert record.write_samples(tmp_path, samples.examples).is_file()
     assert 256 < made[0] < 1024
 

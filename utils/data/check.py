@@ -1,4 +1,4 @@
-"""데이터에서 흔한 잘못을 찾아 말한다. 행을 하나씩 보므로 파일이 커도 메모리를 더 쓰지 않는다."""
+"""데이터의 흔한 잘못을 찾는 검사. 행을 하나씩 보므로 파일이 커도 메모리를 더 쓰지 않는다."""
 
 import re
 from itertools import pairwise
@@ -165,7 +165,7 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
 
 
 def document_faults(documents, train: np.ndarray, held_out: np.ndarray) -> dict[str, dict]:
-    """토큰으로 바꾼 문서들을 견주어야 보이는 것: 같은 행, 나뉜 양쪽에 있는 질문, 긴 행."""
+    """토큰으로 바꾼 문서들을 비교해야 보이는 것: 같은 행, 나뉜 양쪽에 있는 질문, 긴 행."""
     _, first = np.unique(documents.digests, return_index=True)
     repeated = np.setdiff1d(np.arange(len(documents)), first)
     shared = held_out[np.isin(documents.questions[held_out], documents.questions[train])]

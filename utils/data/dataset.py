@@ -1,4 +1,4 @@
-"""(질문, 답) 조각을 토큰으로 바꾸고, 내용으로 나누고, 서로를 보지 않게 블록에 채운다."""
+"""데이터 파일에서 토큰까지의 길: 행을 읽고, 조각으로 나누고, 토큰으로 바꾸어 디스크에 둔다."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,8 +11,9 @@ import numpy as np
 from utils import prompter
 from utils.data import check, readers, rows
 from utils.data.documents import CacheWriter, Documents, open_cache
-from utils.data.encoder import Encoder, _sha256, content_digest
+from utils.data.encoder import Encoder, content_digest
 from utils.errors import UsageError
+from utils.files import file_sha256, text_sha256
 from utils.paths import ROOT
 
 CACHE_FOLDER = "tokens"
@@ -33,8 +34,8 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
         UsageError: 파일이나 행이 잘못되었다. 쓸 수 있는 행이 하나도 없다.
     """
     sha256 = source_sha256(data_path, cache_dir)
-    key = _sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(), str(skip_bad),
-                  Path(data_path).suffix.lower(), _code_sha256())
+    key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(), str(skip_bad),
+                      Path(data_path).suffix.lower(), _code_sha256())
     folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
     cached = open_cache(folder)
     if cached is None:
@@ -47,11 +48,11 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
 
 
 def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
-    """데이터의 해시. 파일이면 내용의, hub의 데이터면 받은 판(revision)이 이름에 든 파일들의 해시다."""
+    """데이터의 해시. 파일이면 내용의, hub의 데이터면 받은 버전(revision)이 이름에 든 파일들의 해시다."""
     if Path(data_path).is_file():
-        return readers.file_sha256(data_path)
+        return file_sha256(Path(data_path))
     received = rows.load_hub(str(data_path), cache_dir)
-    return _sha256(str(data_path), *(file["filename"] for file in received.cache_files))
+    return text_sha256(str(data_path), *(file["filename"] for file in received.cache_files))
 
 
 def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cache_dir: str | None,
@@ -111,7 +112,7 @@ def _encode_ahead(numbered: Iterator[tuple[int, rows.Pieces]], encoder: Encoder)
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
     modules = (readers, rows, prompter, check)
-    return _sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
-                   Path(__file__).read_text(encoding="utf-8"))
+    return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
+                       Path(__file__).read_text(encoding="utf-8"))
 
 

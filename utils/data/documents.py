@@ -1,8 +1,7 @@
-"""토큰으로 바꾼 문서들을 담는다. 디스크에 둔 배열이어도 되므로 데이터가 메모리보다 커도 된다."""
+"""토큰으로 바꾼 문서들과, 그것을 디스크에 둔 캐시. 배열을 디스크에서 읽으므로 데이터가 메모리보다 커도 된다."""
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UsageError
+from utils.files import own_staging_of, put
 
 KEEP = 8
 _META = "meta.json"
@@ -35,7 +35,7 @@ class Documents:
         cutoff_len: 문서의 가장 긴 길이(토큰). None이면 자르지 않는다.
         end_id: 끝 토큰의 번호.
         sha256: 데이터 파일의 해시.
-        found: 읽으면서 본 것들(`datacheck.Inspector.found`).
+        found: 읽으면서 본 것들(`check.Inspector.found`).
     """
 
     tokens: np.ndarray
@@ -90,7 +90,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._staged = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        self._staged = own_staging_of(folder)
         self._files: dict = {}
         self._counts = {"tokens": 0, "lengths": 0}
 
@@ -114,8 +114,7 @@ class CacheWriter:
             self._close()
             (self._staged / _META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
             if open_cache(self._folder) is None:  # 다른 프로세스가 먼저 만들었으면 그것을 쓴다
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self._staged.rename(self._folder)
+                put(self._staged, self._folder)
         except OSError as error:
             if open_cache(self._folder) is None:
                 raise self._unwritable(error) from None
@@ -132,7 +131,7 @@ class CacheWriter:
 
     def _unwritable(self, error: OSError) -> UsageError:
         return UsageError(f"토큰의 캐시를 쓰지 못했다: {self._folder.parent} ({error.strerror or error}). "
-                          "디스크의 빈 곳을 만들거나 --cache_dir로 다른 폴더를 적는다")
+                          "디스크의 여유 공간을 늘리거나 --cache_dir로 다른 폴더를 적는다")
 
 
 def open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:

@@ -1,12 +1,16 @@
-"""글을 토큰으로 바꾼다."""
+"""글에서 토큰으로: 학습과 추론과 검산이 함께 쓰는 `Encoder`, 모델이 아는 토큰인지의 검사, 내용의 해시."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 
+import numpy as np
+
 from utils.data import rows
 from utils.data.documents import MUTED
-from utils.model.tokenizer import require_known_ids
+from utils.errors import UsageError
+from utils.files import text_sha256
+from utils.prompter import CHAT
 
 
 class Encoder:
@@ -33,7 +37,13 @@ class Encoder:
         return self._encode([prompt], self._special_in_prompt)[0]
 
     def encode_batch(self, batch: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
-        """행마다 (토큰, 답 여부). 배우지 않는 답(`rows.Unlearned`)의 자리에는 `MUTED`가 적힌다."""
+        """행마다 (토큰, 그 토큰이 답인지). 한 행의 두 목록은 길이가 같다. 답에는 그 끝 토큰도 든다.
+
+        배우지 않는 답(`rows.Unlearned`)의 자리에는 True 대신 `MUTED`가 적힌다.
+
+        Args:
+            batch: 행마다의 (프롬프트, 답)들. 여러 번 주고받은 행이면 여럿이다.
+        """
         prompts = self._encode([p for row in batch for p, _ in row], self._special_in_prompt)
         answers = self._encode([a for row in batch for _, a in row], False)
         encoded, at = [], 0
@@ -53,7 +63,7 @@ class Encoder:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         chat = getattr(self._tokenizer, "chat_template", None)
-        return _sha256(content, str(chat), str(self._end_id), str(self._special_in_prompt), str(self._n_rows))
+        return text_sha256(content, str(chat), str(self._end_id), str(self._special_in_prompt), str(self._n_rows))
 
     def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
@@ -70,8 +80,34 @@ class Encoder:
             require_known_ids([highest], self._n_rows, self._tokenizer, where)
 
 
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+def make_encoder(tokenizer, prompter, end_id: int, n_rows: int | None = None) -> Encoder:
+    """템플릿에 맞는 Encoder. 대화 템플릿의 프롬프트에 적힌 특수 토큰은 글자가 아니라 토큰이다.
+
+    Raises:
+        UsageError: 끝 토큰이 embedding의 밖이다.
+    """
+    return Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=n_rows)
+
+
+def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
+    """토큰 번호가 모두 embedding의 행 안에 있는지 본다. 밖의 번호는 CPU에서는 IndexError, 커널에서는 남의 메모리다.
+
+    Args:
+        ids: 토큰 번호의 배열이나 목록.
+        n_rows: 입력 embedding의 행 수.
+        tokenizer: 번호를 글자로 보여 줄 토크나이저.
+        where: 번호가 나온 곳. 메시지의 앞에 적힌다.
+
+    Raises:
+        UsageError: 밖의 번호가 있다. 그 토큰과 번호와 embedding의 크기를 말한다.
+    """
+    ids = np.asarray(ids, dtype=np.int64).ravel()
+    outside = ids[(ids < 0) | (ids >= n_rows)]
+    if len(outside):
+        worst = int(outside.max())
+        token = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
+        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {token!r}의 번호는 "
+                         f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
 
 
 def content_digest(pieces: Iterable[tuple[str, str]]) -> int:

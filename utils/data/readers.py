@@ -1,8 +1,7 @@
-"""데이터 파일 하나를 글자와 행으로 푼다. 파일이 아무리 커도 한 번에 한 행만 메모리에 둔다."""
+"""데이터 파일의 형식마다의 리더: 바이트에서 글자를 거쳐 행으로. 파일이 아무리 커도 한 번에 한 행만 메모리에 둔다."""
 
 import codecs
 import csv
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -44,7 +43,7 @@ def read_json(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, o
     """배열 하나이거나, 줄마다 객체가 하나인 JSON. 번호는 배열에서는 원소의, 아니면 줄의 번호다.
 
     Args:
-        on_bad: 주면 깨진 줄을 (번호, 까닭)으로 알리고 건너뛴다. 배열은 깨진 자리에서 끝난다.
+        on_bad: 주면 깨진 줄을 (번호, 이유)으로 알리고 건너뛴다. 배열은 깨진 자리에서 끝난다.
 
     Raises:
         UsageError: 올바른 JSON이 아니고 `on_bad`가 없다.
@@ -204,11 +203,3 @@ def _may_continue(error: Exception, end: int, start: int) -> bool:
 
 def _reason(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
-
-
-def file_sha256(path: str | Path) -> str:
-    """데이터 파일의 sha256. 파일이 아니라 hub의 데이터면 이름의 해시다."""
-    if not Path(path).is_file():
-        return hashlib.sha256(str(path).encode()).hexdigest()
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""데이터 검사의 긴 보고와, 고쳐 쓴 파일을 맡는다. 입력 파일은 건드리지 않는다."""
+"""고쳐 쓴 데이터 파일. 고칠 수 있는 행은 고치고 나머지는 뺀다. 입력 파일은 건드리지 않는다."""
 
 import json
 from dataclasses import dataclass
@@ -8,6 +8,10 @@ from utils.data import check, encoder, rows
 from utils.data.readers import END_TOKEN
 from utils.errors import UsageError
 from utils.files import staged_file
+
+# 잘못 읽은 글자 -> 원래의 바이트. cp1252가 비워 둔 다섯 자리는 브라우저와 편집기가 하듯이 번호 그대로 읽힌 것이다
+_CP1252 = {bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(256)}
+_LATIN1 = {chr(byte): byte for byte in range(256)}
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,10 @@ def ungarble(text: str) -> str:
     """UTF-8이나 CP949를 latin-1 계열로 잘못 읽은 글을 되돌린다. 되돌릴 수 없으면 그대로 둔다."""
     if not check.is_garbled(text):
         return text
-    for wrong, right in (("cp1252", "utf-8"), ("latin-1", "utf-8"), ("latin-1", "cp949")):
+    for wrong, right in ((_CP1252, "utf-8"), (_LATIN1, "utf-8"), (_LATIN1, "cp949")):
         try:
-            restored = text.encode(wrong).decode(right)
-        except UnicodeError:
+            restored = bytes(wrong[char] for char in text).decode(right)
+        except (KeyError, UnicodeError):
             continue
         if not check.is_garbled(restored):
             return restored

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import torch
 
+from utils.data.encoder import require_known_ids
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
 from utils.engine.decode_engine import FastDecode, why_not
 from utils.errors import UsageError
-from utils.model.tokenizer import require_known_ids
 from utils.sampling import Sampling
 
 
@@ -82,7 +82,8 @@ class Decoder:
     def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None):
         config = model.config.get_text_config(decoder=True)
         self.end_ids = frozenset(end_ids)
-        self.context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT, DBRX
+        self.context = int(next(filter(None, limits), None) or tokenizer.model_max_length)
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
         self.finish_reason = "length"
@@ -119,7 +120,7 @@ class Decoder:
         가중치를 한 번 읽어 여러 줄을 계산하므로 하나씩 답하는 것보다 빠르다. 빈 목록이면 빈 목록을 준다.
 
         Args:
-            until: `time.perf_counter()`가 이때가 되면 멈춘다. 다 만들지 못한 답의 이유은 "cancelled"다.
+            until: `time.perf_counter()`가 이때가 되면 멈춘다. 다 만들지 못한 답의 이유는 "cancelled"다.
 
         Raises:
             UsageError: 빈 질문이나 너무 긴 질문이나 모델이 모르는 토큰이 있다.

@@ -42,7 +42,7 @@ def check_driver(facts: Full) -> Finding:
                        f"NVIDIA 드라이버를 {needed} 이상으로 올린다(WSL은 Windows 쪽만 올린다)")
     if facts.torch_cuda and not facts.gpu:
         return Finding(BAD, f"{name}이 있지만 torch가 쓰지 못한다",
-                       "다시 켠 뒤에도 같으면 드라이버를 새로 깐다. CUDA_VISIBLE_DEVICES가 비어 있는지도 본다")
+                       "다시 켠 뒤에도 같으면 드라이버를 새로 설치한다. CUDA_VISIBLE_DEVICES가 비어 있는지도 본다")
     return Finding(OK, f"{name}, 드라이버 {driver.strip()}")
 
 

@@ -1,4 +1,4 @@
-"""이 컴퓨터와 환경의 사실을 모은다. 좋고 나쁨의 판단은 `doctor`의 몫이다."""
+"""이 컴퓨터와 환경의 사실을 모은다. 좋고 나쁨의 판단은 `checks`의 몫이다."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.environment import Quick, ask_nvidia_smi, look_quick
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.model.folder import open_model_folder
 from utils.paths import BASE_DEMO, ROOT
 
@@ -20,7 +20,7 @@ MAX_NF4_ERROR = 0.25  # 정상이면 0.1쯤이다
 
 @dataclass(frozen=True)
 class Full(Quick):
-    """torch를 불러오고 계산까지 해 보아야 아는 사실. 못 한 것은 빈 값이고, 실패한 까닭은 글자로 담는다."""
+    """torch를 불러오고 계산까지 해 보아야 아는 사실. 못 한 것은 빈 값이고, 실패한 이유는 글자로 담는다."""
 
     torch_error: str = ""
     gpu: str = ""
@@ -72,7 +72,7 @@ def proxy_for_localhost() -> str:
 
 
 def multiply_4bit(device: str, dtype) -> str:
-    """NF4 선형층을 앞뒤로 실제로 계산해, 줄이기 전의 가중치로 계산한 답과 견준다. 맞으면 빈 글자, 아니면 까닭이다."""
+    """NF4 선형층을 앞뒤로 실제로 계산해, 줄이기 전의 가중치로 계산한 답과 비교한다. 맞으면 빈 글자, 아니면 이유다."""
     import bitsandbytes as bnb
     import torch
 
@@ -88,14 +88,14 @@ def multiply_4bit(device: str, dtype) -> str:
         error = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
         return "" if error < MAX_NF4_ERROR else f"답이 {error:.0%} 어긋난다"
     except Exception as error:  # 드라이버, 라이브러리, 메모리의 어떤 잘못이든 그대로 보여 준다
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _look_torch() -> dict:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return {"torch_error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
+        return {"torch_error": f"{type(error).__name__}: {first_line(error)}"}
     if not torch.cuda.is_available():
         return {"matmul_4bit_error": multiply_4bit("cpu", torch.float32), "attention": ("math",)}
     capability = torch.cuda.get_device_capability()

@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from utils.engine.families import Family
+from utils.model.loss import HEAD_CHUNK
 
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
 STATS = 8  # 두 norm의 평균과 1/표준편차. fp32 넷을 16비트로 센 것
@@ -76,6 +77,15 @@ def work_widths(family: Family, tails: Tails) -> dict[str, int]:
         "qk": (family.heads + family.kv_heads) * family.head_dim if family.qk_norm else 0,
     }
     return widths
+
+
+def scratch_elements(family: Family, tails: Tails, tokens: int, recompute: int) -> int:
+    """푼 가중치와 logits 한 조각이 번갈아 쓰는 자리의 원소 수.
+
+    logits는 HEAD_CHUNK 토큰씩 만든다. 재계산해야 할 만큼 메모리가 모자라면 그 반씩 만든다(어휘가 15만이면 78 MB).
+    """
+    rows = HEAD_CHUNK if recompute == 0 else HEAD_CHUNK // 2
+    return max(weight_elements(family, tails), min(tokens, rows) * family.vocab)
 
 
 def weight_elements(family: Family, tails: Tails) -> int:

@@ -16,9 +16,9 @@ from utils.engine.cuda import CompileError
 from utils.engine.families import Family, describe
 from utils.engine.train_kernels import CudaOps
 from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers, read_norm
-from utils.engine.train_memory import kept_widths, saved_widths, weight_elements, work_widths
+from utils.engine.train_memory import kept_widths, saved_widths, scratch_elements, work_widths
 from utils.engine.train_ops import TorchOps
-from utils.model.loss import HEAD_CHUNK, head_loss
+from utils.model.loss import head_loss
 
 
 @dataclass
@@ -123,8 +123,7 @@ class TrainStep:
         self.saved = [*[shared] * self.recompute_layers, *own]
         self.saved += [shared] * (len(self.layers) - len(self.saved))
         self.buffers = {name: empty(tokens * width) for name, width in work_widths(family, self.tails).items()}
-        # 가중치를 푸는 자리는 손실의 logits도 함께 쓴다
-        self.scratch = empty(max(weight_elements(family, self.tails), min(tokens, HEAD_CHUNK) * len(self.head)))
+        self.scratch = empty(scratch_elements(family, self.tails, tokens, self.recompute_layers))
         self.tables = [self._rotary_table(kind, block) for kind in family.rotary_kinds]
         self._shape = (rows, block)
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.data import blocks, dataset
-from utils.data.encoder import Encoder
+from utils.data import dataset
+from utils.data.encoder import make_encoder
+from utils.data.questions import held_out_members, read_question
 from utils.errors import UsageError
 from utils.merge import streamed, writer
 from utils.merge.job import Job
@@ -20,9 +21,9 @@ from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.paths import DATA_DEMO, find_input
 from utils.prompter import make_prompter
 
-N_PROMPTS = 8
-LOGIT_BYTES = 32 * 2**20
-ROWS = 16
+N_PROMPTS = 8  # 검산에 쓰는 행의 수
+LOGIT_BYTES = 32 * 2**20  # 모델 하나의 logits에 쓰는 바이트
+ROWS = 16  # 한 번에 비교하는 토큰의 수. fp64로 펼친 사본이 [16, vocab]에 머문다
 MIN_TOP1, MAX_KL = 0.98, 1e-3  # 쓴 것이 쓰려던 것과 같다고 보는 기준
 MIN_RETAINED = 0.9  # 배운 것이 이만큼 남지 않았으면 알린다
 MIN_GAIN = 0.02  # 토큰당 nat. 어댑터가 이만큼도 낫게 하지 못했으면 남은 몫을 따지지 않는다
@@ -42,8 +43,41 @@ class Windows:
     absent: str | None
 
 
+@dataclass(frozen=True)
+class Proof:
+    """검산의 결과. merge-report.json의 `proof`다.
+
+    Attributes:
+        prompts, tokens: 비교한 행과 토큰의 수.
+        data, absent_data: 행을 읽은 파일과, 학습한 데이터인데 찾지 못한 파일.
+        merge_onto: 합친 바탕(original, quantized).
+        top1: 가장 높은 토큰이 쓰려던 것과 같은 비율.
+        kl: 쓰려던 것과의 KL. 토큰당 평균 nat다.
+        largest_gap: 쓰려던 것과의 logit 차이의 최댓값.
+        base_loss, trained_loss, merged_loss: 답의 토큰의 평균 loss. 차례로 NF4로 올린 기반 모델, 배운 모델, 합친 모델.
+        retained: 배운 개선 가운데 남은 몫. 개선이 거의 없으면 None이다.
+    """
+
+    prompts: int
+    tokens: int
+    data: str
+    absent_data: str | None
+    merge_onto: str
+    top1: float
+    kl: float
+    largest_gap: float
+    base_loss: float
+    trained_loss: float
+    merged_loss: float
+    retained: float | None
+
+
 def read_windows(job: Job) -> Windows:
-    """학습에서 검증에 쓴 행. 실행의 기록이 없으면 함께 든 데이터의 행이다. logits이 메모리에 맞게 짧게 자른다."""
+    """학습에서 검증에 쓴 행들. logits가 메모리에 맞도록 답 둘레를 짧게 자른다.
+
+    run.json이 없거나 거기 적힌 데이터를 찾지 못하면 함께 든 데이터의 행이다(찾지 못한 것은 `absent`에 남는다). 검증하지
+    않은 학습이면 학습한 데이터의 5%를 본다.
+    """
     tokenizer = load_tokenizer(job.base.path)
     end_id = end_token_id(tokenizer)
     info = adapter.read_prompt_info(job.adapter) or adapter.read_prompt_info(job.root)
@@ -52,34 +86,30 @@ def read_windows(job: Job) -> Windows:
     if not Path(data).is_file():
         data, settings, absent = str(DATA_DEMO), {}, data
     prompter = make_prompter(info.template if info else "default", tokenizer)
-    encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == "chat")
+    encoder = make_encoder(tokenizer, prompter, end_id)
     documents = dataset.load_documents(data, prompter, encoder, settings.get("cutoff_len", 1024), end_id,
                                        settings.get("cache_dir"))
-    percent = settings.get("val_set_size") or 5
-    _, held_out = blocks.split_by_content(documents, percent, settings.get("seed", 42))
+    held_out = held_out_members(documents, settings.get("val_set_size") or 5, settings.get("seed", 42))
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     config = load_config(job.base.path)
+    # fp32 logits [토큰, vocab]이 LOGIT_BYTES를 넘지 않는 토큰의 수. 64에서 512 사이에서 행들이 나누어 가진다
     budget = min(512, max(64, LOGIT_BYTES // (4 * config["vocab_size"])))
-    length = min(budget // len(chosen), config.get("max_position_embeddings") or budget)  # 자리의 표 밖을 읽지 않는다
+    longest = int(documents.lengths()[chosen].max())
+    limit = config.get("max_position_embeddings") or longest  # 자리의 표(learned, ALiBi) 밖을 읽지 않는다
+    length = min(budget // len(chosen), longest, limit)
     ids = np.full((len(chosen), length), end_id, np.int64)
     real, answer = np.zeros((2, len(chosen), length), bool)
     for row, member in enumerate(chosen):
-        tokens, is_answer = documents.document(member)
-        begin = max(0, int(np.argmax(is_answer)) - length // 3)
-        cut = slice(begin, begin + length)
-        n = len(tokens[cut])
-        ids[row, :n], real[row, :n], answer[row, :n] = tokens[cut], True, is_answer[cut]
+        asked = read_question(documents, member)
+        begin = max(0, len(asked.prompt) - length // 3)
+        tokens = np.concatenate([asked.prompt, asked.answer])[begin : begin + length]
+        ids[row, : len(tokens)], real[row, : len(tokens)] = tokens, True
+        answer[row, len(asked.prompt) - begin : len(tokens)] = True
     return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
 
 
-def prove(job: Job, merged: Path) -> dict:
-    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과.
-
-    Returns:
-        쓰려던 것과의 top1(가장 높은 토큰이 같은 비율), kl(토큰당 평균 nat), largest_gap(logit 차이의 최댓값);
-        답의 토큰의 평균 loss인 base_loss(NF4로 올린 기반 모델), trained_loss(배운 모델), merged_loss(합친 모델);
-        retained(배운 개선 가운데 남은 몫; 개선이 거의 없으면 None).
-    """
+def prove(job: Job, merged: Path) -> Proof:
+    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과."""
     windows = read_windows(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     written = open_model_folder(merged)
@@ -101,52 +131,52 @@ def prove(job: Job, merged: Path) -> dict:
     del asked, actual, trained
     base_loss = _answer_loss(logits("quantized", {}), windows)
     gain = base_loss - trained_loss
-    return {"prompts": len(windows.ids), "tokens": int(windows.real[:, 1:].sum()), "data": windows.source,
-            "absent_data": windows.absent, "merge_onto": job.onto, **compared, "base_loss": base_loss,
-            "trained_loss": trained_loss, "merged_loss": merged_loss,
-            "retained": (base_loss - merged_loss) / gain if gain >= MIN_GAIN else None}
+    return Proof(len(windows.ids), int(windows.real[:, 1:].sum()), windows.source, windows.absent, job.onto, **compared,
+                 base_loss=base_loss, trained_loss=trained_loss, merged_loss=merged_loss,
+                 retained=(base_loss - merged_loss) / gain if gain >= MIN_GAIN else None)
 
 
-def judge(report: dict) -> None:
+def judge(proof: Proof) -> None:
     """쓴 것이 쓰려던 것과 다르면 이유를 말한다.
 
     Raises:
         UsageError: 기준에 못 미친다.
     """
-    if not (report["top1"] >= MIN_TOP1 and report["kl"] <= MAX_KL):
-        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(report)} (기준: 같은 첫 토큰 "
+    if not (proof.top1 >= MIN_TOP1 and proof.kl <= MAX_KL):
+        raise UsageError(f"합친 모델이 기반 모델 + 어댑터와 다르다. {describe(proof)} (기준: 같은 첫 토큰 "
                          f"{MIN_TOP1:.0%} 이상, KL {MAX_KL:g} 이하). 디스크와 어댑터를 살피고 다시 합친다")
 
 
-def warnings(report: dict) -> list[str]:
+def warnings(proof: Proof) -> list[str]:
     """합친 것은 멀쩡하지만 사용자가 알아야 하는 것들."""
     said = []
-    if report["absent_data"]:
-        said.append(f"학습한 데이터를 찾지 못해({report['absent_data']}) 함께 든 데이터({report['data']})로 검산했다. "
+    if proof.absent_data:
+        said.append(f"학습한 데이터를 찾지 못해({proof.absent_data}) 함께 든 데이터({proof.data})로 검산했다. "
                     "남은 개선은 그 데이터의 것이다")
-    lost = report["merged_loss"] - report["trained_loss"]
-    gain = max(0.0, report["base_loss"] - report["trained_loss"])
+    lost = proof.merged_loss - proof.trained_loss
+    gain = max(0.0, proof.base_loss - proof.trained_loss)
     if lost > max((1 - MIN_RETAINED) * gain, MIN_GAIN):
         how = ("기반 모델이 NF4로 반올림하면 많이 달라지는 모델이다. 배운 모델 그대로 합치려면 새 폴더에 "
-               "--merge_onto quantized로 다시 합친다" if report["merge_onto"] == "original" else
+               "--merge_onto quantized로 다시 합친다" if proof.merge_onto == "original" else
                "16비트로 적으면서 잃었다. generate.py --peft_root로 어댑터를 얹어 쓴다")
-        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {report['trained_loss']:.3f}인데 "
-                    f"합친 모델은 {report['merged_loss']:.3f}다(학습 전 {report['base_loss']:.3f}). {how}")
+        said.append(f"합친 모델이 배운 것을 잃었다. 답의 loss가 배운 모델은 {proof.trained_loss:.3f}인데 "
+                    f"합친 모델은 {proof.merged_loss:.3f}다(학습 전 {proof.base_loss:.3f}). {how}")
     return said
 
 
-def describe(report: dict) -> str:
-    kept = "개선이 거의 없어 따지지 않음" if report["retained"] is None else f"{report['retained']:.1%}"
-    return (f"프롬프트 {report['prompts']}개, 토큰 {report['tokens']}개. "
-            f"쓴 것과 쓰려던 것: 같은 첫 토큰 {report['top1']:.1%}, 평균 KL {report['kl']:.1e}, "
-            f"가장 큰 logit 차이 {report['largest_gap']:.3f}. 배운 모델과: 답의 loss "
-            f"{report['trained_loss']:.3f} -> {report['merged_loss']:.3f}(학습 전 {report['base_loss']:.3f}), "
+def describe(proof: Proof) -> str:
+    """검산의 결과 한 줄."""
+    kept = "개선이 거의 없어 따지지 않음" if proof.retained is None else f"{proof.retained:.1%}"
+    return (f"프롬프트 {proof.prompts}개, 토큰 {proof.tokens}개. "
+            f"쓴 것과 쓰려던 것: 같은 첫 토큰 {proof.top1:.1%}, 평균 KL {proof.kl:.1e}, "
+            f"가장 큰 logit 차이 {proof.largest_gap:.3f}. 배운 모델과: 답의 loss "
+            f"{proof.trained_loss:.3f} -> {proof.merged_loss:.3f}(학습 전 {proof.base_loss:.3f}), "
             f"남은 개선 {kept}")
 
 
 @torch.no_grad()
 def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> torch.Tensor:
-    """[실제 토큰의 수, vocab]의 logit. 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
+    """[실제 토큰의 수, vocab]의 logit(fp32, CPU). 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
     model = streamed.build(source, device)
     positions = torch.arange(windows.ids.shape[1], device=device).expand(windows.ids.shape)
     logits = model(input_ids=windows.ids.to(device), position_ids=positions, use_cache=False).logits[:, :-1]
@@ -154,6 +184,11 @@ def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> 
 
 
 def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
+    """두 logit [토큰, vocab]의 비교. KL(expected || actual) = sum_v p_v (log p_v - log q_v)의 토큰 평균이다.
+
+    Raises:
+        UsageError: 합친 모델의 logit이 유한하지 않다.
+    """
     same, kl, gap = 0, 0.0, 0.0
     for one, other in zip(expected.split(ROWS), actual.split(ROWS), strict=True):
         same += int((one.argmax(-1) == other.argmax(-1)).sum())
@@ -166,6 +201,7 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
 
 
 def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:
+    """답의 토큰마다의 평균 음의 로그 가능도(nat). logits는 [실제 토큰의 수, vocab]이다."""
     goal = windows.ids[:, 1:][windows.real[:, 1:]]
     scored = windows.answer[:, 1:][windows.real[:, 1:]]
     return F.cross_entropy(logits[scored], goal[scored]).item()

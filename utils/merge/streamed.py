@@ -51,20 +51,21 @@ class StreamedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.device.__get__:
+        if func == torch.Tensor.device.__get__:  # 부를 때마다 새로 만들어지는 함수라 is로는 같지 않다
             return args[0].place
         if func is F.linear and isinstance(args[1], cls):
             return args[1].multiply(*args[:1], *args[2:], **kwargs)
         if func is F.embedding and isinstance(args[1], cls):
             return args[1].look_up(args[0])
         if getattr(func, "__name__", "") == "__get__" or func in _SHAPES:
-            return super().__torch_function__(func, types, args, kwargs)
+            found = super().__torch_function__(func, types, args, kwargs)
+            return func(args[0].whole()) if isinstance(found, torch.Tensor) else found  # `.T`처럼 값이 든 속성
         args, kwargs = ([part.whole() if isinstance(part, cls) else part for part in args],
                         {name: part.whole() if isinstance(part, cls) else part for name, part in kwargs.items()})
         return func(*args, **kwargs)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
+        """x [..., in] -> [..., out]. 합치지 않고 y = x W^T + b + scale (x A^T) B^T로 더해 B A를 만들지 않는다."""
         out = torch.empty(*x.shape[:-1], self.entry.shape[0], device=x.device)
         for start, stop in row_spans(self.entry.shape):
             out[..., start:stop] = x @ self.read(start, stop).to(x.device).T
@@ -76,11 +77,12 @@ class StreamedWeight(torch.Tensor):
         return out
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] -> [..., 폭]."""
+        """ids [...] -> [..., 폭]. 나온 토큰마다 한 행씩만 읽는다. embedding에는 얹을 갱신이 없다."""
         unique, where = ids.unique(return_inverse=True)
         return torch.cat([self.read(i, i + 1) for i in unique.tolist()]).to(self.place)[where]
 
     def whole(self) -> torch.Tensor:
+        """갱신까지 더한 온전한 행렬, fp32."""
         values = torch.cat([self.read(start, stop) for start, stop in row_spans(self.entry.shape)])
         if self.update is not None:
             values += self.update.rows(0, self.entry.shape[0])

@@ -14,7 +14,7 @@ from utils.files import file_sha256, read_json, write_manifest
 from utils.merge.job import Job
 from utils.model import lora, nf4, shards
 from utils.model.adapter import ADAPTER_FOLDER, PROMPT_FILE, read_prompt_info
-from utils.model.folder import TensorEntry, model_digest, text_config
+from utils.model.folder import ADAPTER_FILES, TensorEntry, model_digest, text_config
 from utils.model.shards import Planned
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 
@@ -47,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 - `prompt.json`에 학습에 쓴 템플릿이 있다. 다른 형식으로 물으면 답이 나빠진다.
 - `adapter/`는 4비트로 띄울 때 쓴다. 합친 가중치를 그대로 4비트로 줄이면 배운 것의 일부가 반올림에 묻힌다.
   `python generate.py --load_4bit True --base_model {name}`은 어댑터를 뺀 가중치를 4비트로 올리고 어댑터를 얹는다.
-- `merge-report.json`은 합친 뒤 다시 읽어 견준 결과이고, `manifest.json`은 파일마다의 크기와 sha256이다.
+- `merge-report.json`은 합친 뒤 다시 읽어 비교한 결과이고, `manifest.json`은 파일마다의 크기와 sha256이다.
 """
 _ONTO = {"original": "기반 모델의 원래 가중치", "quantized": "NF4를 다녀온 가중치"}
 
@@ -55,13 +55,19 @@ REPORT_FILE = "merge-report.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
 _LARGEST = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F800000)}  # 바이트의 수, 양의 무한대의 비트
-SPARE_BYTES = 64 * 2**20
+SPARE_BYTES = 64 * 2**20  # 가중치 곁의 파일(설정, 토크나이저, 어댑터)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """'1GB', '500MB', '1GiB'를 바이트로 바꾼다."""
+    """'1GB', '500MB', '1GiB'를 바이트로 바꾼다.
+
+    accelerate의 `convert_file_size_to_int`는 쓰지 않는다: '1.5gb'를 비트로 읽어 8로 나누고 '4096'과 TB를 모른다.
+
+    Raises:
+        UsageError: 크기로 읽을 수 없거나 1바이트보다 작다.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
         raise UsageError(f"max_shard_size를 읽을 수 없다: '{text}'. 1GB나 500MB처럼 적는다")
@@ -69,10 +75,13 @@ def parse_size(text: str) -> int:
 
 
 def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
-    """쓸 자리가 비었고, 남의 폴더가 아니고, 디스크에 자리가 있는지 본다.
+    """쓸 폴더가 비었고, 남의 폴더가 아니고, 디스크에 여유 공간이 있는지 본다.
 
     Args:
         extra_bytes: 가중치 말고 더 쓸 바이트(GGUF).
+
+    Raises:
+        UsageError: 기반 모델이나 어댑터의 폴더거나, 비어 있지 않거나, 디스크의 여유 공간이 모자란다.
     """
     output = Path(output_dir).resolve()
     for owner, folder in (("기반 모델", job.base.path), ("어댑터", job.adapter), ("어댑터", job.root)):
@@ -178,7 +187,7 @@ def write_companions(folder: Path, job: Job) -> None:
     if prompt is not None:
         shutil.copyfile(prompt / PROMPT_FILE, folder / PROMPT_FILE)
     (folder / ADAPTER_FOLDER).mkdir()
-    for name in (lora.CONFIG_FILE, lora.WEIGHTS_FILE):
+    for name in ADAPTER_FILES:
         shutil.copyfile(job.adapter / name, folder / ADAPTER_FOLDER / name)
     (folder / "README.md").write_text(render(job, folder), encoding="utf-8")
 
@@ -204,8 +213,8 @@ def _read_json(file: Path) -> dict:
     return read_json(file, "") if file.is_file() else {}
 
 
-def render(job, output: Path) -> str:
-    """`job`(merger.Job)을 합친 폴더의 모델 카드."""
+def render(job: Job, output: Path) -> str:
+    """합친 폴더의 모델 카드(README.md)."""
     targets = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in job.updates})
     base = str(job.config.get("base_model_name_or_path") or job.base.path.name).replace("\\", "/").rstrip("/")
     name = output.name

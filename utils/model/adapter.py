@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.files import MANIFEST, damage, read_json
 from utils.model.checkpoint import newest_valid
-from utils.model.loader import _learned
-from utils.model.tokenizer import _first_line
+from utils.model.folder import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS
 from utils.paths import looks_like_hub_id
 
 PROMPT_FILE = "prompt.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ADAPTER_FOLDER = "adapter"
 
 
@@ -50,17 +48,22 @@ def load_adapter(model, adapter: Path):
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
         # PEFT는 자리를 못 찾은 tensor를 말없이 버린다. 같은 값을 한 번 더 넣어 그 이름을 받는다
-        state = load_file(Path(adapter) / ADAPTER_FILES[1])
+        state = load_file(Path(adapter) / ADAPTER_WEIGHTS)
         found = set_peft_model_state_dict(tuned, state)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({_first_line(error)}). {advice}") from None
-    empty = sorted(name for name in found.missing_keys if _learned(name))
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({first_line(error)}). {advice}") from None
+    empty = sorted(name for name in found.missing_keys if is_learned(name))
     for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
         if names:
             raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {names[0]}(모두 {len(names)}개)가 {said}. {advice}")
     return tuned
+
+
+def is_learned(name: str) -> bool:
+    """어댑터가 채워야 하는 자리의 이름인지. 다른 이름은 기반 모델의 가중치다."""
+    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 def find_adapter(peft_root: str | Path) -> Path:
@@ -83,13 +86,13 @@ def find_adapter(peft_root: str | Path) -> Path:
     checkpoint = newest_valid(root)
     if checkpoint is not None:
         return checkpoint
-    if (root / ADAPTER_FILES[0]).is_file():
-        raise UsageError(f"어댑터에 가중치({ADAPTER_FILES[1]})가 없다: {root}")
+    if (root / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"어댑터에 가중치({ADAPTER_WEIGHTS})가 없다: {root}")
     raise UsageError(f"어댑터가 없다: {root} (finetune-lora.py의 --output_dir를 적는다)")
 
 
 def read_adapter_config(adapter: Path) -> dict:
-    return read_json(adapter / ADAPTER_FILES[0], f"어댑터 설정이 없다: {adapter / ADAPTER_FILES[0]}")
+    return read_json(adapter / ADAPTER_CONFIG, f"어댑터 설정이 없다: {adapter / ADAPTER_CONFIG}")
 
 
 def read_prompt_info(folder: str | Path) -> PromptInfo | None:

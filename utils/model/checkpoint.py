@@ -10,9 +10,9 @@ from pathlib import Path
 
 from utils import files
 from utils.files import STAGING, rename
+from utils.model.folder import ADAPTER_FILES
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RESUMABLE = (*ADAPTER, "scheduler.pt", "trainer_state.json")
+RESUMABLE = (*ADAPTER_FILES, "scheduler.pt", "trainer_state.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -53,5 +53,3 @@ def sweep(output_dir: str | Path) -> None:
     """끊긴 실행이 남긴 임시 폴더를 지운다. 폴더를 잠근 다음에만 부른다."""
     for folder in Path(output_dir).glob(f"{STAGING}*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.model.folder import ModelFolder, TensorEntry
 from utils.model.shape import _quiet
 
@@ -100,8 +100,8 @@ def read(folder: ModelFolder) -> DiskMap:
     try:
         model = load_labelled(folder.path, labels, "meta")
     except Exception as error:  # 설정의 어느 값이 어떻게 잘못되었든, 실제로 읽을 때도 같은 곳에서 멈춘다
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({reason}). 모델을 다시 받는다") from None
+        raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({first_line(error)}). "
+                         "모델을 다시 받는다") from None
     from transformers.pytorch_utils import Conv1D
 
     entries, built = {}, {}

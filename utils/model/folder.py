@@ -1,4 +1,4 @@
-"""모델 폴더 하나의 파일을 본다. 가중치를 메모리에 올리기 전에 온전하고 안전한지 가려낸다."""
+"""모델 폴더 하나의 파일들: 이름, 설정, safetensors의 헤더. 가중치를 올리기 전에 온전하고 안전한지 가려낸다."""
 
 import hashlib
 import json
@@ -11,12 +11,14 @@ from pathlib import Path
 from utils.errors import UsageError
 from utils.files import read_json
 
-SAMPLE_BYTES = 1 << 20
-
+SAMPLE_BYTES = 1 << 20  # model_digest가 파일의 양끝에서 읽는 바이트
 MAX_HEADER_BYTES = 64 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+# safetensors의 dtype -> 값 하나의 바이트. 없는 것(BOOL, I8, F8)은 1바이트다
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -50,7 +52,7 @@ class ModelFolder:
 
 
 def open_model_folder(path: str | Path) -> ModelFolder:
-    """모델 폴더의 설정과 safetensors 머리만 읽어 온전한지 본다.
+    """모델 폴더의 설정과 safetensors의 헤더만 읽어 온전한지 본다.
 
     Raises:
         UsageError: 폴더가 없거나, 모델이 아니거나, 덜 받아졌거나, pickle이나 원격 코드를 요구한다.
@@ -80,7 +82,7 @@ def download_command(path: Path) -> str:
 
 def read_config(path: Path) -> dict:
     """config.json을 읽고, 원격 코드를 요구하는 모델을 거절한다."""
-    hint = ". 어댑터 폴더는 --peft_root로 적는다" if (path / "adapter_config.json").is_file() else ""
+    hint = ". 어댑터 폴더는 --peft_root로 적는다" if (path / ADAPTER_CONFIG).is_file() else ""
     config = read_json(path / "config.json", f"모델 폴더가 아니다(config.json이 없다): {path}{hint}")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UsageError(f"{path / 'config.json'}에 model_type이 없다. 모델 폴더가 맞는지 본다")
@@ -96,10 +98,10 @@ def text_config(config: dict) -> dict:
 
 
 def read_safetensors_header(file: Path) -> list[TensorEntry]:
-    """safetensors 파일의 머리를 읽어 tensor 목록을 돌려준다. 가중치는 읽지 않는다.
+    """safetensors 파일의 헤더를 읽어 tensor 목록을 돌려준다. 가중치는 읽지 않는다.
 
     Raises:
-        UsageError: 머리가 깨졌거나 지나치게 크다, 또는 파일이 잘렸다.
+        UsageError: 헤더가 깨졌거나 지나치게 크다, 또는 파일이 잘렸다.
     """
     broken = UsageError(f"{file}이 깨졌거나 덜 받아졌다. 지우고 다시 받는다")
     try:
@@ -110,7 +112,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
                 raise broken
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
-                raise UsageError(f"{file}의 머리가 {length:,} 바이트다. 정상 모델이 아니므로 읽지 않는다")
+                raise UsageError(f"{file}의 헤더가 {length:,} 바이트다. 정상 모델이 아니므로 읽지 않는다")
             header = json.loads(stream.read(length))
     except OSError:
         raise UsageError(f"가중치 파일이 없다: {file}. 모델을 다시 받는다") from None
@@ -125,7 +127,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
             start, end = info["data_offsets"]
             entry = TensorEntry(name, info["dtype"], tuple(info["shape"]), file, 8 + length + start, 8 + length + end)
             sides = all(type(side) is int and side >= 0 for side in entry.shape)
-            n_bytes = math.prod(entry.shape) * _BYTES.get(entry.dtype, 1)
+            n_bytes = math.prod(entry.shape) * ITEM_BYTES.get(entry.dtype, 1)
             whole = sides and end - start == n_bytes and start >= 0 and entry.end <= size
         except (KeyError, TypeError, ValueError):
             raise broken from None

@@ -1,4 +1,4 @@
-"""장치와 dtype, 토크나이저, 기반 모델, 어댑터를 고르고 올리는 일을 맡는다."""
+"""장치와 dtype, 설정, 기반 모델: 한 번 고르고, 검사하고, 올린다."""
 
 import os
 from dataclasses import dataclass
@@ -7,16 +7,15 @@ from pathlib import Path
 import torch
 
 from utils import hub
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.model.folder import download_command, open_model_folder
-from utils.model.tokenizer import _first_line
 from utils.paths import looks_like_hub_id
-from utils.process import is_sharded
+from utils.process import is_sharded, local_rank, n_local_processes
 
 
 @dataclass(frozen=True)
 class Device:
-    """고른 장치와 계산 dtype, 그리고 고른 까닭."""
+    """고른 장치와 계산 dtype, 그리고 고른 이유."""
 
     device: torch.device
     dtype: torch.dtype
@@ -26,7 +25,7 @@ class Device:
 def choose_device() -> Device:
     """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         major, minor = torch.cuda.get_device_capability()
         card = f"{torch.cuda.get_device_name()}(compute capability {major}.{minor})"
@@ -54,10 +53,11 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
-        raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+        raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({first_line(error)})") from None
     found = text.to_dict()
     for common, own in text.attribute_map.items():
         found.setdefault(common, found.get(own))
+    found.setdefault("max_position_embeddings", found.get("max_seq_len"))  # MPT와 DBRX의 문맥 길이
     quantized = getattr(config, "quantization_config", None)
     return found if quantized is None else {**found, "quantization_config": quantized}
 
@@ -104,14 +104,14 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     }
     quantization = BitsAndBytesConfig(**settings[quantize]) if quantize else None
     if is_sharded():  # RAM에서 양자화한다. torchrun은 프로세스마다 스레드를 하나만 주어 몇 분이 걸린다
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, os.cpu_count() // n_local_processes()))
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             str(base_model), dtype=device.dtype, quantization_config=quantization,
             device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)  # attention은 sdpa, 없는 구조면 eager를 스스로 고른다
     except (OSError, ValueError) as error:
-        raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({_first_line(error)})") from None
+        raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({first_line(error)})") from None
     except RuntimeError as error:
         if "mismatched_sizes" not in str(error):
             raise
@@ -132,11 +132,6 @@ def keep_nf4_layout(model) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-
-
-def _learned(name: str) -> bool:
-    """어댑터가 채워야 하는 자리의 이름인지. 다른 이름은 기반 모델의 가중치다."""
-    return ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name
 
 
 def _refuse_nan(model, base_model: str | Path) -> None:

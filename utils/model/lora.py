@@ -10,12 +10,18 @@ import torch
 from utils.errors import UsageError
 from utils.files import read_json
 from utils.model.diskmap import DiskMap
-from utils.model.folder import ModelFolder, TensorEntry, read_safetensors_header, text_config
+from utils.model.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ModelFolder,
+    TensorEntry,
+    read_safetensors_header,
+    text_config,
+)
 from utils.model.shards import DTYPES, read_rows, row_spans
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_SAVED_BASE = ".base_layer.weight"  # 머리나 embedding을 배우면 PEFT는 기반 모델의 것도 함께 담는다
+_SAVED_BASE = ".base_layer.weight"  # 출력 행렬이나 embedding을 배우면 PEFT는 기반 모델의 것도 함께 담는다
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # 있어도 갱신이 W + scale * B @ A인 설정들. 다른 설정은 비어 있어야 하고, 모르는 설정도 그렇다.
 _HARMLESS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -45,7 +51,7 @@ class Update:
         return shape[::-1] if self.transposed else shape
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """더할 값의 [start, stop) 행. PEFT의 `get_delta_weight`와 같은 차례로 계산한다."""
+        """더할 값의 [start, stop) 행 [stop - start, 폭], fp32. PEFT의 `get_delta_weight`와 같은 차례로 계산한다."""
         if self.transposed:
             return (self.b @ self.a[:, start:stop]).mul_(self.scale).T
         return (self.b[start:stop] @ self.a).mul_(self.scale)
@@ -57,7 +63,7 @@ def read_config(adapter: Path) -> dict:
     Raises:
         UsageError: LoRA가 아니거나, 단순한 `W + scale * B @ A`가 아니다.
     """
-    config = read_json(adapter / CONFIG_FILE, f"어댑터 설정이 없다: {adapter / CONFIG_FILE}")
+    config = read_json(adapter / ADAPTER_CONFIG, f"어댑터 설정이 없다: {adapter / ADAPTER_CONFIG}")
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UsageError(f"LoRA 어댑터만 합칠 수 있다. {adapter}의 peft_type은 {kind!r}이다")
@@ -68,7 +74,7 @@ def read_config(adapter: Path) -> dict:
         raise UsageError(f"이런 어댑터는 합치지 않는다(반만 합쳐지는 것을 막는다): {', '.join(odd)} ({adapter})")
     numbers = [config.get("r"), config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
     if not all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers):
-        raise UsageError(f"{adapter / CONFIG_FILE}의 r이나 lora_alpha가 양수가 아니다")
+        raise UsageError(f"{adapter / ADAPTER_CONFIG}의 r이나 lora_alpha가 양수가 아니다")
     return config
 
 
@@ -78,7 +84,7 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
     Raises:
         UsageError: 가중치가 짝이 맞지 않거나, NaN이 있거나, LoRA가 아닌 tensor가 섞여 있거나, 모두 0이다.
     """
-    file = adapter / WEIGHTS_FILE
+    file = adapter / ADAPTER_WEIGHTS
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for entry in read_safetensors_header(file):
         if not entry.name.startswith(_PREFIX):
@@ -129,7 +135,7 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         if entry.name in disk.shared or (tied and any(part in module for part in ("embed", "lm_head", "wte"))):
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
-    for saved in read_safetensors_header(adapter / WEIGHTS_FILE):
+    for saved in read_safetensors_header(adapter / ADAPTER_WEIGHTS):
         if saved.name.endswith(_SAVED_BASE):
             entry = disk.entries.get(saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
             if entry is None or not _same(saved, entry):

@@ -31,7 +31,10 @@ class Head:
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """토큰마다의 음의 로그 가능도를 fp32로 돌려주고, `factor`가 있으면 logits를 그 gradient로 덮어쓴다.
+    """토큰마다의 음의 로그 가능도 [tokens]를 fp32로 돌려주고, `factor`가 있으면 logits를 그 gradient로 덮어쓴다.
+
+    토큰 하나의 logits를 x, 정답을 y라 하면 nll = logsumexp(x) - x[y]이고,
+    d nll / d x[v] = exp(x[v] - logsumexp(x)) - (v == y) = softmax(x)[v] - onehot(y)[v]이다.
 
     Args:
         logits: [tokens, vocab]. 제자리에서 `factor * (softmax - onehot)`이 된다.
@@ -50,9 +53,13 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Te
     return nll
 
 
-def head_loss(hidden, weight, targets, factor=None, gradient=None, buffer=None, cross_entropy=cross_entropy_,
-              head: Head | None = None):
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor | None = None,
+              gradient: torch.Tensor | None = None, buffer: torch.Tensor | None = None, cross_entropy=cross_entropy_,
+              head: Head | None = None) -> torch.Tensor:
     """마지막 은닉값에서 손실을 몇 토큰씩 구한다. 전체 logits는 어느 때에도 만들어지지 않는다.
+
+    앞으로는 z = s (W h + b), x = c tanh(z / c)이고(한계가 없으면 x = z), 뒤로는 연쇄 법칙을 거꾸로 따른다:
+    dz = dx (1 - tanh(z / c)^2), dh = W^T (s dz). W와 b는 얼어 있어 gradient가 없다.
 
     Args:
         hidden: [tokens, hidden].
@@ -140,6 +147,7 @@ def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, co
     if cap is not None:
         inside = final.abs() < cap / 2  # 한계에 가까우면 되돌린 값이 거칠다
         raw, straight = raw[inside], torch.atanh(final[inside] / cap) * cap
+    # 최소제곱: sum (straight - m raw)^2을 가장 작게 하는 m = sum(raw straight) / sum(raw^2)
     size = raw.square().sum()
     if not size > 0:
         return []

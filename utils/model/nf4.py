@@ -5,15 +5,16 @@ import torch
 from utils.model.folder import TensorEntry
 from utils.model.shards import read_rows, read_whole, row_spans
 
-BLOCK = 64
-OFFSET_BLOCK = 256
+BLOCK = 64  # absmax 하나를 함께 쓰는 가중치의 수
+OFFSET_BLOCK = 256  # 이중 양자화에서 배율 하나를 함께 쓰는 absmax의 수
 
 
 class NF4Rows:
     """행렬 하나를 NF4로 올렸다가 다시 편 값을 행의 범위로 준다.
 
-    블록의 absmax는 행렬 전체의 평균을 뺀 뒤 한 번 더 양자화되므로, 먼저 행렬을 한 번 훑어 absmax를 모두 모은다.
-    absmax는 가중치 64개에 하나라 5.8b의 가장 큰 행렬에서도 4 MB다.
+    가중치 64개의 블록 i는 w = NF4[code] * a_i이고, a_i는 그 블록의 가장 큰 절댓값(absmax)이다. 이중 양자화는 a_i도
+    a_i = dequantize(quantize(a_i - 평균(a))) + 평균(a)로 줄인다. 평균이 행렬 전체의 것이므로, 먼저 행렬을 한 번 훑어
+    absmax를 모두 모은다. absmax는 fp32이고 가중치 64개에 하나라 5.8b의 가장 큰 행렬(4,096 x 16,384)에서도 4 MB다.
     """
 
     def __init__(self, entry: TensorEntry, dtype: torch.dtype = torch.float32, transposed: bool = False):

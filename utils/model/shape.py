@@ -5,17 +5,17 @@ from collections.abc import Iterator
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.model.folder import ModelFolder, text_config
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def require_shapes(folder: ModelFolder) -> None:
-    """머리에 적힌 모양만 가진 빈 tensor(meta)를 transformers가 실제로 읽는 길로 읽혀 본다.
+    """헤더에 적힌 모양만 가진 빈 tensor(meta)를 transformers가 실제로 읽는 길로 읽혀 본다.
 
-    이름을 바꾸고, 묶인 head를 나누고, 전문가를 합치는 일까지 transformers가 그대로 하므로 성한 모델은 거절되지 않는다.
-    이미 양자화된 모델은 모양이 파일마다 달라 보지 않는다.
+    이름을 바꾸고, 묶인 출력 행렬을 나누고, 전문가를 합치는 일까지 transformers가 그대로 하므로 온전한 모델은 거절하지
+    않는다. 이미 양자화된 모델은 모양이 파일마다 달라 보지 않는다.
 
     Raises:
         UsageError: 설정으로 모델을 만들 수 없거나, tensor가 모자라거나, 모양이 다르다.
@@ -36,8 +36,8 @@ def require_shapes(folder: ModelFolder) -> None:
     except UsageError:
         raise
     except Exception as error:  # 설정의 어느 값이 어떻게 잘못되었든, 실제로 읽을 때도 같은 곳에서 멈춘다
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({reason}). 모델을 다시 받는다") from None
+        raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({first_line(error)}). "
+                         "모델을 다시 받는다") from None
     empty = {name: torch.empty(entry.shape, dtype=torch.float16, device="meta")
              for name, entry in folder.tensors.items()}
     try:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from utils.model.folder import INDEX_FILE, SINGLE_FILE, TensorEntry
+from utils.model.folder import INDEX_FILE, ITEM_BYTES, TensorEntry
 
 CHUNK_BYTES = 2**20  # CPU의 캐시에 머무는 크기라서, 읽고 더하고 해시하고 쓰는 동안 RAM을 다시 오가지 않는다
 WRITERS = min(4, (os.cpu_count() or 1) + 1)  # 나란히 쓰는 shard의 수. 하나 더 있어야 끝에 노는 코어가 없다
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class Planned:
 
     @property
     def n_bytes(self) -> int:
-        count = _ITEM_BYTES.get(self.dtype, 1)
-        for side in self.shape:
-            count *= side
-        return count
+        return ITEM_BYTES.get(self.dtype, 1) * math.prod(self.shape)
 
 
 class HashingFile:
@@ -78,7 +75,13 @@ def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """첫 차원의 [start, stop) 행을 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다."""
+    """첫 차원의 [start, stop) 행 [stop - start, ...]를 파일의 dtype 그대로 읽는다. 스칼라는 [1] 벡터로 본다.
+
+    safetensors의 `get_slice`는 쓰지 않는다: mmap이라 잘린 파일에서 프로세스가 죽고(SIGBUS), 읽은 쪽이 RAM에 남는다.
+
+    Raises:
+        OSError: 읽는 동안 파일이 짧아졌다.
+    """
     row_bytes = (entry.end - entry.start) // max(1, math.prod(entry.shape[:1]))
     buffer = bytearray((stop - start) * row_bytes)
     with entry.file.open("rb") as stream:
@@ -96,51 +99,38 @@ def read_whole(entry: TensorEntry) -> torch.Tensor:
 def row_spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """fp32로 펼쳐도 조각 하나의 크기를 넘지 않는 행의 범위들. 스칼라는 한 행이다."""
     rows = shape[0] if shape else 1
-    width = 1
-    for side in shape[1:]:
-        width *= side
-    step = max(1, CHUNK_BYTES // (4 * max(1, width)))
+    step = max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
 
 def to_bytes(values: torch.Tensor) -> memoryview:
+    """CPU의 tensor [...]를 그 dtype 그대로의 바이트로."""
     return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def split_shards(tensors: list[Planned], max_bytes: int) -> list[list[Planned]]:
-    """차례를 지키며 `max_bytes`를 넘지 않게 나눈다. 혼자서 넘는 tensor는 혼자 한 shard가 된다."""
-    shards: list[list[Planned]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.n_bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.n_bytes
-    return shards
-
-
 def write_model(folder: Path, tensors: list[Planned], max_bytes: int, say: Callable[[str], None]) -> dict:
-    """shard 여럿을 나란히 쓰고, 마지막에 index를 쓴다.
+    """shard 여럿을 나란히 쓰고, 마지막에 index를 쓴다. 나누는 법과 이름은 huggingface_hub의 것이다.
 
     Args:
+        max_bytes: shard 하나의 바이트. 혼자서 넘는 tensor는 혼자 한 shard가 된다.
         say: shard를 쓸 때마다 한 줄을 받는다.
 
     Returns:
         파일 이름 -> {"size", "sha256"}.
     """
-    shards = split_shards(tensors, max_bytes)
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE_FILE]
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(by_name, get_storage_size=lambda tensor: tensor.n_bytes,
+                                                 filename_pattern="model{suffix}.safetensors", max_shard_size=max_bytes)
+    shards = {name: [by_name[member] for member in members] for name, members in split.filename_to_tensors.items()}
     files = {}
     with _one_torch_thread(), ThreadPoolExecutor(WRITERS) as pool:
-        for name, facts in zip(names, pool.map(_write_shard, [folder / name for name in names], shards), strict=True):
+        facts_of = pool.map(_write_shard, [folder / name for name in shards], shards.values())
+        for name, facts in zip(shards, facts_of, strict=True):
             files[name] = facts
             say(f"  {name} {facts['size'] / 1e6:,.0f} MB")
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, members in zip(names, shards, strict=True) for tensor in members}
-        index = {"metadata": {"total_size": sum(tensor.n_bytes for tensor in tensors)}, "weight_map": weight_map}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 
@@ -158,7 +148,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 def _write_shard(path: Path, members: list[Planned]) -> dict:
     # 원소가 큰 dtype부터 놓아야 모든 tensor의 자리가 원소 크기의 배수가 된다
-    members = sorted(members, key=lambda tensor: -_ITEM_BYTES.get(tensor.dtype, 1))
+    members = sorted(members, key=lambda tensor: -ITEM_BYTES.get(tensor.dtype, 1))
     with HashingFile(path) as file:
         file.write(_header(members))
         for tensor in members:

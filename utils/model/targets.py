@@ -7,7 +7,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UsageError
-from utils.train.autograd_step import find_backbone
 
 AUTO_TARGETS = {
     "gpt_neox": ("query_key_value",),
@@ -54,6 +53,15 @@ def attention_names(model: nn.Module) -> set[str]:
     paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     inside = {path[-1] for path in paths if any("attn" in part or "attention" in part for part in path[:-1])}
     return inside & linear_names(model)
+
+
+def find_backbone(causal: nn.Module) -> nn.Module | None:
+    """출력 행렬 앞의 몸통. 그림도 보는 모델에서는 글을 다루는 부분이다. 찾지 못하면 None."""
+    if causal.config.get_text_config(decoder=True) is not causal.config:
+        body = causal.get_decoder()
+    else:
+        body = getattr(causal, causal.base_model_prefix, None)
+    return None if body is causal else body
 
 
 def require_targets(model: nn.Module, targets: tuple[str, ...]) -> None:

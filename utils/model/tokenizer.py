@@ -1,11 +1,9 @@
-"""토크나이저: 읽기, 답의 끝을 뜻하는 토큰들, 모델이 아는 토큰인지의 검사."""
+"""토크나이저: 읽기와, 답의 끝을 뜻하는 토큰들."""
 
 from pathlib import Path
 
-import numpy as np
-
 from utils import hub
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.files import read_json
 from utils.model.folder import text_config
 
@@ -22,7 +20,7 @@ def load_tokenizer(model: str | Path, cache_dir: str | None = None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({_first_line(error)})") from None
+        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"토크나이저에 끝 토큰(eos_token)이 없다: {model}")
     if tokenizer.pad_token is None:
@@ -36,27 +34,6 @@ def end_token_id(tokenizer) -> int:
     polyglot-ko의 config.json은 eos를 0이라 하지만 `<|endoftext|>`는 2다.
     """
     return int(tokenizer.eos_token_id)
-
-
-def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:
-    """토큰 번호가 모두 embedding의 행 안에 있는지 본다. 밖의 번호는 CPU에서는 IndexError, 커널에서는 남의 메모리다.
-
-    Args:
-        ids: 토큰 번호의 배열이나 목록.
-        n_rows: 입력 embedding의 행 수.
-        tokenizer: 번호를 글자로 보여 줄 토크나이저.
-        where: 번호가 나온 곳. 메시지의 앞에 적힌다.
-
-    Raises:
-        UsageError: 밖의 번호가 있다. 그 토큰과 번호와 embedding의 크기를 말한다.
-    """
-    ids = np.asarray(ids, dtype=np.int64).ravel()
-    outside = ids[(ids < 0) | (ids >= n_rows)]
-    if len(outside):
-        worst = int(outside.max())
-        token = tokenizer.convert_ids_to_tokens(worst) if worst >= 0 else None
-        raise UsageError(f"{where}에 모델이 모르는 토큰이 있다: {token!r}의 번호는 "
-                         f"{worst:,}인데 모델의 embedding은 {n_rows:,}행이다. 이 모델과 함께 나온 토크나이저를 쓴다")
 
 
 def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:
@@ -92,7 +69,3 @@ def _after_answer(tokenizer) -> list[int]:
     except Exception:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
         return []
     return tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""질문을 받아 차례대로 답하게 하는 일을 맡는다. 모델은 한 번에 답 하나만 만들고, 기다리는 줄의 길이에는 끝이 있다."""
+"""질문의 줄: 받은 차례대로 답한다. 모델은 한 번에 답 하나만 만들고, 기다리는 줄의 길이에는 끝이 있다."""
 
 import asyncio
 import threading
@@ -6,11 +6,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from utils.data.encoder import Encoder
+from utils.data.encoder import make_encoder
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
-from utils.prompter import CHAT
 from utils.sampling import Sampling
 
 WAITING = 8
@@ -32,8 +31,8 @@ class Answer:
         stop: 켜면 한 토큰 안에 멈춘다.
         text: 지금까지 나온 글. 완성된 음절만 들어 있다.
         ids: 지금까지 나온 토큰.
-        finish_reason: 끝난 까닭. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
-        error: 답을 만들지 못한 까닭.
+        finish_reason: 끝난 이유. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
+        error: 답을 만들지 못한 이유.
         session: 물은 브라우저의 session_hash.
         cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
     """
@@ -65,7 +64,7 @@ class Answerer:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.end_id = end_id
-        self.encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=decoder.n_rows)
+        self.encoder = make_encoder(tokenizer, prompter, end_id, decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -204,7 +203,7 @@ class Answerer:
 
 
 def describe(answer: Answer, ahead: int = 0) -> str:
-    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 까닭."""
+    """답 밑에 보여 줄 한 줄: 기다림, 토큰 수와 속도, 멈춘 이유."""
     if answer.error:
         return answer.error
     if not answer.ids and answer.finish_reason is None:

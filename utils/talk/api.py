@@ -1,4 +1,4 @@
-"""OpenAI 형식의 API를 맡는다: `/v1/models`, `/v1/chat/completions`, `/v1/completions`."""
+"""OpenAI 형식의 API: `/v1/models`, `/v1/chat/completions`, `/v1/completions`."""
 
 import asyncio
 import json
@@ -13,11 +13,10 @@ from starlette.routing import Route
 
 from utils.data.rows import BadTurns, read_turns
 from utils.errors import UsageError
+from utils.sampling import Sampling
 from utils.talk.answerer import Answer, Answerer, Busy
-from utils.talk.guard import MAX_CHARS, bounded_sampling, same_secret
+from utils.talk.guard import BOUNDS, MAX_CHARS, bounded_sampling, same_secret
 
-DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_new_tokens": 256, "repetition_penalty": 1.0,
-            "no_repeat_ngram_size": 0}
 MAX_STOPS = 4
 
 
@@ -30,20 +29,20 @@ def routes(answerer: Answerer, model_name: str, auth: str | None) -> list[Route]
 
     async def models(request: Request) -> Response:
         card = {"id": model_name, "object": "model", "created": 0, "owned_by": "local"}
-        return await _right_key(request, auth) or JSONResponse({"object": "list", "data": [card]})
+        return await _wrong_key(request, auth) or JSONResponse({"object": "list", "data": [card]})
 
     async def chat(request: Request) -> Response:
-        return await _right_key(request, auth) or await _complete(request, answerer, model_name, chat=True)
+        return await _wrong_key(request, auth) or await _complete(request, answerer, model_name, chat=True)
 
     async def completions(request: Request) -> Response:
-        return await _right_key(request, auth) or await _complete(request, answerer, model_name, chat=False)
+        return await _wrong_key(request, auth) or await _complete(request, answerer, model_name, chat=False)
 
     return [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"])]
 
 
-async def _right_key(request: Request, auth: str | None) -> Response | None:
-    """열쇠가 틀렸을 때의 응답. 맞으면 None이다."""
+async def _wrong_key(request: Request, auth: str | None) -> Response | None:
+    """API 키가 틀렸을 때의 응답. 맞으면 None이다."""
     given = request.headers.get("authorization", "").encode("latin-1").decode("utf-8", "replace")
     if auth is None or same_secret(given, f"Bearer {auth}"):
         return None
@@ -194,10 +193,11 @@ def _text_ids(body: dict, answerer: Answerer) -> list[int]:
     return answerer.continue_text(prompt)
 
 
-def _sampling(body: dict):
+def _sampling(body: dict) -> Sampling:
+    """요청의 설정. 적지 않은 것은 페이지의 기본값과 같다."""
     asked = dict(body)
     asked["max_new_tokens"] = body.get("max_completion_tokens", body.get("max_tokens"))
-    values = {name: default if asked.get(name) is None else asked[name] for name, default in DEFAULTS.items()}
+    values = {name: getattr(Sampling(), name) if asked.get(name) is None else asked[name] for name in BOUNDS}
     return bounded_sampling(seed=body.get("seed"), **values)
 
 

@@ -1,4 +1,4 @@
-"""페이지를 낯선 사람에게서 지키는 규칙을 맡는다: 누가 올 수 있는가, 무엇을 얼마나 보낼 수 있는가."""
+"""페이지를 낯선 사람에게서 지키는 규칙: 누가 올 수 있는가, 무엇을 얼마나 보낼 수 있는가."""
 
 import asyncio
 import hmac
@@ -44,7 +44,7 @@ def is_loopback(server_name: str) -> bool:
 
 
 def exposure_problem(server_name: str, share: bool, auth: str | None) -> str:
-    """이 설정으로 열면 안 되는 까닭. 열어도 되면 빈 글이다."""
+    """이 설정으로 열면 안 되는 이유. 열어도 되면 빈 글이다."""
     user, colon, password = (auth or "").partition(":")
     if auth and not (user and colon and password):
         return "--auth는 사용자:암호 꼴로 적는다"
@@ -55,7 +55,7 @@ def exposure_problem(server_name: str, share: bool, auth: str | None) -> str:
 
 
 def same_secret(given: str, expected: str) -> bool:
-    """걸린 시간으로 암호를 짐작할 수 없게 견준다."""
+    """걸린 시간으로 암호를 짐작할 수 없게 비교한다."""
     return hmac.compare_digest(given.encode(), expected.encode())
 
 

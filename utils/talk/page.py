@@ -1,4 +1,4 @@
-"""대화하는 웹 페이지를 맡는다: 모양, 단추가 하는 일, 서버를 여는 일."""
+"""대화하는 웹 페이지: 모양, 단추가 하는 일, 서버를 여는 일."""
 
 import os
 import secrets
@@ -62,7 +62,7 @@ def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr
                             gr.Number(label="seed (비우면 매번 다르다)", precision=0, minimum=0, elem_id="seed")]
             with gr.Row(elem_id="buttons"):
                 submit = gr.Button("Submit (보내기)", variant="primary", elem_id="submit", min_width=120)
-                compare = gr.Button("Compare (견주기)", elem_id="compare", min_width=120,
+                compare = gr.Button("Compare (비교하기)", elem_id="compare", min_width=120,
                                     visible=answerer.can_compare)
                 stop = gr.Button("Stop (멈추기)", variant="stop", elem_id="stop", min_width=120)
                 clear = gr.Button("Clear (지우기)", elem_id="clear", min_width=120)

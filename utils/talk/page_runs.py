@@ -1,4 +1,4 @@
-"""페이지에서 학습의 결과를 보여 주는 두 탭을 맡는다: 얼마나 배웠나, 학습 기록."""
+"""페이지에서 학습의 결과를 보여 주는 두 탭: 얼마나 배웠나, 학습 기록."""
 
 import base64
 import io
@@ -9,18 +9,18 @@ import gradio as gr
 
 from utils import report
 from utils.errors import UsageError
-from utils.record import FIGURES
+from utils.record import FIGURES, MODELS
 from utils.talk import scores
 from utils.talk.answerer import Answerer, describe
 
 MAX_CHOICES = 200
 MAX_QUESTIONS = 50
-HEADERS = ["지표", *(title for _, title, _ in scores.MODELS), "차이"]
+HEADERS = ["지표", *(model.title for model in MODELS), "차이"]
 SHOWN_SETTINGS = ("base_model", "data_path", "num_train_epochs", "batch_size", "micro_batch_size", "learning_rate",
                   "cutoff_len", "val_set_size", "train_on_inputs", "lora_r", "lora_alpha", "lora_dropout",
                   "lora_target_modules", "prompt_template", "seed")
 NO_RUN = "학습한 폴더가 없다. 이 탭은 `--peft_root`에 run.json이 있을 때 쓸 수 있다."
-NO_BASE = "견줄 기반 모델이 없다. 이 탭은 어댑터를 얹은 채로(`--peft_root`) 열었을 때 쓸 수 있다."
+NO_BASE = "비교할 기반 모델이 없다. 이 탭은 어댑터를 얹은 채로(`--peft_root`) 열었을 때 쓸 수 있다."
 
 
 @dataclass
@@ -59,7 +59,7 @@ def results_tabs(answerer: Answerer, results: Results) -> None:
 
 
 def _learned(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
-    gr.Markdown("학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 견준다. "
+    gr.Markdown("학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교한다. "
                 "늘 가장 그럴듯한 토큰을 고른다(temperature 0).")
     pick = gr.Dropdown([], label="검증 질문", elem_id="question", interactive=True)
     ask = gr.Button("두 모델에게 묻기", variant="primary", elem_id="ask-both")
@@ -157,9 +157,8 @@ def curves_html(runs: Sequence[tuple[str, dict]]) -> str:
 def run_table(runs: dict[str, dict]) -> dict:
     """학습마다 한 열: 결과(loss, 속도, 최대 VRAM)와 설정."""
     rows = []
-    for key, title, _, form in FIGURES:
-        rows.append([title, *(format(run[key], form) if isinstance(run.get(key), int | float) else "-"
-                              for run in runs.values())])
+    for figure in FIGURES:
+        rows.append([figure.title, *(figure.shown(run) or "-" for run in runs.values())])
     for key in SHOWN_SETTINGS:
         values = (run.get("settings", {}).get(key, "-") for run in runs.values())
         rows.append([key, *(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values)])

@@ -1,35 +1,44 @@
-"""모델이 얼마나 배웠는지 잰다: 학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 견준다."""
+"""모델이 얼마나 배웠는지의 점수: 학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교한다."""
 
 import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
-import numpy as np
-
 from utils import record
-from utils.data import blocks, dataset
+from utils.data import dataset
+from utils.data.questions import held_out_members, read_question
 from utils.errors import UsageError
 from utils.paths import find_input
-from utils.sampling import Sampling
+from utils.record import MODELS
+from utils.sampling import GREEDY
 from utils.talk.answerer import Answer, Answerer
 
-MAX_NEW_TOKENS = 256
 TOGETHER = 16  # 한꺼번에 답하는 질문의 수
 CHRF_ORDER, CHRF_BETA = 6, 2
 REPEAT_N = 4
-# (이름, 표의 제목, 클수록 좋은가)
+SETTINGS = ("data_path", "cutoff_len", "val_set_size", "seed")  # 검증 질문을 다시 고르는 데 드는 학습의 설정
+
+
+@dataclass(frozen=True)
+class Metric:
+    """점수 하나의 이름과 제목. `better_high`가 False면 작을수록 좋다."""
+
+    name: str
+    title: str
+    better_high: bool
+
+
 METRICS = (
-    ("stopped", "스스로 멈춤(%)", True),
-    ("chrf", "chrF", True),
-    ("hangul", "한글 비율(%)", True),
-    ("repetition", "반복(%)", False),
-    ("echo", "질문 되풀이(%)", False),
+    Metric("stopped", "스스로 멈춤(%)", better_high=True),
+    Metric("chrf", "chrF", better_high=True),
+    Metric("hangul", "한글 비율(%)", better_high=True),
+    Metric("repetition", "반복(%)", better_high=False),
+    Metric("echo", "질문 되풀이(%)", better_high=False),
 )
-MODELS = (("base", "기반", False), ("tuned", "학습 후", True))
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,25 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """한 모델의 답과 그 점수. `points`는 지표의 이름 -> 0에서 100."""
+
+    text: str
+    points: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """질문 하나의 결과. `answers`는 모델의 이름(`record.MODELS`) -> 그 모델의 답."""
+
+    question: str
+    reference: str
+    answers: dict[str, Scored]
+
+
+@dataclass(frozen=True)
 class Validation:
-    """학습에 쓰지 않은 질문들. 원본이 학습 뒤에 바뀌었으면 `changed`가 참이다."""
+    """학습에 쓰지 않은 질문들. 데이터의 내용이 학습할 때와 다르면(해시가 다르면) `changed`가 참이다."""
 
     questions: list[Question]
     changed: bool
@@ -56,26 +82,22 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
         UsageError: 학습의 기록이나 데이터가 없거나, 검증하지 않은 학습이다.
     """
     run = record.read_run(run_dir)
-    settings = run.get("settings", {})
-    data_path = find_input(str(settings.get("data_path")))
-    tokenizer, end_id = answerer.tokenizer, answerer.end_id
-    documents = dataset.load_documents(data_path, answerer.prompter, answerer.encoder, int(settings["cutoff_len"]),
-                                       end_id, cache_dir)
-    if not settings.get("val_set_size"):
+    settings = run.get("settings")
+    if not isinstance(settings, dict) or not set(SETTINGS) <= settings.keys():
+        raise UsageError(f"{Path(run_dir) / record.RUN_FILE}에 학습의 설정({', '.join(SETTINGS)})이 없다")
+    if not settings["val_set_size"]:
         raise UsageError("검증 질문을 남기지 않은 학습이다(val_set_size 0)")
-    _, held_out = blocks.split_by_content(documents, settings["val_set_size"], settings["seed"])
-    questions = []
-    for member in blocks.with_answers(documents, held_out):
-        tokens, is_answer = documents.document(member)
-        start = int(np.argmax(is_answer))
-        if start == 0:
-            continue
-        end = start + int(np.argmax(tokens[start:] == end_id))
-        questions.append(Question(tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:end]).strip(),
-                                  tokens[:start].tolist()))
+    data_path = find_input(str(settings["data_path"]))
+    tokenizer = answerer.tokenizer
+    documents = dataset.load_documents(data_path, answerer.prompter, answerer.encoder, int(settings["cutoff_len"]),
+                                       answerer.end_id, cache_dir)
+    members = held_out_members(documents, settings["val_set_size"], settings["seed"])
+    asked = [each for each in (read_question(documents, member) for member in members) if len(each.prompt)]
+    questions = [Question(tokenizer.decode(each.prompt), tokenizer.decode(each.answer[:-1]).strip(),
+                          each.prompt.tolist()) for each in asked]
     if not questions:
         raise UsageError(f"검증 질문이 없다: {data_path}")
-    return Validation(questions, len(documents) != run.get("data", {}).get("rows", len(documents)))
+    return Validation(questions, documents.sha256 != run.get("data", {}).get("sha256", documents.sha256))
 
 
 def plain_question(question: Question, prompter) -> str:
@@ -86,9 +108,9 @@ def plain_question(question: Question, prompter) -> str:
 
 
 def make_answers(question: Question, context: int, session: str = "") -> tuple[Answer, ...]:
-    """질문 하나에 대한 (기반, 학습 후) 답. 늘 가장 그럴듯한 토큰을 고르므로 다시 재도 같다."""
-    settings = Sampling(temperature=0.0, max_new_tokens=min(MAX_NEW_TOKENS, context))
-    return tuple(Answer(question.input_ids, settings, tuned, session=session) for _, _, tuned in MODELS)
+    """질문 하나에 대한 `MODELS` 차례의 답들. 늘 가장 그럴듯한 토큰을 고르므로 다시 재도 같다."""
+    settings = replace(GREEDY, max_new_tokens=min(GREEDY.max_new_tokens, context))
+    return tuple(Answer(question.input_ids, settings, model.tuned, session=session) for model in MODELS)
 
 
 def score(answer: Answer, question: Question, plain: str) -> dict[str, float]:
@@ -145,40 +167,39 @@ def echo(text: str, question: str) -> float:
     return match.size / len(question)
 
 
-def average(rows: Sequence[dict], model: str) -> dict[str, float]:
+def average(rows: Sequence[Row], model: str) -> dict[str, float]:
     """행들의 점수를 지표마다 평균한 것."""
-    return {name: sum(row[model][name] for row in rows) / len(rows) for name, _, _ in METRICS}
+    return {metric.name: sum(row.answers[model].points[metric.name] for row in rows) / len(rows) for metric in METRICS}
 
 
-def table(rows: Sequence[dict]) -> list[list[str]]:
-    """지표마다 [제목, 기반, 학습 후, 차이]."""
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """지표마다 [제목, 기반 모델, 학습한 모델, 차이]."""
     base, tuned = average(rows, "base"), average(rows, "tuned")
-    return [[title + (" ↑" if better else " ↓"), f"{base[name]:.1f}", f"{tuned[name]:.1f}",
-             f"{tuned[name] - base[name]:+.1f}"] for name, title, better in METRICS]
+    return [[metric.title + (" ↑" if metric.better_high else " ↓"), f"{base[metric.name]:.1f}",
+             f"{tuned[metric.name]:.1f}", f"{tuned[metric.name] - base[metric.name]:+.1f}"] for metric in METRICS]
 
 
-def to_csv(rows: Sequence[dict]) -> str:
+def to_csv(rows: Sequence[Row]) -> str:
     """행마다 질문, 기준 답, 두 답, 두 답의 점수를 담은 CSV. 엑셀이 한글을 알아보게 BOM으로 시작한다."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["질문", "기준 답", *(f"{title} 답" for _, title, _ in MODELS),
-                     *(f"{title} {metric}" for _, title, _ in MODELS for _, metric, _ in METRICS)])
+    writer.writerow(["질문", "기준 답", *(f"{model.title} 답" for model in MODELS),
+                     *(f"{model.title} {metric.title}" for model in MODELS for metric in METRICS)])
     for row in rows:
-        writer.writerow([row["question"], row["reference"], *(row[f"{name}_text"] for name, _, _ in MODELS),
-                         *(f"{row[name][metric]:.2f}" for name, _, _ in MODELS for metric, _, _ in METRICS)])
+        answers = [row.answers[model.name] for model in MODELS]
+        writer.writerow([row.question, row.reference, *(answer.text for answer in answers),
+                         *(f"{answer.points[metric.name]:.2f}" for answer in answers for metric in METRICS)])
     return "\ufeff" + out.getvalue()
 
 
-def make_row(question: Question, answers: Sequence[Answer], prompter) -> dict:
-    """질문 하나의 결과: 질문, 기준 답, 두 답, 두 답의 점수."""
+def make_row(question: Question, answers: Sequence[Answer], prompter) -> Row:
+    """질문 하나의 결과. `answers`는 `make_answers`가 만든 차례대로다."""
     plain = plain_question(question, prompter)
-    row = {"question": plain, "reference": question.reference}
-    for (name, _, _), answer in zip(MODELS, answers, strict=True):
-        row[name], row[f"{name}_text"] = score(answer, question, plain), answer.text
-    return row
+    return Row(plain, question.reference, {model.name: Scored(answer.text, score(answer, question, plain))
+                                           for model, answer in zip(MODELS, answers, strict=True)})
 
 
-def evaluate(answerer: Answerer, questions: Sequence[Question]) -> Iterator[dict]:
+def evaluate(answerer: Answerer, questions: Sequence[Question]) -> Iterator[Row]:
     """질문마다 두 모델의 답을 잰 행. 질문 `TOGETHER`개에 함께 답한다. 줄을 서지 않으므로 페이지 없이 쓴다."""
     for begin in range(0, len(questions), TOGETHER):
         group = questions[begin : begin + TOGETHER]

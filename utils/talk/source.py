@@ -1,4 +1,4 @@
-"""대화할 모델 하나를 찾고 올린다: 기반 모델, 어댑터, 템플릿, 가중치의 비트 수."""
+"""대화할 모델 하나: 기반 모델, 어댑터, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 import filecmp
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from utils.decode.precision import choose_precision
 from utils.errors import UsageError
 from utils.model import diskmap, loader, lora, shards
 from utils.model.adapter import (
-    ADAPTER_FILES,
     ADAPTER_FOLDER,
     PromptInfo,
     find_adapter,
@@ -21,7 +20,7 @@ from utils.model.adapter import (
     read_adapter_config,
     read_prompt_info,
 )
-from utils.model.folder import open_model_folder, read_safetensors_header
+from utils.model.folder import ADAPTER_WEIGHTS, open_model_folder, read_safetensors_header
 from utils.model.loader import Device, load_base, require_base
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.paths import BASE_DEMO, find_input, shown
@@ -64,7 +63,7 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
     if peft_root is not None:
         run_dir = Path(find_input(peft_root))
         adapter = find_adapter(run_dir)
-        read_safetensors_header(adapter / ADAPTER_FILES[1])
+        read_safetensors_header(adapter / ADAPTER_WEIGHTS)
         trained_on = str(read_adapter_config(adapter).get("base_model_name_or_path") or "")
         if not base_model and not trained_on:
             raise UsageError(f"어댑터가 기반 모델을 말하지 않는다: {adapter}. --base_model을 적는다")
@@ -93,7 +92,7 @@ def _last(name: str) -> str:
 
 def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
                   prompt_template: str | None, say: Callable[[str], None]) -> Answerer:
-    """모델을 올린다. 고른 것과 까닭을 모두 알린다."""
+    """모델을 올린다. 고른 것과 이유를 모두 알린다."""
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
     quantize, reason = choose_precision(source.base_model, device, load_4bit, load_8bit)
@@ -142,13 +141,13 @@ def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say:
 
 def has_adapter(folder: str | Path) -> bool:
     """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
-    return (Path(folder) / ADAPTER_FOLDER / lora.WEIGHTS_FILE).is_file()
+    return (Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS).is_file()
 
 
 def has_merged(folder: str | Path, adapter: Path) -> bool:
-    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 견준다."""
+    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 비교한다."""
     return has_adapter(folder) and filecmp.cmp(
-        Path(folder) / ADAPTER_FOLDER / lora.WEIGHTS_FILE, adapter / lora.WEIGHTS_FILE, shallow=False)
+        Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS, adapter / ADAPTER_WEIGHTS, shallow=False)
 
 
 def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):

@@ -1,7 +1,7 @@
-"""어떤 causal LM이든 자동미분으로 도는 micro-step과, 모든 micro-step이 함께 쓰는 조각 손실과 문서 경계를 맡는다.
+"""어떤 causal LM이든 자동미분으로 도는 micro-step.
 
-micro-step은 `[rows, block]` 모양의 블록 몇 개를 받아 gradient를 `.grad`에 더하고 손실을 돌려준다. GPT-NeoX는
-`utils/engine/train_step.py`의 손으로 쓴 길을, 다른 구조는 여기의 `AutogradStep`을 쓴다.
+`[rows, block]` 모양의 블록 몇 개를 받아 gradient를 `.grad`에 더하고 손실을 돌려준다. `engine/families.describe`가 아는
+구조는 `engine/train_step.TrainStep`의 손으로 쓴 길을 먼저 쓰고, 나머지는 여기의 `AutogradStep`을 쓴다.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from utils.data.blocks import IGNORE, document_mask, shifted_targets
-from utils.model.loss import head_loss, measure_head
+from utils.model.loss import Head, head_loss, measure_head
+from utils.model.targets import find_backbone
+from utils.train.micro_step import Batch
 
 
 def recompute_all(model: nn.Module) -> None:
@@ -23,15 +25,21 @@ def recompute_all(model: nn.Module) -> None:
 
 
 class _HeadLoss(torch.autograd.Function):
+    """조각 손실을 자동미분에 잇는다.
+
+    L = factor * sum_t nll_t(W h_t)에서 W는 얼어 있으므로 필요한 것은 dL/dh [tokens, hidden]뿐이고, forward가 logits의
+    조각을 만든 김에 구해 둔다. backward는 위에서 온 스칼라 dS/dL를 곱하기만 한다: dS/dh = (dS/dL) dL/dh.
+    """
+
     @staticmethod
-    def forward(ctx, hidden, head, targets, factor):
+    def forward(ctx, hidden: torch.Tensor, head: Head, targets: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         loss = head_loss(hidden.detach(), head.weight, targets, factor, gradient, head=head).sum() * factor
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: torch.Tensor):
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_output), None, None, None
 
@@ -67,7 +75,7 @@ class AutogradStep:
         notes += ["문서마다 따로"] if separate else []
         self.path = f"자동미분({'; '.join([*notes, reason] if reason else notes)})"
 
-    def _parts(self, batch: dict) -> Iterator[tuple[dict, torch.Tensor]]:
+    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
         """(모델에 줄 것, 정답) [rows, tokens]. 떼어 계산하지 않으면 블록 전체가 하나다."""
         if not self.separate:
             # 다른 문서를 가리는 mask를 직접 주면 모양이 고정되어 CUDA graph로 찍을 수 있다. 2차원 mask는 주지 않는다
@@ -82,7 +90,7 @@ class AutogradStep:
                 if (targets != IGNORE).any():  # 블록의 끝을 채운 토큰에는 정답이 없다
                     yield {"input_ids": batch["input_ids"][row:row + 1, start:end]}, targets
 
-    def _nll(self, call: dict, targets: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    def _nll(self, call: Batch, targets: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
         targets = targets.flatten()
         if self.backbone is not None:
             hidden = self.backbone(**call, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -93,7 +101,7 @@ class AutogradStep:
         nll = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
         return nll if factor is None else nll * factor
 
-    def train(self, batch: dict) -> torch.Tensor:
+    def train(self, batch: Batch) -> torch.Tensor:
         """gradient를 `.grad`에 더하고 `factor * 손실`을 돌려준다."""
         if not self.model.training:
             self.model.train()
@@ -106,7 +114,7 @@ class AutogradStep:
         return total
 
     @torch.no_grad()
-    def evaluate(self, batch: dict) -> torch.Tensor:
+    def evaluate(self, batch: Batch) -> torch.Tensor:
         """dropout 없이 구한 음의 로그 가능도의 합."""
         if self.model.training:
             self.model.eval()
@@ -142,12 +150,3 @@ def autograd_ways(model: nn.Module, **settings) -> list[Callable[[], AutogradSte
     separates = (True,) if getattr(causal, "_is_stateful", False) else (False, True)
     return [partial(AutogradStep, model, whole=whole, separate=separate, **settings)
             for separate in separates for whole in (False, True)]
-
-
-def find_backbone(causal: nn.Module) -> nn.Module | None:
-    """출력 행렬 앞의 몸통. 그림도 보는 모델에서는 글을 다루는 부분이다. 찾지 못하면 None."""
-    if causal.config.get_text_config(decoder=True) is not causal.config:
-        body = causal.get_decoder()
-    else:
-        body = getattr(causal, causal.base_model_prefix, None)
-    return None if body is causal else body

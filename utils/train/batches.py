@@ -7,6 +7,7 @@ import torch
 
 from utils.data.blocks import IGNORE
 from utils.train.group import ALONE, Group
+from utils.train.micro_step import Batch
 
 NAMES = ("input_ids", "labels", "position_ids")
 
@@ -48,15 +49,18 @@ class MicroBatches:
 
 
 def evaluation_batches(size: int, rows: int, group: Group) -> list[list[int]]:
-    """이 프로세스가 평가할 블록의 번호들. 프로세스마다 같은 수가 되도록 모자라는 자리를 -1로 채운다."""
+    """이 프로세스가 평가할 블록의 번호들. 프로세스마다 같은 수가 되도록 모자라는 자리를 -1로 채운다.
+
+    `rank`번부터 `world` 간격으로 갖는다. 가장 많이 갖는 것이 ceil(size / world)개이고, 그것을 `rows`의 배수로 올린다.
+    """
     mine = list(range(group.rank, size, group.world))
     share = math.ceil(math.ceil(size / group.world) / rows) * rows
     mine += [-1] * (share - len(mine))
     return [mine[at:at + rows] for at in range(0, share, rows)]
 
 
-def read_blocks(dataset, indices: list[int], pin: bool = False) -> dict[str, torch.Tensor]:
-    """블록들을 [rows, block] 모양의 tensor로 쌓는다. -1번은 정답이 없는 블록이다.
+def read_blocks(dataset, indices: list[int], pin: bool = False) -> Batch:
+    """블록들을 [rows, block] 모양의 int64 tensor로 쌓는다. -1번은 정답이 없는 블록이다.
 
     Args:
         pin: GPU로 빨리 옮길 수 있는 메모리에 담는다.
@@ -67,8 +71,8 @@ def read_blocks(dataset, indices: list[int], pin: bool = False) -> dict[str, tor
     return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
 
 
-def n_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """정답이 있는 토큰의 수. 블록의 첫 토큰은 아무도 맞히지 않는다."""
+def n_targets(batch: Batch) -> torch.Tensor:
+    """정답이 있는 토큰의 수(int64 스칼라). 블록의 첫 토큰은 아무도 맞히지 않는다."""
     return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
@@ -84,7 +88,7 @@ def block_key(*parts: int) -> tuple[int, int]:
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
 
 
-def split_rows(batch: dict, rows: int) -> list[dict]:
+def split_rows(batch: Batch, rows: int) -> list[Batch]:
     """블록의 묶음을 `rows` 블록씩 나눈다."""
     size = len(batch["input_ids"])
     return [{name: value[at:at + rows] for name, value in batch.items()} for at in range(0, size, rows)]

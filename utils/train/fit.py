@@ -10,13 +10,14 @@ from torch import nn
 from utils import process
 from utils.train.group import Group, join_group
 from utils.train.loop import Loop
+from utils.train.micro_step import RunningStep
 from utils.train.progress import Progress, Speed
 from utils.train.records import Plan, Recipe, Result, Settings
 from utils.train.resume import Checkpoints
 from utils.train.run_folder import Run
 from utils.train.signals import Interrupt
 from utils.train.stage import Inputs
-from utils.train.step import RunningStep, open_step
+from utils.train.step import open_step
 from utils.train.tracking import open_trackers
 from utils.train.weights import ReplicatedWeights, Weights
 
@@ -79,6 +80,10 @@ class Placed:
 
 def place(model: nn.Module, inputs: Inputs, plan: Plan, group: Group, say: Callable[[str], None]) -> Placed:
     """모델을 프로세스마다 온전히 두거나, `accelerate launch --use_fsdp`로 시작했으면 나눈다.
+
+    온전히 두면 학습하는 계산을 모델의 forward와 비교한다(`parity`). 나누면 비교하지 않는다: 비교할 참값을 얻으려면 나눈
+    모델을 문서마다 따로 불러야 하고, 나눈 길은 모델의 forward와 자동미분을 그대로 쓴다. 문서가 서로를 보지 않는지는
+    어느 쪽이든 확인한다.
 
     Raises:
         UsageError: 이 모델을 묶은 블록으로 학습하면 값이 틀린다.

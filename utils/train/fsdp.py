@@ -18,11 +18,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from utils.data.blocks import IGNORE, shifted_targets
-from utils.model.checkpoint import ADAPTER
+from utils.model.folder import ADAPTER_WEIGHTS
 from utils.train.autograd_step import recompute_all
-from utils.train.graph_step import check_isolation
 from utils.train.group import Group
-from utils.train.step import Batch
+from utils.train.micro_step import Batch
+from utils.train.parity import check_isolation
 
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 WRAPPED = "_fsdp_wrapped_module."
@@ -108,13 +108,13 @@ class ShardedWeights:
                 state |= {prefix + name: value.detach().float().cpu().clone()
                           for name, value in unit.module.named_parameters()}
         if self.group.is_first:
-            save_file(state, folder / ADAPTER[1], metadata={"format": "pt"})
+            save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             config = copy(self.peft_config)
             config.inference_mode = True
             config.save_pretrained(folder)
 
     def load_adapter(self, folder: Path) -> None:
-        state = load_file(folder / ADAPTER[1])
+        state = load_file(folder / ADAPTER_WEIGHTS)
         for prefix, unit in self._units():
             with whole(unit, writeback=True), torch.no_grad():
                 for name, value in unit.module.named_parameters():

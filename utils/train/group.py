@@ -1,10 +1,11 @@
-"""함께 배우는 프로세스들. torchrun과 accelerate가 환경 변수로 알려 준다."""
+"""함께 배우는 프로세스들의 통신: 합치고 기다린다. 몇 개인지는 `process`가 안다."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from utils.process import n_processes
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ ALONE = Group()
 
 def join_group(device: torch.device) -> Group:
     """다른 프로세스들과 연결한다. 혼자면 아무것도 하지 않는다."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if n_processes() == 1:
         return ALONE
     if not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return Group(dist.get_rank(), world)
+    return Group(dist.get_rank(), dist.get_world_size())

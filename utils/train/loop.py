@@ -11,11 +11,11 @@ from utils.errors import UsageError
 from utils.train.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
 from utils.train.group import Group
 from utils.train.listener import Listener
+from utils.train.micro_step import Batch, RunningStep
 from utils.train.progress import Speed
 from utils.train.records import Recipe
 from utils.train.resume import Checkpoints
 from utils.train.state import TrainState
-from utils.train.step import Batch, RunningStep
 from utils.train.weights import Weights
 
 
@@ -70,6 +70,9 @@ class Loop:
 
     def learn(self, indices: list[list[int]]) -> dict[str, float]:
         """effective batch 하나로 가중치를 한 번 고치고, 기록할 한 줄을 돌려준다.
+
+        effective batch에서 정답이 있는 토큰이 T개면 L = (1 / T) sum_t nll_t이다. T는 모든 micro batch와 프로세스의
+        것이므로, 저마다 factor = 1 / T를 곱해 더한 gradient의 합이 곧 dL이다. micro batch의 평균을 내지 않는다.
 
         Args:
             indices: micro batch마다의 블록 번호.

@@ -1,58 +1,40 @@
 """학습하는 계산이 모델의 계산과 같은지를 첫 step 전에 확인하고, 다르면 같은 길로 내려간다.
 
 micro-step은 블록을 묶고, 손실을 조각으로 구하고, 커널을 쓴다. 어느 것이든 모델의 `forward`가 하는 일을 하나라도
-빠뜨리면 학습은 조용히 틀린다. 그래서 실제 데이터의 블록 하나에서, 모델을 문서마다 따로 불러 얻은 손실과 LoRA
-gradient를 micro-step의 것과 비교한다. 비교하는 동안 LoRA B에 작은 수를 더해 둔다: 처음의 B는 0이라 A의 gradient와
-어댑터의 배율이 드러나지 않는다.
+빠뜨리면 학습은 조용히 틀린다. 그래서 실제 데이터의 블록 하나에서 micro-step의 손실과 LoRA gradient를 참값(`truth`)과
+비교하고, 한 블록에 든 문서들이 서로를 보지 못함을 확인한다.
 """
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import nn
 
-from utils.data.blocks import IGNORE, shifted_targets
-from utils.errors import UsageError
-from utils.model.loss import HEAD_CHUNK
-from utils.train.graph_step import check_isolation
+from utils.data.blocks import IGNORE
+from utils.errors import UsageError, first_line
+from utils.train.micro_step import Batch, RunningStep, Step
+from utils.train.truth import NO_MEMORY, Truth, find_truth, nudged, take_gradients
 
-LOSS_TOKENS = 2048  # 손실을 비교하는 글의 가장 긴 길이. backward가 없어 메모리를 거의 쓰지 않는다
-GRADIENT_TOKENS = 256  # gradient를 비교하는 글의 길이. 모델의 forward는 중간값을 모두 간직한다
-LOGIT_VALUES = 1 << 25  # 한 번에 만드는 logits의 수. fp32로 128 MiB
-LEAST_TOKENS = 16  # 이보다 짧은 글로는 비교하지 않는다
-NUDGE = 0.02  # 비교하는 동안 LoRA B에 더하는 수의 크기
 SEED = (1, 1)  # 비교에서는 dropout을 끄므로 결과에 영향이 없다
 # 계산 dtype -> (손실, gradient)의 허용 오차(비율). 묶으면 행렬 곱의 모양이 달라져 반올림이 다르다
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float16: (2e-3, 0.15), torch.bfloat16: (5e-3, 0.25)}
-NO_MEMORY = "메모리가 모자라 학습을 시작할 수 없다. --cutoff_len을 줄이거나 더 작은 모델을 쓴다"
+SAME_LOSS = 5e-7  # 앞 문서를 바꾸어도 뒤 문서의 손실이 이 비율보다 달라지지 않아야 한다
 
 
 @dataclass(frozen=True)
-class Truth:
-    """모델을 문서마다 따로 불러 얻은 참값.
+class Measured:
+    """micro-step이 참값의 두 블록에서 낸 값. 뜻과 모양은 `Truth`와 같다."""
 
-    Attributes:
-        block: 손실을 비교할 블록. `input_ids`, `labels`, `position_ids` 모두 [1, tokens].
-        loss: 그 블록의 음의 로그 가능도의 합.
-        short: gradient를 비교할 짧은 블록.
-        short_loss: 짧은 블록의 음의 로그 가능도의 합.
-        gradients: 이름 -> 짧은 블록에서의 LoRA gradient.
-    """
-
-    block: dict[str, torch.Tensor]
     loss: float
-    short: dict[str, torch.Tensor]
     short_loss: float
     gradients: dict[str, torch.Tensor]
 
 
-def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, dataset, max_documents: int,
-                device: torch.device, say: Callable[[str], None], reject: Callable[[], None] = lambda: None):
+def choose_step(candidates: Sequence[Callable[[], Step]], model: nn.Module, dataset, max_documents: int,
+                device: torch.device, say: Callable[[str], None], reject: Callable[[], None] = lambda: None) -> Step:
     """모델과 같은 값을 내는 첫 micro-step. 앞의 것이 다르면 이유를 말하고 다음 것으로 내려간다.
 
     Args:
@@ -65,187 +47,117 @@ def choose_step(candidates: Sequence[Callable[[], object]], model: nn.Module, da
     Raises:
         UsageError: 어느 길로도 모델과 같은 값이 나오지 않는다. 모델의 forward를 부를 수 없다.
     """
-    reason = ""
     try:
         truth = find_truth(model, dataset, max_documents, device)
     except (torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:
         raise UsageError(f"이 모델은 글만 주어 계산할 수 없어 학습하지 않는다({first_line(error)})") from error
+    reason = ""
     for make in candidates:
         step = make()
         reason = disagreement(step, model, truth, device)
         step.release()
         if reason is None:
+            del truth
+            forget_comparison(device)
             return step
         reject()
         say(f"{reason}. 다른 길을 쓴다")
     raise UsageError(f"이 모델의 학습 계산이 모델의 forward와 달라 학습하지 않는다. {reason}. 다른 기반 모델을 쓴다")
 
 
-def disagreement(step, model: nn.Module, truth: Truth, device: torch.device) -> str | None:
+def disagreement(step: Step, model: nn.Module, truth: Truth, device: torch.device) -> str | None:
     """`step`의 값이 참값과 다르면 어느 길의 무엇이 얼마나 다른지. 같으면 None."""
+    measured = None
+    while measured is None:
+        try:
+            measured = measure(step, model, truth, device)
+        except torch.OutOfMemoryError:
+            pass  # 덜 쓰는 길로 다시 잰다. 오류가 중간값을 붙들므로 메모리는 except의 밖에서 놓는다
+        except UsageError as error:
+            return str(error)
+        except Exception as error:  # 부르는 모양이 다른 구조다. 다음 길이 그것을 받는다
+            take_gradients(model)
+            return f"{step.path}: 계산하지 못했다({first_line(error)})"
+        if measured is None:
+            take_gradients(model)
+            step.release()
+            torch.cuda.empty_cache()
+            if not step.recompute_more():
+                raise UsageError(NO_MEMORY)
     loss_limit, gradient_limit = TOLERANCE[model_dtype(model)]
-    try:
-        with nudged(model), without_dropout(model):
-            block = {**truth.block, **device_keys(device)}
-            short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
-            loss = float(step.evaluate(block))
-            one = torch.ones((), device=device)
-            short_loss = float(step.train({**short, "factor": one}))
-            gradients = take_gradients(model)
-        rows = model.get_input_embeddings().weight.shape[0]
-        check_isolation(step, rows, 1, max(8, truth.short["input_ids"].shape[1]), device, device_keys(device))
-    except torch.OutOfMemoryError:
-        take_gradients(model)
-        step.release()
-        torch.cuda.empty_cache()
-        if not step.recompute_more():
-            raise UsageError(NO_MEMORY) from None
-        return disagreement(step, model, truth, device)
-    except UsageError as error:
-        return str(error)
-    except Exception as error:  # 부르는 모양이 다른 구조다. 다음 길이 그것을 받는다
-        take_gradients(model)
-        return f"{step.path}: 계산하지 못했다({first_line(error)})"
-    for ours, theirs in ((loss, truth.loss), (short_loss, truth.short_loss)):
+    for ours, theirs in ((measured.loss, truth.loss), (measured.short_loss, truth.short_loss)):
         if not abs(ours - theirs) <= loss_limit * abs(theirs):
             return f"{step.path}: 손실이 모델의 forward에서는 {theirs:.4f}인데 {ours:.4f}다"
-    apart, name = furthest(gradients, truth.gradients)
+    apart, name = furthest(measured.gradients, truth.gradients)
     if not apart <= gradient_limit:
         return f"{step.path}: {name}의 gradient가 모델의 forward와 {apart:.0%} 다르다"
     return None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-
-
-def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.device) -> Truth:
-    """실제 블록 하나와, 거기서 모델을 문서마다 따로 불러 얻은 손실과 gradient.
+def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) -> Measured:
+    """참값의 두 블록을 `step`으로 계산하고, 문서가 서로를 보지 않는지도 본다.
 
     Raises:
-        UsageError: 모델이 뒤의 글을 본다.
+        UsageError: 문서가 서로를 본다.
     """
-    documents, longest = take_documents(dataset), len(dataset[0]["input_ids"])
-    block = make_block(documents, LOSS_TOKENS, min(LOSS_TOKENS, longest), max_documents, device)
-    training, tokens = model.training, min(GRADIENT_TOKENS, longest)
-    model.eval()
-    take_gradients(model)
-    with nudged(model):
-        with torch.no_grad():
-            require_causal(model, block["input_ids"][:, :32])
-            loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
-        while True:
-            short = make_block(documents, tokens // 2, tokens, max_documents, device)
-            try:
-                short_loss = plain_backward(model, short)
-                break
-            except torch.OutOfMemoryError:  # 재계산해야 들어가는 카드에서는 더 짧은 글로 비교한다
-                take_gradients(model)
-                torch.cuda.empty_cache()
-                tokens //= 4
-                if tokens < LEAST_TOKENS:
-                    raise UsageError(NO_MEMORY) from None
-    model.train(training)
-    return Truth(block, loss, short, short_loss, take_gradients(model))
+    with nudged(model), without_dropout(model):
+        block = {**truth.block, **device_keys(device)}
+        short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
+        loss = float(step.evaluate(block))
+        one = torch.ones((), device=device)
+        short_loss = float(step.train({**short, "factor": one}))
+        gradients = take_gradients(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    check_isolation(step, rows, 1, max(8, truth.short["input_ids"].shape[1]), device, device_keys(device))
+    return Measured(loss, short_loss, gradients)
 
 
-def plain_backward(model: nn.Module, block: dict[str, torch.Tensor]) -> float:
-    """문서마다 따로 낸 gradient를 `.grad`에 더하고 음의 로그 가능도의 합을 돌려준다."""
-    total = 0.0
-    with torch.enable_grad():
-        for document in split_documents(block):
-            nll = plain_loss(model, document)
-            nll.backward()
-            total += float(nll.detach())
-    return total
+def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int, device: torch.device,
+                    extra: Batch) -> None:
+    """한 블록에 든 두 문서가 서로를 보지 못함을 실제 micro-step으로 확인한다.
+
+    첫 문서의 내용을 바꾸어도 둘째 문서의 손실은 그대로여야 하고, 둘째 문서의 첫 토큰을 바꾸면 달라져야 한다.
+
+    Args:
+        step: `evaluate`가 있는 micro-step(`Step`이나 `RunningStep`).
+        vocab: 입력 embedding의 행 수.
+        rows, block: 만들 글의 모양 [rows, block].
+        extra: batch에 더할 것(dropout의 씨앗).
+
+    Raises:
+        UsageError: 문서가 서로를 본다. 조용히 틀린 학습이 되므로 시작하지 않는다.
+    """
+    cut = block // 2
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (rows, block), generator=generator)  # int64
+    labels = tokens.clone()
+    labels[:, :cut + 1] = IGNORE
+    positions = torch.cat([torch.arange(cut), torch.arange(block - cut)]).expand(rows, block).contiguous()
+    other_first, other_own = tokens.clone(), tokens.clone()
+    other_first[:, :cut] = (other_first[:, :cut] + 1) % vocab
+    other_own[:, cut] = (other_own[:, cut] + 1) % vocab
+    losses = []
+    for variant in (tokens, other_first, other_own):
+        batch = {"input_ids": variant, "labels": labels, "position_ids": positions, **extra}
+        losses.append(float(step.evaluate({name: value.to(device) for name, value in batch.items()})))
+    # 가려진 글은 0을 더할 뿐이므로 같은 모양의 계산은 거의 비트까지 같다
+    if abs(losses[1] - losses[0]) > SAME_LOSS * abs(losses[0]) or losses[2] == losses[0]:
+        raise UsageError(f"이 모델({step.path})은 한 블록에 든 문서들을 떼어 놓지 못해 묶어서 학습할 수 없다: "
+                         f"앞 문서를 바꾸자 손실이 {losses[0]:.4f}에서 {losses[1]:.4f}로, 제 첫 토큰을 바꾸자 "
+                         f"{losses[2]:.4f}로 바뀌었다")
 
 
-def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
-    """마지막 토큰을 바꾸어도 앞의 logits가 그대로인지 본다. 뒤의 글을 보는 모델(BERT)은 답을 베끼게 된다."""
-    other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
-    ours, theirs = (model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (ids, other))
-    if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
-        raise UsageError("이 모델은 뒤의 글을 보고 앞을 맞힌다. 글을 잇는 모델(causal LM)이 아니라 학습하지 않는다")
+def forget_comparison(device: torch.device) -> None:
+    """비교가 쓰던 VRAM을 돌려주고 최댓값을 새로 센다. 참값과 micro-step의 버퍼를 놓은 다음에 부른다.
 
-
-def plain_loss(model: nn.Module, document: dict[str, torch.Tensor]) -> torch.Tensor:
-    """문서 하나만 준 모델의 logits에서 구한 음의 로그 가능도의 합. 어휘가 크면 logits를 몇 토큰씩 얻는다."""
-    ids, targets = document["input_ids"], shifted_targets(document["labels"])
-    vocab = model.get_input_embeddings().weight.shape[0]
-    at_once = max(1, LOGIT_VALUES // vocab)
-    if torch.is_grad_enabled() or ids.shape[1] <= at_once or not keeps_some_logits(model):
-        return sum_nll(model(input_ids=ids, use_cache=False).logits, targets)
-    total = 0.0
-    for kept in torch.arange(ids.shape[1], device=ids.device).split(min(at_once, HEAD_CHUNK)):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-        total = total + sum_nll(logits, targets[:, kept])
-    return total
-
-
-def sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum",
-                                       ignore_index=IGNORE)
-
-
-def keeps_some_logits(model: nn.Module) -> bool:
-    """`forward`가 logits를 얻을 자리를 고르게 해 주는가."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-def take_documents(dataset) -> list[torch.Tensor]:
-    """블록 몇 개에 든 문서들. 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다."""
-    documents = []
-    for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
-        block = {name: dataset[index][name][None] for name in ("input_ids", "labels", "position_ids")}
-        documents += [part["input_ids"][0] for part in split_documents(block)
-                      if (part["labels"] != IGNORE).any()]
-    return documents
-
-
-def split_documents(block: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """블록의 문서를 하나씩 [1, tokens]로 나눈다."""
-    starts = torch.nonzero(block["position_ids"][0] == 0)[:, 0].tolist()
-    for start, end in pairwise([*starts, block["position_ids"].shape[1]]):
-        yield {name: value[:, start:end] for name, value in block.items()}
-
-
-def make_block(documents: list[torch.Tensor], longest: int, total: int, max_documents: int,
-               device: torch.device) -> dict[str, torch.Tensor]:
-    """문서들을 `longest`토큰까지 잘라 `total`토큰까지 이어 붙인 블록. 첫 토큰 말고는 모두 정답이다."""
-    pieces, room = [], total
-    for document in documents[:max(1, max_documents)]:
-        piece = document[:min(longest, room)]
-        if len(piece) < 2:
-            break
-        pieces.append(piece)
-        room -= len(piece)
-    labels = torch.cat([torch.cat([piece.new_full((1,), IGNORE), piece[1:]]) for piece in pieces])
-    block = {"input_ids": torch.cat(pieces), "labels": labels,
-             "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])}
-    return {name: value[None].to(device) for name, value in block.items()}
-
-
-def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
-    return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """gradient를 꺼내고 0으로 지운다. `.grad`의 주소는 그대로다."""
-    taken = {}
-    for name, parameter in trainable(model):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        taken[name] = parameter.grad.detach().clone()
-        parameter.grad.zero_()
-    return taken
+    모델의 forward는 중간값을 모두 간직하므로 비교는 학습과 다른 크기의 메모리를 잡는다. 남겨 두면 학습의 버퍼가 그 틈에
+    들어가지 못해 더 잡고, run.json의 `peak_vram_gb`와 계획의 예측은 학습이 아니라 비교를 재게 된다.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -264,19 +176,8 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next((kind for kind in (torch.float16, torch.bfloat16) if kind in kinds), torch.float32)
 
 
-@contextlib.contextmanager
-def nudged(model: nn.Module) -> Iterator[None]:
-    """LoRA B에 작은 수를 더해 두고, 끝나면 비트까지 되돌린다. 모든 프로세스에서 같은 수다."""
-    generator = torch.Generator().manual_seed(0)
-    kept = [(parameter, parameter.detach().clone()) for name, parameter in trainable(model) if "lora_B" in name]
-    try:
-        for parameter, value in kept:
-            noise = torch.randn(value.shape, generator=generator) * NUDGE
-            parameter.data.copy_(value + noise.to(value))
-        yield
-    finally:
-        for parameter, value in kept:
-            parameter.data.copy_(value)
+def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
+    return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}
 
 
 @contextlib.contextmanager

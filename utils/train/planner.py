@@ -12,7 +12,7 @@ from utils.engine.train_memory import (
     attention_bytes,
     kept_widths,
     saved_widths,
-    weight_elements,
+    scratch_elements,
     work_widths,
 )
 from utils.errors import UsageError
@@ -176,7 +176,7 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     alone = max(layers - recompute - 1, 0)
     stored = kept + alone * saved + (layers - recompute) * tokens * attention_bytes(family)
     work = saved + 2 * tokens * sum(work_widths(family, tails).values())
-    scratch = 2 * max(weight_elements(family, tails), min(LOSS_CHUNK, tokens) * family.vocab)
+    scratch = 2 * scratch_elements(family, tails, tokens, recompute)
     widest = max((columns for name, (_, columns, _) in linears.items() if name in targets), default=0)
     partial = 4 * -(-tokens // TILE_ROWS) * rank * widest
     return {

@@ -9,19 +9,11 @@ import torch
 from tqdm.auto import tqdm
 
 from utils.process import is_first_process
+from utils.record import FIGURES
 from utils.train.state import TrainState
 
 MAX_LINES = 100
 BAR = "{desc}|{bar:30}| {n_fmt}/{total_fmt} 남은 시간 {remaining}"
-# (run의 열, 이름, 표시 형식)
-SUMMARY = (
-    ("eval_loss_before", "학습 전 검증 loss(답의 토큰)", "{:.4f}"),
-    ("eval_loss_after", "학습 후 검증 loss(답의 토큰)", "{:.4f}"),
-    ("train_seconds", "걸린 시간", "{:,.0f}초"),
-    ("tokens_per_second", "속도(검증과 저장 포함)", "{:,.0f} 토큰/초"),
-    ("peak_vram_gb", "최대 VRAM", "{:.2f} GB"),
-    ("peak_ram_gb", "최대 RAM", "{:.2f} GB"),
-)
 
 
 class Speed:
@@ -106,7 +98,7 @@ class Progress:
 
 def summary_lines(run: dict) -> list[str]:
     """run.json의 내용을 끝에 보여 줄 표로 만든다."""
-    rows = [(name, form.format(run[key])) for key, name, form in SUMMARY if run.get(key) is not None]
+    rows = [(figure.title, value) for figure in FIGURES if (value := figure.shown(run)) is not None]
     left = max((width(name) for name, _ in rows), default=0)
     right = max((width(value) for _, value in rows), default=0)
     return [f"  {name}{' ' * (left - width(name))}  {' ' * (right - width(value))}{value}" for name, value in rows]

@@ -44,7 +44,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다."""
+    """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다.
+
+    Attributes:
+        steps: 모두 몇 번 고치는지. epoch마다의 step(모자란 batch도 한 step이다) x epoch을 올림한 것이다.
+        warmup: steps의 6%, 100까지.
+        interval: 몇 step마다 평가하고 저장하는지. steps의 10분의 1이다.
+    """
 
     steps: int
     warmup: int

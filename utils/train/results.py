@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from utils import record, report
+from utils.data.questions import read_question
 from utils.decode.decoder import Decoder
 from utils.environment import installed_version, peak_ram_bytes
+from utils.errors import first_line
 from utils.prompter import EXAMPLES, fill_placeholder
-from utils.sampling import Sampling
+from utils.sampling import GREEDY
 from utils.train import progress
 from utils.train.records import Plan, Result, Settings
 from utils.train.stage import Inputs
@@ -45,8 +46,8 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         say(stopped_line(samples.held_out))
     for sample in samples.examples:
         say(f"\n질문: {sample['question']}")
-        for name, title in record.MODELS:
-            say(f"  {title}의 답: {one_line(sample[name])}")
+        for model in record.MODELS:
+            say(f"  {model.title}의 답: {one_line(sample[model.name])}")
 
 
 def one_line(answer: str) -> str:
@@ -58,14 +59,14 @@ def one_line(answer: str) -> str:
 def stopped_line(samples: list[dict]) -> str:
     """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
     counts = []
-    for name, title in record.MODELS:
-        reasons = [sample[f"{name}_finish"] for sample in samples if name in sample]
-        counts.append(f"{title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
+    for model in record.MODELS:
+        reasons = [sample[f"{model.name}_finish"] for sample in samples if model.name in sample]
+        counts.append(f"{model.title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
     return f"검증 질문에 스스로 멈춘 답({record.SAMPLES_FILE}): {', '.join(counts)}"
 
 
 def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
-    """학습 한 번을 되풀이하고 견주는 데 필요한 모든 것."""
+    """학습 한 번을 되풀이하고 비교하는 데 필요한 모든 것."""
     schedule, state, seconds = plan.schedule, result.state, result.seconds
     tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
@@ -116,7 +117,7 @@ def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> s
     except torch.OutOfMemoryError:
         return "메모리가 모자란다"
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
@@ -130,17 +131,16 @@ def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
         examples.append(({"question": fill_placeholder(instruction, context)}, inputs.encoder.encode_prompt(prompt)))
-    settings = Sampling(temperature=0.0)
     asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
-    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + settings.max_new_tokens)
+    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + GREEDY.max_new_tokens)
     held_out = questions_of(inputs)
     for kept, pairs in ((samples.examples, examples), (samples.held_out, held_out[:N_COMPARED])):
         pairs = [pair for pair in pairs if len(pair[1]) < decoder.context]
-        answer(decoder, inputs, pairs, "tuned", settings, until)
-        answer(decoder, inputs, pairs, "base", settings, until)
+        answer(decoder, inputs, pairs, "tuned", until)
+        answer(decoder, inputs, pairs, "base", until)
         kept += [sample for sample, _ in pairs if "tuned" in sample and "base" in sample]
     rest = [pair for pair in held_out[N_COMPARED:] if len(pair[1]) < decoder.context]
-    answer(decoder, inputs, rest, "tuned", settings, until)
+    answer(decoder, inputs, rest, "tuned", until)
     samples.held_out.extend(sample for sample, _ in rest if "tuned" in sample)
 
 
@@ -148,19 +148,18 @@ def questions_of(inputs: Inputs) -> list[tuple[dict, list[int]]]:
     """(질문과 모범 답, 질문의 토큰) `MAX_SAMPLES`개까지."""
     found = []
     for member in inputs.held_out:
-        tokens, is_answer = inputs.documents.document(member)
-        start = int(np.argmax(is_answer))
-        if start and len(found) < MAX_SAMPLES:
-            found.append(({"question": inputs.tokenizer.decode(tokens[:start]),
-                           "reference": inputs.tokenizer.decode(tokens[start:-1]).strip()}, tokens[:start].tolist()))
+        row = read_question(inputs.documents, member)
+        if len(row.prompt) and len(found) < MAX_SAMPLES:
+            found.append(({"question": inputs.tokenizer.decode(row.prompt),
+                           "reference": inputs.tokenizer.decode(row.answer[:-1]).strip()}, row.prompt.tolist()))
     return found
 
 
-def answer(decoder: Decoder, inputs: Inputs, pairs: list[tuple[dict, list[int]]], name: str, settings: Sampling,
+def answer(decoder: Decoder, inputs: Inputs, pairs: list[tuple[dict, list[int]]], name: str,
            until: float) -> None:
     """기반 모델(base)이나 학습한 모델(tuned)의 답과 답이 끝난 이유를 표본마다 적는다. 다 못 만든 답은 적지 않는다."""
     decoder.use_adapter(name == "tuned")
-    for (sample, _), reply in zip(pairs, decoder.answer_many([ids for _, ids in pairs], settings, until), strict=True):
+    for (sample, _), reply in zip(pairs, decoder.answer_many([ids for _, ids in pairs], GREEDY, until), strict=True):
         if reply.finish_reason != "cancelled":
             sample[name] = inputs.tokenizer.decode(reply.ids).strip()
             sample[f"{name}_finish"] = reply.finish_reason

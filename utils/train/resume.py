@@ -11,9 +11,9 @@ from utils import files
 from utils.errors import UsageError
 from utils.model import adapter, checkpoint
 from utils.train.group import Group
+from utils.train.micro_step import RunningStep
 from utils.train.run_folder import KEEP, Run, checkpoint_bytes
 from utils.train.state import TrainState
-from utils.train.step import RunningStep
 from utils.train.weights import Weights
 
 SCHEDULE, SCALER = "scheduler.pt", "scaler.pt"
@@ -104,7 +104,8 @@ class Checkpoints:
         self.began = time.perf_counter()
 
     def read_optimizer(self, file: Path) -> dict:
-        """
+        """이 프로세스의 optimizer 상태.
+
         Raises:
             UsageError: 모델을 나누어 배운 실행과 나누지 않은 실행은 서로 이어 갈 수 없다.
         """

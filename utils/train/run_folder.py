@@ -1,9 +1,8 @@
-"""실행 하나의 폴더(`output_dir`)를 맡는다: 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 남은 자리 재기."""
+"""실행 하나의 폴더(`output_dir`): 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 여유 공간 재기."""
 
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -17,8 +16,8 @@ from utils.errors import UsageError
 from utils.files import locked
 from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
-from utils.model.folder import model_digest
-from utils.process import is_first_process
+from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
+from utils.process import is_first_process, n_processes
 from utils.train.records import Settings
 
 RUN_FILE = "run.json"
@@ -36,7 +35,7 @@ class Run:
     Attributes:
         folder: `output_dir`.
         checkpoint: 이어 갈 체크포인트. 새로 시작하면 None이다.
-        facts: 실행의 조건. 이름 -> {"id": 견줄 값, "shown": 보여 줄 글}. 체크포인트에 함께 담긴다.
+        facts: 실행의 조건. 이름 -> {"id": 비교할 값, "shown": 보여 줄 글}. 체크포인트에 함께 담긴다.
         prompt_info: 어댑터와 함께 담을 템플릿과 끝 토큰.
         resume_command: 이 실행을 이어 가는 명령.
     """
@@ -61,7 +60,7 @@ class Run:
             again = f"이어 가는 명령: {self.resume_command}" if last else "처음부터 다시 실행한다"
             free = shutil.disk_usage(self.folder).free
             raise UsageError(f"디스크가 차서 쓰지 못했다: {self.folder}({needed / 1e6:,.0f} MB쯤 필요하고 "
-                             f"{free / 1e6:,.0f} MB 남았다). {kept}. 자리를 비운 뒤 {again}") from None
+                             f"{free / 1e6:,.0f} MB 남았다). {kept}. 디스크를 비운 뒤 {again}") from None
 
     def require_space(self, n_trainable: int) -> None:
         """체크포인트와 어댑터를 모두 담을 자리가 있는지 학습을 시작하기 전에 본다.
@@ -75,8 +74,8 @@ class Run:
         present = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(self.folder).free
         if free + present < needed:
-            raise UsageError(f"디스크에 자리가 모자란다: {self.folder}에 {needed / 1e6:,.0f} MB가 필요한데 "
-                             f"{free / 1e6:,.0f} MB 남았다. 자리를 비우거나 다른 디스크의 --output_dir를 적는다")
+            raise UsageError(f"디스크의 여유 공간이 모자란다: {self.folder}에 {needed / 1e6:,.0f} MB가 필요한데 "
+                             f"{free / 1e6:,.0f} MB 남았다. 디스크를 비우거나 다른 디스크의 --output_dir를 적는다")
 
 
 def checkpoint_bytes(n_trainable: int) -> int:
@@ -126,7 +125,7 @@ def require_fresh(folder: Path) -> None:
     """새로 시작할 폴더에 앞선 실행이 없는지 본다."""
     elsewhere = command({"resume_from_checkpoint": None, "output_dir": _unused(folder)})
     saved = checkpoint.checkpoints(folder)
-    if (folder / checkpoint.ADAPTER[1]).exists() and ((folder / RUN_FILE).exists() or not saved):
+    if (folder / ADAPTER_WEIGHTS).exists() and ((folder / RUN_FILE).exists() or not saved):
         raise UsageError(f"output_dir에 이미 어댑터가 있다: {folder}. 덮어쓰지 않는다. "
                          f"다른 폴더에서 시작하는 명령: {elsewhere}")
     if saved:
@@ -138,7 +137,7 @@ def require_fresh(folder: Path) -> None:
 def is_finished(folder: Path, facts: dict) -> bool:
     """같은 epoch까지 배운 온전한 어댑터와 기록이 있는지."""
     manifest = files.read_manifest(folder)
-    if manifest is None or files.damage(folder, checkpoint.ADAPTER) or not (folder / RUN_FILE).is_file():
+    if manifest is None or files.damage(folder, ADAPTER_FILES) or not (folder / RUN_FILE).is_file():
         return False
     return manifest["run"].get(EPOCHS, {}).get("id", 0) >= facts[EPOCHS]["id"]
 
@@ -153,7 +152,7 @@ def describe(settings: Settings, inputs) -> dict:
         "prompt_template": _fact(inputs.prompter.name, hashlib.sha256(template.encode()).hexdigest()),
         "lora_target_modules": _fact(",".join(inputs.targets)),
         "dtype": _fact(str(inputs.device.dtype).removeprefix("torch.")),
-        "processes": _fact(int(os.environ.get("WORLD_SIZE", "1"))),
+        "processes": _fact(n_processes()),
         **facts,
     }
 
@@ -181,8 +180,8 @@ def command(changes: dict[str, str | None]) -> str:
         if not skip:
             kept.append(token)
     kept += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
-    world = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if world == "1" else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
+    world = n_processes()
+    launcher = ["python"] if world == 1 else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     return join([*launcher, *kept])
 

@@ -1,4 +1,4 @@
-"""미세조정 한 번의 준비, 계획, 실행을 맡는다. `finetune-lora.py`의 조리법이 부르는 동사들이다."""
+"""미세조정의 앞쪽 단계: 준비(prepare), 계획(plan), 모델(build_model), 데이터의 검사. `finetune-lora.py`가 부른다."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from utils import hub
 from utils.data import blocks, dataset
 from utils.data import check as data_check
-from utils.data.encoder import Encoder
+from utils.data.encoder import Encoder, make_encoder
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -27,7 +27,7 @@ from utils.model.targets import (
 )
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.process import n_processes
-from utils.prompter import CHAT, make_prompter
+from utils.prompter import make_prompter
 from utils.train import planner, tracking
 from utils.train.records import Plan, Schedule, Settings
 
@@ -138,7 +138,7 @@ def read_data(settings: Settings, say: Callable[[str], None], skip_bad: bool = F
     end_id = end_token_id(tokenizer)
     prompter = make_prompter(settings.prompt_template, tokenizer)
     n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
-    encoder = Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=n_rows)
+    encoder = make_encoder(tokenizer, prompter, end_id, n_rows)
     with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
         documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
                                            settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)

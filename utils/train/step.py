@@ -1,7 +1,6 @@
 """micro-step: 블록 몇 개의 손실과 gradient를 구하는 법. 모델에 맞는 길을 고르고, 메모리가 모자라면 나누어 계산한다."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,44 +12,9 @@ from utils.errors import UsageError
 from utils.train.autograd_step import autograd_ways
 from utils.train.batches import count_documents, split_rows
 from utils.train.graph_step import CapturedStep
+from utils.train.micro_step import Batch
 from utils.train.parity import choose_step
 from utils.train.planner import MemoryPlan
-
-Batch = dict[str, torch.Tensor]
-
-
-class Step(Protocol):
-    """micro-step 하나를 계산하는 길.
-
-    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 씨앗 `keys`는 [rows, 2]다.
-    """
-
-    path: str  # 어느 길인지 설명하는 한 줄
-
-    def train(self, batch: Batch) -> torch.Tensor:
-        """`batch["factor"]`를 곱한 손실의 gradient를 `.grad`에 더하고 그 손실(스칼라)을 돌려준다."""
-
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        """dropout 없이 구한 음의 로그 가능도의 합(스칼라)."""
-
-    def release(self) -> None:
-        """잡아 둔 메모리를 놓는다."""
-
-    def recompute_more(self) -> bool:
-        """backward에서 재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
-
-
-class RunningStep(Protocol):
-    """루프가 쓰는 micro-step: 한 번에 몇 블록을 계산할지 알고, 끝나면 모델을 되돌려 준다."""
-
-    path: str
-    rows: int  # 한 번에 계산하는 블록의 수
-
-    def train(self, batch: Batch) -> torch.Tensor: ...
-
-    def evaluate(self, batch: Batch) -> torch.Tensor: ...
-
-    def close(self) -> None: ...
 
 
 def open_step(model: nn.Module, plan: MemoryPlan, train_set, eval_set, device: torch.device, gradients: torch.Tensor,

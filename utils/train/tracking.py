@@ -61,7 +61,8 @@ def choose_trackers(settings: Settings) -> TrackerChoice:
 
 
 def require_login() -> None:
-    """
+    """wandb에 로그인했는지 본다. 물어보며 멈추지 않는다.
+
     Raises:
         UsageError: wandb에 로그인하지 않았다.
     """

@@ -8,7 +8,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from utils.model.checkpoint import ADAPTER
+from utils.model.folder import ADAPTER_WEIGHTS
 from utils.train.group import Group
 
 
@@ -69,6 +69,7 @@ class ReplicatedWeights:
         self.group.add_up(self.gradients)
 
     def clip_gradients(self, limit: float) -> torch.Tensor:
+        """g <- g min(1, limit / |g|). 더한 1e-6은 0으로 나누지 않게 한다(`torch.nn.utils.clip_grad_norm_`과 같다)."""
         norm = self.gradients.norm()
         self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -78,7 +79,7 @@ class ReplicatedWeights:
             self.model.save_pretrained(folder)
 
     def load_adapter(self, folder: Path) -> None:
-        set_peft_model_state_dict(self.model, load_file(folder / ADAPTER[1]))
+        set_peft_model_state_dict(self.model, load_file(folder / ADAPTER_WEIGHTS))
 
     def optimizer_file(self, folder: Path) -> Path:
         return folder / "optimizer.pt"

@@ -36,6 +36,7 @@ __device__ __forceinline__ float2 standardize(Eight& x, bool active) {
     return float2{mean, scale};
 }
 
+// 정규화한 값 8개에 norm의 weight를 곱하고 bias를 더한다. bias가 없으면(null) 0이다.
 __device__ __forceinline__ Eight affine(const Eight& x, const float* weight, const float* bias, int column) {
     Eight w = load_float(weight + column, 1.f), b = load_float(bias ? bias + column : nullptr, 0.f), out;
 #pragma unroll
@@ -126,6 +127,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_backward(
     }
     sum_block<2, NORM_THREADS>(sums);
     if (!active) return;
+    // along = 평균(g n), mean = 평균(g). base가 있으면 잔차를 타고 온 gradient에 더한다
     float along = sums[0] / HIDDEN, mean = RMS ? 0.f : sums[1] / HIDDEN;
 #pragma unroll
     for (int i = 0; i < 8; i++) total.v[i] += scale * (gradient.v[i] - mean - normal.v[i] * along);
@@ -146,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
 #pragma unroll
     for (int n = 0; n < LORA_ROWS; n++) seeds[n] = drop_seed(drop, min(first_row + n, tokens - 1));
     for (int first = 0; first < padded; first += SPAN) {
+        // dot[n * SPAN + r]은 행 n, rank r의 합이다. thread마다 열의 일부만 더하고 끝에 블록이 합친다
         float dot[LORA_ROWS * SPAN] = {};
         for (int column = threadIdx.x * 8; column < columns; column += LORA_THREADS * 8) {
             Eight u[LORA_ROWS];
@@ -172,6 +175,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
                         for (int i = 0; i < 8; i++) dot[n * SPAN + half + r] += u[n].v[i] * lines[r].v[i];
             }
         }
+        // 합치기: 워프 안은 shuffle로, 워프끼리는 공유 메모리로. thread 하나가 (행, rank) 하나를 적는다
 #pragma unroll
         for (int n = 0; n < LORA_ROWS * SPAN; n++) dot[n] = sum_lanes(dot[n]);
         if (threadIdx.x % 32 == 0)
@@ -213,6 +217,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
         seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
         norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
     }
+    // norm의 weight와 bias의 이 네 열
     Four gain = {1.f, 1.f, 1.f, 1.f}, shift = {};
     if (active && weight) gain = *(const Four*)(weight + column);
     if (active && bias) shift = *(const Four*)(bias + column);
@@ -224,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
         }
         __syncthreads();
         if (!active) continue;
+        // lines = A의 이 네 열, sums = A의 gradient의 이 네 열. 행을 지나는 동안 레지스터에 머문다
         Four lines[SPAN], sums[SPAN] = {};
 #pragma unroll
         for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
@@ -428,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
             }
         }
     }
-    sync_lanes();  // 제자리에서 돌리므로 모든 lane이 읽은 다음에 적는다
+    __syncwarp();  // 제자리에서 돌리므로 모든 lane이 읽은 다음에 적는다
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int element = (lane + 32 * i) * WIDTH;
@@ -484,6 +490,7 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
             for (int j = 0; j < WIDTH; j++) square += normal[i][j] * normal[i][j];
         }
     }
+    // 회전을 되돌린 gradient에서 머리마다의 norm까지 되돌린다. v에는 norm이 없다
     if (QK_NORM && part < 2) {
         const float* weight = part ? wk : wq;
         float scale = rsqrtf(sum_lanes(square) / HEAD_DIM + EPS);
@@ -588,6 +595,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
             for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS) ((uint4*)row)[at] = uint4{0, 0, 0, 0};
         return;
     }
+    // 첫 번째 읽기: thread마다의 최댓값 top과 sum e^(l - top)
     float top = -3.4e38f, sum = 0.f;
     for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS) {
         Eight value = load(row + at * 8);
@@ -611,6 +619,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
     }
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, sums[threadIdx.x / 32] = sum;
     __syncthreads();
+    // 워프들의 (최댓값, 합)을 모아 log(sum e^l)을 구한다
     float best = tops[0], total = 0.f;
     for (int warp = 1; warp < LOSS_THREADS / 32; warp++) best = fmaxf(best, tops[warp]);
     for (int warp = 0; warp < LOSS_THREADS / 32; warp++) total += sums[warp] * expf(tops[warp] - best);
@@ -618,6 +627,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
     if (threadIdx.x == 0) nll[blockIdx.x] = log_sum - shape_logit(widen<BF16>(row[target]));
     if (factor == nullptr) return;
     __syncthreads();  // 정답의 logit을 읽은 다음에 덮어쓴다
+    // 두 번째 읽기: softmax - onehot으로 덮어쓴다
     float scale = *factor;
     for (int at = threadIdx.x; at < vectors; at += LOSS_THREADS) {
         Eight value = load(row + at * 8);

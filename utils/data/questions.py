@@ -1,0 +1,38 @@
+"""검증 행에서 물을 질문과 모범 답. 학습의 예시 답, 배움의 점수, 병합의 검산이 같은 행에서 같은 것을 묻는다."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.data import blocks
+from utils.data.documents import Documents
+
+
+@dataclass(frozen=True)
+class Question:
+    """검증 행 하나의 질문과 모범 답.
+
+    여러 번 주고받은 행이면 배우는 첫 답까지만 쓴다. 그 뒤의 질문은 모범 답에 이어진 것이라 모델의 답 뒤에 둘 수 없다.
+
+    Attributes:
+        prompt: 답이 시작되기 직전까지의 토큰. [n] int32. 질문 없이 글만 있는 행이면 비어 있다.
+        answer: 답의 토큰. 마지막은 끝 토큰이다. [m] int32.
+    """
+
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+def held_out_members(documents: Documents, percent: float, seed: int) -> np.ndarray:
+    """학습할 때와 똑같이 나눈 검증 문서의 번호. 답이 모두 잘린 문서는 뺀다. [n] int64."""
+    _, held_out = blocks.split_by_content(documents, percent, seed)
+    return blocks.with_answers(documents, held_out)
+
+
+def read_question(documents: Documents, member: int) -> Question:
+    """문서 하나의 질문. `blocks.with_answers`를 지난 문서여야 한다."""
+    tokens, learned = documents.document(member)
+    start = int(np.argmax(learned))
+    ends = np.flatnonzero(tokens[start:] == documents.end_id)
+    end = start + int(ends[0]) + 1 if len(ends) else len(tokens)
+    return Question(tokens[:start], tokens[start:end])

@@ -1,0 +1,53 @@
+"""Ollama의 Modelfile: 템플릿과 멈출 토큰."""
+
+from pathlib import Path
+
+from utils.model.adapter import read_prompt_info
+from utils.model.tokenizer import end_token_ids, load_tokenizer
+from utils.prompter import CHAT, Prompter
+
+_QUESTION, _ANSWER, _SYSTEM = "<질문의 자리>", "<답의 자리>", "<지시의 자리>"
+_SLOTS = {_QUESTION: "{{ .Prompt }}", _ANSWER: "{{ .Response }}", _SYSTEM: "{{ .System }}"}
+
+
+def render_modelfile(folder: Path, gguf_name: str, tokenizer=None) -> str:
+    """Ollama의 Modelfile. 템플릿과 멈출 토큰이 들어 있다."""
+    tokenizer = tokenizer or load_tokenizer(folder)
+    info = read_prompt_info(folder)
+    if info is not None and info.template.get("name") == CHAT:
+        form = _chat_form(tokenizer)
+    else:
+        form = _literal(Prompter(info.template if info else "default").prompt(_QUESTION).rstrip(" "))
+    ends = [tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer, folder)]
+    if info is not None and info.end_token not in ends:
+        ends.insert(0, info.end_token)
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{form}"""', *(f'PARAMETER stop "{end}"' for end in ends),
+             "PARAMETER temperature 0.7"]
+    return "\n".join(lines) + "\n"
+
+
+def _chat_form(tokenizer) -> str:
+    """토크나이저의 대화 템플릿을 Ollama의 템플릿으로. 한 번의 주고받음을 실제로 만들어 자리를 찾는다."""
+    user, system = {"role": "user", "content": _QUESTION}, {"role": "system", "content": _SYSTEM}
+
+    def render(*turns: dict) -> str:
+        """답의 자리와, 답의 뒤에 오는 끝까지."""
+        asked = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        told = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": _ANSWER}], tokenize=False)
+        _, found, rest = told.rpartition(_ANSWER)
+        return _literal(asked + _ANSWER + (rest if found else ""))
+
+    plain = render(user)
+    try:
+        told = render(system, user)
+    except Exception:  # 지시를 받지 않는 템플릿은 제 방식으로 거절한다
+        return plain
+    return plain if _SLOTS[_SYSTEM] not in told else f"{{{{ if .System }}}}{told}{{{{ else }}}}{plain}{{{{ end }}}}"
+
+
+def _literal(text: str) -> str:
+    """Ollama의 템플릿으로 적은 글. 글에 든 중괄호는 글자 그대로 남는다."""
+    text = text.replace("{{", '{{ "{{" }}')
+    for mark, slot in _SLOTS.items():
+        text = text.replace(mark, slot)
+    return text

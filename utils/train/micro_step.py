@@ -1,0 +1,41 @@
+"""micro-step의 모양: 블록 몇 개의 gradient를 더하는 것(`Step`)과, 학습 루프가 쓰는 것(`RunningStep`)."""
+
+from typing import Protocol
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+
+class Step(Protocol):
+    """micro-step 하나를 계산하는 길.
+
+    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 씨앗 `keys`는 [rows, 2]다.
+    """
+
+    path: str  # 어느 길인지 설명하는 한 줄
+
+    def train(self, batch: Batch) -> torch.Tensor:
+        """`batch["factor"]`를 곱한 손실의 gradient를 `.grad`에 더하고 그 손실(스칼라)을 돌려준다."""
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """dropout 없이 구한 음의 로그 가능도의 합(스칼라)."""
+
+    def release(self) -> None:
+        """잡아 둔 메모리를 놓는다."""
+
+    def recompute_more(self) -> bool:
+        """backward에서 재계산하는 층을 늘린다. 더 늘릴 수 없으면 False."""
+
+
+class RunningStep(Protocol):
+    """루프가 쓰는 micro-step: 한 번에 몇 블록을 계산할지 알고, 끝나면 모델을 되돌려 준다."""
+
+    path: str
+    rows: int  # 한 번에 계산하는 블록의 수
+
+    def train(self, batch: Batch) -> torch.Tensor: ...
+
+    def evaluate(self, batch: Batch) -> torch.Tensor: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,181 @@
+"""모델을 문서마다 따로 불러 얻은 참값(`Truth`): 실제 블록 하나의 손실과 LoRA gradient.
+
+비교하는 동안 LoRA B에 작은 수를 더해 둔다(`nudged`): 처음의 B는 0이라 A의 gradient와 어댑터의 배율이 드러나지 않는다.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from utils.data.blocks import IGNORE, shifted_targets
+from utils.errors import UsageError
+from utils.model.loss import HEAD_CHUNK
+
+LOSS_TOKENS = 2048  # 손실을 비교하는 글의 가장 긴 길이. backward가 없어 메모리를 거의 쓰지 않는다
+GRADIENT_TOKENS = 256  # gradient를 비교하는 글의 길이. 모델의 forward는 중간값을 모두 간직한다
+LOGIT_VALUES = 1 << 25  # 한 번에 만드는 logits의 수. fp32로 128 MiB
+LEAST_TOKENS = 16  # 이보다 짧은 글로는 비교하지 않는다
+NUDGE = 0.02  # 비교하는 동안 LoRA B에 더하는 수의 크기
+NO_MEMORY = "메모리가 모자라 학습을 시작할 수 없다. --cutoff_len을 줄이거나 더 작은 모델을 쓴다"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """모델을 문서마다 따로 불러 얻은 참값.
+
+    Attributes:
+        block: 손실을 비교할 블록. `input_ids`, `labels`, `position_ids` 모두 [1, tokens].
+        loss: 그 블록의 음의 로그 가능도의 합(nat).
+        short: gradient를 비교할 짧은 블록. 이름과 모양은 `block`과 같다.
+        short_loss: 짧은 블록의 음의 로그 가능도의 합.
+        gradients: 이름 -> 짧은 블록에서의 LoRA gradient. 모양은 그 가중치와 같고 fp32다.
+    """
+
+    block: dict[str, torch.Tensor]
+    loss: float
+    short: dict[str, torch.Tensor]
+    short_loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.device) -> Truth:
+    """실제 블록 하나와, 거기서 모델을 문서마다 따로 불러 얻은 손실과 gradient.
+
+    Raises:
+        UsageError: 모델이 뒤의 글을 본다. 가장 짧은 글의 gradient도 메모리에 들어가지 않는다.
+    """
+    documents, longest = take_documents(dataset), len(dataset[0]["input_ids"])
+    block = make_block(documents, LOSS_TOKENS, min(LOSS_TOKENS, longest), max_documents, device)
+    training, tokens = model.training, min(GRADIENT_TOKENS, longest)
+    model.eval()
+    take_gradients(model)
+    with nudged(model):
+        with torch.no_grad():
+            require_causal(model, block["input_ids"][:, :32])
+            loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
+        short_loss = None
+        while short_loss is None:
+            short = make_block(documents, tokens // 2, tokens, max_documents, device)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                short_loss = plain_backward(model, short)
+            if short_loss is None:  # 재계산해야 들어가는 카드에서는 더 짧은 글로 비교한다
+                take_gradients(model)
+                torch.cuda.empty_cache()  # 오류가 붙들던 중간값까지 돌려준다. 그래서 except의 밖이다
+                tokens //= 4
+                if tokens < LEAST_TOKENS:
+                    raise UsageError(NO_MEMORY)
+    model.train(training)
+    return Truth(block, loss, short, short_loss, take_gradients(model))
+
+
+def take_documents(dataset) -> list[torch.Tensor]:
+    """블록 몇 개에 든 문서들. 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다."""
+    documents = []
+    for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
+        block = {name: dataset[index][name][None] for name in ("input_ids", "labels", "position_ids")}
+        documents += [part["input_ids"][0] for part in split_documents(block)
+                      if (part["labels"] != IGNORE).any()]
+    return documents
+
+
+def make_block(documents: list[torch.Tensor], longest: int, total: int, max_documents: int,
+               device: torch.device) -> dict[str, torch.Tensor]:
+    """문서들을 `longest`토큰까지 잘라 `total`토큰까지 이어 붙인 블록. 첫 토큰 말고는 모두 정답이다."""
+    pieces, room = [], total
+    for document in documents[:max(1, max_documents)]:
+        piece = document[:min(longest, room)]
+        if len(piece) < 2:
+            break
+        pieces.append(piece)
+        room -= len(piece)
+    labels = torch.cat([torch.cat([piece.new_full((1,), IGNORE), piece[1:]]) for piece in pieces])
+    block = {"input_ids": torch.cat(pieces), "labels": labels,
+             "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])}
+    return {name: value[None].to(device) for name, value in block.items()}
+
+
+def split_documents(block: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """블록의 문서를 하나씩 [1, tokens]로 나눈다."""
+    starts = torch.nonzero(block["position_ids"][0] == 0)[:, 0].tolist()
+    for start, end in pairwise([*starts, block["position_ids"].shape[1]]):
+        yield {name: value[:, start:end] for name, value in block.items()}
+
+
+def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
+    """마지막 토큰을 바꾸어도 앞의 logits가 그대로인지 본다. 뒤의 글을 보는 모델(BERT)은 답을 베끼게 된다."""
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    ours, theirs = (model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (ids, other))
+    if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
+        raise UsageError("이 모델은 뒤의 글을 보고 앞을 맞힌다. 글을 잇는 모델(causal LM)이 아니라 학습하지 않는다")
+
+
+def plain_loss(model: nn.Module, document: dict[str, torch.Tensor]) -> torch.Tensor:
+    """문서 하나만 준 모델의 logits에서 구한 음의 로그 가능도의 합. 어휘가 크면 logits를 몇 토큰씩 얻는다."""
+    ids, targets = document["input_ids"], shifted_targets(document["labels"])
+    vocab = model.get_input_embeddings().weight.shape[0]
+    at_once = max(1, LOGIT_VALUES // vocab)
+    if torch.is_grad_enabled() or ids.shape[1] <= at_once or not keeps_some_logits(model):
+        return sum_nll(model(input_ids=ids, use_cache=False).logits, targets)
+    total = 0.0
+    for kept in torch.arange(ids.shape[1], device=ids.device).split(min(at_once, HEAD_CHUNK)):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        total = total + sum_nll(logits, targets[:, kept])
+    return total
+
+
+def plain_backward(model: nn.Module, block: dict[str, torch.Tensor]) -> float:
+    """문서마다 따로 낸 gradient를 `.grad`에 더하고 음의 로그 가능도의 합을 돌려준다."""
+    total = 0.0
+    with torch.enable_grad():
+        for document in split_documents(block):
+            nll = plain_loss(model, document)
+            nll.backward()
+            total += float(nll.detach())
+    return total
+
+
+def sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum",
+                                       ignore_index=IGNORE)
+
+
+def keeps_some_logits(model: nn.Module) -> bool:
+    """`forward`가 logits를 얻을 자리를 고르게 해 주는가."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+@contextlib.contextmanager
+def nudged(model: nn.Module) -> Iterator[None]:
+    """LoRA B에 작은 수를 더해 두고, 끝나면 비트까지 되돌린다. 모든 프로세스에서 같은 수다."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [(parameter, parameter.detach().clone()) for name, parameter in trainable(model) if "lora_B" in name]
+    try:
+        for parameter, value in kept:
+            noise = torch.randn(value.shape, generator=generator) * NUDGE
+            parameter.data.copy_(value + noise.to(value))
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
+
+
+def take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """gradient를 꺼내고 0으로 지운다. `.grad`의 주소는 그대로다."""
+    taken = {}
+    for name, parameter in trainable(model):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        taken[name] = parameter.grad.detach().clone()
+        parameter.grad.zero_()
+    return taken
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
