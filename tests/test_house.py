@@ -120,8 +120,8 @@ def test_a_file_is_one_noun(file):
 
 def test_the_map_names_every_file():
     maps = (UTILS / "README.md", UTILS / "engine" / "README.md")
-    map_text = "\n".join(file.read_text(encoding="utf-8") for file in maps)
-    named = {part for code in re.findall(r"`([^`\n]+)`", map_text) for part in re.split(r"[\s,]+", code.replace("/", "."))}
+    codes = [code for file in maps for code in re.findall(r"`([^`\n]+)`", file.read_text(encoding="utf-8"))]
+    named = {part for code in codes for part in re.split(r"[\s,]+", code.replace("/", "."))}
     for name, file in MODULES.items():
         if file.name not in ("__init__.py", "__main__.py"):
             assert file.name in named or file.stem in named or name.removeprefix("utils.") in named, name
