@@ -3,7 +3,8 @@
 import psutil
 import torch
 
-from utils.engine.families import Family, describe
+from utils.engine.families import describe
+from utils.engine.family import Family
 from utils.errors import UsageError
 from utils.model.folder import open_model_folder
 from utils.model.loader import Device

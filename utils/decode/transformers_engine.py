@@ -110,10 +110,13 @@ class ForwardDecode:
             logits = step.next([answer[-1] for answer in answers])
 
     def _rows_that_fit(self, questions: list[list[int]], limit: int) -> int:
-        """함께 답할 질문의 수. 함께 답할 수 없는 구조이거나 메모리가 모자라면 하나씩 답한다."""
-        tokens = max(map(len, questions)) + limit + GROW
-        fits = self._can_batch and self._free_bytes() >= ROWS * tokens * self._token_bytes
-        return len(questions) if fits else 1
+        """함께 답할 질문의 수. 함께 답할 수 없는 구조이거나 문맥이나 메모리가 모자라면 하나씩 답한다.
+
+        먼저 끝난 줄도 다른 줄이 끝날 때까지 자리가 늘어난다. 가장 긴 질문이 가장 긴 답을 해도 문맥 안이어야 한다.
+        """
+        tokens = max(map(len, questions)) + limit
+        enough = self._free_bytes() >= ROWS * (tokens + GROW) * self._token_bytes
+        return len(questions) if self._can_batch and tokens <= self._context and enough else 1
 
     def _start(self, questions: list[list[int]], tokens: int):
         """질문들을 읽을 준비가 된 단계. 캡처하지 않는 길은 답마다 새 cache를 쓴다."""
