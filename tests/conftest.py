@@ -59,7 +59,8 @@ def talk_run(tiny_data, tmp_path_factory) -> Path:
     from serving import write_talk_run
 
     folder = tmp_path_factory.mktemp("talk")
-    base = build_neox(folder / "base", layers=8, hidden=256, heads=4, context=1024)
+    # 토큰의 반 넘게는 온전한 글자여야 몇 토큰의 답에도 글자가 보인다
+    base = build_neox(folder / "base", layers=8, hidden=256, heads=4, context=1024, vocab_size=704)
     return write_talk_run(folder, base, tiny_data)
 
 

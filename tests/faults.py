@@ -160,11 +160,11 @@ def run_trial(trial: dict, writer: int) -> None:
     try:
         from conftest import load_script
 
-        from utils import cli
+        from utils import cli, console
 
         script = load_script("finetune-lora.py")
         sys.argv = ["finetune-lora.py", *trial["argv"]]
-        raise_signals(cli, trial["signals"])
+        raise_signals(console, trial["signals"])
         if not trial["answers"]:
             from utils.train import results
 

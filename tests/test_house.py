@@ -15,9 +15,9 @@ FLOORS = (("",), ("data",), ("model",), ("engine",), ("decode",), ("train", "mer
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ENGINE_DOORS = {"utils.train.step", "utils.decode.decoder"}
 # 계산하지 않고 구조와 크기만 말하는 것. train과 decode는 어디서든 물을 수 있다
-ENGINE_FACTS = {"utils.engine.families", "utils.engine.train_memory"}
+ENGINE_FACTS = {"utils.engine.families", "utils.engine.family", "utils.engine.train_memory"}
 WITHOUT_TORCH = ("utils.cli", "utils.prompter")
-MAX_FILE_LINES, MAX_SCRIPT_LINES = 275, 200
+MAX_FILE_LINES, MAX_SCRIPT_LINES = 280, 200
 TOP_LEVEL = {*SCRIPTS, "utils", "ko-datasets", "templates", "resources", ".create-symbolic-links.bat",
              "INSTALL-Win.md", "INSTALL-WSL.md", "requirements.txt", "tests", "README.md", "LICENSE", "assets"}
 
@@ -69,10 +69,11 @@ def test_no_circles():
 
 
 def test_engine_has_two_doors():
+    """계산은 두 문으로만 한다. 다른 곳은 무엇을 계산할 줄 아는지(`Family`)와 그 크기만 묻는다."""
     outside = {name: {other for other in arrows if room(other) == "engine"} for name, arrows in ARROWS.items()
                if room(name) != "engine"}
-    assert {name for name, inside in outside.items() if inside - ENGINE_FACTS} <= ENGINE_DOORS
-    assert {room(name) for name, inside in outside.items() if inside} <= {"train", "decode"}
+    assert {name for name, inside in outside.items() if inside - ENGINE_FACTS} == ENGINE_DOORS
+    assert {room(name) for name, inside in outside.items() if inside} == {"train", "decode"}
     for fact in ENGINE_FACTS:
         assert {other for other in ARROWS[fact] if room(other) == "engine"} <= ENGINE_FACTS
 
@@ -120,8 +121,8 @@ def test_a_file_is_one_noun(file):
 
 def test_the_map_names_every_file():
     maps = (UTILS / "README.md", UTILS / "engine" / "README.md")
-    map_text = "\n".join(file.read_text(encoding="utf-8") for file in maps)
-    named = {part for code in re.findall(r"`([^`\n]+)`", map_text) for part in re.split(r"[\s,]+", code)}
+    codes = [code for file in maps for code in re.findall(r"`([^`\n]+)`", file.read_text(encoding="utf-8"))]
+    named = {part for code in codes for part in re.split(r"[\s,]+", code.replace("/", "."))}
     for name, file in MODULES.items():
         if file.name not in ("__init__.py", "__main__.py"):
             assert file.name in named or file.stem in named or name.removeprefix("utils.") in named, name

@@ -130,12 +130,12 @@ def build_tokenizer(folder: Path, vocab_size: int = 384):
 
 
 def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 2, context: int = 256,
-               dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
+               vocab_size: int = 384, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
     """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    size = len(build_tokenizer(folder))
+    size = len(build_tokenizer(folder, vocab_size))
     torch.manual_seed(seed)
     config = GPTNeoXConfig(vocab_size=size + 13, hidden_size=hidden, num_hidden_layers=layers,
                            num_attention_heads=heads, intermediate_size=hidden * 4, rotary_pct=0.5,

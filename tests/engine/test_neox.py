@@ -8,7 +8,8 @@ from torch import nn
 
 from utils.data.blocks import document_mask
 from utils.engine.attention import DocumentAttention, Documents, FormulaAttention
-from utils.engine.families import Family, describe
+from utils.engine.families import describe
+from utils.engine.family import Family
 from utils.engine.train_layers import SITES, HostEmbedding, restore_embedding
 from utils.engine.train_ops import drop_scale, drop_threshold
 from utils.engine.train_step import TrainStep

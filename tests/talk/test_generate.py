@@ -129,6 +129,7 @@ class Scripted:
     n_rows = 2**20
     finish_reason = "stop"
     stats = Stats()
+    notice = ""
 
     def __init__(self, tokens=(), pause=0.0):
         self.tokens, self.pause, self.running, self.most = tokens, pause, 0, 0

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.quick
     ("abc", "하나도 같지 않다", 0.0),
     ("딥러닝은 인공 신경망을 쓰는 기계 학습이다.",
      "딥러닝은 여러 층의 인공 신경망으로 배우는 기계 학습의 한 갈래입니다.", 26.9861),
-    ("하늘은 파랗다", "하늘이 파란 까닭은 빛의 산란 때문입니다", 6.8394),
+    ("하늘은 파랗다", "하늘이 파란 원인은 빛의 산란 때문입니다", 6.8394),
     ("the cat sat on the mat", "the cat is on the mat", 64.5779),
     ("가나", "가나다라마바사아자차", 18.7166),
 ])
@@ -68,7 +68,7 @@ def test_validation_questions_are_the_held_out_rows(answerer, talk_run):
         plain = scores.plain_question(question, answerer.prompter)
         number = plain.split()[0]
         assert plain == f"{number} 더하기 {number}는?"
-        assert question.reference == f"{number}에 {number}를 더하면 {2 * int(number)}입니다."
+        assert question.reference == f"{number}에 {number}를 더하면 {2 * int(number)}입니다. {number}의 두 배와 같습니다."
         assert question.input_ids == answerer.ask(plain)
 
 

@@ -3,7 +3,8 @@
 import psutil
 import torch
 
-from utils.engine.families import Family, describe
+from utils.engine.families import describe
+from utils.engine.family import Family
 from utils.errors import UsageError
 from utils.model.folder import open_model_folder
 from utils.model.loader import Device
@@ -13,7 +14,7 @@ SPARE = 0.6e9  # 가중치 말고 답을 만드는 데 드는 바이트: KV cach
 
 def choose_precision(base_model: str, device: Device, load_4bit: bool | None,
                      load_8bit: bool) -> tuple[str | None, str]:
-    """(load_base에 줄 quantize, 고른 까닭). 플래그가 없으면 남은 메모리에 들어가는 가장 빠른 것을 고른다.
+    """(load_base에 줄 quantize, 고른 이유). 플래그가 없으면 남은 메모리에 들어가는 가장 빠른 것을 고른다.
 
     전용 커널이 아는 구조는 GPU에서 NF4를 바로 읽으므로 4비트가 가장 빠르다(H100에서 polyglot 1.3b: 1,390 대 797
     토큰/초). 학습도 같은 4비트에서 했다. 나머지는 풀어 쓰는 일이 없는 16비트가 빠르고, 들어가지 않을 때만 4비트로

@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from utils.engine.cuda import CompileError
-from utils.engine.families import Family
+from utils.engine.family import Family
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_prefill.cu", "decode_rows.cu")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, WIDE, Plan
-from utils.engine.families import Family
+from utils.engine.family import Family
 from utils.engine.weights import Adapter, Layer, Linear, Norm, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.families import Family
+from utils.engine.family import Family
 from utils.engine.train_layers import Adapter, Projection
 from utils.engine.train_memory import TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.engine.families import Family, LayerModules, layer_modules, unwrap
+from utils.engine.families import LayerModules, layer_modules, unwrap
+from utils.engine.family import Family
 from utils.engine.train_memory import Tails, pad_rank
 
 SITES = 8  # 한 층에서 dropout을 거는 자리의 수보다 작지 않은 2의 거듭제곱

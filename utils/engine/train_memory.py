@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from utils.engine.families import Family
+from utils.engine.family import Family
 from utils.model.loss import HEAD_CHUNK
 
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다

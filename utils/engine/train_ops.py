@@ -7,7 +7,7 @@
 import torch
 from torch.nn import functional as F
 
-from utils.engine.families import Family
+from utils.engine.family import Family
 from utils.engine.train_layers import Adapter, Norm, Projection
 from utils.model.loss import cross_entropy_
 

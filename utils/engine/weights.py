@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
-from utils.engine.families import NF4_BLOCK, Family, LayerModules, layer_modules, rotary_frequencies
+from utils.engine.families import NF4_BLOCK, LayerModules, layer_modules, rotary_frequencies
+from utils.engine.family import Family
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from utils.engine.families import Family, describe
+from utils.engine.families import describe
+from utils.engine.family import Family
 from utils.engine.train_memory import (
     TILE_ROWS,
     Tails,
