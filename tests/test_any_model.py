@@ -108,3 +108,12 @@ def test_the_proof_and_the_samples_stay_within_the_context(kind, tmp_path):
 def test_a_model_with_an_integer_table_is_proved(tmp_path):
     road = walk(tiny("deepseek_v4", tmp_path / "base"), tmp_path / "road", val_set_size=0)
     assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+
+
+def test_layers_built_from_several_tensors_are_not_trained(tmp_path):
+    """합칠 수 없는 층은 auto가 고르지 않고, 적으면 데이터를 읽기 전에 거절한다."""
+    base = tiny("hrm_text", tmp_path / "base")
+    road = walk(base, tmp_path / "road", val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+    road = walk(base, tmp_path / "asked", lora_target_modules=("k_proj",))
+    assert road.outcome == "refused_start" and "배워도 합칠 수 없다: k_proj" in road.note
