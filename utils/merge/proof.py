@@ -53,7 +53,7 @@ class Proof:
         merge_onto: 합친 바탕(original, quantized).
         top1: 가장 높은 토큰이 쓰려던 것과 같은 비율.
         kl: 쓰려던 것과의 KL. 토큰당 평균 nat다.
-        kl_most: KL이 큰 토큰 십분의 일을 뺀 나머지의 평균. 16비트로 반올림하면 전문가를 바꾸어 고르는 토큰이 드물게 있다.
+        kl_most: KL이 큰 토큰 십분의 일을 뺀 나머지의 평균. 반올림 탓에 전문가를 바꾸어 고르는 토큰이 드물게 있다.
         largest_gap: 쓰려던 것과의 logit 차이의 최댓값.
         base_loss, trained_loss, merged_loss: 답의 토큰의 평균 loss. 차례로 NF4로 올린 기반 모델, 배운 모델, 합친 모델.
         retained: 배운 개선 가운데 남은 몫. 개선이 거의 없으면 None이다.
@@ -115,13 +115,14 @@ def prove(job: Job, merged: Path) -> Proof:
     windows = read_windows(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     written = open_model_folder(merged)
-    quantised = writer.quantised_entries(job)
+    quantised, rounded = writer.quantised_entries(job), writer.quantised_built(job)
 
     def logits(kind: str, updates: dict) -> torch.Tensor:
         """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit."""
         trained = kind == "quantized"
         source = streamed.Source(job.base, job.disk, lambda entry: job.base_rows(entry, quantised if trained else {}),
-                                 updates, job.trained_dtype if trained else torch.float32)
+                                 updates, job.trained_dtype if trained else torch.float32,
+                                 rounded if trained else frozenset())
         return _logits(source, windows, device)
 
     asked = logits(job.onto, job.updates)
