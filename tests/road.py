@@ -94,6 +94,8 @@ def walk(base: Path, folder: Path, *, both_bases: bool = True, **flags) -> Road:
 
 
 def _walk(base: Path, folder: Path, both_bases: bool, flags: dict, road: Road) -> None:
+    from utils.errors import UsageError
+
     folder.mkdir(parents=True, exist_ok=True)
     data, run = write_rows(folder / "rows.jsonl"), folder / "run"
     flags = {**FLAGS, **flags, "base_model": str(base), "data_path": str(data), "output_dir": str(run)}
@@ -112,8 +114,14 @@ def _walk(base: Path, folder: Path, both_bases: bool, flags: dict, road: Road) -
     model = tuned(base, run, four_bit=True)
     road.gaps["answer_4bit"] = answer_gap(model, peft_root=str(run), load_4bit=True)
     if both_bases:
-        merge(peft_root=str(run), output_dir=str(folder / "quantized"), merge_onto="quantized")
-        road.gaps["merged_4bit"] = logit_gap(load(folder / "quantized"), model, texts)
+        try:
+            merge(peft_root=str(run), output_dir=str(folder / "quantized"), merge_onto="quantized")
+        except UsageError as error:  # 기본이 아닌 방법이다. 쓰기 전에 거절하고 되는 방법을 말하면 길은 막히지 않는다
+            if (folder / "quantized").exists():
+                raise
+            road.note = str(error)
+        else:
+            road.gaps["merged_4bit"] = logit_gap(load(folder / "quantized"), model, texts)
 
 
 def read_blocks(settings: dict) -> tuple[list[dict], list[dict]]:
