@@ -3,7 +3,6 @@
 `python -m utils.doctor`는 모두 검사한다(60초 안). 세 스크립트는 시작할 때 빠른 검사만 한다(2초 안).
 """
 
-import sys
 from collections.abc import Callable
 
 from utils.doctor.facts import PAGE_PORT, REAL_BASE, Full, look_full
@@ -163,11 +162,3 @@ def main() -> int:
     count = {level: sum(finding.level == level for finding in findings) for level in (OK, WARN, BAD)}
     print("\n" + ", ".join(f"{level} {number}" for level, number in count.items()))
     return 1 if count[BAD] else 0
-
-
-if __name__ == "__main__":
-    from utils.console import hush_libraries, use_utf8
-
-    use_utf8()
-    hush_libraries()
-    sys.exit(main())
