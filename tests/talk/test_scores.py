@@ -68,7 +68,8 @@ def test_validation_questions_are_the_held_out_rows(answerer, talk_run):
         plain = scores.plain_question(question, answerer.prompter)
         number = plain.split()[0]
         assert plain == f"{number} 더하기 {number}는?"
-        assert question.reference == f"{number}에 {number}를 더하면 {2 * int(number)}입니다. {number}의 두 배와 같습니다."
+        double = 2 * int(number)
+        assert question.reference == f"{number}에 {number}를 더하면 {double}입니다. {number}의 두 배와 같습니다."
         assert question.input_ids == answerer.ask(plain)
 
 
