@@ -114,7 +114,8 @@ def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
     unmergeable = [target for target in targets if target in built]
     if unmergeable:
         raise UsageError(f"파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 배워도 합칠 수 없다: "
-                         f"{', '.join(unmergeable)}. --lora_target_modules에 쓸 수 있는 이름: {', '.join(sorted(names))}")
+                         f"{', '.join(unmergeable)}. --lora_target_modules에 쓸 수 있는 이름: "
+                         f"{', '.join(sorted(names))}")
     require_targets(empty, targets)
     return targets
 
