@@ -23,7 +23,7 @@ from utils.talk.answerer import Answer
 from utils.talk.source import find_source, load_answerer
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
-SMALL = 785  # 토크나이저(800)보다 작은 embedding의 행 수
+SMALL = 320  # 토크나이저(384)보다 작은 embedding의 행 수
 
 
 def silent(line: str) -> None:

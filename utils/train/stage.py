@@ -113,8 +113,9 @@ def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
     targets = choose_targets(settings.lora_target_modules, config, names, attention_names(empty) - built)
     unmergeable = [target for target in targets if target in built]
     if unmergeable:
-        raise UsageError("파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 배워도 합칠 수 없다: "
-                         f"{', '.join(unmergeable)}. 쓸 수 있는 이름: {', '.join(sorted(names))}")
+        raise UsageError(f"파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 배워도 합칠 수 없다: "
+                         f"{', '.join(unmergeable)}. --lora_target_modules에 쓸 수 있는 이름: "
+                         f"{', '.join(sorted(names))}")
     require_targets(empty, targets)
     return targets
 
