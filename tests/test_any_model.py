@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from road import walk
 from tiny import tiny
+
+from utils.errors import UsageError
 
 NORMS = (1e-5, 1e-2)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -103,3 +106,21 @@ def test_the_proof_and_the_samples_stay_within_the_context(kind, tmp_path):
     road = walk(tiny(kind, tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=13)
     assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
     assert "예시 답을 모두 만들지 못했다" not in road.said
+
+
+def test_a_model_with_an_integer_table_is_proved(tmp_path):
+    road = walk(tiny("deepseek_v4", tmp_path / "base"), tmp_path / "road", val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+
+
+def test_layers_built_from_several_tensors_are_not_trained(tmp_path):
+    """합칠 수 없는 층은 auto가 고르지 않고, 적으면 데이터를 읽기 전에 거절한다."""
+    base = tiny("hrm_text", tmp_path / "base")
+    road = walk(base, tmp_path / "road", both_bases=False, val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+    road = walk(base, tmp_path / "asked", lora_target_modules=("k_proj",))
+    assert road.outcome == "refused_start" and "배워도 합칠 수 없다: k_proj" in road.note
+    merge = load_script("merge-lora.py").merge
+    with pytest.raises(UsageError, match="NF4를 다녀온 값을 적을 수 없다"):
+        merge(peft_root=str(tmp_path / "road" / "run"), output_dir=str(tmp_path / "new"), merge_onto="quantized")
+    assert not (tmp_path / "new").exists()

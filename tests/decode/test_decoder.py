@@ -221,11 +221,11 @@ def test_questions_together_equal_one_at_a_time(name):
     model = build_family(name)
     questions = [question[:length] for question, length in zip(prompts(5, 40), (5, 40, 17, 1, 9), strict=True)]
     settings = Sampling(**GREEDY, max_new_tokens=24)
-    decoder = Decoder(model, range(257), 10_000)
+    decoder = Decoder(model, range(257), (10_000,))
     alone = [list(decoder.stream(question, settings)) for question in questions]
     assert [reply.ids for reply in decoder.answer_many(questions, settings)] == alone
     end = alone[1][7]
-    replies = Decoder(model, range(257), end).answer_many(questions, settings)
+    replies = Decoder(model, range(257), (end,)).answer_many(questions, settings)
     for reply, answer in zip(replies, alone, strict=True):
         stopped = end in answer
         assert reply.ids == (answer[: answer.index(end)] if stopped else answer)
@@ -233,9 +233,9 @@ def test_questions_together_equal_one_at_a_time(name):
 
 
 def test_answering_many_stops_when_the_time_is_up(tokenizer):
-    replies = Decoder(neox(), tokenizer, 10_000).answer_many(prompts(3), Sampling(**GREEDY), until=0.0)
+    replies = Decoder(neox(), tokenizer, (10_000,)).answer_many(prompts(3), Sampling(**GREEDY), until=0.0)
     assert [reply.finish_reason for reply in replies] == ["cancelled"] * 3
-    assert Decoder(neox(), tokenizer, 10_000).answer_many([], Sampling()) == []
+    assert Decoder(neox(), tokenizer, (10_000,)).answer_many([], Sampling()) == []
 
 
 @pytest.mark.parametrize("build", [neox, llama])
@@ -252,7 +252,7 @@ def test_a_sized_cache_answers_like_a_growing_one(build):
 
 def test_short_of_memory_says_the_number(tokenizer):
     """메모리가 모자라면 몇 토큰까지 되는지 말하고 짧게 답한다. 질문도 들어가지 않으면 거절한다."""
-    decoder = Decoder(neox(), tokenizer, 10_000)
+    decoder = Decoder(neox(), tokenizer, (10_000,))
     decoder._engine._free_bytes = lambda: 20.5 * decoder._engine._token_bytes  # 20토큰이 들어가는 메모리
     answer = list(decoder.stream(prompts(1)[0], Sampling(**GREEDY, max_new_tokens=50)))
     assert len(answer) == 4 and "4토큰" in decoder.notice and "20토큰" in decoder.notice

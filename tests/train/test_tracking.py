@@ -54,7 +54,7 @@ def test_wandb_without_an_account_is_one_line_and_not_a_question(tiny_neox, tiny
 
 def test_nothing_is_imported_unless_asked():
     code = ("import sys; sys.path.insert(0, 'tests'); from conftest import train_settings;"
-            "from utils.tracking import choose_trackers, open_trackers;"
+            "from utils.train.tracking import choose_trackers, open_trackers;"
             "asked = train_settings(); chosen = choose_trackers(asked);"
             "assert chosen.names == [] and open_trackers(chosen, asked, None) == [];"
             "assert not {'wandb', 'torch.utils.tensorboard'} & set(sys.modules)")

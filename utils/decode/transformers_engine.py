@@ -260,12 +260,13 @@ def pad_left(questions: list[list[int]], device: torch.device) -> tuple[torch.Te
 def kv_bytes(config, dtype: torch.dtype) -> int:
     """토큰 하나의 K와 V가 모든 층에서 차지하는 바이트. 모르는 구조면 0이다."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    if heads is None or not hasattr(text, "num_hidden_layers"):
+    try:
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        return 2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+    except (AttributeError, RuntimeError):  # 그런 값이 없거나, 층마다 달라 하나로 답하지 못한다
         return 0
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return 2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
 
 
 def _smallest_window(config) -> int | None:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.errors import UsageError
-from utils.model import diskmap
+from utils.model import diskmap, nf4
 from utils.model.diskmap import DiskMap
 from utils.model.folder import ModelFolder, TensorEntry
 from utils.model.lora import Update
-from utils.model.shards import read_rows, read_whole, row_spans
+from utils.model.shards import DTYPES, read_rows, read_whole, row_spans
 
 Rows = Callable[[int, int], torch.Tensor]
 
@@ -27,6 +27,7 @@ class Source:
         rows: tensor를 받아 [start, stop) 행을 fp32로 주는 함수를 고른다.
         updates: 디스크의 tensor 이름 -> 합치지 않고 얹을 갱신.
         dtype: 다른 tensor를 합쳐 만드는 가중치(전문가들)를 올리는 dtype.
+        rounded: 그런 가중치 가운데 NF4를 다녀온 값으로 둘 것.
     """
 
     folder: ModelFolder
@@ -34,6 +35,7 @@ class Source:
     rows: Callable[[TensorEntry], Rows]
     updates: dict[str, Update]
     dtype: torch.dtype = torch.float32
+    rounded: frozenset[str] = frozenset()
 
 
 class StreamedWeight(torch.Tensor):
@@ -110,7 +112,9 @@ def build(source: Source, device: torch.device) -> nn.Module:
     resident = _built(source)
     for name in model.state_dict():
         entry = disk.entries.get(name)
-        if entry is not None and len(entry.shape) > 1:
+        if entry is not None and entry.dtype not in DTYPES:  # 정수 표(토큰 -> 전문가)는 값 그대로 쓴다
+            value = read_whole(entry)
+        elif entry is not None and len(entry.shape) > 1:
             value = StreamedWeight.make(entry, source.rows(entry), source.updates.get(entry.name), device)
         elif entry is not None:
             value = read_whole(entry).to(source.dtype).float()
@@ -137,7 +141,8 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
     state = {name: read_whole(entry).to(source.dtype).float() if name in needed else torch.zeros(()).expand(entry.shape)
              for name, entry in source.folder.tensors.items() if name in source.disk.used}
     loaded = diskmap.load_labelled(source.folder.path, state, "cpu").state_dict()
-    return {name: loaded[name] for name in source.disk.built}
+    return {name: nf4.round_trip(loaded[name], source.dtype).float() if name in source.rounded else loaded[name]
+            for name in source.disk.built}
 
 
 def read_plain(entry: TensorEntry) -> Rows:

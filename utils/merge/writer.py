@@ -89,6 +89,10 @@ def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
             raise UsageError(f"output_dir이 {owner}의 폴더거나 그 안이다: {output_dir}. 다른 곳을 적는다")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output_dir이 비어 있지 않다: {output_dir}. 새 폴더를 적거나 먼저 지운다")
+    placeless = sorted(quantised_built(job)) if job.onto == "quantized" else []
+    if placeless:
+        raise UsageError(f"이 모델의 {placeless[0]}(모두 {len(placeless)}개)는 파일의 tensor 여럿을 합치거나 나누어 "
+                         "만들므로 NF4를 다녀온 값을 적을 수 없다. --merge_onto original로 합친다")
     parent = next(folder for folder in output.parents if folder.is_dir())
     needed = sum(tensor.n_bytes for tensor in plan(job, {})) + extra_bytes + SPARE_BYTES
     free = shutil.disk_usage(parent).free
@@ -100,6 +104,11 @@ def quantised_entries(job: Job) -> dict[str, bool]:
     """4비트로 올릴 때 NF4를 다녀오는 디스크의 tensor의 이름 -> [in, out]으로 놓였는지."""
     found = {name: job.disk.entries.get(f"{name}.weight") for name in nf4.quantised_modules(job.base.path)}
     return {entry.name: name in job.disk.transposed for name, entry in found.items() if entry is not None}
+
+
+def quantised_built(job: Job) -> frozenset[str]:
+    """4비트로 올릴 때 NF4를 다녀오는데, 파일의 tensor 여럿을 합치거나 나누어 만들어 파일에 제 자리가 없는 가중치."""
+    return frozenset(f"{name}.weight" for name in nf4.quantised_modules(job.base.path)) & job.disk.built.keys()
 
 
 def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:

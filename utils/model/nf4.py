@@ -28,7 +28,7 @@ class NF4Rows:
         self._entry, self._dtype, self._whole = entry, dtype, None
         self.spans = list(row_spans(entry.shape))
         if transposed or (entry.shape[1] % BLOCK and len(self.spans) > 1):  # 블록이 행을 걸치면 조각으로 나눌 수 없다
-            self._whole = self._round_trip(read_whole(entry), transposed)
+            self._whole = round_trip(read_whole(entry), dtype, transposed)
             return
         absmax = torch.cat([self._quantize(read_rows(entry, *span))[1].absmax for span in self.spans])
         offset = absmax.mean()
@@ -52,14 +52,16 @@ class NF4Rows:
         values = values.to(self._dtype).float()
         return bnb.quantize_4bit(values, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
 
-    def _round_trip(self, values: torch.Tensor, transposed: bool) -> torch.Tensor:
-        from bitsandbytes import functional as bnb
 
-        values = values.to(self._dtype).float()
-        values = values.T.contiguous() if transposed else values
-        codes, state = bnb.quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        values = bnb.dequantize_4bit(codes, state).to(self._dtype)
-        return values.T.contiguous() if transposed else values
+def round_trip(values: torch.Tensor, dtype: torch.dtype, transposed: bool = False) -> torch.Tensor:
+    """온전한 행렬 [out, in]을 NF4로 올렸다가 다시 편 값. `dtype`이다. `transposed`면 [in, out]으로 받고 준다."""
+    from bitsandbytes import functional as bnb
+
+    values = values.to(dtype).float()
+    values = values.T.contiguous() if transposed else values
+    codes, state = bnb.quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    values = bnb.dequantize_4bit(codes, state).to(dtype)
+    return values.T.contiguous() if transposed else values
 
 
 def quantised_modules(config_folder) -> set[str]:

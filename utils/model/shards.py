@@ -17,7 +17,9 @@ from utils.model.folder import INDEX_FILE, ITEM_BYTES, TensorEntry
 
 CHUNK_BYTES = 2**20  # CPU의 캐시에 머무는 크기라서, 읽고 더하고 해시하고 쓰는 동안 RAM을 다시 오가지 않는다
 WRITERS = min(4, (os.cpu_count() or 1) + 1)  # 나란히 쓰는 shard의 수. 하나 더 있어야 끝에 노는 코어가 없다
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # 갱신을 더할 수 있는 것
+_READABLE = {**DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+             "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
         stream.seek(entry.start + start * row_bytes)
         if stream.readinto(buffer) != len(buffer):
             raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
-    return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+    return torch.frombuffer(buffer, dtype=_READABLE[entry.dtype]).view(stop - start, *entry.shape[1:])
 
 
 def read_whole(entry: TensorEntry) -> torch.Tensor:

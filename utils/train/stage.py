@@ -14,7 +14,8 @@ from utils.data.encoder import Encoder, make_encoder
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
-from utils.model import loader
+from utils.model import diskmap, loader
+from utils.model.folder import open_model_folder
 from utils.model.loader import require_base
 from utils.model.shape import empty_model
 from utils.model.targets import (
@@ -97,12 +98,24 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
 
 
 def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
-    """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 없는 이름을 가린다."""
+    """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 쓸 수 없는 이름을 가린다.
+
+    Raises:
+        UsageError: 모델에 없는 층이거나, 파일의 tensor 여럿을 합치거나 나누어 만들어 배워도 합칠 수 없는 층이다.
+    """
     from transformers import AutoConfig
 
     empty = empty_model(AutoConfig.from_pretrained(settings.base_model, cache_dir=settings.cache_dir,
                                                    trust_remote_code=False))
-    targets = choose_targets(settings.lora_target_modules, config, linear_names(empty), attention_names(empty))
+    disk = diskmap.read(open_model_folder(hub.folder(settings.base_model, settings.cache_dir)))
+    built = {name.split(".")[-2] for name in disk.built if "." in name}
+    names = linear_names(empty) - built
+    targets = choose_targets(settings.lora_target_modules, config, names, attention_names(empty) - built)
+    unmergeable = [target for target in targets if target in built]
+    if unmergeable:
+        raise UsageError(f"파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 배워도 합칠 수 없다: "
+                         f"{', '.join(unmergeable)}. --lora_target_modules에 쓸 수 있는 이름: "
+                         f"{', '.join(sorted(names))}")
     require_targets(empty, targets)
     return targets
 
