@@ -50,7 +50,7 @@ def load(served: Served, clients: int, seconds: float, seed: int = 0) -> dict:
     for thread in threads:
         thread.join()
     began = time.monotonic()
-    after = Visitor(served.url, number).ask("모두 떠난 뒤의 질문", settings=[*SETTINGS[:3], 2, *SETTINGS[4:]])
+    after = Visitor(served.url, number).ask("모두 떠난 뒤의 질문", settings=settings)
     grown = resident_bytes(served.process) - before
     return {"clients": clients, "seconds": seconds, "answered": seen["answered"], "left": seen["left"],
             "busy": seen["busy"], "lost": sum(count for kind, count in seen.items() if kind.startswith("lost")),

@@ -64,11 +64,12 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outside(small):
-    """embedding 밖의 토큰이 되는 글 하나."""
+    """어느 글의 뒤에 놓여도 embedding 밖의 토큰이 되는 글 하나."""
     tokenizer = load_tokenizer(small)
-    words = ((number, tokenizer.decode([number])) for number in range(SMALL, len(tokenizer)))
-    return next(word for number, word in words
-                if word.isalpha() and tokenizer(word, add_special_tokens=False)["input_ids"] == [number])
+    words = (tokenizer.decode([number]) for number in range(SMALL, len(tokenizer)))
+    return next(word for word in words if word.isalpha() and all(
+        max(tokenizer(f"{before}{word}\n", add_special_tokens=False)["input_ids"]) >= SMALL
+        for before in ("", "a ", ": ", "\n")))
 
 
 def test_a_question_beyond_the_embedding_is_refused_by_the_token(small, outside):
@@ -76,7 +77,7 @@ def test_a_question_beyond_the_embedding_is_refused_by_the_token(small, outside)
     for ask in (lambda: answerer.ask(outside), lambda: answerer.ask("a", f"a {outside}"),
                 lambda: answerer.continue_text(outside), lambda: answerer.ask("a", past=[(outside, "a")]),
                 lambda: answerer.ask("a", past=[("a", f"\n{outside}")])):
-        with pytest.raises(UsageError, match="embedding은 785행") as error:
+        with pytest.raises(UsageError, match=f"embedding은 {SMALL}행") as error:
             ask()
         assert "\n" not in str(error.value)
     model = AutoModelForCausalLM.from_pretrained(small)
