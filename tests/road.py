@@ -104,7 +104,8 @@ def _walk(base: Path, folder: Path, both_bases: bool, flags: dict, road: Road) -
     road.path = record["path"]
     train_set, eval_set = read_blocks(record["settings"])
     road.gaps |= training_gaps(base, run, record, train_set, eval_set)
-    texts = [document["input_ids"] for block in train_set for document in documents(block)]
+    texts = [document["input_ids"] for block in train_set for document in documents(block)
+             if (document["labels"] != -100).any()]
 
     merge, model = load_script("merge-lora.py").merge, tuned(base, run)
     merge(peft_root=str(run), output_dir=str(folder / "merged"))

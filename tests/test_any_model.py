@@ -124,3 +124,10 @@ def test_layers_built_from_several_tensors_are_not_trained(tmp_path):
     with pytest.raises(UsageError, match="NF4를 다녀온 값을 적을 수 없다"):
         merge(peft_root=str(tmp_path / "road" / "run"), output_dir=str(tmp_path / "new"), merge_onto="quantized")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "minimax"])
+def test_a_model_without_a_usable_cache_answers_as_transformers_does(kind, tmp_path):
+    """cache를 받지 않는 구조와 제 cache만 받는 구조."""
+    road = walk(tiny(kind, tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"

@@ -15,6 +15,9 @@ from utils.sampling import Sampling, pick
 ROWS = 16      # 한꺼번에 답하는 질문의 수
 PREFILL = 512  # 질문을 이만큼씩 나누어 읽어서 긴 질문도 메모리를 조금만 쓴다
 GROW = 1024    # KV cache가 자라는 단위(토큰)
+PROBE = 12     # cache를 시험하는 글의 길이(토큰)
+# 계산 dtype -> cache로 나누어 읽은 로짓이 한 번에 읽은 것과 다를 수 있는 비율. 행렬 곱의 모양이 달라 반올림이 다르다
+AGREE = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
 SPARE = 300e6  # 활성값과 CUDA graph에 남겨 두는 바이트
 
 
@@ -45,7 +48,11 @@ class ForwardDecode:
         self._step: CapturedStep | None = None
         self._not_captured = "" if self._device.type == "cuda" else self._device.type
         self.path = f"transformers forward({self._device.type})"
-        if self._device.type == "cuda":
+        self._cached = self._cache_agrees()
+        if not self._cached:
+            self._can_batch = False
+            self.path += ", cache 없이 토큰마다 처음부터 다시 계산"
+        elif self._device.type == "cuda":
             self._static_step(1, min(context, GROW))
 
     def use_adapter(self, on: bool) -> None:
@@ -118,8 +125,28 @@ class ForwardDecode:
         enough = self._free_bytes() >= ROWS * (tokens + GROW) * self._token_bytes
         return len(questions) if self._can_batch and tokens <= self._context and enough else 1
 
+    def _cache_agrees(self) -> bool:
+        """짧은 글을 cache로 나누어 읽은 로짓이 한 번에 읽은 것과 같은가. cache를 모르는 구조는 조용히 틀린다."""
+        generator = torch.Generator().manual_seed(0)
+        length = max(3, min(PROBE, self._context))
+        ids = torch.randint(self._vocab, (length,), generator=generator).tolist()
+        whole = FreshStep(self._forward, self._device).read([ids])
+        try:
+            step = EagerStep(self._forward, DynamicCache(config=self._config), self._device)
+            step.read([ids[:-2]])
+            step.next([ids[-2]])
+            apart = step.next([ids[-1]]) - whole
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # 제 cache만 받거나, 부르는 모양이 다른 구조다
+            return False
+        limit = AGREE.get(whole.dtype, AGREE[torch.float32])
+        return float(apart.norm()) <= limit * float((whole - whole.mean()).norm())
+
     def _start(self, questions: list[list[int]], tokens: int):
         """질문들을 읽을 준비가 된 단계. 캡처하지 않는 길은 답마다 새 cache를 쓴다."""
+        if not self._cached:
+            return FreshStep(self._forward, self._device)
         if not self._not_captured:
             step = self._static_step(1 if len(questions) == 1 else ROWS, tokens)
             if step is not None:
@@ -154,8 +181,10 @@ class ForwardDecode:
                  cache) -> torch.Tensor:
         """input_ids, positions [rows, T] -> 마지막 토큰의 로짓 [rows, vocab]. mask [rows, 지금까지]: 0은 채운 자리."""
         extra = {} if mask is None else {"attention_mask": mask}
-        output = self._model(input_ids=input_ids, position_ids=positions, use_cache=True, logits_to_keep=1,
-                             **extra, **{self._cache_name: cache})
+        if cache is not None:
+            extra[self._cache_name] = cache
+        output = self._model(input_ids=input_ids, position_ids=positions, use_cache=cache is not None,
+                             logits_to_keep=1, **extra)
         return output.logits[:, -1, : self._vocab]
 
     def _free_bytes(self) -> float:
@@ -193,6 +222,27 @@ class EagerStep:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         ids = torch.tensor(tokens, device=self._device)[:, None]
         return self._forward(ids, self._position, self._mask, self._cache)
+
+
+class FreshStep:
+    """cache 없이 처음부터 다시 계산하는 단계. 한 줄만 받는다."""
+
+    def __init__(self, forward, device: torch.device):
+        self._forward, self._device = forward, device
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문을 읽고 다음 토큰의 로짓 [1, vocab]을 준다."""
+        self._ids = list(questions[0])
+        return self._again()
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """토큰 하나를 붙이고 그다음의 로짓 [1, vocab]을 준다."""
+        self._ids += tokens
+        return self._again()
+
+    def _again(self) -> torch.Tensor:
+        ids = torch.tensor([self._ids], device=self._device)
+        return self._forward(ids, torch.arange(ids.shape[1], device=self._device)[None], None, None)
 
 
 class CapturedStep:

@@ -16,7 +16,6 @@ from utils.model.folder import (
     ModelFolder,
     TensorEntry,
     read_safetensors_header,
-    text_config,
 )
 from utils.model.shards import DTYPES, read_rows, row_spans
 
@@ -121,7 +120,6 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         UsageError: 기반 모델에 그 층이 없거나, 모양이 다르거나, 묶인 embedding이거나, 다른 tensor를 합쳐 만드는 층이다.
     """
     matched = {}
-    tied = text_config(base.config).get("tie_word_embeddings", False)
     for module, update in updates.items():
         entry = disk.entries.get(f"{module}.weight")
         if f"{module}.weight" in disk.built:
@@ -132,7 +130,7 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         if entry.shape != update.shape or entry.dtype not in DTYPES:
             raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
                              f"어댑터 {list(update.shape)}. 어댑터를 배운 기반 모델을 적는다")
-        if entry.name in disk.shared or (tied and any(part in module for part in ("embed", "lm_head", "wte"))):
+        if entry.name in disk.shared:
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
     for saved in read_safetensors_header(adapter / ADAPTER_WEIGHTS):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UsageError
+from utils.model.diskmap import DiskMap
 
 AUTO_TARGETS = {
     "gpt_neox": ("query_key_value",),
@@ -62,6 +63,28 @@ def find_backbone(causal: nn.Module) -> nn.Module | None:
     else:
         body = getattr(causal, causal.base_model_prefix, None)
     return None if body is causal else body
+
+
+def unfit_names(model: nn.Module, disk: DiskMap) -> dict[str, str]:
+    """LoRA를 붙이지 못하거나, 배워도 합칠 수 없는 층의 이름 -> 이유. 같은 이름의 층 가운데 하나만 그래도 든다.
+
+    Args:
+        model: 가중치가 없는 모델(meta).
+        disk: 기반 모델의 파일이 메모리의 어디에 놓이는지.
+    """
+    body, names, shared, found = find_backbone(model) or model, linear_names(model), disk.shared, {}
+    outer = next((f"{name}." for name, module in model.named_modules() if module is body and name), "")
+    for path, module in body.named_modules():
+        name, weight = path.rsplit(".", 1)[-1], f"{outer}{path}.weight"
+        if name not in names:
+            continue
+        if not isinstance(module, nn.Linear | Conv1D) or any(True for _ in module.children()):
+            found[name] = "LoRA를 붙일 수 없는 모양의 층"
+        elif weight in disk.built:
+            found[name] = "파일의 tensor 여럿을 합치거나 나누어 만드는 층"
+        elif weight not in disk.entries or disk.entries[weight].name in shared:
+            found[name] = "다른 층과 가중치를 함께 쓰는 층"
+    return found
 
 
 def require_targets(model: nn.Module, targets: tuple[str, ...]) -> None:

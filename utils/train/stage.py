@@ -25,6 +25,7 @@ from utils.model.targets import (
     linear_names,
     peft_targets,
     require_targets,
+    unfit_names,
 )
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.process import n_processes
@@ -101,21 +102,20 @@ def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
     """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 쓸 수 없는 이름을 가린다.
 
     Raises:
-        UsageError: 모델에 없는 층이거나, 파일의 tensor 여럿을 합치거나 나누어 만들어 배워도 합칠 수 없는 층이다.
+        UsageError: 모델에 없는 층이거나, LoRA를 붙이지 못하거나 배워도 합칠 수 없는 층이다.
     """
     from transformers import AutoConfig
 
     empty = empty_model(AutoConfig.from_pretrained(settings.base_model, cache_dir=settings.cache_dir,
                                                    trust_remote_code=False))
     disk = diskmap.read(open_model_folder(hub.folder(settings.base_model, settings.cache_dir)))
-    built = {name.split(".")[-2] for name in disk.built if "." in name}
-    names = linear_names(empty) - built
-    targets = choose_targets(settings.lora_target_modules, config, names, attention_names(empty) - built)
-    unmergeable = [target for target in targets if target in built]
-    if unmergeable:
-        raise UsageError(f"파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 배워도 합칠 수 없다: "
-                         f"{', '.join(unmergeable)}. --lora_target_modules에 쓸 수 있는 이름: "
-                         f"{', '.join(sorted(names))}")
+    unfit = unfit_names(empty, disk)
+    names = linear_names(empty) - unfit.keys()
+    targets = choose_targets(settings.lora_target_modules, config, names, attention_names(empty) - unfit.keys())
+    refused = [target for target in targets if target in unfit]
+    if refused:
+        raise UsageError(f"{unfit[refused[0]]}이라 배워도 합칠 수 없다: {', '.join(refused)}. --lora_target_modules에 "
+                         f"쓸 수 있는 이름: {', '.join(sorted(names))}")
     require_targets(empty, targets)
     return targets
 
