@@ -53,10 +53,10 @@ class Proof:
         merge_onto: 합친 바탕(original, quantized).
         top1: 가장 높은 토큰이 쓰려던 것과 같은 비율.
         kl: 쓰려던 것과의 KL. 토큰당 평균 nat다.
-        kl_most: KL이 큰 토큰 십분의 일을 뺀 나머지의 평균. 반올림 탓에 전문가를 바꾸어 고르는 토큰이 드물게 있다.
         largest_gap: 쓰려던 것과의 logit 차이의 최댓값.
         base_loss, trained_loss, merged_loss: 답의 토큰의 평균 loss. 차례로 NF4로 올린 기반 모델, 배운 모델, 합친 모델.
         retained: 배운 개선 가운데 남은 몫. 개선이 거의 없으면 None이다.
+        kl_most: KL이 큰 토큰 십분의 일을 뺀 나머지의 평균. 반올림 탓에 전문가를 바꾸어 고르는 토큰이 드물게 있다.
     """
 
     prompts: int
@@ -66,12 +66,12 @@ class Proof:
     merge_onto: str
     top1: float
     kl: float
-    kl_most: float
     largest_gap: float
     base_loss: float
     trained_loss: float
     merged_loss: float
     retained: float | None
+    kl_most: float = 0.0
 
 
 def read_windows(job: Job) -> Windows:

@@ -16,9 +16,11 @@ from utils.model.folder import (
     ModelFolder,
     TensorEntry,
     read_safetensors_header,
+    text_config,
 )
 from utils.model.shards import DTYPES, read_rows, row_spans
 
+_TIED_NAMES = ("lm_head", "wte", "word_embeddings")  # embed로 시작하지 않는 입력과 출력 행렬의 이름
 _PREFIX = "base_model.model."
 _SAVED_BASE = ".base_layer.weight"  # 출력 행렬이나 embedding을 배우면 PEFT는 기반 모델의 것도 함께 담는다
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -120,6 +122,7 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         UsageError: 기반 모델에 그 층이 없거나, 모양이 다르거나, 묶인 embedding이거나, 다른 tensor를 합쳐 만드는 층이다.
     """
     matched = {}
+    tied = text_config(base.config).get("tie_word_embeddings", False)
     for module, update in updates.items():
         entry = disk.entries.get(f"{module}.weight")
         if f"{module}.weight" in disk.built:
@@ -130,7 +133,8 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         if entry.shape != update.shape or entry.dtype not in DTYPES:
             raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
                              f"어댑터 {list(update.shape)}. 어댑터를 배운 기반 모델을 적는다")
-        if entry.name in disk.shared:
+        leaf = module.rsplit(".", 1)[-1]
+        if entry.name in disk.shared or (tied and (leaf.startswith("embed") or leaf in _TIED_NAMES)):
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
     for saved in read_safetensors_header(adapter / ADAPTER_WEIGHTS):
