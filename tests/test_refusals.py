@@ -196,7 +196,7 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     tokenizer = build_tokenizer(tmp_path)
     made = []
     monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
-    inputs = SimpleNamespace(tokenizer=tokenizer, end_id=2, prompter=make_prompter("default", tokenizer),
+    inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
                              encoder=dataset.Encoder(tokenizer, 2), documents=documents([10], [5], 16),
                              held_out=np.arange(0))
     samples = results.Samples([], [])
