@@ -11,6 +11,7 @@ from conftest import load_script, run_script
 from tiny import build_tokenizer
 
 from utils import record
+from utils.data import dataset
 from utils.data.documents import Documents
 from utils.data.encoder import Encoder
 from utils.decode.decoder import Reply
@@ -203,7 +204,7 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
-                             encoder=Encoder(tokenizer, 2), documents=documents([10], [5], 16),
+                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10], [5], 16),
                              held_out=np.arange(0))
     samples = results.Samples([], [])
     problem = results.answer_samples(inputs, None, samples, seconds=60)
