@@ -114,7 +114,7 @@ STAGES = {"finetune-lora.py": "train", "merge-lora.py": "merge", "generate.py": 
 
 
 def call_script(capsys, name: str, *flags: str) -> str:
-    """스크립트의 단계를 이 프로세스에서 명령줄처럼 부르고, 표준 출력을 돌려준다. 프로세스를 새로 띄우는 것보다 빠르다."""
+    """스크립트의 단계를 이 프로세스에서 명령줄처럼 부르고, 표준 출력을 돌려준다. 새 프로세스보다 빠르다."""
     from utils import cli
 
     script = load_script(name)
