@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_script, run_script
+from conftest import ROOT, STAGES, load_script, run_script
 
 from utils import cli, environment
 from utils.model import folder
@@ -18,8 +18,6 @@ pytestmark = pytest.mark.quick
 
 DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md", ".github/CONTRIBUTING.md")),
         *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
-STAGES = {"finetune-lora.py": "train", "merge-lora.py": "merge", "generate.py": "serve",
-          "ko-datasets/download-koalpaca.py": "download"}
 SYSTEM_COMMANDS = {"conda", "nvidia-smi", "wsl", "sudo", "source", "ln", "set", "export", "chcp", "git", "python3"}
 FENCE = re.compile(r"^```(?:sh|bat|powershell)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # 글 속에 나오는 다른 도구(torchrun, accelerate, wsl)의 플래그

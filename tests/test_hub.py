@@ -26,18 +26,22 @@ NAME = "someone/no-such-thing"
 ROADS = """
 import json, sys
 from pathlib import Path
-from utils import cli, loader, merger, rows, talkmodel
+from utils import console
+from utils.data import rows
 from utils.errors import UsageError
-cli.hush_libraries()
+from utils.merge import job
+from utils.model import loader, tokenizer
+from utils.talk import source
+console.hush_libraries()
 name, adapter, with_data = sys.argv[1], sys.argv[2], sys.argv[3] == "data"
 cpu = loader.choose_device()
 roads = {
     "config": lambda: loader.load_config(name),
-    "tokenizer": lambda: loader.load_tokenizer(name),
+    "tokenizer": lambda: tokenizer.load_tokenizer(name),
     "base": lambda: loader.load_base(name, cpu),
-    "merge": lambda: merger.find_base(name, {}, {}, None),
-    "serve": lambda: talkmodel.find_source(name, None, print),
-    "serve adapter": lambda: talkmodel.find_source(None, adapter, print),
+    "merge": lambda: job.find_base(name, {}, {}, None),
+    "serve": lambda: source.find_source(name, None, print),
+    "serve adapter": lambda: source.find_source(None, adapter, print),
 }
 if with_data:
     roads["data"] = lambda: rows.load_hub(name)

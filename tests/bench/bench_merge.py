@@ -47,7 +47,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     start_ups, start_ups_cpu, idles = zip(*(measured(IMPORTS) for _ in range(options.repeats)), strict=True)
     start_up, start_up_cpu, idle = statistics.median(start_ups), statistics.median(start_ups_cpu), max(idles)
-    proof_idle = measured(f"{IMPORTS};from utils import proof; import datasets, accelerate, bitsandbytes.nn;"
+    proof_idle = measured(f"{IMPORTS};from utils.merge import proof; import datasets, accelerate, bitsandbytes.nn;"
                           "from transformers import GPTNeoXForCausalLM")[2]
     copies, copies_cpu, synced, merges, merges_cpu, merges_synced, peaks = [], [], [], [], [], [], []
     os.sync()

@@ -94,7 +94,7 @@ def test_each_answer_of_a_talk_ends_with_the_end_token(tmp_path, tokenizer, enco
 
 
 def test_long_row_is_cut_at_a_token_and_keeps_its_end_token(tmp_path, encoder):
-    path = write(tmp_path / "a.jsonl", [{"instruction": "가?", "output": "나 " * 500}, FORMS["output"]])
+    path = write(tmp_path / "a.jsonl", [{"instruction": "가?", "output": f"{word} " * 500} for word in "나다"])
     documents = load(path, encoder, CUTOFF)
     whole = load(path, encoder, 100_000)
     assert documents.n_cut == 2 and whole.n_cut == 0

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_script, run_script, write_rows
+from conftest import call_script, load_script, write_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import published_neox, rename_tensors, tiny_model
@@ -55,7 +55,7 @@ IDS = torch.arange(4, 36).view(2, 16)
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [(torch.float16, 3), (torch.float32, 1)])
-def test_published_neox_goes_the_whole_road(tmp_path, dtype, shards):
+def test_published_neox_goes_the_whole_road(tmp_path, dtype, shards, capsys):
     base = published_neox(tmp_path / "polyglot-ko-tiny", dtype, shards)
     run, merged = tmp_path / "run", tmp_path / "merged"
     for flags in (("finetune-lora.py", "--base_model", str(base), "--data_path", str(write_rows(tmp_path / "r.json")),
@@ -63,8 +63,7 @@ def test_published_neox_goes_the_whole_road(tmp_path, dtype, shards):
                    "--val_set_size", "20"),
                   ("merge-lora.py", "--peft_root", str(run), "--output_dir", str(merged)),
                   ("generate.py", "--base_model", str(merged), "--ask", "물은?")):
-        done = run_script(*flags)
-        assert done.returncode == 0, done.stdout + done.stderr
+        call_script(capsys, *flags)
     settings = json.loads((merged / "generation_config.json").read_text(encoding="utf-8"))
     assert settings["eos_token_id"] == json.loads((merged / "config.json").read_text())["eos_token_id"] == 2
     before, after = (open_model_folder(folder).tensors for folder in (base, merged))
@@ -194,7 +193,7 @@ def trained_loss(hard, report: dict) -> float:
     ((3.0, 1.0, 0.8), False),  # 원래 가중치가 배운 모델보다 낫다
 ])
 def test_a_tenth_of_the_gain_may_be_lost_silently(losses, warned):
-    report = proof.Proof(8, 100, "rows.json", None, "original", 1.0, 0.0, 0.0, *losses, retained=None)
+    report = proof.Proof(8, 100, "rows.json", None, "original", 1.0, 0.0, 0.0, 0.0, *losses, retained=None)
     assert bool(proof.warnings(report)) is warned
 
 

@@ -7,8 +7,6 @@ import pytest
 from utils.train.progress import MAX_LINES, Progress, Speed, clock, summary_lines, width
 from utils.train.state import TrainState
 
-pytestmark = pytest.mark.quick
-
 
 def play(steps: int) -> list[str]:
     """steps번 배우고 열 번에 한 번 검증하는 학습이 말한 줄들."""
