@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
+# pytest-xdist의 일꾼마다 100씩 떨어진 포트. 페이지는 잡힌 포트를 만나면 20개까지 옮겨 간다
+PORT = 7960 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 SETTINGS = [0.7, 0.9, 40, 256, 1.0, 0, None]  # 슬라이더 넷, 더 많은 설정 둘, seed
 
 
@@ -28,7 +30,7 @@ class Served:
 
 
 @contextmanager
-def serving(*flags: str, cwd: Path = ROOT, port: int = 7960) -> Iterator[Served]:
+def serving(*flags: str, cwd: Path = ROOT, port: int = PORT) -> Iterator[Served]:
     """generate.py로 페이지를 열고, 다 쓰면 닫는다."""
     command = [sys.executable, str(ROOT / "generate.py"), "--server_port", str(port), *flags]
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

@@ -6,7 +6,7 @@ import time
 import httpx
 import openai
 import pytest
-from serving import serving
+from serving import PORT, serving
 
 from utils.talk.api import _before_stop
 
@@ -112,7 +112,7 @@ def _try(client, **settings):
 
 
 def test_password_is_the_api_key(talk_run):
-    with serving("--peft_root", str(talk_run), "--api", "True", "--auth", "나:비밀 암호", port=7980) as served:
+    with serving("--peft_root", str(talk_run), "--api", "True", "--auth", "나:비밀 암호", port=PORT + 20) as served:
         key = "나:비밀 암호".encode().decode("latin-1")
         url = f"{served.url}/v1/models"
         assert httpx.get(url).status_code == 401

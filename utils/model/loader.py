@@ -136,10 +136,16 @@ def keep_nf4_layout(model) -> None:
 
 def _refuse_nan(model, base_model: str | Path) -> None:
     for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        values = parameter if state is None else (state.state2.absmax if state.nested else state.absmax)
-        if values.is_floating_point() and not torch.isfinite(values).all():
+        if not all(torch.isfinite(values).all() for values in _scales(parameter)):
             raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
+
+
+def _scales(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """NaN이 하나라도 있으면 NaN이 되는 값들. 4비트 가중치에서는 블록의 배율과, 배율을 다시 줄일 때 뺀 평균이다."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return (state.offset, state.state2.absmax) if state.nested else (state.absmax,)
+    return (parameter,) if parameter.is_floating_point() else ()
 
 
 def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:

@@ -1,0 +1,118 @@
+"""transformers의 forward 한 번: cache에 잇거나, 처음부터 하거나, CUDA graph로 한다. `read`로 읽고 `next`로 잇는다."""
+
+import torch
+from transformers import StaticCache
+
+PREFILL = 512  # 질문을 이만큼씩 나누어 읽어서 긴 질문도 메모리를 조금만 쓴다
+
+
+class EagerStep:
+    """forward를 그대로 부르는 단계. 줄의 길이가 다르면 왼쪽을 채운다.
+
+    왼쪽을 채우면 모든 줄의 마지막 토큰이 같은 열에 서므로 로짓을 한 열에서 읽고, 새 토큰도 한 열에 쓴다.
+    """
+
+    def __init__(self, forward, cache, device: torch.device):
+        self._forward, self._cache, self._device = forward, cache, device
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문들을 읽고 다음 토큰의 로짓 [rows, vocab]을 준다."""
+        ids, mask, positions = pad_left(questions, self._device)
+        padded = bool((mask == 0).any())
+        for begin in range(0, ids.shape[1], PREFILL):
+            part = slice(begin, begin + PREFILL)
+            seen = mask[:, : begin + PREFILL]
+            logits = self._forward(ids[:, part], positions[:, part], seen if padded else None, self._cache)
+        self._mask, self._position = mask if padded else None, positions[:, -1:]
+        return logits
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """줄마다 토큰 하나를 먹이고 그다음의 로짓 [rows, vocab]을 준다."""
+        self._position = self._position + 1
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        ids = torch.tensor(tokens, device=self._device)[:, None]
+        return self._forward(ids, self._position, self._mask, self._cache)
+
+
+class FreshStep:
+    """cache 없이 처음부터 다시 계산하는 단계. 한 줄만 받는다."""
+
+    def __init__(self, forward, device: torch.device):
+        self._forward, self._device = forward, device
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문을 읽고 다음 토큰의 로짓 [1, vocab]을 준다."""
+        self._ids = list(questions[0])
+        return self._again()
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """토큰 하나를 붙이고 그다음의 로짓 [1, vocab]을 준다."""
+        self._ids += tokens
+        return self._again()
+
+    def _again(self) -> torch.Tensor:
+        ids = torch.tensor([self._ids], device=self._device)
+        return self._forward(ids, torch.arange(ids.shape[1], device=self._device)[None], None, None)
+
+
+class CapturedStep:
+    """크기를 정해 둔 StaticCache와, 토큰 하나의 forward를 캡처한 CUDA graph.
+
+    Attributes:
+        rows, capacity: cache가 담는 줄과 토큰의 수.
+        adapter_on: 캡처할 때 어댑터가 켜져 있었는지.
+    """
+
+    adapter_on = True
+
+    def __init__(self, forward, config, device: torch.device, rows: int, capacity: int):
+        self.rows, self.capacity, self._forward, self._device = rows, capacity, forward, device
+        self._cache = StaticCache(config=config, max_cache_len=capacity)
+        self._ids, self._positions = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(2))
+        self._mask = torch.ones(rows, capacity, dtype=torch.long, device=device)
+        if device.type == "cuda":
+            self._capture()
+
+    def reset(self) -> None:
+        self._cache.reset()
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문들을 읽고 다음 토큰의 로짓 [질문의 수, vocab]을 준다. 모자라는 줄은 첫 질문으로 채운다."""
+        self._count = len(questions)
+        ids, mask, positions = pad_left(questions + questions[:1] * (self.rows - len(questions)), self._device)
+        self._mask.fill_(1)
+        self._mask[:, : ids.shape[1]] = mask
+        self._positions.copy_(positions[:, -1:])
+        for begin in range(0, ids.shape[1], PREFILL):
+            part = slice(begin, begin + PREFILL)
+            # mask를 함께 주어야 아직 쓰지 않은 cache의 0을 읽지 않는다
+            logits = self._forward(ids[:, part], positions[:, part], self._mask[:, : begin + PREFILL], self._cache)
+        return logits[: self._count]
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """줄마다 토큰 하나를 먹이고 그다음의 로짓 [질문의 수, vocab]을 준다."""
+        self._ids[: self._count, 0] = torch.tensor(tokens, device=self._device)
+        self._positions.add_(1)
+        self._graph.replay()
+        return self._logits[: self._count]
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._forward(self._ids, self._positions, self._mask, self._cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._forward(self._ids, self._positions, self._mask, self._cache)
+
+
+def pad_left(questions: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """질문들의 왼쪽을 채운 (토큰, mask, 위치), 모두 [질문의 수, 가장 긴 질문]."""
+    longest = max(map(len, questions))
+    ids = torch.tensor([[0] * (longest - len(question)) + question for question in questions])
+    mask = torch.tensor([[0] * (longest - len(question)) + [1] * len(question) for question in questions])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids.to(device), mask.to(device), positions.to(device)
