@@ -193,7 +193,9 @@ def trained_loss(hard, report: dict) -> float:
     ((3.0, 1.0, 0.8), False),  # 원래 가중치가 배운 모델보다 낫다
 ])
 def test_a_tenth_of_the_gain_may_be_lost_silently(losses, warned):
-    report = proof.Proof(8, 100, "rows.json", None, "original", 1.0, 0.0, 0.0, 0.0, *losses, retained=None)
+    names = ("base_loss", "trained_loss", "merged_loss")
+    report = proof.Proof(8, 100, "rows.json", None, "original", top1=1.0, kl=0.0, largest_gap=0.0, retained=None,
+                         **dict(zip(names, losses, strict=True)))
     assert bool(proof.warnings(report)) is warned
 
 
