@@ -140,7 +140,8 @@ def test_readme_opens_with_one_sentence_and_two_commands():
     assert lines[2].count("다.") == 1
     assert lines[4:8] == ["```sh", "python -m pip install -r requirements.txt && "
                           "python finetune-lora.py --num_train_epochs 3 --batch_size 4",
-                          "python -m pip install -r tests/requirements.txt && python -m pytest -n 2 --dist loadfile", "```"]
+                          "python -m pip install -r tests/requirements.txt && "
+                          "python -m pytest -n 2 --dist loadfile", "```"]
 
 
 def test_readme_names_every_top_level_file():
