@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from utils.data.rows import BadTurns, read_turns
+from utils.data.talks import BadTurns, read_turns
 from utils.errors import UsageError
 from utils.sampling import Sampling
 from utils.talk.answerer import Answer, Answerer, Busy
@@ -160,15 +160,15 @@ def _chat_ids(body: dict, answerer: Answerer) -> list[int]:
     """messages를 질문의 토큰으로 바꾼다. 차례와 role은 학습 데이터의 것과 똑같이 읽는다."""
     messages = body.get("messages")
     try:
-        turns, question = read_turns([_plain(message) for message in messages] if isinstance(messages, list) else None)
+        turns = read_turns([_plain(message) for message in messages] if isinstance(messages, list) else None)
     except BadTurns as error:
         raise UsageError(f"messages{error}") from None
-    if question is None:
+    if turns[-1].role != "user":
         raise UsageError("messages의 마지막은 user의 질문이어야 한다")
-    total = len(question) + sum(len(turn.question) + len(turn.answer) for turn in turns)
+    total = sum(len(turn.text) for turn in turns)
     if total > MAX_CHARS:
         raise UsageError(f"messages가 너무 길다: {total:,}글자. {MAX_CHARS:,}글자까지 받는다")
-    return answerer.ask(question, past=[(turn.question, turn.answer) for turn in turns])
+    return answerer.ask_talk(turns)
 
 
 def _plain(message: object) -> object:
