@@ -82,7 +82,7 @@ def require_reloadable(model) -> None:
 
 
 def _lost(found, name: str = "default") -> str:
-    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 tensor. 없으면 빈 글이다. `name`은 어댑터의 이름."""
+    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 어댑터 `name`의 tensor. 없으면 빈 글이다."""
     empty = sorted(key for key in found.missing_keys if is_learned(key) and name in key.split("."))
     for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
         if names:
