@@ -133,6 +133,8 @@ def test_max_tokens_0_only_reads(client, tokenizer):
     assert [len(choice["logprobs"]["tokens"]) for choice in reply["choices"]] == [len(ids), 5]
     assert reply["usage"] == {"prompt_tokens": len(ids) + 5, "completion_tokens": 0, "total_tokens": len(ids) + 5}
     assert reply["choices"][0]["text"] == CONTEXT
+    one = complete(client, ids[:1], max_tokens=0, echo=True, logprobs=1)["choices"][0]["logprobs"]
+    assert one["token_logprobs"] == [None] and one["top_logprobs"] == [None] and one["text_offset"] == [0]
     plain = complete(client, CONTEXT, max_tokens=0, echo=True)["choices"][0]
     assert plain["text"] == CONTEXT and plain["logprobs"] is None and plain["finish_reason"] == "length"
 

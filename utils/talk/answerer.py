@@ -149,7 +149,9 @@ class Answerer:
         reason = "length" if answer.read_only else self._decoder.finish_reason
         if answer.top is not None:
             answer.end_ids = [self._decoder.end_token] if reason == "stop" else []
-            answer.likelihood = self._decoder.likelihood(answer.input_ids + answer.ids + answer.end_ids, answer.top)
+            ids = answer.input_ids + answer.ids + answer.end_ids
+            if len(ids) > 1:  # 토큰 하나뿐이면 잴 것이 없다
+                answer.likelihood = self._decoder.likelihood(ids, answer.top)
         answer.finish_reason = reason  # 이것이 적히면 다 된 것이다
 
     def together(self, answers: Sequence[Answer]) -> None:
