@@ -222,6 +222,9 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
 
     quantize = None if inputs.device.device.type == "mps" else "4bit"
     base = loader.load_base(settings.base_model, inputs.device, quantize, settings.cache_dir)
+    if widths := loader.inexact_widths(base):
+        say(f"주의: bitsandbytes의 CPU 커널은 64의 배수가 아닌 폭({', '.join(map(str, widths))})의 4비트를 바르게 풀지 "
+            "못한다. 여기에서 배운 어댑터는 GPU에서 다른 답을 낸다")
     torch.manual_seed(settings.seed)
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
