@@ -20,11 +20,24 @@ QUESTION = [{"role": "user", "content": "딥러닝이 뭐야?"}]
 
 
 def ask(client, **extra):
-    return client.chat.completions.create(model="lite", messages=QUESTION, **{"max_tokens": 8, **extra})
+    return client.chat.completions.create(**{"model": "run", "messages": QUESTION, "max_tokens": 8, **extra})
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["run"]
+    assert [model.id for model in client.models.list()] == ["run", "base"]
+    assert client.models.retrieve("base").id == "base"
+
+
+def test_base_answers_without_the_adapter_and_an_unknown_name_is_404(client):
+    said = {name: client.chat.completions.create(model=name, messages=QUESTION, max_tokens=8, temperature=0)
+            for name in ("run", "base")}
+    assert {name: done.model for name, done in said.items()} == {"run": "run", "base": "base"}
+    assert said["run"].choices[0].message.content != said["base"].choices[0].message.content
+    for call in (lambda: ask(client, model="없다"), lambda: client.models.retrieve("none"),
+                 lambda: client.completions.create(model="lite", prompt="가")):
+        with pytest.raises(openai.NotFoundError, match="쓸 수 있는 이름: run, base") as error:
+            call()
+        assert error.value.code == "model_not_found"
 
 
 def test_chat_answers_and_counts(client):
@@ -49,11 +62,11 @@ def test_same_seed_same_answer(client):
 
 
 def test_completions_continue_text(client):
-    done = client.completions.create(model="lite", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
-    asked = client.chat.completions.create(model="lite", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
+    done = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
+    asked = client.chat.completions.create(model="run", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
                                            temperature=0)
     assert done.choices[0].text == asked.choices[0].message.content
-    chunks = client.completions.create(model="lite", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
+    chunks = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
                                        stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
 
@@ -77,7 +90,7 @@ def test_values_out_of_bounds(client, extra):
                                       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]])
 def test_bad_messages(client, messages):
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="lite", messages=messages)
+        client.chat.completions.create(model="run", messages=messages)
 
 
 def test_broken_json_and_foreign_origin(talk_server):
