@@ -139,7 +139,7 @@ def test_composing_hangul_never_sends(page):
     page.wait_for_timeout(400)
     assert page.locator("#chat .message-row").count() == 0
     keys.send("Input.insertText", {"text": "안녕"})
-    expect(question(page)).to_have_value("안녕")
+    assert question(page).input_value().strip() == "안녕"
     question(page).press("Enter")
     wait_answer(page)
     assert said(page, "user") == "안녕"

@@ -134,7 +134,9 @@ window.lite = (() => {
       // 한글을 조합하는 동안의 Enter는 글자를 마치는 것이지 보내는 것이 아니다
       for (const kind of ["keydown", "keypress"]) {
         document.addEventListener(kind, (event) => {
-          if (event.key === "Enter" && event.isComposing) event.stopImmediatePropagation();
+          if (event.key !== "Enter" || !event.isComposing) return;
+          event.stopImmediatePropagation();
+          if (kind === "keypress") event.preventDefault();
         }, true);
       }
       new MutationObserver(() => korean(document.body)).observe(document.body, { childList: true, subtree: true });
@@ -148,7 +150,7 @@ window.lite = (() => {
     },
     show,
     keep,
-    chosen: () => opened,
+    chosen: () => (({ id, system, model, said }) => ({ id, system, model, said }))(opened),
     remember(instruction, input, answer, status, other) {
       if (!answer) return;
       const question = !input ? instruction : /\{[^{}]*\}/.test(instruction)
