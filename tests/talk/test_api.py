@@ -7,8 +7,16 @@ import httpx
 import openai
 import pytest
 from serving import PORT, serving
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from utils.prompter import Turn
+from utils.sampling import Sampling
+from utils.talk import api
+from utils.talk.answerer import Answer
 from utils.talk.api import _before_stop
+from utils.talk.models import Choice, Models
+from utils.talk.source import find_source, load_answerer
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,31 @@ def test_stream_is_the_same_text(client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason in ("stop", "length") and chunks[-1].usage.completion_tokens >= 1
+
+
+TALK = [{"role": "system", "content": "짧게 답해."}, {"role": "user", "content": "하늘은?"},
+        {"role": "assistant", "content": "파랗다."}, {"role": "user", "content": "그럼 밤에는?"}]
+
+
+def test_a_whole_talk_reaches_the_model_as_training_builds_it(tiny_neox):
+    """openai의 클라이언트가 보낸 대화의 토큰은 `ask_talk`의 것이고, 답과 사용량과 씨앗도 직접 물은 것과 같다."""
+    answerer = load_answerer(find_source(str(tiny_neox), None, print), None, None, False, "default", print)
+    app = TestClient(Starlette(routes=api.routes(Models([Choice("tiny", answerer)]), None)))
+    near = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=app)
+    ids = answerer.ask_talk([Turn(message["role"], message["content"]) for message in TALK])
+    assert ids != answerer.ask("그럼 밤에는?") and "파랗다." in answerer.tokenizer.decode(ids)
+    direct = Answer(ids, Sampling(temperature=1.0, max_new_tokens=20, seed=3))
+    text = "".join(answerer.pieces(direct))
+    settings = {"model": "tiny", "messages": TALK, "max_tokens": 20, "temperature": 1, "seed": 3}
+    done = near.chat.completions.create(**settings)
+    assert done.choices[0].message.content == text
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(ids), len(direct.ids))
+    chunks = list(near.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
+    assert chunks[-1].usage == done.usage and not chunks[-1].choices and chunks[0].usage is None
+    stop = text[len(text) // 2 :][:2]
+    cut = near.chat.completions.create(**settings, stop=stop)
+    assert cut.choices[0].message.content == text[: text.index(stop)] and cut.choices[0].finish_reason == "stop"
 
 
 def test_same_seed_same_answer(client):

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from utils.data.encoder import require_known_ids
-from utils.decode.likelihood import Likelihood, token_logprobs
+from utils.decode.likelihood import Likelihood, measure
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
 from utils.engine.decode_engine import FastDecode, why_not
@@ -152,20 +152,20 @@ class Decoder:
             replies.append(Reply(answer[:-1] if stopped else answer, reason))
         return replies
 
-    def likelihood(self, ids: list[int], top: int = 0) -> Likelihood:
-        """주어진 글의 토큰마다의 로그 가능도. 마지막 `use_adapter`가 고른 모델의 forward로 잰다.
+    def likelihood(self, ids: list[int], top: int = 1) -> Likelihood:
+        """글의 둘째 토큰부터의 로그 가능도. 마지막 `use_adapter`가 고른 모델의 forward로 잰다.
 
         Raises:
-            UsageError: 글이 비었거나, 모델이 읽을 수 있는 길이를 넘거나, 모델이 모르는 토큰이 들어 있다.
+            UsageError: 글이 두 토큰이 되지 않거나, 모델이 읽을 수 있는 길이를 넘거나, 모델이 모르는 토큰이 들어 있다.
         """
-        if not ids:
-            raise UsageError("글이 비어 있다")
+        if len(ids) < 2:
+            raise UsageError(f"가능도를 재려면 글이 두 토큰 이상이어야 한다: {len(ids)}토큰")
         require_known_ids(ids, self.n_rows, self._tokenizer, "글")
         if len(ids) > self.context:
             raise UsageError(f"글이 너무 길다: {len(ids)}토큰. 이 모델은 {self.context}토큰까지 읽는다. 글을 줄인다")
         if hasattr(self._model, "disable_adapter_layers"):  # 커널의 엔진은 모델의 층을 끄지 않는다
             self._model.enable_adapter_layers() if self._adapter_on else self._model.disable_adapter_layers()
-        return token_logprobs(self._model, [ids], top)[0]
+        return measure(self._model, [(ids[:1], ids[1:])], max(1, top))[0]
 
     def _limit(self, input_ids: list[int], settings: Sampling) -> int:
         """답의 최대 토큰 수. 메모리가 모자라면 줄이고 `notice`에 적는다."""

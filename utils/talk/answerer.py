@@ -9,6 +9,7 @@ from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
+from utils.prompter import Turn
 from utils.sampling import Sampling
 from utils.talk.line import Line
 
@@ -96,6 +97,27 @@ class Answerer:
             tokens = self.encoder.encode_batch([turns])[0][0] if turns else []
             return self._fitting(tokens + self.encoder.encode_prompt(prompt))
 
+    def ask_talk(self, turns: Sequence[Turn]) -> list[int]:
+        """대화 전체의 토큰. 학습할 때와 똑같이 만든다. 마지막은 user의 질문이다.
+
+        Args:
+            turns: (있으면) system 하나, 그 뒤로 user와 assistant가 번갈아. `talks.read_turns`가 이 꼴을 준다.
+
+        Raises:
+            UsageError: 질문이 비었거나, 템플릿이 이 대화를 받지 않거나, 너무 길거나, 모델이 모르는 토큰이 나온다.
+        """
+        if not turns or turns[-1].role != "user":
+            raise UsageError("대화의 마지막은 user의 질문이어야 한다")
+        system, past, question = "", [], ""
+        for turn in turns:
+            if turn.role == "system":
+                system = f"{turn.text}\n\n"
+            elif turn.role == "user":
+                question, system = system + turn.text, ""
+            else:
+                past.append((question, turn.text))
+        return self.ask(question, turns[-1].input, past)
+
     def continue_text(self, text: str) -> list[int]:
         """템플릿 없이 이어 쓸 글의 토큰."""
         if not text.strip():
@@ -131,7 +153,9 @@ class Answerer:
         reason = "length" if answer.read_only else self._decoder.finish_reason
         if answer.top is not None:
             answer.end_ids = [self._decoder.end_token] if reason == "stop" else []
-            answer.likelihood = self._decoder.likelihood(answer.input_ids + answer.ids + answer.end_ids, answer.top)
+            ids = answer.input_ids + answer.ids + answer.end_ids
+            if len(ids) > 1:  # 토큰 하나뿐이면 잴 것이 없다
+                answer.likelihood = self._decoder.likelihood(ids, answer.top)
         answer.finish_reason = reason  # 이것이 적히면 다 된 것이다
 
     def together(self, answers: Sequence[Answer]) -> None:

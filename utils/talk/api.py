@@ -90,9 +90,11 @@ async def _complete(request: Request, models: Models, chat: bool) -> Response:
 
 async def _read_json(request: Request) -> object:
     try:
-        return await request.json()
+        body = await request.json()
+        json.dumps(body, ensure_ascii=False).encode("utf-8")  # 짝 없는 surrogate는 글자가 될 수 없다
     except (ValueError, RecursionError):
-        raise UsageError("본문이 올바른 JSON이 아니다") from None
+        raise UsageError("본문이 올바른 JSON이 아니거나 글자가 될 수 없는 값이 들어 있다") from None
+    return body
 
 
 async def _deltas(request: Request, answerer: Answerer, replies: list[Reply],

@@ -107,16 +107,14 @@ class Spelled:
         """
         answer, stream = reply.answer, TextStream(tokenizer, special=True)
         asked = len(answer.input_ids)
-        ids, found = answer.input_ids + answer.ids + answer.end_ids, answer.likelihood
+        ids = answer.input_ids + answer.ids + answer.end_ids
         text, tokens, end = "", [], None
         for place, token in enumerate(ids):
             if place == asked:
                 end = len(text)  # 여기부터 답이다
             if not echo and place < asked:
                 continue
-            measured = found is not None and place > 0
-            tokens.append(Token(token, len(text), found.logprobs[place - 1] if measured else None,
-                                found.top[place - 1] if measured else []))
+            tokens.append(Token(token, len(text), *_measured(answer, place)))
             text += "" if place >= asked + len(answer.ids) else stream.push(token)
         text += stream.flush()
         if reply.cut:
@@ -149,6 +147,15 @@ class Spelled:
 
     def _named(self, number: int, logprob: float | None) -> dict:
         return {"token": self.stream.name(number), "logprob": logprob, "bytes": list(self.stream.raw(number))}
+
+
+def _measured(answer: Answer, place: int) -> tuple[float | None, list[tuple[int, float]]]:
+    """`place`번째 토큰의 (로그 가능도, 그 자리의 그럴듯한 토큰들). 앞이 없는 첫 토큰은 재지 않는다."""
+    found = answer.likelihood
+    if found is None or place == 0:
+        return None, []
+    ids, scores = found.top_ids[place - 1].tolist(), found.top_logprobs[place - 1].tolist()
+    return float(found.logprobs[place - 1]), list(zip(ids, scores, strict=True))[: answer.top]
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.data.rows import BadTurns, read_turns
+from utils.data.talks import BadTurns, read_turns
 from utils.errors import UsageError
 from utils.sampling import Sampling
 from utils.talk.answerer import Answer, Answerer
@@ -115,24 +115,20 @@ def _chat_ids(body: dict, answerer: Answerer) -> list[int]:
     """messages를 질문의 토큰으로 바꾼다. 차례와 role은 학습 데이터의 것과 똑같이 읽는다."""
     messages = body.get("messages")
     try:
-        turns, question = read_turns([_plain(message) for message in messages] if isinstance(messages, list) else None)
+        turns = read_turns([_plain(message) for message in messages] if isinstance(messages, list) else None)
     except BadTurns as error:
         raise UsageError(f"messages{error}") from None
-    if question is None:
+    if turns[-1].role != "user":
         raise UsageError("messages의 마지막은 user의 질문이어야 한다")
-    _require_short("messages", len(question) + sum(len(turn.question) + len(turn.answer) for turn in turns))
-    return answerer.ask(question, past=[(turn.question, turn.answer) for turn in turns])
+    _require_short("messages", sum(len(turn.text) for turn in turns))
+    return answerer.ask_talk(turns)
 
 
 def _plain(message: object) -> object:
-    """OpenAI의 두 별명을 푼다: 글 조각의 목록으로 된 content와, system의 새 이름 developer."""
-    if not isinstance(message, dict):
-        return message
-    content, role = message.get("content"), message.get("role")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
-                                         and isinstance(part.get("text"), str) for part in content):
-        content = "".join(part["text"] for part in content)
-    return {**message, "content": content, "role": "system" if role == "developer" else role}
+    """OpenAI의 별명 하나를 푼다: system의 새 이름 developer. 학습 데이터에서는 읽지 않는 이름이다."""
+    if isinstance(message, dict) and message.get("role") == "developer":
+        return {**message, "role": "system"}
+    return message
 
 
 def _prompts(body: dict, answerer: Answerer) -> list[list[int]]:
