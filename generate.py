@@ -141,8 +141,9 @@ def print_scores(answerer, results, n: int) -> None:
 def open_page(models, title: str, results, access) -> None:
     """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
     from utils.talk import page
+    from utils.talk.runs import Runs
 
-    blocks = page.build(models, title, results)
+    blocks = page.build(models, title, results, Runs() if access.is_private else None)
     local, shared = page.launch(blocks, models, access)
     console.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
     if shared:

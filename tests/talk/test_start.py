@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import threading
@@ -57,8 +58,8 @@ def wait(runs, name: str, until, seconds: float = 240):
 def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
     order = Order.checked(**GOOD)
     plan = runs.check(order)
-    for part in ("찾은 것", "계획: ", " step(", "걸리는 시간: "):
-        assert part in plan, plan
+    places = [plan.find(part) for part in ("데이터: ", "계획: ", " step(", "걸리는 시간: ", "찾은 것")]
+    assert places == sorted(places) and places[0] == 0, plan
     assert not runs.home.exists(), "검사는 아무것도 만들지 않는다"
 
     refused = []
@@ -112,6 +113,55 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
     assert talk["visible"] and talk["value"] == shown_command(words)
     assert find_source(None, words[-1], print).adapter.resolve() == folder
     assert "약" in reopened._time_line("블록: 1,000개 x 1024 토큰(채움 90.0%)", order)
+
+
+@pytest.mark.quick
+def test_the_tab_is_there_only_on_this_machine(runs, lab):
+    """다른 컴퓨터에서 들어올 수 있으면 탭도, 그 함수들도 없다."""
+    from utils.talk.page import Access, Results, build
+    from utils.talk.source import find_sources, load_models
+
+    models = load_models(find_sources("resources/tiny", [], print), None, None, False, None, print)
+    sizes = {}
+    for opened in (None, runs):
+        config = build(models, "tiny", Results(), opened).get_config_file()
+        ids = {component["props"].get("elem_id") for component in config["components"]}
+        assert ("start-go" in ids) is (opened is not None)
+        sizes[opened] = len(config["dependencies"])
+    assert sizes[None] < sizes[runs]
+    assert Access().is_private and Access(server_name="localhost", auth="a:b").is_private
+    for reachable in (Access(share=True), Access(server_name="0.0.0.0"), Access(server_name="192.168.0.2")):
+        assert not reachable.is_private
+
+
+@pytest.mark.slow
+def test_a_browser_starts_follows_and_stops(lab, browser):
+    """보이는 명령, 두 번 누른 시작, 살아 있는 진행, 닫았다 연 브라우저, 멈추기."""
+    from playwright.sync_api import expect
+    from serving import PORT, serving
+
+    with serving("--base_model", "resources/tiny", cwd=lab, port=PORT + 40) as served:
+        page = browser.new_page(locale="ko-KR")
+
+        def open_tab():
+            page.goto(served.url)
+            page.get_by_role("tab", name="학습하기").click()
+            expect(page.locator("#start-command textarea")).to_have_value(re.compile("--data_path rows.json"),
+                                                                          timeout=60_000)
+        open_tab()
+        page.locator("#start-epochs input").fill("60")
+        page.locator("#start-epochs input").press("Tab")
+        expect(page.locator("#start-command textarea")).to_have_value(re.compile("--num_train_epochs 60"))
+        page.locator("#start-check").click()
+        expect(page.locator("#start-plan textarea")).to_have_value(re.compile("계획: "), timeout=120_000)
+        page.locator("#start-go").dblclick()
+        status = page.locator("#start-status textarea")
+        expect(status).to_have_value(re.compile(r"\d+/\d+ step · loss .* 남은 시간"), timeout=120_000)
+        open_tab()
+        expect(status).to_have_value(re.compile("학습하는 중"), timeout=30_000)
+        page.locator("#start-stop").click()
+        expect(status).to_have_value(re.compile("멈췄어요|끝났어요"), timeout=120_000)
+        assert len(list((lab / "train").glob("lora-*"))) == 1
 
 
 @pytest.mark.quick

@@ -62,7 +62,7 @@ class Order:
 
 def data_files() -> list[str]:
     """고를 수 있는 데이터 파일들."""
-    found = [file for where in DATA_FOLDERS for root in _roots() for file in sorted((root / where).glob("*"))
+    found = [file for root in _roots() for where in DATA_FOLDERS for file in sorted((root / where).glob("*"))
              if file.suffix.lower() in READERS and file.is_file() and file.name != "requirements.txt"]
     return list(dict.fromkeys(map(short, found)))
 

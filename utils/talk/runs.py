@@ -99,7 +99,10 @@ class Runs:
         if done.returncode:
             raise UsageError(_last_line(done.stderr) or f"검사가 종료 코드 {done.returncode}로 끝났다")
         text = printable(done.stdout.strip())
-        return f"{text}\n{self._time_line(text, order)}"
+        found, mark, plan = text.rpartition("\n데이터: ")
+        if not mark or "\n계획: " not in plan:
+            return text
+        return f"데이터: {plan}\n{self._time_line(plan, order)}\n\n{found}"  # 시작하면 무엇을 할지가 먼저 보인다
 
     def _time_line(self, plan: str, order: Order) -> str:
         """같은 기반 모델로 배운 가장 새 기록의 속도로 어림한 시간."""
