@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from utils.data.encoder import make_encoder
+from utils.data.encoder import Encoder
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
-from utils.prompter import Turn
+from utils.prompter import CHAT, Turn
 from utils.sampling import Sampling
+from utils.turns import as_talk
 
 WAITING = 8
 REFRESH = 0.04  # 화면을 고치는 간격(초). 이보다 빨라도 눈에는 같다
@@ -65,7 +66,7 @@ class Answerer:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.end_id = end_id
-        self.encoder = make_encoder(tokenizer, prompter, end_id, decoder.n_rows)
+        self.encoder = Encoder(tokenizer, end_id, decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
         self._changed = threading.Condition()
@@ -85,13 +86,7 @@ class Answerer:
         Raises:
             UsageError: 질문이 비었거나, 답할 자리가 남지 않을 만큼 길거나, 모델이 모르는 토큰이 나온다.
         """
-        if not instruction.strip():
-            raise UsageError("질문이 비어 있다. 질문을 적는다")
-        turns = [self.prompter.pieces(question, "", answer) for question, answer in past or []]
-        prompt, _ = self.prompter.pieces(instruction, input, "")
-        with self._encoding:
-            tokens = self.encoder.encode_batch([turns])[0][0] if turns else []
-            return self._fitting(tokens + self.encoder.encode_prompt(prompt))
+        return self.ask_talk(as_talk(instruction, input, past or ()))
 
     def ask_talk(self, turns: Sequence[Turn]) -> list[int]:
         """대화 전체의 토큰. 학습할 때와 똑같이 만든다. 마지막은 user의 질문이다.
@@ -104,22 +99,17 @@ class Answerer:
         """
         if not turns or turns[-1].role != "user":
             raise UsageError("대화의 마지막은 user의 질문이어야 한다")
-        system, past, question = "", [], ""
-        for turn in turns:
-            if turn.role == "system":
-                system = f"{turn.text}\n\n"
-            elif turn.role == "user":
-                question, system = system + turn.text, ""
-            else:
-                past.append((question, turn.text))
-        return self.ask(question, turns[-1].input, past)
+        if not turns[-1].text.strip():
+            raise UsageError("질문이 비어 있다. 질문을 적는다")
+        with self._encoding:
+            return self._fitting(self.encoder.encode_asked(self.prompter.talk(turns)[0]))
 
     def continue_text(self, text: str) -> list[int]:
         """템플릿 없이 이어 쓸 글의 토큰."""
         if not text.strip():
             raise UsageError("이어 쓸 글이 비어 있다")
         with self._encoding:
-            return self._fitting(self.encoder.encode_prompt(text))
+            return self._fitting(self.encoder.encode_prompt(text, special=self.prompter.name == CHAT))
 
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""
