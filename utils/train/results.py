@@ -18,6 +18,7 @@ from utils.sampling import GREEDY
 from utils.train import progress
 from utils.train.records import Plan, Result, Settings
 from utils.train.stage import Inputs
+from utils.turns import as_talk
 
 N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다
 MAX_SAMPLES = 64
@@ -129,8 +130,8 @@ def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
     """
     examples = []
     for instruction, context in EXAMPLES:
-        prompt, _ = inputs.prompter.pieces(instruction, context, "")
-        examples.append(({"question": fill_placeholder(instruction, context)}, inputs.encoder.encode_prompt(prompt)))
+        asked = inputs.encoder.encode_asked(inputs.prompter.talk(as_talk(instruction, context))[0])
+        examples.append(({"question": fill_placeholder(instruction, context)}, asked))
     asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
     decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + GREEDY.max_new_tokens)
     held_out = questions_of(inputs)

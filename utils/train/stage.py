@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from utils import hub
 from utils.data import blocks, dataset
 from utils.data import check as data_check
-from utils.data.encoder import Encoder, make_encoder
+from utils.data.encoder import Encoder
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -27,7 +27,7 @@ from utils.model.targets import (
     require_targets,
     unfit_names,
 )
-from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.process import n_processes
 from utils.prompter import make_prompter
 from utils.train import planner, tracking
@@ -148,10 +148,10 @@ def read_data(settings: Settings, say: Callable[[str], None], skip_bad: bool = F
         UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다. 모델의 embedding에 없는 토큰이 나온다.
     """
     tokenizer = load_tokenizer(settings.base_model, settings.cache_dir)
-    end_id = end_token_id(tokenizer)
     prompter = make_prompter(settings.prompt_template, tokenizer)
+    end_id = answer_end_id(tokenizer, prompter)
     n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
-    encoder = make_encoder(tokenizer, prompter, end_id, n_rows)
+    encoder = Encoder(tokenizer, end_id, n_rows)
     with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
         documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
                                            settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)
