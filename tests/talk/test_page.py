@@ -174,7 +174,11 @@ def test_words_stand_out_from_their_ground(opened):
             expect(opened.locator("#chips button").first).to_contain_text("더하기", timeout=30_000)
         for name in TABS:
             show_tab(opened, name)
-            opened.wait_for_timeout(400)
+            if name == "얼마나 배웠나":
+                wait_status(opened, "검증 질문|쟀어요", "learned-status")
+            if name == "학습 기록":
+                expect(opened.locator("#curves img")).to_be_visible(timeout=60_000)
+            opened.wait_for_timeout(300)
             weak = opened.evaluate(CONTRAST)
             assert not weak, (dark, name, weak)
     opened.locator("#theme-button").click()
@@ -208,9 +212,9 @@ def test_busy_line_says_so_in_korean_and_disconnects_free_the_card(talk_server):
         thread.start()
     for thread in threads:
         thread.join()
-    assert any(shown and "바빠요" in str(shown[1]) for shown in results)
+    assert any(shown and "바빠요" in shown[1] for shown in results)
     shown = Visitor(talk_server.url, number).ask("이제 내 차례", settings=[0, *SETTINGS[1:3], 2, *SETTINGS[4:]])
-    assert re.search(DONE, str(shown[1])), shown
+    assert re.search(DONE, shown[1]), shown
 
 
 @pytest.mark.parametrize("values", [
@@ -227,7 +231,7 @@ def test_the_server_checks_what_the_browser_should_have(talk_server, values):
             text = "".join(response.iter_text())
         assert "토큰/초" not in text
     shown = Visitor(talk_server.url, number).ask("멀쩡한 질문", settings=[0, *SETTINGS[1:3], 2, *SETTINGS[4:]])
-    assert re.search(DONE, str(shown[1]))
+    assert re.search(DONE, shown[1])
 
 
 def test_only_one_port_is_open_and_only_to_this_machine(talk_server):
