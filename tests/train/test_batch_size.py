@@ -5,7 +5,7 @@ import pytest
 from conftest import train_settings
 
 from utils.data.blocks import pack
-from utils.train.batch_size import DEFAULT_BATCH, ENOUGH_STEPS, MIN_BLOCK, batch_lines, choose_batch
+from utils.train.batch_size import DEFAULT_BATCH, ENOUGH_STEPS, batch_lines, choose_batch
 
 pytestmark = pytest.mark.quick
 
@@ -28,14 +28,15 @@ def test_few_rows_get_more_and_smaller_steps(rows):
         assert (batch.size, batch.block_len) == (DEFAULT_BATCH, 1024)
     else:
         assert batch.steps >= min(ENOUGH_STEPS, 3 * rows / 2)  # 적어도 두 행마다 한 번은 고친다
-        assert batch.size < DEFAULT_BATCH and batch.block_len >= max(MIN_BLOCK, lengths.max())
+        assert batch.size < DEFAULT_BATCH and batch.room <= batch.block_len >= lengths.max()
         assert batch.block_len == 1024 or batch.size == 1  # 블록은 batch를 다 줄인 다음에 줄인다
 
 
-def test_the_whole_row_always_fits_in_a_block():
+def test_one_long_row_does_not_keep_the_others_from_many_steps():
     lengths = np.append(lengths_of(30), 700)
-    assert choose(lengths)[1].block_len == 1024
-    assert choose(lengths, cutoff_len=64)[1].block_len == 64
+    batch = choose(lengths)[1]
+    assert 700 <= batch.block_len < 1024 and batch.room < 100 and batch.steps > 45
+    assert choose(np.minimum(lengths, 64), cutoff_len=64)[1].block_len == 64
 
 
 @pytest.mark.parametrize("world, micro", [(1, None), (2, None), (3, None), (1, 5), (2, 4), (1, 32)])
@@ -49,7 +50,7 @@ def test_what_was_chosen_is_said_with_the_reason():
     lengths = lengths_of(60)
     settings, batch = choose(lengths)
     (line,) = batch_lines(settings, batch, lengths, int(lengths.max()), 1)
-    assert f"{batch.steps} step" in line and f"{batch.block_len}토큰" in line and "--batch_size" in line
+    assert f"{batch.steps} step" in line and f"{batch.room}토큰" in line and "--batch_size" in line
 
 
 def test_a_batch_that_was_given_is_kept_and_the_warning_has_a_command(monkeypatch, tmp_path):

@@ -159,8 +159,8 @@ def describe(settings: Settings, inputs) -> dict:
     }
 
 
-def earlier_batch(settings: Settings) -> tuple[int, int] | None:
-    """이어 갈 실행의 (batch, 블록의 길이). 새로 시작하거나 이어 갈 것이 없으면 None이다.
+def earlier_batch(settings: Settings) -> tuple[int, int, int] | None:
+    """이어 갈 실행의 (batch, 블록의 길이, 담는 양). 새로 시작하거나 이어 갈 것이 없으면 None이다.
 
     스스로 고른 batch는 epoch의 수에 따라 달라지므로, 더 배우려고 이어 가도 처음에 고른 것을 쓴다.
     """
@@ -170,15 +170,15 @@ def earlier_batch(settings: Settings) -> tuple[int, int] | None:
     last = checkpoint.newest_valid(Path(settings.output_dir)) if asked is True else Path(asked)
     found = ((files.read_manifest(last) or {}) if last else {}).get("run", {}).get("batch_size", {}).get("id")
     if isinstance(found, int):
-        return found, settings.cutoff_len
-    return tuple(found) if isinstance(found, list) and len(found) == 2 else None
+        return found, settings.cutoff_len, settings.cutoff_len
+    return tuple(found) if isinstance(found, list) and len(found) == 3 else None
 
 
 def _batch_fact(batch, cutoff_len: int) -> dict:
-    """batch의 조건. 블록이 cutoff_len이면 수 하나이고, 짧으면 (batch, 블록의 길이)다."""
-    if batch.block_len == cutoff_len:
+    """batch의 조건. 블록을 cutoff_len까지 채우면 수 하나이고, 아니면 (batch, 블록의 길이, 담는 양)이다."""
+    if batch.room == cutoff_len:
         return _fact(batch.size)
-    return _fact(f"{batch.size} x {batch.block_len}토큰", [batch.size, batch.block_len])
+    return _fact(f"{batch.size} x {batch.room}토큰", [batch.size, batch.block_len, batch.room])
 
 
 def differences(old: dict, new: dict) -> list[str]:

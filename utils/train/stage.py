@@ -96,7 +96,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
         say(line)
 
     def packed(members: np.ndarray, train_on_inputs: bool) -> blocks.PackedDataset:
-        return blocks.PackedDataset(documents, members, batch.block_len, read.end_id, train_on_inputs, settings.seed)
+        return blocks.PackedDataset(documents, members, batch.block_len, read.end_id, train_on_inputs, settings.seed,
+                                     batch.room)
 
     end_ids = end_token_ids(read.tokenizer, hub.folder(settings.base_model, settings.cache_dir))
     train_set = packed(chosen, settings.train_on_inputs)
