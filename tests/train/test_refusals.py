@@ -201,17 +201,17 @@ class Failing:
                                           (KeyboardInterrupt(), "Ctrl+C")])
 def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     tokenizer = build_tokenizer(tmp_path)
-    made = []
+    made, samples, said = [], [], []
     monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
-                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10], [5], 16),
-                             held_out=np.arange(0))
-    samples = results.Samples([], [])
-    problem = results.answer_samples(inputs, None, samples, seconds=60)
+                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10] * 9, [5] * 9, 16),
+                             held_out=np.arange(9))
+    problem = results.answer_samples(SimpleNamespace(data_path="faq.csv"), inputs, None, samples, 60, said.append)
     assert named in problem and "\n" not in problem
-    assert len(samples.examples) == 3 and all("tuned" in sample and "base" in sample for sample in samples.examples)
-    assert record.write_samples(tmp_path, samples.examples).is_file()
+    assert len(samples) == results.N_COMPARED and all("tuned" in sample and "base" in sample for sample in samples)
+    assert record.write_samples(tmp_path, samples).is_file()
     assert 256 < made[0] < 1024
+    assert "검증 질문 9개" in said[0] and "Ctrl+C" in said[0]
 
 
 def test_samples_do_not_size_the_cache_by_the_context(tmp_path):

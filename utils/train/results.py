@@ -1,8 +1,10 @@
 """학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, README.md, 그리고 samples.md에 남길 시험 답."""
 
+import contextlib
 import platform
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +30,7 @@ N_SHOWN = 3  # 콘솔에 보이는 질문의 수
 MAX_SAMPLES = 64
 GROUP = 16  # 한꺼번에 답하는 질문의 수
 SAMPLE_SECONDS, SAMPLE_SHARE = 60.0, 0.1  # 답을 만드는 시간은 이 초와, 학습한 시간의 이 몫 가운데 큰 쪽까지다
-SAY_EVERY = 3.0  # 답하는 동안 이만큼(초) 지날 때마다 어디까지 했는지 말한다
+SAY_EVERY = 5.0  # 답하는 동안 이만큼(초)마다 어디까지 했는지 말한다
 EXAMPLE, HELD_OUT, TRAINED = "예시 질문", "검증 질문", "학습에 쓴 질문"
 
 
@@ -165,15 +167,31 @@ def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: list[dict],
     total = sum(len(group) for _, group in groups)
     say(f"\n{asked[-1].sample['kind']} {len(asked)}개에 답해 본다(길어야 {seconds:.0f}초). Ctrl+C를 누르면 답만 "
         "그만두고, 어댑터와 기록은 그대로 남는다")
-    done, said = 0, time.perf_counter()
-    for name, group in groups:
-        answer(decoder, inputs, group, name, until)
-        if name == "tuned":
-            samples.extend(one.sample for one in group if name in one.sample)
-        done += len(group)
-        if time.perf_counter() - said > SAY_EVERY and time.perf_counter() < until:
-            said = time.perf_counter()
-            say(f"  답 {done}/{total}개, 길어야 {until - said:.0f}초 남았다")
+    finished: list[Asked] = []
+    with telling(say, lambda: f"  답 {len(finished)}/{total}개, 길어야 {until - time.perf_counter():.0f}초 남았다"):
+        for name, group in groups:
+            answer(decoder, inputs, group, name, until)
+            finished += group
+            if name == "tuned":
+                samples.extend(one.sample for one in group if name in one.sample)
+
+
+@contextlib.contextmanager
+def telling(say: Callable[[str], None], line: Callable[[], str]) -> Iterator[None]:
+    """`with` 안에 있는 동안 `SAY_EVERY`초마다 `line()`을 말한다. 여럿이 함께 답하는 동안에도 멈춘 것처럼 보이지 않는다."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(SAY_EVERY):
+            say(line())
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def answer(decoder: Decoder, inputs: Inputs, group: list[Asked], name: str, until: float) -> None:
