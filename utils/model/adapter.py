@@ -54,11 +54,32 @@ def load_adapter(model, adapter: Path):
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({first_line(error)}). {advice}") from None
+    lost = _lost(found)
+    if lost:
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {lost}. {advice}")
+    return tuned
+
+
+def require_reloadable(model) -> None:
+    """지금 저장할 어댑터가 같은 모델에 다시 얹히는지 본다. 이름을 바꾸어 저장하는 구조가 있다. 값은 바뀌지 않는다.
+
+    Raises:
+        UsageError: 자리를 잃는 tensor가 있다.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    lost = _lost(set_peft_model_state_dict(model, get_peft_model_state_dict(model)))
+    if lost:
+        raise UsageError(f"이 모델의 어댑터는 다시 얹지 못한다: {lost}. --lora_target_modules로 다른 층을 고른다")
+
+
+def _lost(found) -> str:
+    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 어댑터의 tensor. 없으면 빈 글이다."""
     empty = sorted(name for name in found.missing_keys if is_learned(name))
     for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
         if names:
-            raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {names[0]}(모두 {len(names)}개)가 {said}. {advice}")
-    return tuned
+            return f"{names[0]}(모두 {len(names)}개)가 {said}"
+    return ""
 
 
 def is_learned(name: str) -> bool:
