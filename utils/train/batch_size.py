@@ -83,8 +83,8 @@ def batch_lines(settings: Settings, batch: BatchSize, lengths: np.ndarray, longe
                                      settings.num_train_epochs).steps
         if batch.steps > usual:
             lines.append(f"batch: 데이터가 적어 {DEFAULT_BATCH}블록씩 배우면 {usual} step뿐이다. 한 번에 "
-                         f"{batch.size}블록(블록마다 {batch.room}토큰까지)으로 줄여 {batch.steps} step을 배운다. 직접 정하려면 "
-                         "--batch_size를 적는다")
+                         f"{batch.size}블록(블록마다 {batch.room}토큰까지)으로 줄여 {batch.steps} step을 배운다. "
+                         "직접 정하려면 --batch_size를 적는다")
     if batch.steps >= FEW_STEPS:
         return lines
     warning = f"주의: 모두 {batch.steps} step뿐이라 조금밖에 배우지 못한다"

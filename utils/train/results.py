@@ -178,7 +178,7 @@ def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: list[dict],
 
 @contextlib.contextmanager
 def telling(say: Callable[[str], None], line: Callable[[], str]) -> Iterator[None]:
-    """`with` 안에 있는 동안 `SAY_EVERY`초마다 `line()`을 말한다. 여럿이 함께 답하는 동안에도 멈춘 것처럼 보이지 않는다."""
+    """`with` 안에 있는 동안 `SAY_EVERY`초마다 `line()`을 말한다. 여럿이 함께 답하는 동안에도 멈춘 듯 보이지 않는다."""
     ended = threading.Event()
 
     def tell() -> None:
