@@ -1,4 +1,4 @@
-"""경로의 규칙: 옮겨진 저장소에서도 기반 모델을 찾고, 폴더의 이름을 hub id로 여기지 않고, Windows의 경로도 같은 뜻이다."""
+"""경로의 규칙: 옮겨진 저장소에서도 기반 모델을 찾고, 폴더의 이름을 hub id로 여기지 않는다. Windows의 경로도 같다."""
 
 from pathlib import Path, PureWindowsPath
 

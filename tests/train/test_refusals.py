@@ -59,7 +59,8 @@ def test_model_that_also_sees_learns_in_its_text_part_only(tmp_path, tiny_data):
     done = run_script("finetune-lora.py", "--base_model", str(base), "--data_path", str(tiny_data), "--output_dir",
                       str(run), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "손실은 조각으로" in done.stdout and "다른 길을 쓴다" not in done.stdout
+    path = json.loads((run / "run.json").read_text(encoding="utf-8"))["path"]
+    assert "손실은 조각으로" in path and path not in done.stdout and "다른 길을 쓴다" not in done.stdout
     from safetensors import safe_open
 
     with safe_open(run / "adapter_model.safetensors", "pt") as file:

@@ -162,6 +162,8 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     for source, prompter, name in zip(sources, prompters, _peft_names(sources), strict=True):
         decoder = Decoder(model, tokenizer, find_ends(source, tokenizer), adapter=name if len(sources) > 1 else None)
         detail(f"계산: {decoder.path}")
+        if device.device.type == "cuda" and not decoder.is_fast:
+            say("이 모델에는 전용 커널을 쓸 수 없어 더 느리게 답한다. 답은 같다(이유: --verbose True)")
         answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
     say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
     return answerers
