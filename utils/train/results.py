@@ -47,9 +47,9 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         report.draw_curves([(folder.name, run)], folder / record.CURVES_FILE)
         adapter_card.write(settings, run)
         record.write_samples(folder, [])
-    say("\n결과")
-    for line in progress.summary_lines(run):
-        say(line)
+        say("\n결과")
+        for line in progress.summary_lines(run):
+            say(line)
     if result.sharded:  # 나뉜 모델로는 답하지 않는다
         return
     samples: list[dict] = []
