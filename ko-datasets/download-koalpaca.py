@@ -21,7 +21,8 @@ def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str 
         output: 쓸 파일. 다 쓴 뒤에야 이 이름으로 나타난다.
         cache_dir: 받은 원본을 둘 폴더.
     """
-    from utils.data.rows import END_TOKEN, read_rows, segmenter
+    from utils.data.rows import read_rows, segmenter
+    from utils.data.texts import END_TOKEN
     from utils.files import staged_file
     from utils.prompter import Prompter
 

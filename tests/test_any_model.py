@@ -126,8 +126,13 @@ def test_layers_built_from_several_tensors_are_not_trained(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("kind", ["openai-gpt", "minimax"])
+@pytest.mark.parametrize("kind", ["openai-gpt", "minimax", "moshi"])
 def test_a_model_without_a_usable_cache_answers_as_transformers_does(kind, tmp_path):
-    """cache를 받지 않는 구조와 제 cache만 받는 구조."""
+    """cache를 받지 않는 구조, 제 cache만 받는 구조, 창을 설정에만 적고 mask에는 두지 않은 구조."""
     road = walk(tiny(kind, tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=0)
     assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+
+
+def test_an_adapter_that_cannot_be_loaded_again_is_not_trained(tmp_path):
+    road = walk(tiny("inkling2_text", tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=0)
+    assert road.outcome == "refused_check" and "다시 얹지 못한다" in road.note, f"{road.note}\n{road.said}"

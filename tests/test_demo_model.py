@@ -13,7 +13,7 @@ from conftest import ROOT, run_script
 from safetensors import safe_open
 
 from utils import record
-from utils.data.rows import END_TOKEN
+from utils.data.texts import END_TOKEN
 from utils.model.loader import Device, load_base
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.paths import BASE_DEMO

@@ -9,7 +9,8 @@ from collections import defaultdict
 import pytest
 from conftest import ROOT
 
-from utils.data.rows import END_TOKEN, read_rows
+from utils.data.rows import read_rows
+from utils.data.texts import END_TOKEN
 from utils.prompter import Prompter
 
 pytestmark = pytest.mark.quick

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from utils.errors import UsageError
+from utils.turns import Turn as Turn
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 CHAT = "chat"

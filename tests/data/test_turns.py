@@ -48,7 +48,7 @@ BAD = {
     "weight bool": [say("user", "가?"), say("assistant", "나", weight=False)],
     "weight of user": [say("user", "가?", weight=0), say("assistant", "나")],
     "no weight left": [say("user", "가?"), say("assistant", "나", weight=0)],
-    "parts": [say("user", [{"type": "text", "text": "가?"}]), say("assistant", "나")],
+    "parts": [say("user", [{"type": "image_url", "image_url": {"url": "x"}}]), say("assistant", "나")],
     "number": [say("user", 3), say("assistant", "나")],
     "no role": [{"content": "가?"}, say("assistant", "나")],
     "text": "가? 나",
@@ -152,11 +152,12 @@ def test_the_check_says_which_rows_hold_an_answer_that_is_not_learned(tmp_path, 
 
 @pytest.fixture(scope="module")
 def client(tiny_neox):
+    from utils.talk.models import Choice, Models
     from utils.talk.source import find_source, load_answerer
 
     source = find_source(str(tiny_neox), None, print)
     answerer = load_answerer(source, None, None, False, "default", print)
-    return TestClient(Starlette(routes=api.routes(answerer, "lite", None)))
+    return TestClient(Starlette(routes=api.routes(Models([Choice("lite", answerer)]), None)))
 
 
 def ask(client, messages):
@@ -164,7 +165,7 @@ def ask(client, messages):
 
 
 @pytest.mark.parametrize("name", [name for name in [*BAD, *EMPTY] if "weight" not in name and name not in (
-    "developer", "parts", "question last", "only user")])
+    "developer", "question last", "only user")])
 def test_the_api_refuses_the_same_talks(client, name):
     reply = ask(client, {**BAD, **EMPTY}[name])
     assert reply.status_code == 400 and reply.json()["error"]["message"].startswith("messages"), reply.text

@@ -19,7 +19,8 @@ from utils.model.loader import Device
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
 from utils.sampling import Sampling
-from utils.talk.answerer import WAITING, Answer, Answerer, Busy, describe
+from utils.talk.answerer import Answer, Answerer, describe
+from utils.talk.line import WAITING, Busy
 from utils.talk.page import free_port
 from utils.talk.source import choose_prompter, find_source
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.readers import END_TOKEN, detect_encoding
-from utils.data.rows import BadTurns, Pieces, Unlearned, compose
+from utils.data.readers import detect_encoding
+from utils.data.rows import Pieces, Unlearned
+from utils.data.talks import BadTurns, join_parts
+from utils.data.texts import END_TOKEN, compose
 
 N_EXAMPLES = 5
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
@@ -221,7 +223,7 @@ def is_garbled(text: str) -> bool:
 
 def _raw_texts(row: dict, columns: tuple[str, ...]) -> list[str]:
     if columns == ("messages",):
-        return [message["content"] for message in row["messages"]]
+        return [join_parts(message.get("content", message.get("value"))) for message in row["messages"]]
     return [row[name] for name in columns] + ([row["input"]] if row.get("input") else [])
 
 

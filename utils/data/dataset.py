@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import prompter
-from utils.data import check, readers, rows
+from utils.data import check, readers, rows, talks, texts
 from utils.data.documents import CacheWriter, Documents, open_cache
 from utils.data.encoder import Encoder, content_digest
 from utils.errors import UsageError
@@ -111,7 +111,7 @@ def _encode_ahead(numbered: Iterator[tuple[int, rows.Pieces]], encoder: Encoder)
 
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
-    modules = (readers, rows, prompter, check)
+    modules = (readers, rows, talks, texts, prompter, check)
     return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
                        Path(__file__).read_text(encoding="utf-8"))
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from utils.data.texts import END_TOKEN
 from utils.errors import UsageError
 
-END_TOKEN = "<|endoftext|>"
 MAX_ROW_CHARS = 1 << 26
 _CHUNK = 1 << 20
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data import check, encoder, rows
-from utils.data.readers import END_TOKEN
+from utils.data import check, encoder, rows, texts
+from utils.data.texts import END_TOKEN
 from utils.errors import UsageError
 from utils.files import staged_file
 
@@ -74,7 +74,7 @@ def fix_row(row: dict, columns: tuple[str, ...], prompter) -> dict:
         return {**row, "messages": [{**message, "content": fix_text(message.get("content"))}
                                     if isinstance(message, dict) else message for message in row["messages"]]}
     if columns == ("text",) and isinstance(row.get("text"), str):
-        text = rows.strip_end(rows.compose(row["text"]))
+        text = texts.strip_end(texts.compose(row["text"]))
         prompt, answer = prompter.split(text) or ("", text)
         return {**row, "text": f"{fix_text(prompt)}{fix_text(answer)}{END_TOKEN}"}
     return {**row, **{name: fix_text(row[name]) for name in (*columns, "input") if name in row}}
@@ -84,8 +84,8 @@ def fix_text(value: object) -> object:
     """한글을 모아쓰고, 깨진 글자를 되돌리고, 제어 문자와 끝 토큰을 뺀다. 글이 아닌 값은 그대로 둔다."""
     if not isinstance(value, str):
         return value
-    text = check.CONTROL.sub("", rows.compose(ungarble(value)))
-    text = rows.strip_end(check.FOREIGN_END.sub("", rows.strip_end(text)))
+    text = check.CONTROL.sub("", texts.compose(ungarble(value)))
+    text = texts.strip_end(check.FOREIGN_END.sub("", texts.strip_end(text)))
     return text.replace("\\n", "\n") if "\n" not in text and text.count("\\n") >= 2 else text
 
 

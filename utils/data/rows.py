@@ -1,46 +1,23 @@
 """데이터의 행에서 (질문, 답) 조각으로. 형식을 따로 적지 않아도 열 이름이 형식을 정한다."""
 
-import re
-import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from utils import hub
-from utils.data.readers import END_TOKEN, READERS, BadRow
+from utils.data.readers import READERS, BadRow
+from utils.data.talks import BadTurns, read_turns, require_answers
+from utils.data.texts import SURROGATE, compose, strip_end
 from utils.errors import UsageError
 from utils.paths import looks_like_hub_id
 
 SUFFIXES = tuple(READERS)
 DOWNLOAD_KOALPACA = "python ko-datasets/download-koalpaca.py"
 FORMS = ("text", "instruction(+input)+output|response", "prompt+completion", "messages")
-_JAMO = re.compile("[\u1100-\u11ff]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 Pieces = list[tuple[str, str]]
-# 공개된 형식들이 쓰는 이름 -> 뜻
-ROLES = {"system": "system", "user": "user", "human": "user",
-         **dict.fromkeys(("assistant", "model", "gpt", "bot", "chatgpt"), "assistant")}
 
 
 class Unlearned(tuple):
     """앞선 대화로 읽기만 하고 답을 배우지 않는 (프롬프트, 답)."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """질문과 답 한 번. `learned`가 False면 답을 배우지 않는다(weight 0)."""
-
-    question: str
-    answer: str
-    learned: bool = True
-
-
-class BadTurns(UsageError):
-    """대화를 읽을 수 없다. `kind`는 데이터 검사에서의 종류다."""
-
-    def __init__(self, message: str, kind: str = "roles"):
-        super().__init__(message)
-        self.kind = kind
 
 
 def read_rows(data_path: str | Path, cache_dir: str | None = None,
@@ -141,25 +118,11 @@ def choose_columns(columns: set[str]) -> tuple[str, ...]:
     return ()
 
 
-def strip_end(text: str) -> str:
-    """글 끝의 끝 토큰 글자를 뗀다. 끝 토큰은 토큰을 만들 때 한 번만 붙인다."""
-    while (stripped := text.rstrip()).endswith(END_TOKEN):
-        text = stripped.removesuffix(END_TOKEN)
-    return text
-
-
 def clean(text: str, number: int, source: str | Path) -> str:
     """풀어쓴 한글(NFD)을 모아쓰고, 글자가 될 수 없는 값이 있으면 거절한다."""
-    if _SURROGATE.search(text):
+    if SURROGATE.search(text):
         raise UsageError(f"{source}의 {number}번째 행에 짝 없는 surrogate(\\ud800 따위)가 있어 글로 쓸 수 없다")
     return compose(text)
-
-
-def compose(text: str) -> str:
-    """풀어쓴 한글(NFD)만 모아쓴다. 토크나이저는 모아쓴 한글로 배웠다."""
-    if unicodedata.is_normalized("NFC", text) or not _JAMO.search(text):
-        return text
-    return unicodedata.normalize("NFC", text)
 
 
 def _field(row: dict, name: str, number: int, source: str | Path) -> str:
@@ -178,79 +141,19 @@ def _require(text: str, name: str, number: int, source: str | Path) -> str:
 
 def _from_messages(row: dict, number: int, prompter, source: str | Path) -> Pieces:
     try:
-        turns, waiting = read_turns(row.get("messages"))
-        if waiting is not None or not turns:
-            raise BadTurns("의 끝에 assistant의 답이 없다. 답을 적거나 그 질문을 뺀다")
-        if not any(turn.learned for turn in turns):
-            raise BadTurns("의 답이 모두 weight 0이어서 배울 답이 없다. 행을 뺀다")
+        turns = require_answers(read_turns(row.get("messages")))
     except BadTurns as error:
         advice = "--check_data True로 모두 찾고 --repair_data로 뺀다"
         raise BadTurns(f"{source}의 {number}번째 행의 messages{error}. {advice}", error.kind) from None
     pieces: Pieces = []
+    system = question = ""
     for turn in turns:
-        question, answer = (clean(text, number, source) for text in (turn.question, turn.answer))
-        piece = prompter.pieces(question, "", answer)
-        pieces.append(piece if turn.learned else Unlearned(piece))
-    return pieces
-
-
-def read_turns(messages: object) -> tuple[list[Turn], str | None]:
-    """(질문과 답의 짝들, 답을 기다리는 마지막 질문 또는 None). 맨 앞의 system은 첫 질문의 앞에 붙는다.
-
-    공개된 이름만 정해진 뜻으로 읽는다. 모르는 role, 도구의 글, 글이 아닌 content, 어긋난 차례는 짐작하지 않고 거절한다.
-
-    Args:
-        messages: {role, content}의 목록. assistant에는 OpenAI 미세조정 파일의 weight(0이나 1)가 있을 수 있다.
-
-    Raises:
-        BadTurns: 읽을 수 없다. 말은 "의 3번째 글의 ..."처럼 목록의 이름 뒤에 이어진다.
-    """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadTurns("가 {role, content}의 목록이 아니다")
-    turns: list[Turn] = []
-    system, question = "", None
-    for place, message in enumerate(messages, 1):
-        role, content = _read_message(message, place)
-        if role == "system":
-            if place > 1:
-                raise BadTurns(f"의 {place}번째 글이 system이다. system은 맨 앞에 하나만 둔다")
-            system = f"{content}\n\n"
-        elif role == "user":
-            if question is not None:
-                raise BadTurns(f"의 {place}번째 글이 또 user다. 잇달은 질문은 하나로 합친다")
-            question, system = system + content, ""
-        elif question is None:
-            raise BadTurns(f"의 {place}번째 글이 질문 없는 답이다. 앞에 user의 질문을 두거나 잇달은 답을 하나로 합친다")
+        text = clean(turn.text, number, source)
+        if turn.role == "system":
+            system = f"{text}\n\n"
+        elif turn.role == "user":
+            question, system = system + text, ""
         else:
-            turns.append(Turn(question, content, _weight(message, place) != 0))
-            question = None
-    if system:
-        raise BadTurns("에 system만 있고 user의 질문이 없다", "empty")
-    return turns, question
-
-
-def _read_message(message: dict, place: int) -> tuple[str, str]:
-    """글 하나의 (system이나 user나 assistant, 글)."""
-    if not isinstance(message.get("role"), str):
-        raise BadTurns(f"의 {place}번째 글에 role이 없다")
-    role, content = ROLES.get(message["role"]), message.get("content")
-    if role is None or message.get("tool_calls") or message.get("function_call"):
-        what = f"role이 {message['role']}" if role is None else "도구를 부르는 글"
-        raise BadTurns(f"의 {place}번째 글은 {what}이라 읽지 않는다. 그 행을 빼거나 {', '.join(ROLES)}만 남긴다")
-    if content is not None and not isinstance(content, str):
-        raise BadTurns(f"의 {place}번째 글의 content가 글이 아니다({type(content).__name__})")
-    content = strip_end(content or "") if role == "assistant" else content or ""
-    if not content.strip():
-        raise BadTurns(f"의 {place}번째 글의 content가 없거나 비었다", "empty")
-    if role != "assistant" and message.get("weight") is not None:
-        raise BadTurns(f"의 {place}번째 글은 {role}인데 weight가 있다. weight는 assistant의 글에만 적는다")
-    return role, content
-
-
-def _weight(message: dict, place: int) -> float:
-    weight = message.get("weight")
-    if weight is None:
-        return 1
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise BadTurns(f"의 {place}번째 글의 weight가 {weight!r}이다. 0(배우지 않는다)이나 1(배운다)을 적는다")
-    return weight
+            piece = prompter.pieces(question, "", text)
+            pieces.append(piece if turn.learned else Unlearned(piece))
+    return pieces

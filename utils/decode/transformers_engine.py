@@ -41,9 +41,10 @@ class ForwardDecode:
         self._config = causal_lm.config
         self._device = next(model.parameters()).device
         self._token_bytes = kv_bytes(self._config, causal_lm.dtype)
+        layers = DynamicCache(config=self._config).layers
+        self._only_attention = all(isinstance(layer, DynamicLayer) for layer in layers)
         # 왼쪽을 채워도 되는 것은 attention뿐이다. 순환하는 층(Mamba 등)은 채운 자리까지 읽는다
-        self._can_batch = bool(self._token_bytes) and all(
-            isinstance(layer, DynamicLayer) for layer in DynamicCache(config=self._config).layers)
+        self._can_batch = bool(self._token_bytes) and self._only_attention
         self._adapter_on = True
         self._step: CapturedStep | None = None
         self._not_captured = "" if self._device.type == "cuda" else self._device.type
@@ -132,7 +133,7 @@ class ForwardDecode:
         ids = torch.randint(self._vocab, (length,), generator=generator).tolist()
         whole = FreshStep(self._forward, self._device).read([ids])
         try:
-            step = EagerStep(self._forward, DynamicCache(config=self._config), self._device)
+            step = EagerStep(self._forward, self._new_cache(), self._device)
             step.read([ids[:-2]])
             step.next([ids[-2]])
             apart = step.next([ids[-1]]) - whole
@@ -143,6 +144,10 @@ class ForwardDecode:
         limit = AGREE.get(whole.dtype, AGREE[torch.float32])
         return float(apart.norm()) <= limit * float((whole - whole.mean()).norm())
 
+    def _new_cache(self) -> DynamicCache:
+        """빈 KV cache. 미끄러지는 창이 있어도 K와 V를 버리지 않는다: 설정에만 창이 있고 mask에는 없는 구조가 있다."""
+        return DynamicCache() if self._only_attention else DynamicCache(config=self._config)
+
     def _start(self, questions: list[list[int]], tokens: int):
         """질문들을 읽을 준비가 된 단계. 캡처하지 않는 길은 답마다 새 cache를 쓴다."""
         if not self._cached:
@@ -152,7 +157,7 @@ class ForwardDecode:
             if step is not None:
                 step.reset()
                 return step
-        return EagerStep(self._forward, DynamicCache(config=self._config), self._device)
+        return EagerStep(self._forward, self._new_cache(), self._device)
 
     def _static_step(self, rows: int, tokens: int) -> CapturedStep | None:
         """`rows`줄, `tokens`토큰을 담는 캡처된 단계. 지금 것이 작으면 버리고 새로 만든다. 캡처할 수 없으면 None."""

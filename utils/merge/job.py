@@ -63,8 +63,8 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     base = open_model_folder(folder)
     disk = diskmap.read(base)
     dtype = getattr(torch, str(facts.get("dtype", {}).get("shown", "float32")), torch.float32)
-    return Job(root, adapter, config, base, disk, lora.match_base(updates, adapter, base, disk), onto, dtype,
-               (warning,) if warning else ())
+    matched = lora.match_base(updates, config, adapter, base, disk)
+    return Job(root, adapter, config, base, disk, matched, onto, dtype, (warning,) if warning else ())
 
 
 def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> tuple[Path, str | None]:

@@ -1,24 +1,19 @@
-"""질문의 줄: 받은 차례대로 답한다. 모델은 한 번에 답 하나만 만들고, 기다리는 줄의 길이에는 끝이 있다."""
+"""모델 하나로 하는 답: 질문의 토큰, 나오는 글, 가능도. 줄(`line.Line`)에 서서 한 번에 하나만 만든다."""
 
-import asyncio
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from utils.data.encoder import make_encoder
+from utils.data.encoder import make_encoder, require_known_ids
 from utils.decode.decoder import Decoder, Stats
+from utils.decode.likelihood import Likelihood
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
+from utils.prompter import Turn
 from utils.sampling import Sampling
+from utils.talk.line import Line
 
-WAITING = 8
-REFRESH = 0.04  # 화면을 고치는 간격(초). 이보다 빨라도 눈에는 같다
 REASONS = {"stop": "스스로 멈춤", "length": "최대 길이에 닿음", "cancelled": "사용자가 멈춤", "error": "오류로 멈춤"}
-
-
-class Busy(UsageError):
-    """기다리는 줄이 가득 찼다."""
 
 
 @dataclass(eq=False)
@@ -28,10 +23,13 @@ class Answer:
     Attributes:
         input_ids: 질문의 토큰.
         tuned: False면 어댑터를 끄고 기반 모델이 답한다.
+        top: 적으면 답이 끝난 뒤 질문과 답의 모든 토큰의 가능도를, 자리마다 이만큼의 그럴듯한 토큰과 함께 잰다.
+        read_only: 답을 만들지 않고 질문의 가능도만 잰다.
         stop: 켜면 한 토큰 안에 멈춘다.
         text: 지금까지 나온 글. 완성된 음절만 들어 있다.
         ids: 지금까지 나온 토큰.
         finish_reason: 끝난 이유. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
+        likelihood, end_ids: `top`을 적었으면 질문과 답과 끝 토큰을 이은 글의 가능도와, 그 끝 토큰(없으면 빈 목록).
         error: 답을 만들지 못한 이유.
         session: 물은 브라우저의 session_hash.
         cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
@@ -40,11 +38,15 @@ class Answer:
     input_ids: list[int]
     settings: Sampling
     tuned: bool = True
+    top: int | None = None
+    read_only: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     text: str = ""
     ids: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     finish_reason: str | None = None
+    likelihood: Likelihood | None = None
+    end_ids: list[int] = field(default_factory=list)
     error: str = ""
     session: str = ""
     cleared: bool = False
@@ -54,11 +56,12 @@ class Answerer:
     """모델 하나로 답한다. 여러 스레드가 함께 불러도 된다.
 
     Args:
-        say: 작업 스레드의 오류를 알릴 곳.
+        say: 알림과 작업 스레드의 오류를 알릴 곳.
+        line: 설 줄. 어댑터만 다르고 모델을 함께 쓰는 Answerer들은 줄도 함께 선다. 없으면 새로 만든다.
     """
 
     def __init__(self, decoder: Decoder, tokenizer, prompter, end_id: int, say: Callable[[str], None],
-                 can_compare: bool = False):
+                 can_compare: bool = False, line: Line | None = None):
         self.prompter = prompter
         self.can_compare = can_compare
         self._decoder = decoder
@@ -67,9 +70,7 @@ class Answerer:
         self.encoder = make_encoder(tokenizer, prompter, end_id, decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
-        self._changed = threading.Condition()
-        self._line: deque[tuple[Answer, ...]] = deque()  # 맨 앞은 지금 답하고 있는 일이다
-        threading.Thread(target=self._work, name="answerer", daemon=True).start()
+        self.line = Line(say) if line is None else line
 
     @property
     def context(self) -> int:
@@ -92,6 +93,27 @@ class Answerer:
             tokens = self.encoder.encode_batch([turns])[0][0] if turns else []
             return self._fitting(tokens + self.encoder.encode_prompt(prompt))
 
+    def ask_talk(self, turns: Sequence[Turn]) -> list[int]:
+        """대화 전체의 토큰. 학습할 때와 똑같이 만든다. 마지막은 user의 질문이다.
+
+        Args:
+            turns: (있으면) system 하나, 그 뒤로 user와 assistant가 번갈아. `talks.read_turns`가 이 꼴을 준다.
+
+        Raises:
+            UsageError: 질문이 비었거나, 템플릿이 이 대화를 받지 않거나, 너무 길거나, 모델이 모르는 토큰이 나온다.
+        """
+        if not turns or turns[-1].role != "user":
+            raise UsageError("대화의 마지막은 user의 질문이어야 한다")
+        system, past, question = "", [], ""
+        for turn in turns:
+            if turn.role == "system":
+                system = f"{turn.text}\n\n"
+            elif turn.role == "user":
+                question, system = system + turn.text, ""
+            else:
+                past.append((question, turn.text))
+        return self.ask(question, turns[-1].input, past)
+
     def continue_text(self, text: str) -> list[int]:
         """템플릿 없이 이어 쓸 글의 토큰."""
         if not text.strip():
@@ -99,11 +121,17 @@ class Answerer:
         with self._encoding:
             return self._fitting(self.encoder.encode_prompt(text))
 
+    def continue_tokens(self, ids: list[int]) -> list[int]:
+        """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""
+        require_known_ids(ids, self._decoder.n_rows, self.tokenizer, "토큰 번호")
+        return self._fitting(ids)
+
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""
         self._decoder.use_adapter(answer.tuned)
         stream = TextStream(self.tokenizer)
-        for token in self._decoder.stream(answer.input_ids, answer.settings, answer.stop):
+        made = () if answer.read_only else self._decoder.stream(answer.input_ids, answer.settings, answer.stop)
+        for token in made:
             answer.ids.append(token)
             answer.stats = self._decoder.stats
             piece = stream.push(token)
@@ -118,7 +146,13 @@ class Answerer:
             answer.text += rest
             yield rest
         answer.stats = self._decoder.stats
-        answer.finish_reason = self._decoder.finish_reason
+        reason = "length" if answer.read_only else self._decoder.finish_reason
+        if answer.top is not None:
+            answer.end_ids = [self._decoder.end_token] if reason == "stop" else []
+            ids = answer.input_ids + answer.ids + answer.end_ids
+            if len(ids) > 1:  # 토큰 하나뿐이면 잴 것이 없다
+                answer.likelihood = self._decoder.likelihood(ids, answer.top)
+        answer.finish_reason = reason  # 이것이 적히면 다 된 것이다
 
     def together(self, answers: Sequence[Answer]) -> None:
         """설정과 모델(`tuned`)이 같은 답들을 한꺼번에 만든다. 줄을 서지 않으므로 페이지 없이 쓴다."""
@@ -135,65 +169,27 @@ class Answerer:
         Raises:
             Busy: 이미 여덟이 기다리고 있다.
         """
-        with self._changed:
-            if len(self._line) > WAITING:
-                raise Busy(f"지금은 바쁘다. 이미 {WAITING}개의 질문이 기다리고 있다. 잠시 뒤에 다시 묻는다")
-            self._line.append(answers)
-            self._changed.notify()
+        self.line.submit(*(self.task(answer) for answer in answers))
+
+    def task(self, answer: Answer) -> tuple[Callable[[Answer], None], Answer]:
+        """줄에 세울 일 하나. 다른 어댑터의 것과 함께 세울 때 쓴다."""
+        return self._make, answer
 
     def ahead(self, answer: Answer) -> int:
         """이 답보다 먼저 만들 일의 수."""
-        for place, group in enumerate(list(self._line)):
-            if answer in group:
-                return place
-        return 0
+        return self.line.ahead(answer)
 
     def leave(self, session: str, clear: bool = False) -> None:
         """브라우저가 멈춤을 눌렀거나 떠났거나(`clear`면) 화면을 지웠다. 그가 물은 답을 모두 멈춘다."""
-        for group in list(self._line):
-            for answer in group:
-                if session and answer.session == session:
-                    answer.cleared = answer.cleared or clear
-                    answer.stop.set()
+        self.line.leave(session, clear)
 
-    async def follow(self, *answers: Answer) -> AsyncIterator[int]:
+    def follow(self, *answers: Answer) -> AsyncIterator[int]:
         """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓고, 다 되거나 지워지면 끝난다. 그만 따라가면 답도 멈춘다."""
-        seen = None
-        try:
-            while not answers[0].cleared:
-                done = all(answer.finish_reason for answer in answers)
-                state = [len(answer.ids) for answer in answers], self.ahead(answers[0]), done
-                if state != seen:
-                    seen = state
-                    yield state[1]
-                if done:
-                    return
-                await asyncio.sleep(REFRESH)
-        finally:
-            for answer in answers:
-                answer.stop.set()
+        return self.line.follow(*answers)
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._line)
-                group = self._line[0]
-            for answer in group:
-                self._finish(answer)
-            with self._changed:
-                self._line.popleft()
-
-    def _finish(self, answer: Answer) -> None:
-        """답 하나를 끝까지 만든다. 무엇이 잘못되어도 그 답만 끝난다."""
-        try:
-            for _ in self.pieces(answer):
-                pass
-        except UsageError as error:
-            answer.error, answer.finish_reason = str(error), "error"
-        except Exception as error:
-            self._say(f"답을 만들다 오류가 났다: {type(error).__name__}: {error}")
-            answer.error = "답을 만들다 오류가 났다. 다시 묻는다. 자세한 것은 프로그램을 실행한 콘솔에 있다"
-            answer.finish_reason = "error"
+    def _make(self, answer: Answer) -> None:
+        for _ in self.pieces(answer):
+            pass
 
     def _fitting(self, tokens: list[int]) -> list[int]:
         if len(tokens) >= self.context:

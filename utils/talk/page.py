@@ -17,6 +17,7 @@ from utils.prompter import EXAMPLES
 from utils.sampling import Sampling
 from utils.talk import api, guard
 from utils.talk.answerer import Answer, Answerer, describe
+from utils.talk.models import Models
 from utils.talk.page_runs import Results, results_tabs
 
 PORTS_TRIED = 100
@@ -178,7 +179,7 @@ def free_port(server_name: str, first: int) -> int:
     raise UsageError(f"{server_name}의 {first}번부터 {PORTS_TRIED}개의 포트를 모두 열 수 없다. --server_port를 바꾼다")
 
 
-def launch(page: gr.Blocks, answerer: Answerer, model_name: str, access: Access) -> tuple[str, str | None]:
+def launch(page: gr.Blocks, models: Models, access: Access) -> tuple[str, str | None]:
     """페이지를 열고 (이 컴퓨터의 주소, 공유 주소)를 돌려준다. 기다리지는 않는다.
 
     Raises:
@@ -188,7 +189,7 @@ def launch(page: gr.Blocks, answerer: Answerer, model_name: str, access: Access)
     port = free_port(access.server_name, access.server_port)
     page.queue(max_size=64, default_concurrency_limit=1, api_open=False)
     middleware = Middleware(guard.Guard, server_name=access.server_name, share=access.share, api=access.api,
-                            on_leave=answerer.leave)
+                            on_leave=models.default.answerer.leave)
     font = [gr.themes.Font(name) for name in FONTS]
     _, local_url, share_url = page.launch(
         server_name=access.server_name, server_port=port, share=access.share, auth=guard.login_check(access.auth),
@@ -199,7 +200,7 @@ def launch(page: gr.Blocks, answerer: Answerer, model_name: str, access: Access)
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         app_kwargs={"middleware": [middleware], "docs_url": None, "redoc_url": None, "openapi_url": None,
-                    "routes": api.routes(answerer, model_name, access.auth) if access.api else []})
+                    "routes": api.routes(models, access.auth) if access.api else []})
     if access.share and not share_url:
         raise UsageError("공유 링크를 만들지 못했다. 인터넷 연결을 본다")
     return local_url, share_url

@@ -14,7 +14,7 @@ from utils.data.encoder import Encoder, make_encoder
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
-from utils.model import diskmap, loader
+from utils.model import adapter, diskmap, loader
 from utils.model.folder import open_model_folder
 from utils.model.loader import require_base
 from utils.model.shape import empty_model
@@ -216,7 +216,7 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
     """기반 모델을 4비트로 올리고 LoRA를 붙인다.
 
     Raises:
-        UsageError: 모델을 읽지 못한다.
+        UsageError: 모델을 읽지 못한다. 저장한 어댑터를 다시 얹지 못하는 구조다.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -227,6 +227,7 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=peft_targets(base, inputs.targets), task_type="CAUSAL_LM",
         fan_in_fan_out=inputs.config["model_type"] in TRANSPOSED, base_model_name_or_path=str(settings.base_model)))
+    adapter.require_reloadable(model)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
     return model
