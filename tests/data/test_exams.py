@@ -1,4 +1,4 @@
-"""시험 문항: KoBEST의 두 형식이 같은 문항이 되고, 글의 모양이 lm-evaluation-harness와 같고, 사용자의 행도 시험이 된다."""
+"""시험 문항: KoBEST의 두 형식이 같은 문항이 되고, 글은 lm-evaluation-harness의 것이고, 사용자의 행도 시험이 된다."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ HUB = {  # hub의 열, TSV의 열, lm-evaluation-harness의 글, 보기, 정답
     "boolq": ({"paragraph": "제주도는 섬이다.", "question": "제주도는 섬인가?", "label": 1},
               {"Text": "제주도는 섬이다.", "Question": "제주도는 섬인가?", "Answer": "True"},
               "제주도는 섬이다. 질문: 제주도는 섬인가? 답변: ", ("아니오", "예"), 1),
-    "copa": ({"premise": "비가 왔다.", "question": "결과", "alternative_1": "땅이 말랐다.", "alternative_2": "땅이 젖었다.",
-              "label": 1},
+    "copa": ({"premise": "비가 왔다.", "question": "결과", "alternative_1": "땅이 말랐다.",
+              "alternative_2": "땅이 젖었다.", "label": 1},
              {"sentence": "비가 왔다.", "question": "결과", "1": "땅이 말랐다.", "2": "땅이 젖었다.", "Answer": "2"},
              "비가 왔다.  그래서", ("땅이 말랐다.", "땅이 젖었다."), 1),
     "hellaswag": ({"context": "물을 끓인다.", **{f"ending_{n}": f"끝 {n}" for n in range(1, 5)}, "label": 2},
@@ -48,10 +48,10 @@ def test_both_forms_are_the_questions_of_the_harness(name, tmp_path):
     for folder in ("a", "b"):
         (exam,) = load_exams(str(tmp_path / folder), None)
         (item,) = exam.items
-        assert exam.name == name and item.pieces == [(text, "")] and item.plain
+        assert exam.name == name and item.text == text and not item.asked
         assert (item.options, item.answer) == (options, answer)
     (asked,) = load_exams(str(tmp_path / "b"), Prompter())
-    assert asked.items[0].pieces == [Prompter().pieces(text, "", "")]
+    assert asked.items[0].asked == tuple([Prompter().pieces(text, "", option)] for option in options)
 
 
 def test_takes_the_test_part_and_never_the_training_part(tmp_path):
@@ -73,7 +73,8 @@ def test_rows_of_the_user(tmp_path):
     (exam,) = load_exams(str(file), Prompter())
     assert [item.options for item in exam.items] == [("십이",), ("부정", "긍정")]
     assert [item.answer for item in exam.items] == [0, 1]
-    assert exam.items[0].pieces == [Prompter().pieces("숫자를 읽어 줘: 12", "", "")] and not exam.items[0].plain
+    assert exam.items[0].asked == ([Prompter().pieces("숫자를 읽어 줘: 12", "", "십이")],)
+    assert exam.items[1].asked[0] == [Prompter().pieces("기분은?", "", "부정")]
 
 
 @pytest.mark.parametrize("row", [{"instruction": "?", "output": "가", "options": ["나"]},

@@ -58,18 +58,17 @@ def asker(models: dict):
     return lambda name, pairs: likelihood.measure(models[name], pairs)
 
 
-def totals(model, tokenizer, item: Item, prompter) -> list[float]:
-    """보기마다 한 번씩 따로 부른 forward로 잰 로그 가능도. 토큰도 프롬프터에게 따로 물어 만든다."""
+def totals(model, tokenizer, item: Item, prompter, text: str) -> list[float]:
+    """보기마다 한 번씩 따로 부른 forward로 잰 로그 가능도. 토큰도 여기서 따로 만든다."""
     found = []
     for option in item.options:
-        prompt, lead = item.pieces[-1]
-        if prompter is None:  # lm-evaluation-harness: 문맥 끝의 공백을 보기로 옮기고, 이은 글의 토큰을 문맥의 토큰 수에서 가른다
-            context = tokenizer(prompt.rstrip())["input_ids"]
-            whole = tokenizer(f"{prompt} {option}")["input_ids"]
-            answer = whole[len(context):]
+        if prompter is None:
+            # lm-evaluation-harness: 문맥 끝의 공백을 보기로 옮기고, 이은 글의 토큰을 문맥의 토큰 수에서 가른다
+            context = tokenizer(text.rstrip())["input_ids"]
+            answer = tokenizer(f"{text} {option}")["input_ids"][len(context):]
         else:
-            context = tokenizer(prompt)["input_ids"]
-            answer = tokenizer(lead + option)["input_ids"]
+            context = tokenizer(prompter.prompt(text).rstrip(" "))["input_ids"]
+            answer = tokenizer(" " + option)["input_ids"]
         whole = (context + answer)[-CONTEXT:]
         with torch.no_grad():
             scores = model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
@@ -87,9 +86,10 @@ def test_accuracy_is_what_choosing_one_by_one_gives(models, tokenizer, exams, pr
                                lines.append)
     assert [score.name for score in scores] == ["boolq", "copa", "hellaswag", "hellaswag_norm"]
     assert len(lines) == 4 and len({score.right["base"] for score in scores}) > 1
-    for exam in loaded:
+    for exam, texts in zip(loaded, load_exams(str(exams), None), strict=True):
         for name, model in models.items():
-            each = [totals(model, tokenizer, item, prompter) for item in exam.items]
+            each = [totals(model, tokenizer, item, prompter, plain.text)
+                    for item, plain in zip(exam.items, texts.items, strict=True)]
             chosen = [values.index(max(values)) for values in each]
             right = sum(pick == item.answer for pick, item in zip(chosen, exam.items, strict=True))
             assert next(score for score in scores if score.name == exam.name).right[name] == right
@@ -105,7 +105,7 @@ def test_a_row_without_options_is_right_only_to_the_end(models, tokenizer, tmp_p
     """탐욕적으로 만든 답이 끝 토큰까지 정답인 행만 맞힌 것이다."""
     model, end_id = models["base"], end_token_id(tokenizer)
     prompter, encoder = Prompter(), Encoder(tokenizer, end_id)
-    item = Item([prompter.pieces("물은?", "", "")], ("3",), 0)
+    item = Item(("3",), 0, ([prompter.pieces("물은?", "", "3")],))
     (context, answer), = scorecard.encode(item, encoder, end_id, CONTEXT)
     assert answer[-1] == end_id
     assert context + answer == encoder.encode_batch([[prompter.pieces("물은?", "", "3")]])[0][0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils import hub
 from utils.data.readers import READERS, detect_encoding
-from utils.data.rows import Pieces, read_rows, segmenter
+from utils.data.rows import Pieces, choose_columns, read_rows, segmenter
 from utils.errors import UsageError
 
 KOBEST, KOBEST_HUB = "kobest", "skt/kobest_v1"
@@ -20,16 +20,16 @@ class Item:
     """문항 하나.
 
     Attributes:
-        pieces: 프롬프터가 만든 (프롬프트, 답)들. 마지막 답의 자리에 보기가 들어가고, 거기에는 그 앞의 공백만 있다.
         options: 보기들. 정답과 똑같이 답하는지를 보는 문항이면 정답 하나뿐이다.
         answer: 정답인 보기의 번호. 0부터.
-        plain: 템플릿 없이 글 그대로 잇는 문항.
+        asked: 보기마다, 그 보기를 답으로 적은 행의 조각들. 학습 데이터의 행과 같은 길로 만든다.
+        text: 템플릿 없이 물으면 보기가 이어질 글. 그때 `asked`는 비어 있다.
     """
 
-    pieces: Pieces
     options: tuple[str, ...]
     answer: int
-    plain: bool = False
+    asked: tuple[Pieces, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,21 @@ def make_exam(task: Task, rows: Sequence[dict], prompter, source: str | Path) ->
         try:
             answer = _number(row[task.columns[-1]])
             options = task.options(row)
-            text = task.ask(row)
-            pieces = [(text, "")] if prompter is None else [prompter.pieces(text, "", "")]
-            items.append(Item(pieces, options, answer, plain=prompter is None))
             if not 0 <= answer < len(options):
-                raise ValueError(answer)
+                raise ValueError(f"정답 {answer}")
+            text = task.ask(row)
         except (KeyError, ValueError, AttributeError) as error:
             raise UsageError(f"{source}의 {number}번째 {task.title} 문항을 읽을 수 없다: {error}") from None
+        if prompter is None:
+            items.append(Item(options, answer, text=text))
+        else:
+            rows_asked = ({"instruction": text, "output": option} for option in options)
+            items.append(Item(options, answer, tuple(_pieces(asked, number, source, prompter) for asked in rows_asked)))
     return Exam(task.name, f"KoBEST {task.title}", items, task.by_length)
+
+
+def _pieces(row: dict, number: int, source: str | Path, prompter) -> Pieces:
+    return segmenter(set(row), prompter, source)(number, row)
 
 
 def _number(label: object) -> int:
@@ -153,8 +160,9 @@ def _from_folder(folder: Path, prompter) -> list[Exam]:
         if task.name not in found or rank < found[task.name][0]:
             found[task.name] = rank, file, [_renamed(task, row) for row in rows]
     if not found:
-        raise UsageError(f"KoBEST의 파일이 없는 폴더다: {folder}. 시험의 파일(.tsv, .jsonl, .parquet)이 있는 폴더를 적는다")
-    return [make_exam(task, found[task.name][2], prompter, found[task.name][1]) for task in TASKS if task.name in found]
+        raise UsageError(f"KoBEST의 파일이 없는 폴더다: {folder}. .tsv, .jsonl, .parquet이 든 폴더를 적는다")
+    chosen = [(task, *found[task.name]) for task in TASKS if task.name in found]
+    return [make_exam(task, rows, prompter, file) for task, _, file, rows in chosen]
 
 
 def _rows(file: Path) -> Iterator[dict]:
@@ -180,16 +188,18 @@ def _renamed(task: Task, row: dict) -> dict | None:
 
 
 def _from_file(name: str, prompter) -> Exam:
-    """사용자의 행. 학습 데이터와 같은 열이고, options 열이 있으면 output이 그 가운데 하나다."""
+    """사용자의 행. 학습 데이터와 같은 열이고, options 열이 있으면 정답이 그 가운데 하나다."""
     items = []
     for number, row in read_rows(name):
-        pieces = segmenter(set(row), prompter, name)(number, row)
-        *past, (prompt, answer) = pieces
-        space = answer[: len(answer) - len(answer.lstrip(" "))]  # 프롬프트에서 답으로 옮겨 온 공백
-        options, right = row.get(OPTIONS), answer.strip()
+        options = row.pop(OPTIONS, None)
+        whole = _pieces(row, number, name, prompter)
         if options is None:
-            options = [right]
+            items.append(Item((whole[-1][1].strip(),), 0, (whole,)))
+            continue
+        column = choose_columns(set(row))[-1]
+        right = row[column]
         if not isinstance(options, list) or right not in options or not all(isinstance(each, str) for each in options):
-            raise UsageError(f"{name}의 {number}번째 행의 {OPTIONS}가 정답({right[:40]})이 든 글의 목록이 아니다")
-        items.append(Item([*past, (prompt, space)], tuple(options), options.index(right)))
+            raise UsageError(f"{name}의 {number}번째 행의 {OPTIONS}가 정답({str(right)[:40]})이 든 글의 목록이 아니다")
+        asked = tuple(_pieces({**row, column: option}, number, name, prompter) for option in options)
+        items.append(Item(tuple(options), options.index(right), asked))
     return Exam(Path(name).stem, Path(name).name, items)

@@ -85,23 +85,26 @@ def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair
     템플릿이 있는 문항은 학습과 같이 프롬프트와 답을 따로 토큰으로 바꾼다. 글 그대로 잇는 문항은
     lm-evaluation-harness처럼 이은 글을 한 번에 바꾸고 문맥의 토큰 수에서 가른다.
     """
-    *past, (prompt, lead) = item.pieces
-    pairs = []
-    for option in item.options:
-        if item.plain:
-            body = prompt.rstrip(" ")
-            whole, start = encoder.encode_prompt(prompt + " " + option), len(encoder.encode_prompt(body))
-            tokens = [*whole, end_id]
-        else:
-            (tokens, _), (before, _) = encoder.encode_batch([[*past, (prompt, lead + option)], past])
-            start = len(before) + len(encoder.encode_prompt(prompt))
-        question, answer = tokens[:start], tokens[start:] if len(item.options) == 1 else tokens[start:-1]
-        pairs.append((question[-max(1, context - len(answer)):], answer))
-    return pairs
+    if item.asked:
+        pairs = []
+        for tokens, marks in encoder.encode_batch(list(item.asked)):
+            start = max(place for place, mark in enumerate(marks) if not mark) + 1
+            pairs.append((tokens[:start], tokens[start:]))
+    else:
+        body = encoder.encode_prompt(item.text.rstrip(" "))
+        whole = [encoder.encode_prompt(f"{item.text} {option}") for option in item.options]
+        pairs = [(body, tokens[len(body):]) for tokens in whole]
+    if len(item.options) > 1:
+        pairs = [(question, answer[:-1] if answer[-1] == end_id else answer) for question, answer in pairs]
+    return [(question[-max(1, context - len(answer)):], answer) for question, answer in pairs]
 
 
 def count_right(items: Sequence[Item], values: Sequence[Likelihood]) -> tuple[int, int]:
-    """(맞힌 문항의 수, 로그 가능도를 보기의 글자 수로 나누어 고를 때 맞힌 수). `values`는 문항마다 보기마다의 값이다."""
+    """(맞힌 문항의 수, 로그 가능도를 보기의 글자 수로 나누어 고를 때 맞힌 수).
+
+    Args:
+        values: 문항의 차례로, 문항마다 보기의 차례로 이은 값.
+    """
     plain = by_length = 0
     following = iter(values)
     for item in items:
