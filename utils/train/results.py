@@ -15,7 +15,8 @@ from utils.environment import installed_version, peak_ram_bytes
 from utils.errors import first_line
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.sampling import GREEDY
-from utils.train import progress
+from utils.train import exact, progress
+from utils.train.exact import ExactMatch
 from utils.train.records import Plan, Result, Settings
 from utils.train.stage import Inputs
 
@@ -40,6 +41,9 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
     problem = None if result.sharded else answer_samples(
         inputs, result.model, samples, max(SAMPLE_SECONDS, SAMPLE_SHARE * result.seconds))
     record.write_samples(settings.output_dir, samples.examples + samples.held_out)
+    if samples.exact is not None:
+        record.write_run(settings.output_dir, {**run, "exact": samples.exact.as_dict()})
+        say(samples.exact.line())
     if problem is not None:
         say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
     if samples.held_out:
@@ -94,12 +98,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Samples:
-    """질문마다 두 모델의 답과 그 답이 끝난 이유. 검증 질문에는 모범 답도 있다."""
+    """질문마다 두 모델의 답과 그 답이 끝난 이유. 검증 질문에는 모범 답도 있다.
+
+    `exact`는 정답과 똑같은 답의 수다. 정답이 짧은 데이터에서만 센다.
+    """
 
     examples: list[dict]
     held_out: list[dict]
+    exact: ExactMatch | None = None
 
 
 def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> str | None:
@@ -122,11 +130,12 @@ def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> s
 
 
 def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
-    """예시 질문과 검증 질문에 여럿씩 함께 답한다. 질문 없이 글만 있는 행은 건너뛴다.
+    """똑같은 답을 세고, 예시 질문과 검증 질문에 여럿씩 함께 답한다. 질문 없이 글만 있는 행은 건너뛴다.
 
     Args:
         until: `time.perf_counter()`가 이때가 되면 멈추고, 다 만든 답만 담는다.
     """
+    samples.exact = exact.measure(model, inputs.documents, inputs.held_out)
     examples = []
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
