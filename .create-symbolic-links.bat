@@ -36,8 +36,8 @@ if defined IS_LINK goto keep_output
 call :has_files "%1"
 if defined HAS_FILES goto stay
 if not exist "%MODELS%\%1\" mkdir "%MODELS%\%1"
-if exist "%1\" rmdir "%1"
 call :link "%1" "%MODELS%\%1"
+if exist "%1.aside\" rmdir "%1.aside" 2>nul
 exit /b
 
 :keep_output
