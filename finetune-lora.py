@@ -78,7 +78,7 @@ def train(
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
         resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.
-        check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리를 보인다.
+        check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리와, 시작하면 무엇을 할지의 계획을 보인다.
         repair_data: 데이터를 검사하고, 고친 데이터를 쓸 .jsonl 파일. 입력 파일은 그대로 둔다.
         report_to: none, tensorboard, wandb 가운데 하나.
         wandb_project: 적으면 이 프로젝트로 wandb에 기록한다. 적지 않으면 wandb를 부르지 않는다.
@@ -103,6 +103,8 @@ def train(
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
     if check_data or repair_data is not None:
         stage.check_data(settings, console.say)
+        if check_data:
+            say_plan(settings)
         return
     inputs = stage.prepare(settings, console.say)
     plan = stage.plan(settings, inputs, console.say)
@@ -113,6 +115,17 @@ def train(
         with run.saving():
             results.write(settings, inputs, plan, result, console.say)
     say_end(verdict.judge(settings, plan, result), base_model, output_dir)
+
+
+def say_plan(settings) -> None:
+    """이대로 시작하면 무엇을 할지 말한다. 시작할 수 없으면 그 이유다."""
+    from utils.errors import UsageError
+    from utils.train import stage
+
+    try:
+        stage.plan(settings, stage.prepare(settings, lambda line: None), console.say)
+    except UsageError as error:
+        console.say(f"계획: 이대로는 시작할 수 없다. {error}")
 
 
 def check_flags(flags: dict) -> None:

@@ -69,7 +69,7 @@ def serve(
         from utils.talk.page import Access
 
         results = find_results(sources, run_dirs, models, cache_dir)
-        open_page(models, results, Access(server_name, server_port, share_gradio, auth, api))
+        open_page(models, sources[0].title, results, Access(server_name, server_port, share_gradio, auth, api))
 
 
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
@@ -97,7 +97,7 @@ def find_results(sources, run_dirs: tuple[str, ...], models, cache_dir: str | No
 
     from utils import record
     from utils.talk import scores
-    from utils.talk.page_runs import Results
+    from utils.talk.page_learned import Results
 
     folders = [Path(find_input(folder)) for folder in run_dirs]
     own = [source.run_dir for source in sources if source.run_dir and (source.run_dir / record.RUN_FILE).is_file()]
@@ -146,12 +146,12 @@ def print_scores(answerer, results, n: int) -> None:
         console.say(f"  {title}: 기반 모델 {base}, 학습한 모델 {tuned} ({change})")
 
 
-def open_page(models, results, access) -> None:
+def open_page(models, title: str, results, access) -> None:
     """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
     from utils.talk import page
+    from utils.talk.runs import Runs
 
-    answerer = models.default.answerer
-    blocks = page.build(answerer, "Polyglot-ko-1.3b-lite", f"모델: {models.default.name}", results)
+    blocks = page.build(models, title, results, Runs() if access.is_private else None)
     local, shared = page.launch(blocks, models, access)
     port = urlsplit(local).port
     if port != access.server_port:

@@ -195,7 +195,7 @@ def test_one_generation_at_a_time_and_a_bounded_line(make_answerer):
         answerer.submit(answer)
     with pytest.raises(Busy, match="바쁘다"):
         answerer.submit(Answer([5], Sampling()))
-    assert "차례를 기다린다" in describe(answers[-1], answerer.ahead(answers[-1]))
+    assert "차례를 기다리는 중" in describe(answers[-1], answerer.ahead(answers[-1]))
     finish(answerer, *answers)
     assert decoder.most == 1 and all(answer.finish_reason == "stop" for answer in answers)
     time.sleep(0.05)

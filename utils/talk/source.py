@@ -51,6 +51,12 @@ class Source:
     def name(self) -> str:
         return Path(self.run_dir or self.asked or self.base_model).name
 
+    @property
+    def title(self) -> str:
+        """페이지의 제목: 기반 모델과, 있으면 그 위의 어댑터."""
+        base = Path(self.asked or self.base_model).name
+        return f"{base} + {self.name}" if self.run_dir else base
+
 
 def find_source(base_model: str | None, peft_root: str | None, say: Callable[[str], None],
                 cache_dir: str | None = None) -> Source:
