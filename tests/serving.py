@@ -125,8 +125,13 @@ class Visitor:
                     shown = apply_changes(shown, message["output"]["data"])
                 elif message["msg"] == "process_completed":
                     data = (message.get("output") or {}).get("data")
-                    return data or shown
+                    return [_value(item) for item in data or shown]
         raise RuntimeError("답이 끝나지 않고 끊겼다")
+
+
+def _value(item):
+    """칸의 값. 모양도 함께 고치는 답이면 그 속의 값이다."""
+    return item["value"] if isinstance(item, dict) and "value" in item else item
 
 
 def apply_changes(shown: list, data: list) -> list:

@@ -103,3 +103,9 @@ def test_overlay_command(tmp_path):
                              timeout=120)
     assert missing.returncode == 2
     assert missing.stderr.startswith("오류: run.json이 없다")
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (1e-4, "0.0001"), (0.00025, "0.00025"), (2.5, "2.5"),
+                                             (3.14159, "3.142"), (120, "120"), (12345.6, "12346"), (-0.5, "-0.5")])
+def test_ticks_are_plain_numbers(value, text):
+    assert report.plain_number(value) == text

@@ -241,7 +241,8 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert rows[0]["messages"][2]["weight"] == 0 and rows[0]["messages"][4]["content"] == "사람이 고친 답"
     assert rows[1]["messages"][1]["content"].split() == liked.split()
-    assert pair["rejected"][0]["content"].split() == original.split() and pair["chosen"][0]["content"] == "사람이 고친 답"
+    assert pair["rejected"][0]["content"].split() == original.split()
+    assert pair["chosen"][0]["content"] == "사람이 고친 답"
 
     base = json.loads((talk_run / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     tokenizer, prompter = load_tokenizer(base), Prompter()

@@ -4,6 +4,7 @@ window.lite = (() => {
   const DARK = "polyglot-ko-lite-dark";
   const LIMIT = 200;
   const JOINER = /\u2060/g; // page_turns.inert가 끼운 보이지 않는 글자
+  const LIVE = /<(?=[A-Za-z/!?])|!(?=\[)|(?:```|~~~)[ \t]*(?=mermaid)/gi; // page_turns와 같은 자리
   const KOREAN = {
     "Connection to the server was lost. Attempting reconnection...": "서버와 연결이 끊겼어요. 다시 잇는 중이에요…",
     "Connection errored out. ": "서버와 연결이 끊겼어요. 프로그램이 켜져 있는지 봐 주세요",
@@ -131,6 +132,14 @@ window.lite = (() => {
         event.clipboardData.setData("text/plain", clean(picked));
         event.preventDefault();
       });
+      // 고친 글은 서버에 다녀오기 전에 한 번 그려진다. 그때도 HTML과 그림이 되지 않게 한다
+      document.addEventListener("click", (event) => {
+        if (!event.target.closest('[aria-label="고친 글 보내기"]')) return;
+        for (const box of document.querySelectorAll("#chat .message-row textarea")) {
+          box.value = clean(box.value).replace(LIVE, "$&\u2060");
+          box.dispatchEvent(new Event("input", { bubbles: true }));
+        }
+      }, true);
       // 한글을 조합하는 동안의 Enter는 글자를 마치는 것이지 보내는 것이 아니다
       for (const kind of ["keydown", "keypress"]) {
         document.addEventListener(kind, (event) => {

@@ -140,6 +140,7 @@ def _theme() -> gr.themes.Base:
         button_primary_text_color="white", button_primary_text_color_dark="white",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        block_label_background_fill_dark="*primary_800", block_title_background_fill_dark="*primary_800",
         block_label_text_color="*primary_800", block_label_text_color_dark="*neutral_100",
         block_title_text_color="*primary_800", block_title_text_color_dark="*neutral_100",
         input_placeholder_color="*neutral_600", input_placeholder_color_dark="*neutral_300")

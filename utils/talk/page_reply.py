@@ -92,7 +92,7 @@ def _answers(picked: Sequence[Choice], talk: Talk, sampling: Sampling, session: 
         turns, cut = talk.turns(other=side > 0), 0
         while True:
             try:
-                input_ids = _ask_talk(choice.answerer, turns)
+                input_ids = choice.answerer.ask_talk(turns)
                 break
             except TooLong:
                 shorter = shorten(turns)
@@ -177,11 +177,3 @@ def answering() -> dict:
 
 def waiting() -> dict:
     return gr.update(submit_btn="보내기", stop_btn=False)
-
-
-def _ask_talk(answerer, turns) -> list[int]:
-    said = [turn for turn in turns if turn.role != "system"]
-    texts = [turn.text for turn in said]
-    if len(said) < len(turns):
-        texts[0] = turns[0].text + "\n\n" + texts[0]
-    return answerer.ask(texts[-1], past=list(zip(texts[:-1:2], texts[1::2], strict=True)))

@@ -21,7 +21,8 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     context = models.default.answerer.context
     talk = gr.BrowserState(None, storage_key="polyglot-ko-lite-talk", secret="browser-only")
     with gr.Row(elem_id="talk-row"):
-        chat = _chatbot("chat", label=title_of(models.default.name), editable="all", feedback_options=("Like", "Dislike"), min_width=280)
+        chat = _chatbot("chat", label=title_of(models.default.name), editable="all",
+                        feedback_options=("Like", "Dislike"), min_width=280)
         beside = _chatbot("chat-other", visible=False, min_width=280)
     with gr.Row(elem_id="talk-bar"):
         fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")

@@ -7,20 +7,13 @@ from dataclasses import asdict, dataclass, field
 
 from utils.errors import UsageError
 from utils.talk.guard import MAX_CHARS, check_text
+from utils.turns import Turn
 
 MAX_SAID = 400  # 말의 수
 MAX_TALK = 8 * MAX_CHARS  # 대화 전체의 글자 수. 본문의 한계(guard.MAX_BODY)에 넉넉히 든다
 # 보이지 않는 글자. HTML과 그림과 mermaid로 읽힐 자리에 끼우면 글자 그대로 보이고, 복사할 때는 page.js가 뺀다
 JOINER = "\u2060"
 _LIVE = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)|(?:```|~~~)[ \t]*(?=mermaid)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """대화의 말 하나."""
-
-    role: str
-    text: str
 
 
 @dataclass
