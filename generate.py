@@ -1,6 +1,7 @@
 """학습하거나 병합한 모델과 웹 페이지나 콘솔에서 대화한다."""
 
 import time
+from urllib.parse import urlsplit
 
 from utils import cli, console
 from utils.paths import find_input, shown
@@ -10,7 +11,7 @@ def serve(
     *,
     # 모델
     base_model: str | None = None,
-    peft_root: str | None = None,
+    peft_root: tuple[str, ...] = (),
     cache_dir: str | None = None,
     load_4bit: bool | None = None,
     load_8bit: bool = False,
@@ -26,12 +27,14 @@ def serve(
     ask: str | None = None,
     input: str = "",
     eval: int | None = None,
+    verbose: bool = False,
 ):
     """웹 페이지를 연다. --ask나 --eval을 적으면 페이지 없이 콘솔에 답하고 끝낸다.
 
     Args:
         base_model: 모델 폴더나 hub id. 적지 않으면 어댑터가 이름 댄 모델, 어댑터도 없으면 함께 든 데모 모델이다.
-        peft_root: finetune-lora.py의 output_dir. 적지 않으면 base_model만 쓴다.
+        peft_root: finetune-lora.py의 output_dir. 적지 않으면 base_model만 쓴다. 쉼표로 여럿을 이으면 기반 모델을 한 번
+            올리고 어댑터를 모두 얹어, 페이지와 api에서 폴더의 이름으로 고른다.
         cache_dir: 받은 모델을 둘 폴더.
         load_4bit: 가중치를 4비트(NF4)로 올린다. 둘 다 적지 않으면 메모리에 들어가는 가장 빠른 것을 고른다.
         load_8bit: 가중치를 8비트로 올린다.
@@ -40,31 +43,37 @@ def serve(
         server_port: 페이지를 열 포트. 이미 쓰이고 있으면 다음 빈 포트를 쓴다.
         share_gradio: 인터넷에서 들어올 수 있는 임시 링크를 만든다(auth 필요).
         auth: 들어올 때 물을 사용자:암호. api에서는 이것이 api_key다.
-        api: OpenAI 형식의 /v1/chat/completions와 /v1/completions도 연다.
+        api: OpenAI 형식의 /v1/chat/completions와 /v1/completions도 연다. 요청의 model은 어댑터 폴더의 이름이나 base다.
         run_dirs: 학습 기록 탭에서 겹쳐 볼 학습 폴더들. 쉼표로 잇는다.
         ask: 콘솔에서 물을 질문 하나.
         input: ask의 {x} 자리에 넣을 글.
         eval: 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 재어 표로 보여 준다. peft_root가 있어야 한다.
+        verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
+
+    Examples:
+        python generate.py --peft_root train/faq
+        python generate.py --peft_root train/faq --ask "배송은 며칠 걸리나요?"
     """
+    console.show_details(verbose)
     check_flags(server_name, server_port, share_gradio, auth, bool(load_4bit and load_8bit), ask, eval, peft_root)
 
-    from utils.talk.source import find_source, load_answerer
+    from utils.talk.source import find_sources, load_models
 
-    source = find_source(base_model, peft_root, console.say, cache_dir)
-    answerer = load_answerer(source, cache_dir, load_4bit, load_8bit, prompt_template, console.say)
+    sources = find_sources(base_model, peft_root, console.say, cache_dir)
+    models = load_models(sources, cache_dir, load_4bit, load_8bit, prompt_template, console.say)
     if ask is not None:
-        print_answer(answerer, ask, input)
+        print_answers(models, ask, input)
     elif eval is not None:
-        print_scores(answerer, find_results(source, (), answerer, cache_dir), eval)
+        print_scores(models.default.answerer, find_results(sources, (), models, cache_dir), eval)
     else:
         from utils.talk.page import Access
 
-        results = find_results(source, run_dirs, answerer, cache_dir)
-        open_page(answerer, source.name, results, Access(server_name, server_port, share_gradio, auth, api))
+        results = find_results(sources, run_dirs, models, cache_dir)
+        open_page(models, sources[0].title, results, Access(server_name, server_port, share_gradio, auth, api))
 
 
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
-                n_eval: int | None, peft_root: str | None) -> None:
+                n_eval: int | None, peft_root: tuple[str, ...]) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
     from utils.talk.guard import exposure_problem
 
@@ -76,40 +85,42 @@ def check_flags(server_name: str, server_port: int, share: bool, auth: str | Non
             (not both_bits, "--load_4bit와 --load_8bit 가운데 하나만 쓴다"),
             (ask is None or n_eval is None, "--ask와 --eval 가운데 하나만 쓴다"),
             (n_eval is None or n_eval >= 1, f"eval은 1 이상의 질문 수다: {n_eval}"),
-            (n_eval is None or peft_root is not None, "--eval에는 학습한 폴더가 있어야 한다. --peft_root를 적는다"),
+            (n_eval is None or bool(peft_root), "--eval에는 학습한 폴더가 있어야 한다. --peft_root를 적는다"),
+            (n_eval is None or len(peft_root) < 2, "--eval은 어댑터를 하나씩 잰다. --peft_root를 하나만 적는다"),
         ]
     )
 
 
-def find_results(source, run_dirs: tuple[str, ...], answerer, cache_dir: str | None):
-    """페이지에서 보여 줄 학습들과 검증 질문."""
+def find_results(sources, run_dirs: tuple[str, ...], models, cache_dir: str | None):
+    """페이지에서 보여 줄 학습들과, 첫 어댑터의 검증 질문."""
     from pathlib import Path
 
     from utils import record
     from utils.talk import scores
-    from utils.talk.page_runs import Results
+    from utils.talk.page_learned import Results
 
     folders = [Path(find_input(folder)) for folder in run_dirs]
-    own = source.run_dir
-    if own and (own / record.RUN_FILE).is_file() and own not in folders:
-        folders.insert(0, own)
+    own = [source.run_dir for source in sources if source.run_dir and (source.run_dir / record.RUN_FILE).is_file()]
+    folders = [*own, *(folder for folder in folders if folder not in own)]
     runs = {shown(folder): record.read_run(folder) for folder in folders}
-    can_learn = own is not None and (own / record.RUN_FILE).is_file()
-    return Results(runs, (lambda: scores.load_validation(own, answerer, cache_dir)) if can_learn else None)
+    first, answerer = sources[0].run_dir, models.default.answerer
+    can_learn = first in own
+    return Results(runs, (lambda: scores.load_validation(first, answerer, cache_dir)) if can_learn else None)
 
 
-def print_answer(answerer, ask: str, input: str) -> None:
-    """질문 하나에 콘솔에서 답한다."""
+def print_answers(models, ask: str, input: str) -> None:
+    """질문 하나에 콘솔에서 답한다. 어댑터가 여럿이면 차례로 답한다."""
     from utils.sampling import Sampling
     from utils.talk.answerer import Answer, describe
     from utils.talk.guard import check_text
 
     check_text(ask=ask, input=input)
-    answer = Answer(answerer.ask(ask, input), Sampling())
-    print()
-    for piece in answerer.pieces(answer):
-        print(console.printable(piece), end="", flush=True)
-    console.say(f"\n\n[{describe(answer)}]")
+    for choice in models.tuned:
+        answer = Answer(choice.answerer.ask(ask, input), Sampling())
+        console.say(f"\n[{choice.name}]" if len(models.tuned) > 1 else "")
+        for piece in choice.answerer.pieces(answer):
+            print(console.printable(piece), end="", flush=True)
+        console.say(f"\n\n[{describe(answer)}]")
 
 
 def print_scores(answerer, results, n: int) -> None:
@@ -127,20 +138,24 @@ def print_scores(answerer, results, n: int) -> None:
     rows = []
     for row in scores.evaluate(answerer, questions):
         rows.append(row)
-        console.say(f"[{len(rows)}/{len(questions)}] {row.question[:60]}")
+        console.say(f"[{len(rows)}/{len(questions)}] {console.one_line(row.question, 60)}")
         for model in MODELS:
-            console.say(f"  {model.title}: {row.answers[model.name].text[:100]}")
+            console.say(f"  {model.title}: {console.one_line(row.answers[model.name].text, 100)}")
     console.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
     for title, base, tuned, change in scores.table(rows):
         console.say(f"  {title}: 기반 모델 {base}, 학습한 모델 {tuned} ({change})")
 
 
-def open_page(answerer, model_name: str, results, access) -> None:
+def open_page(models, title: str, results, access) -> None:
     """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
     from utils.talk import page
+    from utils.talk.runs import Runs
 
-    blocks = page.build(answerer, "Polyglot-ko-1.3b-lite", f"모델: {model_name}", results)
-    local, shared = page.launch(blocks, answerer, model_name, access)
+    blocks = page.build(models, title, results, Runs() if access.is_private else None)
+    local, shared = page.launch(blocks, models, access)
+    port = urlsplit(local).port
+    if port != access.server_port:
+        console.say(f"포트 {access.server_port}은 다른 프로그램이 쓰고 있어 {port}에 연다")
     console.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
     if shared:
         console.say(f"공유 링크: {shared}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # 일꾼마다 코어 하나. 서로의 스레드를 기다리지 않는다
 
 import pytest
 from tiny import build_neox
@@ -71,6 +73,23 @@ def talk_server(talk_run):
 
     with serving("--peft_root", str(talk_run), "--run_dirs", f"{talk_run}", "--api", "True") as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """페이지의 테스트가 함께 쓰는 브라우저 하나."""
+    from playwright.sync_api import Error, sync_playwright
+    from serving import launch_browser
+
+    with sync_playwright() as playwright:
+        try:
+            opened = launch_browser(playwright)
+        except (Error, FileNotFoundError) as error:
+            if os.environ.get("REQUIRE_BROWSER"):
+                raise
+            pytest.skip(f"브라우저가 없다: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def check_python(words: list[str]) -> None:
     elif words[:2] == ["-m", "utils.doctor"]:
         assert len(words) == 2
     elif words[:2] == ["-m", "pytest"]:
-        assert words[2:] in ([], ["-m", "quick"])
+        assert words[2:6] == ["-n", "2", "--dist", "loadfile"] and words[6:] in ([], ["-m", "quick"])
     elif words[0].startswith("tests/bench/"):
         assert (ROOT / words[0]).is_file() and len(words) == 1
     elif words[0] == "-c":
@@ -140,7 +140,8 @@ def test_readme_opens_with_one_sentence_and_two_commands():
     assert lines[2].count("다.") == 1
     assert lines[4:8] == ["```sh", "python -m pip install -r requirements.txt && "
                           "python finetune-lora.py --num_train_epochs 3 --batch_size 4",
-                          "python -m pip install -r tests/requirements.txt && python -m pytest", "```"]
+                          "python -m pip install -r tests/requirements.txt && "
+                          "python -m pytest -n 2 --dist loadfile", "```"]
 
 
 def test_readme_names_every_top_level_file():
@@ -159,7 +160,7 @@ def test_help_and_a_typo_import_nothing_heavy(script, flag):
     assert "fire" in imported
     assert not imported & {"torch", "transformers", "peft", "datasets", "gradio", "numpy", "matplotlib"}
     assert done.returncode == (0 if flag == "--help" else 2)
-    assert ("FLAGS" if flag == "--help" else "no_such_flag") in done.stdout + done.stderr
+    assert ("쓰는 법" if flag == "--help" else "no_such_flag") in done.stdout + done.stderr
 
 
 def test_data_check_of_the_readme_runs():

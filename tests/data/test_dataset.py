@@ -178,7 +178,7 @@ def test_old_caches_are_dropped(tmp_path, encoder):
 texts_strategy = st.lists(st.text(alphabet="가나다라마바사", max_size=3), min_size=2, max_size=80)
 
 
-@given(old=texts_strategy, new=texts_strategy, percent=st.floats(1, 60), seed=st.integers(0, 2**32 - 1))
+@given(old=texts_strategy, new=texts_strategy, percent=st.floats(8, 60), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=300, deadline=None, database=None)
 def test_same_row_is_on_one_side_and_new_rows_move_no_old_row(old, new, percent, seed):
     def held(texts: list[str]) -> set[str]:
@@ -189,7 +189,7 @@ def test_same_row_is_on_one_side_and_new_rows_move_no_old_row(old, new, percent,
         assert not sides[0] & sides[1]
         return sides[1]
 
-    filler = [f"채움 {number}" for number in range(200)]  # 행이 아주 적을 때만 쓰는 규칙을 벗어난다
+    filler = [f"채움 {number}" for number in range(200)]  # 검증에 아무도 들지 않아 하나를 골라 넣는 일이 없게 한다
     before = held(old + filler)
     assert held(old + filler + new) & set(old + filler) == before
     held(old)

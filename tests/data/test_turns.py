@@ -154,11 +154,12 @@ def test_the_check_says_which_rows_hold_an_answer_that_is_not_learned(tmp_path, 
 
 @pytest.fixture(scope="module")
 def client(tiny_neox):
+    from utils.talk.models import Choice, Models
     from utils.talk.source import find_source, load_answerer
 
     source = find_source(str(tiny_neox), None, print)
     answerer = load_answerer(source, None, None, False, "default", print)
-    return TestClient(Starlette(routes=api.routes(answerer, "lite", None)))
+    return TestClient(Starlette(routes=api.routes(Models([Choice("lite", answerer)]), None)))
 
 
 def ask(client, messages):

@@ -7,8 +7,16 @@ import httpx
 import openai
 import pytest
 from serving import PORT, serving
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from utils.prompter import Turn
+from utils.sampling import Sampling
+from utils.talk import api
+from utils.talk.answerer import Answer
 from utils.talk.api import _before_stop
+from utils.talk.models import Choice, Models
+from utils.talk.source import find_source, load_answerer
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +28,24 @@ QUESTION = [{"role": "user", "content": "딥러닝이 뭐야?"}]
 
 
 def ask(client, **extra):
-    return client.chat.completions.create(model="lite", messages=QUESTION, **{"max_tokens": 8, **extra})
+    return client.chat.completions.create(**{"model": "run", "messages": QUESTION, "max_tokens": 8, **extra})
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["run"]
+    assert [model.id for model in client.models.list()] == ["run", "base"]
+    assert client.models.retrieve("base").id == "base"
+
+
+def test_base_answers_without_the_adapter_and_an_unknown_name_is_404(client):
+    said = {name: client.chat.completions.create(model=name, messages=QUESTION, max_tokens=8, temperature=0)
+            for name in ("run", "base")}
+    assert {name: done.model for name, done in said.items()} == {"run": "run", "base": "base"}
+    assert said["run"].choices[0].message.content != said["base"].choices[0].message.content
+    for call in (lambda: ask(client, model="없다"), lambda: client.models.retrieve("none"),
+                 lambda: client.completions.create(model="lite", prompt="가")):
+        with pytest.raises(openai.NotFoundError, match="쓸 수 있는 이름: run, base") as error:
+            call()
+        assert error.value.code == "model_not_found"
 
 
 def test_chat_answers_and_counts(client):
@@ -43,17 +64,42 @@ def test_stream_is_the_same_text(client):
     assert chunks[-2].choices[0].finish_reason in ("stop", "length") and chunks[-1].usage.completion_tokens >= 1
 
 
+TALK = [{"role": "system", "content": "짧게 답해."}, {"role": "user", "content": "하늘은?"},
+        {"role": "assistant", "content": "파랗다."}, {"role": "user", "content": "그럼 밤에는?"}]
+
+
+def test_a_whole_talk_reaches_the_model_as_training_builds_it(tiny_neox):
+    """openai의 클라이언트가 보낸 대화의 토큰은 `ask_talk`의 것이고, 답과 사용량과 씨앗도 직접 물은 것과 같다."""
+    answerer = load_answerer(find_source(str(tiny_neox), None, print), None, None, False, "default", print)
+    app = TestClient(Starlette(routes=api.routes(Models([Choice("tiny", answerer)]), None)))
+    near = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=app)
+    ids = answerer.ask_talk([Turn(message["role"], message["content"]) for message in TALK])
+    assert ids != answerer.ask("그럼 밤에는?") and "파랗다." in answerer.tokenizer.decode(ids)
+    direct = Answer(ids, Sampling(temperature=1.0, max_new_tokens=20, seed=3))
+    text = "".join(answerer.pieces(direct))
+    settings = {"model": "tiny", "messages": TALK, "max_tokens": 20, "temperature": 1, "seed": 3}
+    done = near.chat.completions.create(**settings)
+    assert done.choices[0].message.content == text
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (len(ids), len(direct.ids))
+    chunks = list(near.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
+    assert chunks[-1].usage == done.usage and not chunks[-1].choices and chunks[0].usage is None
+    stop = text[len(text) // 2 :][:2]
+    cut = near.chat.completions.create(**settings, stop=stop)
+    assert cut.choices[0].message.content == text[: text.index(stop)] and cut.choices[0].finish_reason == "stop"
+
+
 def test_same_seed_same_answer(client):
     first, second = (ask(client, temperature=1, seed=7).choices[0].message.content for _ in range(2))
     assert first == second
 
 
 def test_completions_continue_text(client):
-    done = client.completions.create(model="lite", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
-    asked = client.chat.completions.create(model="lite", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
+    done = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
+    asked = client.chat.completions.create(model="run", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
                                            temperature=0)
     assert done.choices[0].text == asked.choices[0].message.content
-    chunks = client.completions.create(model="lite", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
+    chunks = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
                                        stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
 
@@ -77,7 +123,7 @@ def test_values_out_of_bounds(client, extra):
                                       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]])
 def test_bad_messages(client, messages):
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="lite", messages=messages)
+        client.chat.completions.create(model="run", messages=messages)
 
 
 def test_broken_json_and_foreign_origin(talk_server):

@@ -20,6 +20,7 @@ from utils.model.tokenizer import load_tokenizer
 from utils.sampling import Sampling
 from utils.talk import api
 from utils.talk.answerer import Answer
+from utils.talk.models import Choice, Models
 from utils.talk.source import find_source, load_answerer
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
@@ -89,7 +90,7 @@ def test_a_question_beyond_the_embedding_is_refused_by_the_token(small, outside)
 
 
 def test_the_api_says_400(small, outside):
-    client = TestClient(Starlette(routes=api.routes(open_answerer(small), "lite", None)))
+    client = TestClient(Starlette(routes=api.routes(Models([Choice("lite", open_answerer(small))]), None)))
     for path, body in (("chat/completions", {"messages": [{"role": "user", "content": outside}]}),
                        ("completions", {"prompt": outside})):
         reply = client.post(f"/v1/{path}", json={**body, "max_tokens": 4})

@@ -176,7 +176,7 @@ def test_two_processes_resume_exactly(tiny_neox, tiny_data, tmp_path):
     """한 프로세스에만 신호를 보내도 둘이 같은 step에서 멈추고, 이어서 배운 것이 한 번에 배운 것과 같다."""
     def launch(output: Path, *more: str) -> subprocess.Popen:
         flags = {"base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4,
-                 "num_train_epochs": 2, "val_set_size": 20, "output_dir": output}
+                 "num_train_epochs": 4, "val_set_size": 20, "output_dir": output}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                                  str(ROOT / "finetune-lora.py"), *words, *more], stdout=subprocess.PIPE,
@@ -187,13 +187,13 @@ def test_two_processes_resume_exactly(tiny_neox, tiny_data, tmp_path):
     lines = []
     for line in first.stdout:
         lines.append(line)
-        if line.strip().startswith("6/"):
+        if line.strip().startswith("2/"):
             workers = psutil.Process(first.pid).children()
             next(worker for worker in workers if worker.environ().get("RANK") == "1").send_signal(signal.SIGTERM)
     first.wait(120)
     text = "".join(lines)
     newest = checkpoint.newest_valid(output)
-    assert newest is not None and 7 <= checkpoint.step_of(newest) < 18 and "저장하고 멈추었다" in text, text
+    assert newest is not None and 2 < checkpoint.step_of(newest) < 36 and "저장하고 멈추었다" in text, text
     assert (newest / "rng_state_1.pth").is_file()
     for process in (launch(output, "--resume_from_checkpoint"), launch(whole)):
         text = process.communicate(timeout=300)[0]

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from utils.data.encoder import require_known_ids
+from utils.decode.likelihood import Likelihood, measure
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
 from utils.engine.decode_engine import FastDecode, why_not
@@ -69,17 +70,21 @@ class Decoder:
     Args:
         end_ids: 답을 끝내는 토큰들. 어느 것이 나와도 멈춘다.
         longest: 질문과 답을 합친 길이를 이보다 짧게 잡는다.
+        adapter: 모델에 어댑터가 여럿이면 이 Decoder가 쓸 것의 PEFT 안의 이름. 모델은 하나를 함께 쓰고, Decoder는
+            어댑터마다 하나씩 둔다. 그래서 엔진은 언제나 어댑터 하나만 안다.
 
     Attributes:
         path: 고른 길과 그 이유 한 줄.
         finish_reason: 마지막 답이 끝난 이유. "stop"(끝 토큰), "length"(길이), "cancelled"(멈춤).
+        end_token: 마지막 답을 끝낸 토큰. "stop"으로 끝났을 때만 뜻이 있다.
         stats: 마지막 답의 통계.
         context: 질문과 답을 합친 길이의 한계(토큰). 모델의 한계와 메모리에 담을 수 있는 길이 가운데 작은 쪽이다.
         notice: 마지막 답이 메모리가 모자라 짧아졌으면 그 말. 아니면 빈 문자열.
         n_rows: 입력 embedding의 행 수. 이보다 큰 번호의 토큰은 읽지 못한다.
     """
 
-    def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None):
+    def __init__(self, model, tokenizer, end_ids: Collection[int], longest: int | None = None,
+                 adapter: str | None = None):
         config = model.config.get_text_config(decoder=True)
         self.end_ids = frozenset(end_ids)
         limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT, DBRX
@@ -87,17 +92,35 @@ class Decoder:
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
         self.finish_reason = "length"
+        self.end_token = -1
         self.stats = Stats()
         model.eval()
+        self._model, self._adapter, self._adapter_on = model, adapter, True
+        self._select()
         self.notice = ""
         self._tokenizer = tokenizer
         self.n_rows = model.get_input_embeddings().weight.shape[0]
         self._engine, self.path = _engine(model, self.context, min(len(tokenizer), config.vocab_size))
         self.context = max(2, self._engine.room(self.context))
 
+    @property
+    def is_fast(self) -> bool:
+        """직접 쓴 커널로 답하는지."""
+        return isinstance(self._engine, FastDecode)
+
     def use_adapter(self, on: bool) -> None:
-        """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다."""
+        """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다.
+
+        모델을 함께 쓰는 다른 Decoder가 그 사이에 다른 어댑터를 골랐을 수 있으므로 답할 때마다 부른다.
+        """
+        self._adapter_on = on
+        self._select()
         self._engine.use_adapter(on)
+
+    def _select(self) -> None:
+        """모델에 어댑터가 여럿이면 제 것을 고른다. 커널의 엔진은 만들 때 제 어댑터를 베껴 두어 영향을 받지 않는다."""
+        if self._adapter is not None and self._model.active_adapter != self._adapter:
+            self._model.set_adapter(self._adapter, inference_mode=True)
 
     def stream(self, input_ids: list[int], settings: Sampling, stop: threading.Event | None = None) -> Iterator[int]:
         """답의 토큰을 하나씩 내놓는다. 끝 토큰은 내놓지 않는다.
@@ -134,6 +157,21 @@ class Decoder:
             replies.append(Reply(answer[:-1] if stopped else answer, reason))
         return replies
 
+    def likelihood(self, ids: list[int], top: int = 1) -> Likelihood:
+        """글의 둘째 토큰부터의 로그 가능도. 마지막 `use_adapter`가 고른 모델의 forward로 잰다.
+
+        Raises:
+            UsageError: 글이 두 토큰이 되지 않거나, 모델이 읽을 수 있는 길이를 넘거나, 모델이 모르는 토큰이 들어 있다.
+        """
+        if len(ids) < 2:
+            raise UsageError(f"가능도를 재려면 글이 두 토큰 이상이어야 한다: {len(ids)}토큰")
+        require_known_ids(ids, self.n_rows, self._tokenizer, "글")
+        if len(ids) > self.context:
+            raise UsageError(f"글이 너무 길다: {len(ids)}토큰. 이 모델은 {self.context}토큰까지 읽는다. 글을 줄인다")
+        if hasattr(self._model, "disable_adapter_layers"):  # 커널의 엔진은 모델의 층을 끄지 않는다
+            self._model.enable_adapter_layers() if self._adapter_on else self._model.disable_adapter_layers()
+        return measure(self._model, [(ids[:1], ids[1:])], max(1, top))[0]
+
     def _limit(self, input_ids: list[int], settings: Sampling) -> int:
         """답의 최대 토큰 수. 메모리가 모자라면 줄이고 `notice`에 적는다."""
         if not input_ids:
@@ -162,7 +200,7 @@ class Decoder:
         for count, token in enumerate(self._engine.tokens(input_ids, settings, limit), start=1):
             now = time.perf_counter()
             if token in self.end_ids:
-                self.finish_reason = "stop"
+                self.finish_reason, self.end_token = "stop", token
                 return
             first = first or now
             speed = (count - 1) / (now - first) if count > 1 else 0.0

@@ -19,16 +19,19 @@ class TextStream:
     바이트 수준 BPE에서는 토큰의 바이트를 UTF-8로 조금씩 푼다. 한 음절이 두 토큰에 나뉘어 있으면 뒤의 토큰이 왔을 때
     나오고, 끝내 완성되지 못한 바이트는 버려지므로 U+FFFD가 보이지 않는다. 다른 토크나이저는 `DecodeStream`에 맡긴다.
     특수 토큰과 어휘에 없는 번호는 글자가 없다.
+
+    Args:
+        special: 특수 토큰도 글자로 적는다.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, special: bool = False):
         self._backend = tokenizer.backend_tokenizer
-        self._added = {number: "" if token.special else token.content
+        self._added = {number: "" if token.special and not special else token.content
                        for number, token in tokenizer.added_tokens_decoder.items()}
         decoder = json.loads(self._backend.to_str())["decoder"] or {}
         self._bytes = byte_alphabet() if decoder.get("type") == "ByteLevel" else None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=not special)
 
     def push(self, token_id: int) -> str:
         """토큰 하나를 넣고 그 사이 완성된 글자를 돌려준다."""
@@ -38,6 +41,21 @@ class TextStream:
             return self._utf8.decode(self._added[token_id].encode("utf-8"))
         token = self._backend.id_to_token(token_id)
         return "" if token is None else self._utf8.decode(bytes(self._bytes[letter] for letter in token))
+
+    def raw(self, token_id: int) -> bytes:
+        """토큰 하나의 바이트. 음절의 한 조각일 수 있다."""
+        token = self._backend.id_to_token(token_id) or ""
+        if self._bytes is None or token_id in self._added:
+            return token.replace("\u2581", " ").encode("utf-8")
+        return bytes(self._bytes[letter] for letter in token)
+
+    def name(self, token_id: int) -> str:
+        """토큰 하나를 사람이 읽을 글. 음절의 한 조각이면 OpenAI처럼 `bytes:\\xec\\x95`로 적는다."""
+        raw = self.raw(token_id)
+        try:
+            return raw.decode("utf-8") or f"<{token_id}>"
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def flush(self) -> str:
         """답이 끝났을 때 남은 글자를 돌려준다. 완성되지 못한 바이트는 버린다."""

@@ -35,8 +35,12 @@ class PromptInfo:
     end_token_ids: tuple[int, ...] = ()
 
 
-def load_adapter(model, adapter: Path):
+def load_adapter(model, adapter: Path, name: str = "default"):
     """`find_adapter`가 찾은 어댑터를 모델에 얹는다. 병합하지 않는다.
+
+    Args:
+        model: 기반 모델, 또는 이미 다른 어댑터를 얹은 PeftModel. 뒤의 것이면 그 위에 하나를 더 얹는다.
+        name: PEFT 안에서의 이름. 얹은 것들 가운데 하나를 `set_adapter(name)`으로 고른다.
 
     Raises:
         UsageError: 설정이 잘못되었거나, 이 모델의 어댑터가 아니다.
@@ -46,15 +50,19 @@ def load_adapter(model, adapter: Path):
 
     advice = "배운 기반 모델이 맞는지, 파일이 온전한지 본다"
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        if isinstance(model, PeftModel):
+            tuned = model
+            tuned.load_adapter(str(adapter), adapter_name=name, is_trainable=False)
+        else:
+            tuned = PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=False)
         # PEFT는 자리를 못 찾은 tensor를 말없이 버린다. 같은 값을 한 번 더 넣어 그 이름을 받는다
         state = load_file(Path(adapter) / ADAPTER_WEIGHTS)
-        found = set_peft_model_state_dict(tuned, state)
+        found = set_peft_model_state_dict(tuned, state, adapter_name=name)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({first_line(error)}). {advice}") from None
-    lost = _lost(found)
+    lost = _lost(found, name)
     if lost:
         raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {lost}. {advice}")
     return tuned
@@ -73,9 +81,9 @@ def require_reloadable(model) -> None:
         raise UsageError(f"이 모델의 어댑터는 다시 얹지 못한다: {lost}. --lora_target_modules로 다른 층을 고른다")
 
 
-def _lost(found) -> str:
-    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 어댑터의 tensor. 없으면 빈 글이다."""
-    empty = sorted(name for name in found.missing_keys if is_learned(name))
+def _lost(found, name: str = "default") -> str:
+    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 어댑터 `name`의 tensor. 없으면 빈 글이다."""
+    empty = sorted(key for key in found.missing_keys if is_learned(key) and name in key.split("."))
     for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
         if names:
             return f"{names[0]}(모두 {len(names)}개)가 {said}"

@@ -115,11 +115,13 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
     return updates
 
 
-def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, disk: DiskMap) -> dict[str, Update]:
+def match_base(updates: dict[str, Update], config: dict, adapter: Path, base: ModelFolder,
+               disk: DiskMap) -> dict[str, Update]:
     """디스크의 기반 모델의 tensor 이름 -> 갱신.
 
     Raises:
         UsageError: 기반 모델에 그 층이 없거나, 모양이 다르거나, 묶인 embedding이거나, 다른 tensor를 합쳐 만드는 층이다.
+            설정이 말하는 층의 갱신이 어댑터에 없다.
     """
     matched = {}
     tied = text_config(base.config).get("tie_word_embeddings", False)
@@ -137,12 +139,32 @@ def match_base(updates: dict[str, Update], adapter: Path, base: ModelFolder, dis
         if entry.name in disk.shared or (tied and (leaf.startswith("embed") or leaf in _TIED_NAMES)):
             raise UsageError(f"입력과 출력이 한 행렬로 묶인 모델이라 {module}의 갱신을 합칠 수 없다(다른 쪽도 바뀐다)")
         matched[entry.name] = update
+    _require_every_layer(updates, config, disk)
     for saved in read_safetensors_header(adapter / ADAPTER_WEIGHTS):
         if saved.name.endswith(_SAVED_BASE):
             entry = disk.entries.get(saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
             if entry is None or not _same(saved, entry):
                 raise UsageError(f"어댑터에 든 {saved.name}이 기반 모델 {base.path}의 것과 다르다")
     return matched
+
+
+def _require_every_layer(updates: dict[str, Update], config: dict, disk: DiskMap) -> None:
+    """설정의 `target_modules`가 가리키는 층마다 갱신이 있는지 본다. 빠진 층이 있으면 배운 것의 일부만 합쳐진다."""
+    if config.get("layers_to_transform") is not None:
+        return
+    for name, entry in disk.entries.items():
+        module = name.removesuffix(".weight")
+        asked = _is_named(module, config.get("target_modules")) and not _is_named(module, config.get("exclude_modules"))
+        if asked and module != name and len(entry.shape) == 2 and module not in updates:
+            raise UsageError(f"어댑터에 {module}의 갱신이 없다. 설정(target_modules)에는 있는 층이다. "
+                             "어댑터의 파일이 온전한지 본다")
+
+
+def _is_named(module: str, targets: list[str] | str | None) -> bool:
+    """PEFT의 규칙: 글이면 전체와 맞는 정규식, 목록이면 이름의 끝이다."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
 
 
 def _same(one: TensorEntry, other: TensorEntry) -> bool:

@@ -1,26 +1,24 @@
-"""질문의 줄: 받은 차례대로 답한다. 모델은 한 번에 답 하나만 만들고, 기다리는 줄의 길이에는 끝이 있다."""
+"""모델 하나로 하는 답: 질문의 토큰, 나오는 글, 가능도. 줄(`line.Line`)에 서서 한 번에 하나만 만든다."""
 
-import asyncio
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from utils.data.encoder import Encoder
+from utils.data.encoder import Encoder, require_known_ids
 from utils.decode.decoder import Decoder, Stats
+from utils.decode.likelihood import Likelihood
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
 from utils.prompter import CHAT, Turn
 from utils.sampling import Sampling
+from utils.talk.line import Line
 from utils.turns import as_talk
 
-WAITING = 8
-REFRESH = 0.04  # 화면을 고치는 간격(초). 이보다 빨라도 눈에는 같다
 REASONS = {"stop": "스스로 멈춤", "length": "최대 길이에 닿음", "cancelled": "사용자가 멈춤", "error": "오류로 멈춤"}
 
 
-class Busy(UsageError):
-    """기다리는 줄이 가득 찼다."""
+class TooLong(UsageError):
+    """질문이 모델이 읽을 수 있는 길이를 넘는다."""
 
 
 @dataclass(eq=False)
@@ -30,10 +28,13 @@ class Answer:
     Attributes:
         input_ids: 질문의 토큰.
         tuned: False면 어댑터를 끄고 기반 모델이 답한다.
+        top: 적으면 답이 끝난 뒤 질문과 답의 모든 토큰의 가능도를, 자리마다 이만큼의 그럴듯한 토큰과 함께 잰다.
+        read_only: 답을 만들지 않고 질문의 가능도만 잰다.
         stop: 켜면 한 토큰 안에 멈춘다.
         text: 지금까지 나온 글. 완성된 음절만 들어 있다.
         ids: 지금까지 나온 토큰.
         finish_reason: 끝난 이유. 끝나기 전에는 None이다. "stop", "length", "cancelled", "error".
+        likelihood, end_ids: `top`을 적었으면 질문과 답과 끝 토큰을 이은 글의 가능도와, 그 끝 토큰(없으면 빈 목록).
         error: 답을 만들지 못한 이유.
         session: 물은 브라우저의 session_hash.
         cleared: 사용자가 화면을 지웠다. 따라가던 페이지는 빈 값을 마지막으로 보낸다.
@@ -42,11 +43,15 @@ class Answer:
     input_ids: list[int]
     settings: Sampling
     tuned: bool = True
+    top: int | None = None
+    read_only: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     text: str = ""
     ids: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     finish_reason: str | None = None
+    likelihood: Likelihood | None = None
+    end_ids: list[int] = field(default_factory=list)
     error: str = ""
     session: str = ""
     cleared: bool = False
@@ -56,11 +61,12 @@ class Answerer:
     """모델 하나로 답한다. 여러 스레드가 함께 불러도 된다.
 
     Args:
-        say: 작업 스레드의 오류를 알릴 곳.
+        say: 알림과 작업 스레드의 오류를 알릴 곳.
+        line: 설 줄. 어댑터만 다르고 모델을 함께 쓰는 Answerer들은 줄도 함께 선다. 없으면 새로 만든다.
     """
 
     def __init__(self, decoder: Decoder, tokenizer, prompter, end_id: int, say: Callable[[str], None],
-                 can_compare: bool = False):
+                 can_compare: bool = False, line: Line | None = None):
         self.prompter = prompter
         self.can_compare = can_compare
         self._decoder = decoder
@@ -69,9 +75,7 @@ class Answerer:
         self.encoder = Encoder(tokenizer, end_id, decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
-        self._changed = threading.Condition()
-        self._line: deque[tuple[Answer, ...]] = deque()  # 맨 앞은 지금 답하고 있는 일이다
-        threading.Thread(target=self._work, name="answerer", daemon=True).start()
+        self.line = Line(say) if line is None else line
 
     @property
     def context(self) -> int:
@@ -111,11 +115,17 @@ class Answerer:
         with self._encoding:
             return self._fitting(self.encoder.encode_prompt(text, special=self.prompter.name == CHAT))
 
+    def continue_tokens(self, ids: list[int]) -> list[int]:
+        """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""
+        require_known_ids(ids, self._decoder.n_rows, self.tokenizer, "토큰 번호")
+        return self._fitting(ids)
+
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""
         self._decoder.use_adapter(answer.tuned)
         stream = TextStream(self.tokenizer)
-        for token in self._decoder.stream(answer.input_ids, answer.settings, answer.stop):
+        made = () if answer.read_only else self._decoder.stream(answer.input_ids, answer.settings, answer.stop)
+        for token in made:
             answer.ids.append(token)
             answer.stats = self._decoder.stats
             piece = stream.push(token)
@@ -130,7 +140,13 @@ class Answerer:
             answer.text += rest
             yield rest
         answer.stats = self._decoder.stats
-        answer.finish_reason = self._decoder.finish_reason
+        reason = "length" if answer.read_only else self._decoder.finish_reason
+        if answer.top is not None:
+            answer.end_ids = [self._decoder.end_token] if reason == "stop" else []
+            ids = answer.input_ids + answer.ids + answer.end_ids
+            if len(ids) > 1:  # 토큰 하나뿐이면 잴 것이 없다
+                answer.likelihood = self._decoder.likelihood(ids, answer.top)
+        answer.finish_reason = reason  # 이것이 적히면 다 된 것이다
 
     def together(self, answers: Sequence[Answer]) -> None:
         """설정과 모델(`tuned`)이 같은 답들을 한꺼번에 만든다. 줄을 서지 않으므로 페이지 없이 쓴다."""
@@ -147,69 +163,31 @@ class Answerer:
         Raises:
             Busy: 이미 여덟이 기다리고 있다.
         """
-        with self._changed:
-            if len(self._line) > WAITING:
-                raise Busy(f"지금은 바쁘다. 이미 {WAITING}개의 질문이 기다리고 있다. 잠시 뒤에 다시 묻는다")
-            self._line.append(answers)
-            self._changed.notify()
+        self.line.submit(*(self.task(answer) for answer in answers))
+
+    def task(self, answer: Answer) -> tuple[Callable[[Answer], None], Answer]:
+        """줄에 세울 일 하나. 다른 어댑터의 것과 함께 세울 때 쓴다."""
+        return self._make, answer
 
     def ahead(self, answer: Answer) -> int:
         """이 답보다 먼저 만들 일의 수."""
-        for place, group in enumerate(list(self._line)):
-            if answer in group:
-                return place
-        return 0
+        return self.line.ahead(answer)
 
     def leave(self, session: str, clear: bool = False) -> None:
         """브라우저가 멈춤을 눌렀거나 떠났거나(`clear`면) 화면을 지웠다. 그가 물은 답을 모두 멈춘다."""
-        for group in list(self._line):
-            for answer in group:
-                if session and answer.session == session:
-                    answer.cleared = answer.cleared or clear
-                    answer.stop.set()
+        self.line.leave(session, clear)
 
-    async def follow(self, *answers: Answer) -> AsyncIterator[int]:
+    def follow(self, *answers: Answer) -> AsyncIterator[int]:
         """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓고, 다 되거나 지워지면 끝난다. 그만 따라가면 답도 멈춘다."""
-        seen = None
-        try:
-            while not answers[0].cleared:
-                done = all(answer.finish_reason for answer in answers)
-                state = [len(answer.ids) for answer in answers], self.ahead(answers[0]), done
-                if state != seen:
-                    seen = state
-                    yield state[1]
-                if done:
-                    return
-                await asyncio.sleep(REFRESH)
-        finally:
-            for answer in answers:
-                answer.stop.set()
+        return self.line.follow(*answers)
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._line)
-                group = self._line[0]
-            for answer in group:
-                self._finish(answer)
-            with self._changed:
-                self._line.popleft()
-
-    def _finish(self, answer: Answer) -> None:
-        """답 하나를 끝까지 만든다. 무엇이 잘못되어도 그 답만 끝난다."""
-        try:
-            for _ in self.pieces(answer):
-                pass
-        except UsageError as error:
-            answer.error, answer.finish_reason = str(error), "error"
-        except Exception as error:
-            self._say(f"답을 만들다 오류가 났다: {type(error).__name__}: {error}")
-            answer.error = "답을 만들다 오류가 났다. 다시 묻는다. 자세한 것은 프로그램을 실행한 콘솔에 있다"
-            answer.finish_reason = "error"
+    def _make(self, answer: Answer) -> None:
+        for _ in self.pieces(answer):
+            pass
 
     def _fitting(self, tokens: list[int]) -> list[int]:
         if len(tokens) >= self.context:
-            raise UsageError(f"질문이 너무 길다: {len(tokens)}토큰. 이 모델은 질문과 답을 합쳐 "
+            raise TooLong(f"질문이 너무 길다: {len(tokens)}토큰. 이 모델은 질문과 답을 합쳐 "
                              f"{self.context}토큰까지 읽는다. 질문을 줄인다")
         return tokens
 
@@ -219,12 +197,12 @@ def describe(answer: Answer, ahead: int = 0) -> str:
     if answer.error:
         return answer.error
     if not answer.ids and answer.finish_reason is None:
-        return f"앞에 {ahead}개의 질문이 있다. 차례를 기다린다" if ahead else "질문을 읽는다"
+        return f"앞에 질문 {ahead}개 · 차례를 기다리는 중" if ahead else "질문을 읽는 중"
     stats = answer.stats
     parts = [f"토큰 {stats.tokens}개"]
     if stats.tokens_per_second:
         parts.append(f"{stats.tokens_per_second:,.1f} 토큰/초")
     if stats.tokens:
         parts.append(f"첫 토큰까지 {stats.first_token_seconds:.2f}초")
-    parts.append(REASONS[answer.finish_reason] if answer.finish_reason else "답하고 있다")
+    parts.append(REASONS[answer.finish_reason] if answer.finish_reason else "답하는 중")
     return " · ".join(parts)

@@ -1,13 +1,14 @@
-"""대화할 모델 하나: 기반 모델, 어댑터, 템플릿, 가중치의 비트 수를 찾아 올린다."""
+"""대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 import filecmp
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from utils import hub
+from utils.console import detail
 from utils.decode.decoder import Decoder
 from utils.decode.precision import choose_precision
 from utils.errors import UsageError
@@ -20,12 +21,14 @@ from utils.model.adapter import (
     read_adapter_config,
     read_prompt_info,
 )
-from utils.model.folder import ADAPTER_WEIGHTS, open_model_folder, read_safetensors_header
+from utils.model.folder import ADAPTER_WEIGHTS, model_digest, open_model_folder, read_safetensors_header
 from utils.model.loader import Device, load_base, require_base
 from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
-from utils.paths import BASE_DEMO, find_input, shown
+from utils.paths import BASE_DEMO, find_input, find_recorded, shown
 from utils.prompter import make_prompter
 from utils.talk.answerer import Answerer
+from utils.talk.line import Line
+from utils.talk.models import BASE, Choice, Models, unique_names
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Source:
     def name(self) -> str:
         return Path(self.run_dir or self.asked or self.base_model).name
 
+    @property
+    def title(self) -> str:
+        """페이지의 제목: 기반 모델과, 있으면 그 위의 어댑터."""
+        base = Path(self.asked or self.base_model).name
+        return f"{base} + {self.name}" if self.run_dir else base
+
 
 def find_source(base_model: str | None, peft_root: str | None, say: Callable[[str], None],
                 cache_dir: str | None = None) -> Source:
@@ -68,7 +77,9 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
         if not base_model and not trained_on:
             raise UsageError(f"어댑터가 기반 모델을 말하지 않는다: {adapter}. --base_model을 적는다")
         say(f"어댑터: {shown(adapter)}")
-    asked = find_input(base_model or trained_on or str(BASE_DEMO))
+    asked = find_input(base_model) if base_model else find_recorded(trained_on or str(BASE_DEMO))
+    if trained_on and not base_model and Path(asked).exists() and Path(asked) != Path(find_input(trained_on)):
+        say(f"어댑터가 말하는 기반 모델({trained_on})이 그 자리에 없어 {shown(asked)}를 쓴다")
     try:
         folder = asked
         if require_base(asked) is None:
@@ -90,29 +101,84 @@ def _last(name: str) -> str:
     return Path(name.replace("\\", "/")).name
 
 
+def find_sources(base_model: str | None, peft_roots: Sequence[str], say: Callable[[str], None],
+                 cache_dir: str | None = None) -> list[Source]:
+    """어댑터마다의 `Source`. 어댑터를 적지 않았으면 기반 모델 하나다.
+
+    Raises:
+        UsageError: `find_source`의 것이거나, 같은 어댑터를 두 번 적었거나, 어댑터들의 기반 모델이 다르다.
+    """
+    sources = [find_source(base_model, root, say, cache_dir) for root in peft_roots or (None,)]
+    first, adapters = sources[0], [source.adapter.resolve() for source in sources if source.adapter]
+    for place, adapter in enumerate(adapters):
+        if adapter in adapters[:place]:
+            raise UsageError(f"같은 어댑터를 두 번 적었다: {shown(adapter)}. 하나만 적는다")
+    for source in sources[1:]:
+        if model_digest(source.base_model) != model_digest(first.base_model):
+            raise UsageError(f"어댑터들의 기반 모델이 다르다: {shown(first.run_dir)}는 {first.asked}, "
+                             f"{shown(source.run_dir)}는 {source.asked}. 같은 기반 모델에서 배운 것만 함께 적는다")
+    return sources
+
+
+def load_models(sources: Sequence[Source], cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
+                prompt_template: str | None, say: Callable[[str], None]) -> Models:
+    """기반 모델을 한 번 올리고 어댑터를 모두 얹어, 이름으로 고를 수 있게 한다."""
+    answerers = load_answerers(sources, cache_dir, load_4bit, load_8bit, prompt_template, say)
+    names = unique_names(source.name for source in sources)
+    choices = [Choice(name, answerer) for name, answerer in zip(names, answerers, strict=True)]
+    if answerers[0].can_compare or not has_adapter(sources[0].base_model):
+        choices.append(Choice(BASE, answerers[0], tuned=False))
+    if len(sources) > 1:
+        for name, source in zip(names, sources, strict=True):
+            say(f"모델 {name}: {shown(source.adapter)}")
+    return Models(choices)
+
+
 def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
                   prompt_template: str | None, say: Callable[[str], None]) -> Answerer:
-    """모델을 올린다. 고른 것과 이유를 모두 알린다."""
+    """모델 하나를 올린다."""
+    return load_answerers([source], cache_dir, load_4bit, load_8bit, prompt_template, say)[0]
+
+
+def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
+                   prompt_template: str | None, say: Callable[[str], None]) -> list[Answerer]:
+    """기반 모델을 한 번 올리고 어댑터마다 Answerer를 만든다. 고른 것과 이유를 모두 알린다.
+
+    템플릿과 끝 토큰은 어댑터마다 제 prompt.json의 것이고, 모델과 줄은 함께 쓴다.
+    """
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
-    quantize, reason = choose_precision(source.base_model, device, load_4bit, load_8bit)
+    base_model = sources[0].base_model
+    quantize, reason = choose_precision(base_model, device, load_4bit, load_8bit)
     say(f"가중치: {reason}")
-    tokenizer = load_tokenizer(source.base_model, cache_dir)
-    prompter = choose_prompter(source, prompt_template, tokenizer, say)
-    end_id = answer_end_id(tokenizer, prompter)
-    can_compare = source.adapter is not None
-    if quantize == "4bit" and not can_compare and has_adapter(source.base_model):
-        model = load_merged_4bit(source.base_model, device, cache_dir)
+    tokenizer = load_tokenizer(base_model, cache_dir)
+    prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]
+    can_compare = sources[0].adapter is not None
+    if quantize == "4bit" and not can_compare and has_adapter(base_model):
+        model = load_merged_4bit(base_model, device, cache_dir)
         can_compare = True
         say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
     else:
-        model = loader.load_base(source.base_model, device, quantize, cache_dir)
-        if source.adapter:
-            model = load_adapter(model, source.adapter)
-    decoder = Decoder(model, tokenizer, find_ends(source, tokenizer))
-    say(f"계산: {decoder.path}")
-    say(f"대화 길이: 질문과 답을 합쳐 {decoder.context:,}토큰까지 메모리에 들어간다")
-    return Answerer(decoder, tokenizer, prompter, end_id, say, can_compare)
+        model = loader.load_base(base_model, device, quantize, cache_dir)
+        for source, name in zip(sources, _peft_names(sources), strict=True):
+            if source.adapter:
+                model = load_adapter(model, source.adapter, name)
+    line = Line(say)
+    answerers = []
+    for source, prompter, name in zip(sources, prompters, _peft_names(sources), strict=True):
+        decoder = Decoder(model, tokenizer, find_ends(source, tokenizer), adapter=name if len(sources) > 1 else None)
+        detail(f"계산: {decoder.path}")
+        if device.device.type == "cuda" and not decoder.is_fast:
+            say("이 모델에는 전용 커널을 쓸 수 없어 더 느리게 답한다. 답은 같다(이유: --verbose True)")
+        end_id = answer_end_id(tokenizer, prompter)
+        answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
+    say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
+    return answerers
+
+
+def _peft_names(sources: Sequence[Source]) -> list[str]:
+    """PEFT 안에서의 이름. torch의 모듈 이름이 되므로 폴더의 이름을 쓸 수 없다(점이나 train 따위)."""
+    return ["default", *(f"adapter{number}" for number in range(2, len(sources) + 1))]
 
 
 def find_ends(source: Source, tokenizer) -> set[int]:

@@ -1,0 +1,117 @@
+"""이미 있는 글의 로그 가능도: 문맥 뒤에 그 글이 이어질 확률을 토큰마다 잰다. 답을 만들지 않고 forward로 안다."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+ROW_TOKENS = 8192         # forward 한 번에 읽는 토큰의 수(채운 것까지)
+LOGIT_BYTES = 128 << 20   # forward 한 번이 만드는 fp32 로짓의 크기
+Pair = tuple[Sequence[int], Sequence[int]]  # (문맥의 토큰, 이어지는 글의 토큰). 둘 다 하나 이상이다
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """이어지는 글 하나의 로그 확률. n은 그 글의 토큰 수다.
+
+    Attributes:
+        logprobs: 토큰마다의 로그 확률(nat). [n] float32.
+        top_ids: 자리마다 가장 그럴듯한 토큰들. 그럴듯한 차례다. [n, top] int64.
+        top_logprobs: 그 토큰들의 로그 확률(nat). [n, top] float32.
+        greedy: 늘 가장 그럴듯한 토큰을 고르면 바로 이 글이 나오는가.
+    """
+
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+    greedy: bool
+
+    @property
+    def total(self) -> float:
+        """글 전체의 로그 확률(nat)."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+
+@torch.inference_mode()
+def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
+    """문맥마다 이어지는 글의 로그 가능도를, 길이가 비슷한 것끼리 묶은 forward로 잰다.
+
+    짧은 줄은 오른쪽을 채운다. causal 모델의 앞 토큰은 뒤의 토큰을 보지 않으므로 mask가 없어도 값이 같다.
+    어댑터를 켜고 끄는 일과 `eval()`은 부르는 쪽이 한다.
+
+    Args:
+        pairs: (문맥, 이어지는 글)의 토큰들.
+        top: 자리마다 함께 돌려줄 그럴듯한 토큰의 수. 1 이상.
+
+    Returns:
+        `pairs`의 차례대로의 값.
+    """
+    results: dict[int, Likelihood] = {}
+    vocab = model.get_output_embeddings().weight.shape[0]
+    order = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]) + len(pairs[index][1]), index))
+    for batch in _batches([(index, *pairs[index]) for index in order], vocab):
+        for (index, _, _), value in zip(batch, _measure_batch(model, batch, top), strict=True):
+            results[index] = value
+    return [results[index] for index in range(len(pairs))]
+
+
+def _batches(rows: list[tuple[int, Sequence[int], Sequence[int]]], vocab: int) -> Iterator[list]:
+    """길이의 차례로 놓인 줄들을 두 한계를 넘지 않게 묶는다. 줄 하나가 한계를 넘으면 혼자 간다."""
+    batch: list = []
+    for row in rows:
+        together = [*batch, row]
+        length, kept = _shape(together)
+        logits = len(together) * kept * vocab * 4
+        if batch and (len(together) * length > ROW_TOKENS or logits > LOGIT_BYTES):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _shape(batch: list) -> tuple[int, int]:
+    """(줄의 길이, 로짓이 드는 자리의 수). 줄 안의 마지막 토큰은 아무것도 예측하지 않으므로 읽지 않는다."""
+    length = max(len(context) + len(tokens) for _, context, tokens in batch) - 1
+    return length, length - _first(batch)
+
+
+def _first(batch: list) -> int:
+    """묶음에서 로짓이 드는 첫 자리: 가장 짧은 문맥의 마지막 토큰이 이어지는 글의 첫 토큰을 예측한다."""
+    return min(len(context) for _, context, _ in batch) - 1
+
+
+def _measure_batch(model, batch: list, top: int) -> list[Likelihood]:
+    try:
+        logits = _logits(model, batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        half = len(batch) // 2
+        return _measure_batch(model, batch[:half], top) + _measure_batch(model, batch[half:], top)
+    first = _first(batch)
+    values = []
+    for row, (_, context, tokens) in enumerate(batch):
+        begin = len(context) - 1 - first
+        scores = logits[row, begin : begin + len(tokens)].float().log_softmax(-1)  # [n, vocab]
+        targets = torch.tensor(tokens, device=scores.device)
+        chosen = scores.gather(-1, targets[:, None])[:, 0]
+        best, ids = scores.topk(top, -1)
+        greedy = bool((scores.argmax(-1) == targets).all())
+        values.append(Likelihood(chosen.cpu().numpy(), ids.cpu().numpy(), best.cpu().numpy(), greedy))
+    return values
+
+
+def _logits(model, batch: list) -> torch.Tensor:
+    """`_first(batch)`부터의 로짓 [줄, 자리, vocab]."""
+    length, kept = _shape(batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, (_, context, tokens) in enumerate(batch):
+        line = torch.tensor([*context, *tokens[:-1]], dtype=torch.long)
+        ids[row, : len(line)] = line
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    can_keep = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
+    extra = {"logits_to_keep": kept} if can_keep else {}  # 출력 행렬은 필요한 자리에만 곱한다
+    return model(input_ids=ids.to(model.device), use_cache=False, **extra).logits[:, -kept:]
