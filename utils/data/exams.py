@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import hub
-from utils.data.readers import READERS, detect_encoding
 from utils.data.dataset import say_row
 from utils.data.forms import read_row, require_form
+from utils.data.readers import READERS, detect_encoding
 from utils.data.rows import read_rows
 from utils.errors import UsageError
 from utils.turns import Pieces, Turn
