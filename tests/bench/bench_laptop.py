@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def hold_all_but(free_gb: float):
-    """카드의 빈 곳을 `free_gb`만 남기고 잡아 둔다. 돌려준 것을 버리면 놓는다."""
+    """카드의 여유 공간을 `free_gb`만 남기고 잡아 둔다. 돌려준 것을 버리면 놓는다."""
     import torch
 
     if not free_gb or not torch.cuda.is_available():

@@ -123,7 +123,7 @@ def test_an_answer_of_weight_zero_is_read_but_never_learned(tmp_path, encoder, w
 
 
 def test_a_long_answer_that_is_not_learned_is_left_out(tmp_path, encoder):
-    talk = [say("user", "가?"), say("assistant", "나"), say("user", "다?"), say("assistant", "라" * 200, weight=0)]
+    talk = [say("user", "가?"), say("assistant", "나"), say("user", "다?"), say("assistant", "라" * 100, weight=0)]
     path, documents = load(tmp_path, encoder, [talk])
     short = dataset.load_documents(path, Prompter(), encoder, 64, END, str(tmp_path / "cache"))
     assert short.document(0)[0].tolist() == encoder.encode_batch([pieces(talk[:2])])[0][0]

@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 from serving import DONE, visiting
 
 from utils.data.dataset import load_documents
-from utils.data.encoder import make_encoder
+from utils.data.encoder import Encoder
 from utils.model.tokenizer import load_tokenizer
 from utils.prompter import Prompter
 
@@ -246,7 +246,7 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
 
     base = json.loads((talk_run / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     tokenizer, prompter = load_tokenizer(base), Prompter()
-    encoder = make_encoder(tokenizer, prompter, tokenizer.eos_token_id, len(tokenizer))
+    encoder = Encoder(tokenizer, tokenizer.eos_token_id, len(tokenizer))
     documents = load_documents(str(file), prompter, encoder, 256, tokenizer.eos_token_id)
     tokens, learned = documents.document(0)
     assert len(documents) == 2

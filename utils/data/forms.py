@@ -1,6 +1,7 @@
 """열 이름에서 행의 꼴(`Form`)을, 행에서 차례대로 말한 글(`Turn`)들을 정한다. 형식을 적는 플래그는 없다."""
 
 import json
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -187,5 +188,6 @@ def _closest(name: str) -> str:
     """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
     every = {*TALKS, "text", *(each for pair in PAIRS for each in pair), *(each for names in EXTRAS.values()
                                                                            for each in names)} - {"q", "a"}
-    found = get_close_matches(_plain(name), sorted(every), 1, _CLOSE)
-    return found[0] if found and found[0] != _plain(name) else ""
+    spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
+    found = get_close_matches(unicodedata.normalize("NFD", _plain(name)), spelled, 1, _CLOSE)
+    return spelled[found[0]] if found and spelled[found[0]] != _plain(name) else ""

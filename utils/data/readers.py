@@ -18,7 +18,8 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codec
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _HANGUL = re.compile("[가-힣]")
 _GAP = re.compile(r"[ \t\r\n]*")
-_SCALAR = r'"[^"\\]*"\s*:\s*(?:"[^"\\]*"|-?[\d.]+|true|false|null)\s*'
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_SCALAR = rf"{_STRING}\s*:\s*(?:{_STRING}|-?[\d.]+|true|false|null)\s*"
 # {"version": "1.0", "data": [행, ...]}처럼 행의 배열을 객체로 감싼 파일의 앞과 뒤
 _WRAPPER = re.compile(rf'\{{\s*(?:{_SCALAR},\s*)*"(?:data|rows|train|examples|items)"\s*:\s*(?=\[)')
 _WRAPPER_END = re.compile(rf"\s*(?:,\s*{_SCALAR})*\}}\s*")
@@ -221,10 +222,11 @@ def _read_array(stream: TextIO, path: Path, on_bad: BadRow, wrapped: int | None)
                 return on_bad(number + 1, f"{number + 1}번째 행에서 배열이 닫히지 않고 끝났다(덜 받은 파일)")
         elif buffer[at] == "]" and (number == 0 or not after_comma):
             rest = buffer[at + 1 :] + stream.read(_CHUNK)
-            if wrapped is not None and (end := _WRAPPER_END.match(rest)):
-                rest = rest[end.end() :]
+            if wrapped is not None:
+                end = _WRAPPER_END.match(rest)
+                rest = rest[end.end() :] if end else "닫히지 않았다"
             if rest.strip() or any(line.strip() for line in _lines(stream, path)):
-                on_bad(number + 1, f"{number}번째 행에서 배열이 끝났는데 뒤에 다른 글이 있다")
+                on_bad(number + 1, f"{number}번째 행에서 배열이 끝났는데 뒤에 다른 글이 있거나 덜 받은 파일이다")
             return
         elif buffer[at] == "," and not after_comma:
             at, after_comma = at + 1, True

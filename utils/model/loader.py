@@ -8,8 +8,8 @@ import torch
 
 from utils import hub
 from utils.errors import UsageError, first_line
-from utils.model.folder import download_command, open_model_folder
-from utils.paths import looks_like_hub_id
+from utils.model.folder import PUBLISHED, download_command, open_model_folder
+from utils.paths import ROOT, looks_like_hub_id
 from utils.process import is_sharded, local_rank, n_local_processes
 
 
@@ -176,4 +176,9 @@ def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:
         return folder.config
     if looks_like_hub_id(base_model):
         return None
-    raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")
+    command = download_command(path)
+    if path.name in PUBLISHED:
+        raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {command}")
+    here = sorted(each.parent.name for each in (ROOT / "resources").glob("*/config.json"))
+    raise UsageError(f"기반 모델이 없다: {base_model}. resources에 있는 것: {', '.join(here)}. "
+                     f"polyglot-ko를 받는 명령: {command}")
