@@ -200,15 +200,18 @@ def test_examples_fill_the_question(page):
 
 
 def test_lost_connection_is_told_in_korean(browser, talk_server):
-    with visiting(browser, talk_server.url) as page:
-        page.wait_for_timeout(500)
-        page.evaluate("""() => {
-            const toast = document.createElement("div");
-            toast.className = "toast-text";
-            toast.textContent = "Connection to the server was lost. Attempting reconnection...";
-            document.body.append(toast);
-        }""")
-        expect(page.locator(".toast-text")).to_have_text(re.compile("서버와 연결이 끊겼어요"))
+    """영어 브라우저에서도 그렇다."""
+    context = browser.new_context(locale="en-US")
+    page = context.new_page()
+    page.goto(talk_server.url)
+    question(page).wait_for(timeout=60_000)
+    page.wait_for_timeout(1000)
+    context.set_offline(True)
+    question(page).fill("질문")
+    question(page).press("Enter")
+    expect(page.locator(".toast-body")).to_contain_text("서버와 연결이 끊겼어요", timeout=30_000)
+    assert not re.search("[A-Za-z]{3}", page.locator(".toast-body").inner_text())
+    context.close()
 
 
 def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):

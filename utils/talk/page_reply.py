@@ -53,7 +53,7 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
     first = True
     async for ahead in picked[0].answerer.follow(*answers):
         _fill(talk, answers)
-        shown = describe(answer, ahead) if answer.ids or answer.finish_reason else describe(answers[-1], ahead)
+        shown = _summary(picked, answers, ahead)
         kept = talk.cut(len(talk.said) - 1).to_json() if first else gr.skip()
         yield screen(talk, note + shown, answering() if first else gr.skip(), keep=kept)
         first = False
@@ -110,10 +110,11 @@ def _fill(talk: Talk, answers: Sequence[Answer], done: bool = False) -> None:
     talk.said[-1].text, talk.said[-1].other = texts[0], texts[1] if len(texts) > 1 else ""
 
 
-def _summary(picked: Sequence[Choice], answers: Sequence[Answer]) -> str:
+def _summary(picked: Sequence[Choice], answers: Sequence[Answer], ahead: int = 0) -> str:
+    """답 밑에 보일 한 줄. 비교하면 먼저 답할 모델이 다 한 뒤에 다음 모델이 이어진다."""
     if len(answers) == 1:
-        return describe(answers[0])
-    return " ｜ ".join(f"{title_of(choice.name)}: {describe(answer)}"
+        return describe(answers[0], ahead)
+    return " ｜ ".join(f"{title_of(choice.name)}: {describe(answer, ahead)}"
                       for choice, answer in zip(picked, answers, strict=True))
 
 
