@@ -18,7 +18,9 @@ from utils.talk.page_form import form_tab
 from utils.talk.page_history import history_tab
 from utils.talk.page_learned import Results, learned_tab
 from utils.talk.page_runs import runs_tab
+from utils.talk.page_start import start_tab
 from utils.talk.page_talk import pickers, talk_tab
+from utils.talk.runs import Runs
 
 PORTS_TRIED = 100
 FONTS = ("Pretendard", "Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans KR", "Noto Sans CJK KR", "sans-serif")
@@ -40,9 +42,18 @@ class Access:
     auth: str | None = None
     api: bool = False
 
+    @property
+    def is_private(self) -> bool:
+        """이 컴퓨터에서만 들어올 수 있는가. 프로세스를 시작하는 일은 이때만 연다."""
+        return guard.is_loopback(self.server_name) and not self.share
 
-def build(models: Models, title: str, results: Results) -> gr.Blocks:
-    """페이지를 만든다. 아직 열지는 않는다. 보여 줄 것이 없는 탭은 만들지 않는다."""
+
+def build(models: Models, title: str, results: Results, runs: Runs | None = None) -> gr.Blocks:
+    """페이지를 만든다. 아직 열지는 않는다. 보여 줄 것이 없는 탭은 만들지 않는다.
+
+    Args:
+        runs: 페이지에서 시작한 학습들. None이면 학습하기 탭이 없다.
+    """
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             gr.Markdown(f"# {page_turns.inert(title)}", elem_id="title")
@@ -59,6 +70,9 @@ def build(models: Models, title: str, results: Results) -> gr.Blocks:
             if results.runs:
                 with gr.Tab("학습 기록", id="runs") as runs:
                     runs_tab(results.runs, runs)
+            if runs is not None:
+                with gr.Tab("학습하기", id="start") as start:
+                    start_tab(runs, start)
             with gr.Tab("내 기록", id="history") as history:
                 history_tab(history)
         theme.click(None, js="() => lite.theme()", api_visibility="private")

@@ -1,0 +1,119 @@
+"""성적표: 시험마다 기반 모델과 학습한 모델이 맞힌 비율. 답을 만들지 않고 보기의 로그 가능도로 안다.
+
+보기가 여럿인 문항은 로그 가능도가 가장 큰 보기를 고른 것으로 보고, 정답만 있는 문항은 끝 토큰까지 정답과 똑같이 답할
+때 맞힌 것으로 본다.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from utils.data.encoder import Encoder
+from utils.data.exams import Exam, Item
+from utils.decode.likelihood import Likelihood, Pair
+from utils.record import MODELS
+
+Ask = Callable[[str, list[Pair]], list[Likelihood]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """시험 하나의 결과.
+
+    Attributes:
+        name, title: 시험의 이름과 사람에게 보일 제목.
+        items: 문항의 수.
+        right: 모델의 이름(`record.MODELS`) -> 맞힌 문항의 수. 어댑터가 없으면 "base"뿐이다.
+        seconds: 모델들을 재는 데 걸린 시간.
+    """
+
+    name: str
+    title: str
+    items: int
+    right: dict[str, int]
+    seconds: float
+
+    def share(self, model: str) -> float:
+        """맞힌 비율. 0에서 1."""
+        return self.right[model] / self.items
+
+    def error(self, model: str) -> float:
+        """비율의 표준오차: 표본 표준편차를 문항 수의 제곱근으로 나눈 것."""
+        share = self.share(model)
+        return math.sqrt(share * (1 - share) / max(1, self.items - 1))
+
+    def line(self) -> str:
+        parts = [f"{model.title} {self.share(model.name):.1%} ±{self.error(model.name):.1%}" for model in MODELS
+                 if model.name in self.right]
+        return f"{self.title} {self.items:,}문항({self.seconds:.1f}초): {', '.join(parts)}"
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "accuracy": {name: self.share(name) for name in self.right},
+                "standard_error": {name: self.error(name) for name in self.right}}
+
+
+def measure(ask: Ask, names: Sequence[str], exams: Sequence[Exam], encoder: Encoder, end_id: int, context: int,
+            say: Callable[[str], None]) -> list[Score]:
+    """시험마다 모델들의 점수. 모델들은 같은 문항에 답하고, 한 시험이 끝날 때마다 `say`로 한 줄을 알린다.
+
+    Args:
+        ask: (모델의 이름, 문맥과 보기의 토큰들)을 받아 로그 가능도를 주는 것.
+        names: 잴 모델의 이름(`record.MODELS`)들.
+        context: 모델이 읽을 수 있는 토큰의 수. 이보다 긴 문항은 앞을 자른다.
+    """
+    scores = []
+    for exam in exams:
+        began = time.perf_counter()
+        pairs = [encode(item, encoder, end_id, context) for item in exam.items]
+        together = [pair for options in pairs for pair in options]
+        right = {name: count_right(exam.items, ask(name, together)) for name in names}
+        seconds = time.perf_counter() - began
+        kinds = [(0, exam.name, exam.title)]
+        if exam.by_length:
+            kinds.append((1, f"{exam.name}_norm", f"{exam.title}(글자 수로 나눔)"))
+        for place, name, title in kinds:
+            counts = {model: found[place] for model, found in right.items()}
+            scores.append(Score(name, title, len(exam.items), counts, seconds))
+            say(scores[-1].line())
+    return scores
+
+
+def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair]:
+    """보기마다의 (문맥, 보기)의 토큰. 정답 하나만 있는 문항에는 끝 토큰도 든다.
+
+    템플릿이 있는 문항은 학습과 같이 프롬프트와 답을 따로 토큰으로 바꾼다. 글 그대로 잇는 문항은
+    lm-evaluation-harness처럼 이은 글을 한 번에 바꾸고 문맥의 토큰 수에서 가른다.
+    """
+    if item.asked:
+        pairs = []
+        for tokens, marks in encoder.encode_batch(list(item.asked)):
+            start = max(place for place, mark in enumerate(marks) if not mark) + 1
+            pairs.append((tokens[:start], tokens[start:]))
+    else:
+        body = encoder.encode_prompt(item.text.rstrip(" "))
+        whole = [encoder.encode_prompt(f"{item.text} {option}") for option in item.options]
+        pairs = [(body, tokens[len(body):]) for tokens in whole]
+    if len(item.options) > 1:
+        pairs = [(question, answer[:-1] if answer[-1] == end_id else answer) for question, answer in pairs]
+    return [(question[-max(1, context - len(answer)):], answer) for question, answer in pairs]
+
+
+def count_right(items: Sequence[Item], values: Sequence[Likelihood]) -> tuple[int, int]:
+    """(맞힌 문항의 수, 로그 가능도를 보기의 글자 수로 나누어 고를 때 맞힌 수).
+
+    Args:
+        values: 문항의 차례로, 문항마다 보기의 차례로 이은 값.
+    """
+    plain = by_length = 0
+    following = iter(values)
+    for item in items:
+        found = [next(following) for _ in item.options]
+        if len(found) == 1:
+            plain += found[0].greedy
+            continue
+        totals = [value.total for value in found]
+        shares = [total / len(option) for total, option in zip(totals, item.options, strict=True)]
+        plain += totals.index(max(totals)) == item.answer
+        by_length += shares.index(max(shares)) == item.answer
+    return plain, by_length
