@@ -9,9 +9,8 @@ from utils.errors import UsageError
 from utils.prompter import EXAMPLES
 from utils.talk import guard
 from utils.talk.answerer import Answer, describe
-from utils.talk.line import Busy
 from utils.talk.models import Models
-from utils.talk.page_reply import BUSY, EMPTY, LIVE, alert, compared, submit, title_of
+from utils.talk.page_reply import EMPTY, LIVE, alert, compared, submit, title_of, told
 from utils.talk.page_settings import main_sliders, more_settings, read_sampling
 
 _SLOT = re.compile(r"\{[^{}]*\}")
@@ -86,7 +85,7 @@ async def _ask(models: Models, both: bool, values: Sequence, session: str):
                    for choice in picked]
         submit(picked, answers)
     except UsageError as error:
-        yield _shown(status=alert(BUSY if isinstance(error, Busy) else str(error)))
+        yield _shown(status=alert(told(error)))
         return
     slot = _SLOT.search(instruction)
     note = f"{NO_INPUT.format(slot[0])} · " if slot and not input else ""

@@ -43,7 +43,15 @@ def read_sampling(values: Sequence[object]) -> Sampling:
         if not seed.isdecimal():
             raise UsageError(f"시드에는 0 이상의 정수를 적어 주세요. 받은 값: {seed[:40]}")
         seed = int(seed)
-    return guard.bounded_sampling(seed=seed, **dict(zip(guard.BOUNDS, numbers, strict=True)))
+    settings = {name: value for (_, name, _), value in zip((*_MAIN, *_MORE), numbers, strict=True)}
+    for label, name, _ in (*_MAIN, *_MORE):
+        low, high, _ = guard.BOUNDS[name]
+        try:
+            guard.bounded_sampling(**{name: settings[name]})
+        except UsageError:
+            raise UsageError(f"{label} 칸에는 {low:g}에서 {high:g} 사이의 수를 적어 주세요. "
+                             f"받은 값: {str(settings[name])[:40]}") from None
+    return guard.bounded_sampling(seed=seed, **settings)
 
 
 def _slider(label: str, name: str, step: float, prefix: str, context: int) -> gr.Slider:
