@@ -205,8 +205,8 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
                              encoder=dataset.Encoder(tokenizer, 2), documents=documents([10], [5], 16),
-                             held_out=np.arange(0))
-    samples = results.Samples([], [])
+                             held_out=np.arange(0), exams=[])
+    samples = results.Samples()
     problem = results.answer_samples(inputs, None, samples, seconds=60)
     assert named in problem and "\n" not in problem
     assert len(samples.examples) == 3 and all("tuned" in sample and "base" in sample for sample in samples.examples)

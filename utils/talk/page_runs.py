@@ -10,7 +10,7 @@ import gradio as gr
 from utils import report
 from utils.errors import UsageError
 from utils.record import FIGURES, MODELS
-from utils.talk import scores
+from utils.talk import scorecards, scores
 from utils.talk.answerer import Answerer, describe
 
 MAX_CHOICES = 200
@@ -51,6 +51,10 @@ def results_tabs(answerer: Answerer, results: Results) -> None:
             gr.Markdown(NO_RUN if results.load is None else NO_BASE)
         else:
             _learned(answerer, results, learned)
+        for name, run in results.runs.items():
+            if rows := scorecards.table(run):
+                gr.Dataframe(rows, headers=list(scorecards.HEADERS), datatype="str", interactive=False, buttons=[],
+                             label=f"{name}의 성적표", elem_classes="scorecard")
     with gr.Tab("학습 기록") as record:
         if results.runs:
             _record(results.runs, record)

@@ -1,16 +1,20 @@
 """학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, samples.md."""
 
+import contextlib
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from utils import record, report
 from utils.data.questions import read_question
+from utils.decode import likelihood, scorecard
 from utils.decode.decoder import Decoder
+from utils.decode.likelihood import Likelihood, Pair
+from utils.decode.scorecard import Score
 from utils.environment import installed_version, peak_ram_bytes
 from utils.errors import first_line
 from utils.prompter import EXAMPLES, fill_placeholder
@@ -24,6 +28,7 @@ N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 나머지
 MAX_SAMPLES = 64
 SAMPLE_SECONDS, SAMPLE_SHARE = 60.0, 0.1  # 답을 만드는 시간은 이 초와, 학습한 시간의 이 몫 가운데 큰 쪽까지다
 SHOWN_CHARS = 120
+SHORTEST_CONTEXT = 1024  # 설정에 길이의 한계가 없는 모델에서 시험의 문항을 자르는 길이
 
 
 def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: Callable[[str], None]) -> None:
@@ -36,14 +41,21 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
     say("\n결과")
     for line in progress.summary_lines(run):
         say(line)
-    samples = Samples([], [])
+    samples = Samples()
     # 나뉜 모델로는 답하지 않는다
     problem = None if result.sharded else answer_samples(
         inputs, result.model, samples, max(SAMPLE_SECONDS, SAMPLE_SHARE * result.seconds))
     record.write_samples(settings.output_dir, samples.examples + samples.held_out)
+    measured = {}
     if samples.exact is not None:
-        record.write_run(settings.output_dir, {**run, "exact": samples.exact.as_dict()})
+        measured["exact"] = samples.exact.as_dict()
         say(samples.exact.line())
+    if samples.scores:
+        measured["scorecard"] = [score.as_dict() for score in samples.scores]
+        for score in samples.scores:
+            say(score.line())
+    if measured:
+        record.write_run(settings.output_dir, {**run, **measured})
     if problem is not None:
         say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
     if samples.held_out:
@@ -102,12 +114,13 @@ def versions() -> dict[str, str]:
 class Samples:
     """질문마다 두 모델의 답과 그 답이 끝난 이유. 검증 질문에는 모범 답도 있다.
 
-    `exact`는 정답과 똑같은 답의 수다. 정답이 짧은 데이터에서만 센다.
+    `exact`는 정답과 똑같은 답의 수다. 정답이 짧은 데이터에서만 센다. `scores`는 `eval_task`에 적은 시험의 성적이다.
     """
 
-    examples: list[dict]
-    held_out: list[dict]
+    examples: list[dict] = field(default_factory=list)
+    held_out: list[dict] = field(default_factory=list)
     exact: ExactMatch | None = None
+    scores: list[Score] = field(default_factory=list)
 
 
 def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> str | None:
@@ -136,6 +149,7 @@ def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
         until: `time.perf_counter()`가 이때가 되면 멈추고, 다 만든 답만 담는다.
     """
     samples.exact = exact.measure(model, inputs.documents, inputs.held_out)
+    samples.scores = measure_exams(inputs, model)
     examples = []
     for instruction, context in EXAMPLES:
         prompt, _ = inputs.prompter.pieces(instruction, context, "")
@@ -151,6 +165,20 @@ def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
     rest = [pair for pair in held_out[N_COMPARED:] if len(pair[1]) < decoder.context]
     answer(decoder, inputs, rest, "tuned", until)
     samples.held_out.extend(sample for sample, _ in rest if "tuned" in sample)
+
+
+def measure_exams(inputs: Inputs, model) -> list[Score]:
+    """`eval_task`에 적은 시험의 성적. 어댑터를 켠 것과 끈 것을 같은 문항으로 잰다."""
+    if not inputs.exams:
+        return []
+
+    def ask(name: str, pairs: list[Pair]) -> list[Likelihood]:
+        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            return likelihood.measure(model, pairs)
+
+    context = int(inputs.config.get("max_position_embeddings") or inputs.documents.cutoff_len or SHORTEST_CONTEXT)
+    return scorecard.measure(ask, [each.name for each in record.MODELS], inputs.exams, inputs.encoder, inputs.end_id,
+                             context, lambda line: None)
 
 
 def questions_of(inputs: Inputs) -> list[tuple[dict, list[int]]]:
