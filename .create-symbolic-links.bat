@@ -12,7 +12,8 @@ if "%~1"=="/?" goto help
 if /i "%~1"=="/undo" goto undo
 if defined MODELS goto check
 set "PAUSE_AT_END=1"
-echo 모델을 다른 디스크에 모아 두고, 이 저장소에는 링크만 만든다.
+echo 다른 디스크의 폴더에 모아 둔 모델마다 resources에 링크를 만든다. 모델은 옮기지 않는다.
+echo train과 data는 비어 있을 때만 그 폴더로 가는 링크로 바꾼다.
 set /p "MODELS=모델을 모아 둔 폴더(예: D:\models): "
 if not defined MODELS goto help
 set "MODELS=%MODELS:"=%"
@@ -30,8 +31,28 @@ echo 되돌리기: .create-symbolic-links.bat /undo
 goto end
 
 :link_output
+call :is_link "%1"
+if defined IS_LINK goto keep_output
+call :has_files "%1"
+if defined HAS_FILES goto stay
 if not exist "%MODELS%\%1\" mkdir "%MODELS%\%1"
 call :link "%1" "%MODELS%\%1"
+if exist "%1.aside\" rmdir "%1.aside" 2>nul
+exit /b
+
+:keep_output
+echo 그대로 둠(이미 링크다): %1
+exit /b
+
+:stay
+echo 그대로 둠: %1에 이미 파일이 있어 옮기지 않는다. 새 결과도 이 저장소의 %1에 쌓인다.
+echo   옮기려면 robocopy "%1" "%MODELS%\%1" /E /MOVE 를 친 뒤 이 파일을 다시 실행한다.
+exit /b
+
+:has_files
+set "HAS_FILES="
+if not exist "%~1\" exit /b
+for /f "delims=" %%F in ('dir /b /a "%~1"') do set "HAS_FILES=1"
 exit /b
 
 :link
@@ -74,7 +95,7 @@ for /d %%D in (resources\*) do call :unlink "resources\%%~nxD"
 for %%N in (train data) do call :unlink "%%N"
 for /d %%D in (resources\*.aside) do call :restore "resources\%%~nD"
 for %%N in (train data) do if exist "%%N.aside" call :restore "%%N"
-echo 되돌리기를 마쳤다. 모델 폴더의 파일은 그대로 있다.
+echo 되돌리기를 마쳤다. 지운 것은 링크뿐이다. 모델 폴더의 모델과 train과 data는 그대로 있다.
 goto end
 
 :unlink
@@ -116,8 +137,10 @@ goto end
 
 :help
 echo 쓰는 법: .create-symbolic-links.bat D:\models
-echo   D:\models 안의 모델마다 resources에 링크를 만들고, train과 data도 그리로 보낸다.
-echo   같은 이름의 폴더가 있으면 지우지 않고 이름 뒤에 .aside를 붙여 둔다.
+echo   D:\models 안의 모델마다 resources에 링크를 만든다. 모델은 옮기지 않는다.
+echo   resources에 같은 이름의 진짜 폴더가 있으면 지우지 않고 이름 뒤에 .aside를 붙여 둔다.
+echo   train과 data는 없거나 비었을 때만 D:\models\train과 D:\models\data로 가는 링크로 바꾼다.
+echo   학습한 결과가 이미 있는 train은 그대로 둔다.
 echo 되돌리기: .create-symbolic-links.bat /undo
 set "RESULT=2"
 if "%~1"=="/?" set "RESULT=0"

@@ -5,6 +5,8 @@ from utils.paths import BASE_DEMO, DATA_DEMO, find_input, shown
 
 MAX_BATCH = 1 << 16
 RETIRED = {
+    "load_4bit": "학습은 언제나 4비트다.",
+    "load_8bit": "학습은 언제나 4비트다.",
     "gpt2_datasets": "열 이름을 보고 형식을 스스로 안다.",
     "keep_linebreaks": "줄바꿈은 언제나 그대로 둔다.",
     "block_size": "--cutoff_len이 블록의 길이다.",
@@ -22,7 +24,7 @@ def train(
     cache_dir: str | None = None,
     # 학습
     num_train_epochs: float = 5,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     micro_batch_size: int | None = None,
     learning_rate: float = 1e-3,
     cutoff_len: int = 1024,
@@ -48,6 +50,7 @@ def train(
     wandb_run_name: str | None = None,
     wandb_watch: str | None = None,
     wandb_log_model: str | None = None,
+    verbose: bool = False,
 ):
     """한국어 언어 모델을 QLoRA 4비트로 미세조정한다.
 
@@ -59,7 +62,8 @@ def train(
         output_dir: 결과를 쓸 폴더.
         cache_dir: 받은 모델과 데이터를 둘 폴더.
         num_train_epochs: 데이터를 몇 번 볼지.
-        batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다.
+        batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다. 적지 않으면 16이고, 데이터가
+            적어 50 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
         learning_rate: 가장 높을 때의 학습률.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
@@ -77,25 +81,33 @@ def train(
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
         resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.
-        check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리를 보인다.
+        check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리와, 시작하면 무엇을 할지의 계획을 보인다.
         repair_data: 데이터를 검사하고, 고친 데이터를 쓸 .jsonl 파일. 입력 파일은 그대로 둔다.
         report_to: none, tensorboard, wandb 가운데 하나.
         wandb_project: 적으면 이 프로젝트로 wandb에 기록한다. 적지 않으면 wandb를 부르지 않는다.
         wandb_run_name: wandb에서 보일 이름.
         wandb_watch: wandb의 watch(false, gradients, all).
         wandb_log_model: wandb에 모델도 올린다(false, checkpoint, end).
+        verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
+
+    Examples:
+        python finetune-lora.py --data_path faq.csv --output_dir train/faq
+        python finetune-lora.py --base_model resources/polyglot-ko-1.3b --data_path faq.csv --output_dir train/faq-1.3b
     """
     flags = dict(locals())
+    console.show_details(verbose)
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils.train import planner, results, run_folder, stage
+    from utils.train import planner, results, run_folder, stage, verdict
     from utils.train.fit import fit
     from utils.train.records import Settings
 
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
     if check_data or repair_data is not None:
         stage.check_data(settings, console.say)
+        if check_data:
+            say_plan(settings)
         return
     inputs = stage.prepare(settings, console.say)
     plan = stage.plan(settings, inputs, console.say)
@@ -105,20 +117,33 @@ def train(
         result = fit(settings, inputs, plan, model, run, console.say)
         with run.saving():
             results.write(settings, inputs, plan, result, console.say)
-    say_next(base_model, output_dir)
+    say_end(verdict.judge(settings, plan, result), base_model, output_dir)
+
+
+def say_plan(settings) -> None:
+    """이대로 시작하면 무엇을 할지 말한다. 시작할 수 없으면 그 이유다."""
+    from utils.errors import UsageError
+    from utils.train import stage
+
+    try:
+        stage.plan(settings, stage.prepare(settings, lambda line: None), console.say)
+    except UsageError as error:
+        console.say(f"계획: 이대로는 시작할 수 없다. {error}")
 
 
 def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값의 범위를 모두 본다."""
     batch, micro = flags["batch_size"], flags["micro_batch_size"]
-    divisors = [n for n in range(1, min(max(batch, 0), MAX_BATCH) + 1) if batch % n == 0]
+    divisors = [n for n in range(1, min(batch or 0, MAX_BATCH) + 1) if batch % n == 0]
     below = max((n for n in divisors if n <= (micro or 1)), default=1)
-    above = min((n for n in divisors if n >= (micro or 1)), default=max(batch, 1))
+    above = min((n for n in divisors if n >= (micro or 1)), default=max(batch or 1, 1))
     cli.check(
         [
             (flags["num_train_epochs"] > 0, f"num_train_epochs는 0보다 커야 한다: {flags['num_train_epochs']}"),
-            (1 <= batch <= MAX_BATCH, f"batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {batch}"),
-            (micro is None or (micro >= 1 and batch >= 1 and batch % micro == 0),
+            (batch is None or 1 <= batch <= MAX_BATCH, f"batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {batch}"),
+            (micro is None or 1 <= micro <= MAX_BATCH,
+             f"micro_batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {micro}"),
+            (None in (batch, micro) or micro < 1 or batch < 1 or batch % micro == 0,
              f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
             (flags["learning_rate"] > 0, f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
             (8 <= flags["cutoff_len"] <= 1 << 17, f"cutoff_len은 8 이상이어야 한다: {flags['cutoff_len']}"),
@@ -136,12 +161,16 @@ def check_flags(flags: dict) -> None:
     )
 
 
-def say_next(base_model: str, output_dir: str) -> None:
-    merged = f"{output_dir.rstrip('/')}-merged"
-    console.say("\n다음 명령:")
-    console.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
-    console.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
-    console.say(f"어댑터: {shown(output_dir)}  (기반 모델: {shown(base_model)})")
+def say_end(verdict, base_model: str, output_dir: str) -> None:
+    """어댑터가 있는 곳과 다음 명령. 배우지 못했으면 다음 명령 대신 그 말과 해 볼 것으로 끝낸다."""
+    console.say(f"\n어댑터: {shown(output_dir)}  (기반 모델: {shown(base_model)})")
+    for line in verdict.lines:
+        console.say(line)
+    if verdict.learned:
+        merged = f"{output_dir.rstrip('/')}-merged"
+        console.say("다음 명령:")
+        console.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
+        console.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """학습하거나 병합한 모델과 웹 페이지나 콘솔에서 대화한다."""
 
 import time
+from urllib.parse import urlsplit
 
 from utils import cli, console
 from utils.paths import find_input, shown
@@ -26,6 +27,7 @@ def serve(
     ask: str | None = None,
     input: str = "",
     eval: str | None = None,
+    verbose: bool = False,
 ):
     """웹 페이지를 연다. --ask나 --eval을 적으면 페이지 없이 콘솔에 답하고 끝낸다.
 
@@ -47,7 +49,13 @@ def serve(
         input: ask의 {x} 자리에 넣을 글.
         eval: 수를 적으면 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 잰다(peft_root가 있어야 한다). kobest나
             KoBEST의 파일이 든 폴더, 또는 내 행의 파일(options 열이 있으면 고르기)을 적으면 맞힌 비율을 잰다.
+        verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
+
+    Examples:
+        python generate.py --peft_root train/faq
+        python generate.py --peft_root train/faq --ask "배송은 며칠 걸리나요?"
     """
+    console.show_details(verbose)
     check_flags(server_name, server_port, share_gradio, auth, bool(load_4bit and load_8bit), ask, eval, peft_root)
 
     from utils.talk.source import find_sources, load_models
@@ -64,7 +72,7 @@ def serve(
         from utils.talk.page import Access
 
         results = find_results(sources, run_dirs, models, cache_dir)
-        open_page(models, results, Access(server_name, server_port, share_gradio, auth, api))
+        open_page(models, sources[0].title, results, Access(server_name, server_port, share_gradio, auth, api))
 
 
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
@@ -97,7 +105,7 @@ def find_results(sources, run_dirs: tuple[str, ...], models, cache_dir: str | No
 
     from utils import record
     from utils.talk import scores
-    from utils.talk.page_runs import Results
+    from utils.talk.page_learned import Results
 
     folders = [Path(find_input(folder)) for folder in run_dirs]
     own = [source.run_dir for source in sources if source.run_dir and (source.run_dir / record.RUN_FILE).is_file()]
@@ -138,9 +146,9 @@ def print_scores(answerer, results, n: int) -> None:
     rows = []
     for row in scores.evaluate(answerer, questions):
         rows.append(row)
-        console.say(f"[{len(rows)}/{len(questions)}] {row.question[:60]}")
+        console.say(f"[{len(rows)}/{len(questions)}] {console.one_line(row.question, 60)}")
         for model in MODELS:
-            console.say(f"  {model.title}: {row.answers[model.name].text[:100]}")
+            console.say(f"  {model.title}: {console.one_line(row.answers[model.name].text, 100)}")
     console.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
     for title, base, tuned, change in scores.table(rows):
         console.say(f"  {title}: 기반 모델 {base}, 학습한 모델 {tuned} ({change})")
@@ -155,13 +163,16 @@ def print_scorecard(answerer, source, name: str, prompt_template: str | None, ca
     scorecards.measure(answerer, name, source.run_dir, has_template, cache_dir, console.say)
 
 
-def open_page(models, results, access) -> None:
+def open_page(models, title: str, results, access) -> None:
     """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
     from utils.talk import page
+    from utils.talk.runs import Runs
 
-    answerer = models.default.answerer
-    blocks = page.build(answerer, "Polyglot-ko-1.3b-lite", f"모델: {models.default.name}", results)
+    blocks = page.build(models, title, results, Runs() if access.is_private else None)
     local, shared = page.launch(blocks, models, access)
+    port = urlsplit(local).port
+    if port != access.server_port:
+        console.say(f"포트 {access.server_port}은 다른 프로그램이 쓰고 있어 {port}에 연다")
     console.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
     if shared:
         console.say(f"공유 링크: {shared}")

@@ -40,6 +40,10 @@ def merge(
         verify: 다 쓴 다음 다시 읽어 기반 모델 + 어댑터와 비교한다. False면 건너뛴다.
         export: gguf면 llama.cpp와 Ollama에서 쓰는 GGUF 파일과 Modelfile도 쓴다.
         gguf_type: GGUF의 정밀도(f16, q8_0).
+
+    Examples:
+        python merge-lora.py --peft_root train/faq --output_dir train/faq-merged
+        python merge-lora.py --peft_root train/faq --output_dir train/faq-gguf --export gguf --gguf_type q8_0
     """
     cli.check([
         (merge_onto in ONTO, f"merge_onto는 {', '.join(ONTO)} 가운데 하나다: {merge_onto}"),

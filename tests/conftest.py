@@ -76,6 +76,23 @@ def talk_server(talk_run):
 
 
 @pytest.fixture(scope="session")
+def browser():
+    """페이지의 테스트가 함께 쓰는 브라우저 하나."""
+    from playwright.sync_api import Error, sync_playwright
+    from serving import launch_browser
+
+    with sync_playwright() as playwright:
+        try:
+            opened = launch_browser(playwright)
+        except (Error, FileNotFoundError) as error:
+            if os.environ.get("REQUIRE_BROWSER"):
+                raise
+            pytest.skip(f"브라우저가 없다: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
 def lab(tmp_path_factory, tiny_neox, tiny_data):
     """40개의 행을 한 epoch에 9 step씩 배우는 실험실."""
     import faults

@@ -190,7 +190,10 @@ def run_trial(trial: dict, writer: int) -> None:
 
 
 def raise_signals(console, signals: list) -> None:
-    """진행을 알리는 줄에 정한 step이 나오면 자신에게 신호를 보낸다. [step, 신호의 이름, ...] RAM도 함께 적는다."""
+    """진행을 알리는 줄에 정한 step이 나오면 자신에게 신호를 보낸다. [step, 신호의 이름, ...] RAM도 함께 적는다.
+
+    step은 그 줄이 시작하는 글이어도 된다.
+    """
     import psutil
 
     say, memory = console.say, psutil.Process().memory_info
@@ -200,7 +203,7 @@ def raise_signals(console, signals: list) -> None:
         if "/" in text.strip().split(" ")[0]:
             say(f"[RAM] {memory().rss}")
         for step, *names in signals:
-            if text.strip().startswith(f"{step}/"):
+            if text.strip().startswith(f"{step}/" if isinstance(step, int) else step):
                 for name in names:
                     os.kill(os.getpid(), getattr(signal, name))
 

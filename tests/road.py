@@ -22,7 +22,8 @@ LIMITS = {"loss": 1e-4, "gradient": 1e-3, "validation": 1e-4, "merged": 5e-3, "m
 ANSWER_TOKENS = 10
 NEAR = 1e-3  # 두 logit의 차이가 이보다 작으면 반올림이 고른 것이므로 어느 쪽이든 맞다
 FLAGS = {"cutoff_len": 56, "batch_size": 8, "micro_batch_size": 2, "num_train_epochs": 2, "val_set_size": 13,
-         "learning_rate": 1e-2, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ("auto",)}
+         "learning_rate": 1e-2, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ("auto",),
+         "verbose": True}
 QUESTIONS = ("3 더하기 4는?", "하늘은 왜 파랗습니까?")
 
 
@@ -88,7 +89,9 @@ def walk(base: Path, folder: Path, *, both_bases: bool = True, **flags) -> Road:
             road.note = ", ".join(f"{name} {gap:.2g}" for name, gap in wrong.items())
         elif "다른 길을 쓴다" in said.getvalue():
             road.outcome = "fallback"
-            road.note = next(line for line in said.getvalue().splitlines() if "다른 길을 쓴다" in line)
+            lines = said.getvalue().splitlines()
+            at = next(number for number, line in enumerate(lines) if "다른 길을 쓴다" in line)
+            road.note = " ".join(lines[at:at + 2])
     road.said += said.getvalue()
     return road
 

@@ -15,9 +15,40 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = Path("/usr/bin/chromium")
+DONE = "스스로 멈춤|최대 길이에 닿음"
 # pytest-xdist의 일꾼마다 100씩 떨어진 포트. 페이지는 잡힌 포트를 만나면 20개까지 옮겨 간다
 PORT = 7960 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-SETTINGS = [0.7, 0.9, 40, 256, 1.0, 0, None]  # 슬라이더 넷, 더 많은 설정 둘, seed
+SETTINGS = [0.7, 0.9, 40, 256, 1.0, 0, None, None, ""]  # 슬라이더 넷, 더 많은 설정 둘, 시드, 모델, 비교할 모델
+
+
+def launch_browser(playwright):
+    """데비안의 chromium, Windows에서는 Edge."""
+    if sys.platform == "win32":
+        return playwright.chromium.launch(channel="msedge")
+    if not CHROMIUM.is_file():
+        raise FileNotFoundError("chromium이 없다. 설치: sudo apt-get install chromium fonts-noto-cjk")
+    return playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+
+
+@contextmanager
+def visiting(browser, url: str, width: int = 1280, height: int = 800, **options):
+    """새 브라우저 창으로 페이지를 연다. 끝날 때 브라우저의 오류와 밖으로 나간 요청이 없었는지 본다."""
+    context = browser.new_context(viewport={"width": width, "height": height}, locale="ko-KR", accept_downloads=True,
+                                  permissions=["clipboard-read", "clipboard-write"], **options)
+    page = context.new_page()
+    requests, problems = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.goto(url)
+    page.locator("#talk-question textarea").wait_for(timeout=60_000)
+    yield page
+    context.close()
+    outside = [each for each in requests if not each.startswith((url, "data:", "blob:"))]
+    assert not outside, outside
+    assert not problems, problems
 
 
 @dataclass
@@ -94,8 +125,13 @@ class Visitor:
                     shown = apply_changes(shown, message["output"]["data"])
                 elif message["msg"] == "process_completed":
                     data = (message.get("output") or {}).get("data")
-                    return data or shown
+                    return [_value(item) for item in data or shown]
         raise RuntimeError("답이 끝나지 않고 끊겼다")
+
+
+def _value(item):
+    """칸의 값. 모양도 함께 고치는 답이면 그 속의 값이다."""
+    return item["value"] if isinstance(item, dict) and "value" in item else item
 
 
 def apply_changes(shown: list, data: list) -> list:

@@ -61,6 +61,69 @@ def test_unknown_flags_are_named_with_the_nearest():
         parse("--cuont", "3")
 
 
+@pytest.mark.parametrize("argv", [["--folder"], ["--folder", "--count", "3"], ["--count", "3", "--folder"],
+                                  ["--nofolder"], ["--folder", ""], ["--folder="], ["--folder", "  "]])
+def test_a_flag_without_a_value_is_named(argv):
+    with pytest.raises(UsageError, match="--folder") as refused:
+        parse(*argv)
+    assert "True" not in str(refused.value) and "--count" not in str(refused.value)
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--count", "1,000"], "쉼표 없이"), (["--count", "16개"], "단위 없이"), (["--rate", "6GB"], "단위 없이"),
+    (["–count", "3"], "--count"), (["--Count", "3"], "--count"), (["--folder", "my", "runs"], "따옴표"),
+    (["--folder", "-이름"], "--folder=-이름"), (["--count", "3.5"], "정수"), (["--rate", "빠르게"], "숫자"),
+])
+def test_careless_values_say_what_to_do(argv, named):
+    with pytest.raises(UsageError, match=named):
+        parse(*argv)
+
+
+@pytest.mark.parametrize("text", ["“학습 폴더”", "‘학습 폴더’", "'학습 폴더'"])
+def test_quotes_copied_from_a_document_are_taken_off(text):
+    assert parse("--folder", text) == {"folder": "학습 폴더"}
+
+
+def needy(
+    *,
+    # 먼저
+    source: str,
+    target: str,
+    # 다음
+    count: int = 3,
+    folder: str | None = None,
+):
+    """무엇을 하는 단계.
+
+    Args:
+        source: 옮길 것. 폴더다.
+        target: 둘 곳.
+        count: 아주 길어서 도움말의 한 줄에 다 들어가지 않는 설명. 그래서 다음 줄로 이어지고, 이어진 줄도 모두 보여야
+            한다. 끝이다.
+        folder: 없어도 되는 폴더.
+
+    Examples:
+        python tool.py --source a --target b
+        python tool.py --source a --target b --count 5
+    """
+
+
+def test_missing_values_are_named_with_what_they_mean_and_an_example():
+    with pytest.raises(UsageError, match=r"--source\(옮길 것\) / --target\(둘 곳\)\. 예: python tool.py") as refused:
+        cli.parse(needy, ["--count", "3"], {})
+    assert "--count" not in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help", "/?", "--HELP"])
+def test_help_is_korean_grouped_and_whole(word, capsys):
+    assert cli.parse(needy, [word], {}) is None
+    text = capsys.readouterr().out
+    order = [text.index(part) for part in ("무엇을 하는", "쓰는 법", "먼저", "--source", "--target", "다음", "--count",
+                                           "끝이다.", "기본값: 3", "--folder", "보기", "--count 5")]
+    assert order == sorted(order)
+    assert not [word for word in ("Type:", "Optional", "FLAGS", "int", "str |", "None") if word in text]
+
+
 @pytest.mark.parametrize("argv", [["free"], ["--count", "3", "4"], ["--count=3", "--count=4"], ["--count"],
                                   ["-c", "3"]])
 def test_loose_and_repeated_values_are_refused(argv):

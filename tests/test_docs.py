@@ -160,7 +160,7 @@ def test_help_and_a_typo_import_nothing_heavy(script, flag):
     assert "fire" in imported
     assert not imported & {"torch", "transformers", "peft", "datasets", "gradio", "numpy", "matplotlib"}
     assert done.returncode == (0 if flag == "--help" else 2)
-    assert ("FLAGS" if flag == "--help" else "no_such_flag") in done.stdout + done.stderr
+    assert ("쓰는 법" if flag == "--help" else "no_such_flag") in done.stdout + done.stderr
 
 
 def test_data_check_of_the_readme_runs():

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,19 @@ def test_samples_keep_every_line_and_show_no_html(tmp_path):
     record.write_samples(tmp_path, [{"question": "질문?", "reference": answer, "base": "", "tuned": "답"},
                                     {"question": "예시?", "base": "", "tuned": "답"}])
     text = (tmp_path / "samples.md").read_text(encoding="utf-8")
-    for line in ("> ### 1. 개요", "> - 나 \\<b>굵게\\</b>", "> (빈 답)", "> 답"):
+    for line in ("> \\### 1. 개요", "> - 나 \\<b>굵게\\</b>", "> (빈 답)", "> 답"):
         assert line in text
     assert text.count("**모범 답**") == 1  # 예시 질문에는 모범 답이 없다
+
+
+def test_samples_have_no_headings_of_their_own_and_no_runs_of_empty_lines(tmp_path):
+    answer = "# 제목" + "\n" * 100 + "글\n---\n===\n```\n> 인용" + "\n" * 50
+    record.write_samples(tmp_path, [{"kind": "검증 질문", "question": answer, "base": answer, "tuned": answer}])
+    lines = (tmp_path / "samples.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# 질문과 답", "## 1. 검증 질문"]
+    quoted = [line.removeprefix(">").strip() for line in lines if line.startswith(">")]
+    assert all(before or after for before, after in pairwise(quoted))
+    assert not [line for line in quoted if line.startswith(("#", "---", "===", "```", ">"))]
 
 
 @pytest.mark.parametrize("rows", [history(), [], history(1), [{"step": 1, "loss": None, "grad_norm": 0.0}]])
@@ -92,3 +103,9 @@ def test_overlay_command(tmp_path):
                              timeout=120)
     assert missing.returncode == 2
     assert missing.stderr.startswith("오류: run.json이 없다")
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (1e-4, "0.0001"), (0.00025, "0.00025"), (2.5, "2.5"),
+                                             (3.14159, "3.142"), (120, "120"), (12345.6, "12346"), (-0.5, "-0.5")])
+def test_ticks_are_plain_numbers(value, text):
+    assert report.plain_number(value) == text

@@ -12,7 +12,6 @@ import functools
 import inspect
 import io
 import math
-import os
 import sys
 import types
 import typing
@@ -24,12 +23,17 @@ import fire
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
 from utils.errors import UsageError
+from utils.helptext import descriptions, examples, help_text
 from utils.process import is_first_process
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
 FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
+HELP_WORDS = {"--help", "-h", "-help", "-?"}
+QUOTES = {"''", "“”", "‘’"}  # 여는 것과 닫는 것
+LONG_DASHES = "–—―−"
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+Parameters = typing.Mapping[str, inspect.Parameter]
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -63,31 +67,28 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
 
 
 def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | None:
-    """명령줄을 `stage`의 인자로 바꾼다. `--help`를 보여 주었으면 None이다.
+    """명령줄을 `stage`의 인자로 바꾼다. 도움말을 보여 주었으면 None이다.
 
     Raises:
-        UsageError: 모르는 플래그나 타입에 맞지 않는 값. 잘못된 것을 모두 말한다.
+        UsageError: 모르는 플래그, 값이 없는 플래그, 타입에 맞지 않는 값, 빠진 것. 잘못된 것을 모두 말한다.
     """
     parameters = inspect.signature(stage).parameters
     argv = _drop_retired(argv, retired)
-    if {"--help", "-h"} & set(argv):
-        argv = ["--help"]
-    else:
-        _refuse_unknown(argv, parameters)
-    texts: dict[str, str] = {}
+    if HELP_WORDS & {token.lower() for token in argv} or argv[:1] in (["help"], ["/?"]):
+        print(help_text(stage))
+        return None
+    _refuse_unknown(argv, parameters)
+    _refuse_missing(argv, stage)
+    texts: dict[str, str | bool] = {}
 
     @functools.wraps(stage)
     def collect(**flags):
         texts.update(flags)
 
-    os.environ.setdefault("PAGER", "-")
-    complaint = io.StringIO()
     try:
-        with contextlib.nullcontext() if argv == ["--help"] else contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(io.StringIO()):
             fire.Fire(collect, command=[_as_literal(token) for token in argv], name=Path(sys.argv[0]).name)
-    except fire.core.FireExit as stop:
-        if stop.code == 0:
-            return None
+    except fire.core.FireExit:
         raise UsageError(f"명령줄을 읽지 못했다: {' '.join(argv)} (도움말: --help)") from None
     return _fit_all(texts, parameters)
 
@@ -106,9 +107,9 @@ def check(rules: Iterable[tuple[bool, str]]) -> None:
 def _drop_retired(argv: list[str], retired: dict[str, str]) -> list[str]:
     kept, skip = [], False
     for token in argv:
-        name = _flag_name(token)
+        name = flag_name(token)
         if name in retired:
-            say(f"알림: 더 쓰지 않는 플래그 --{name}을 무시한다. {retired[name]}")
+            say(f"알림: 플래그 --{name}은 쓰지 않으므로 무시한다. {retired[name]}")
             skip = "=" not in token
         elif not (skip and name is None):
             kept.append(token)
@@ -120,33 +121,35 @@ def _drop_retired(argv: list[str], retired: dict[str, str]) -> list[str]:
 
 def _as_literal(token: str) -> str:
     """값을 파이썬 문자열 리터럴로 감싼다. 그러지 않으면 fire가 007을 7로, 1e-3을 실수로 바꾸어 버린다."""
-    if _flag_name(token) is None:
+    if flag_name(token) is None:
         return repr(token)
     name, equals, value = token.partition("=")
     return f"{name}={value!r}" if equals else token
 
 
-def _flag_name(token: str) -> str | None:
+def flag_name(token: str) -> str | None:
     if not token.startswith("-") or token.lstrip("-")[:1].isdigit() or not token.strip("-"):
         return None
     return token.lstrip("-").split("=", 1)[0].replace("-", "_")
 
 
-def _refuse_unknown(argv: list[str], parameters: typing.Mapping[str, inspect.Parameter]) -> None:
+def _refuse_unknown(argv: list[str], parameters: Parameters) -> None:
     problems = []
     previous = None
     seen = set()
     for token in argv:
-        name = _flag_name(token)
+        name = flag_name(token)
         if name is None:
             if previous is None:
-                problems.append(f"어느 플래그의 값인지 알 수 없는 '{token}'(모든 값은 --이름 값 으로 적는다)")
+                problems.append(f"어느 플래그의 값인지 알 수 없는 '{token}'({_loose_hint(token)})")
             previous = None
             continue
         base = name[2:] if name.startswith("no") and name not in parameters else name
         if base not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
+            near = difflib.get_close_matches(name.lower(), parameters, n=1)
             hint = f"혹시 --{near[0]}?" if near else "쓸 수 있는 플래그는 --help로 본다"
+            if previous is not None and not near:
+                hint = f"--{previous}의 값이면 --{previous}={token} 으로 적는다"
             problems.append(f"없는 플래그 --{name}({hint})")
         elif base in seen:
             problems.append(f"두 번 적은 플래그 --{base}")
@@ -156,30 +159,56 @@ def _refuse_unknown(argv: list[str], parameters: typing.Mapping[str, inspect.Par
         raise UsageError(" / ".join(problems))
 
 
-def _fit_all(texts: dict[str, str], parameters: typing.Mapping[str, inspect.Parameter]) -> dict:
+def _loose_hint(token: str) -> str:
+    if token[:1] in LONG_DASHES:
+        return f"긴 줄표 '{token[0]}'로 시작한다. --{token.lstrip(LONG_DASHES)} 로 적는다"
+    return "모든 값은 --이름 값 으로 적고, 빈칸이 든 값은 따옴표로 감싼다"
+
+
+def _refuse_missing(argv: list[str], stage: Callable) -> None:
+    given = {flag_name(token) for token in argv}
+    missing = [name for name, parameter in inspect.signature(stage).parameters.items()
+               if parameter.default is inspect.Parameter.empty and name not in given]
+    if missing:
+        first_sentences = {name: text.split(". ")[0].rstrip(".") for name, text in descriptions(stage).items()}
+        names = " / ".join(f"--{name}({first_sentences.get(name, '')})" for name in missing)
+        example = next((f". 예: {line}" for line in examples(stage)), "")
+        raise UsageError(f"꼭 필요한 값이 없다: {names}{example}")
+
+
+def _fit_all(texts: dict[str, str | bool], parameters: Parameters) -> dict:
+    """fire가 모은 것을 타입에 맞춘다. 값 없이 적은 플래그를 fire는 True나 False(`--no이름`)로 준다."""
     values, problems = {}, []
     for name, text in texts.items():
-        if name not in parameters:
-            continue
-        try:
-            values[name] = _fit(str(text), parameters[name].annotation)
-        except ValueError as expected:
-            problems.append(f"--{name}에는 {expected}: '{text}'")
+        annotation, default = parameters[name].annotation, parameters[name].default
+        if isinstance(text, bool):
+            if bool in _choices(annotation):
+                values[name] = text
+            else:
+                problems.append(f"--{name}에 값이 없다. --{name} 값 으로 적는다")
+        elif not text.strip() and default != "":
+            problems.append(f"--{name}의 값이 비었다. 값을 적거나 플래그를 뺀다")
+        else:
+            try:
+                values[name] = _fit(text, annotation)
+            except ValueError as expected:
+                problems.append(f"--{name}에는 {expected}: '{text}'")
     if problems:
         raise UsageError(" / ".join(problems))
-    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in values]
-    if missing:
-        raise UsageError(f"꼭 필요한 값이 없다: {', '.join(f'--{name}' for name in missing)}")
     return values
+
+
+def _choices(annotation) -> tuple:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def _fit(text: str, annotation) -> object:
     """글자를 타입에 맞춘다. 맞지 않으면 기대한 것을 담은 ValueError를 올린다."""
-    choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if len(text) > 1 and text[0] == text[-1] == "'":
-        text = text[1:-1]  # Windows의 cmd는 작은따옴표를 떼지 않고 넘긴다
+    choices = _choices(annotation)
+    if len(text) > 1 and text[0] + text[-1] in QUOTES:
+        text = text[1:-1]  # Windows의 cmd는 작은따옴표를 떼지 않고, 문서에서 옮긴 둥근 따옴표는 어느 셸도 떼지 않는다
     word = text.strip().lower()
-    if type(None) in choices and word in ("none", "null", ""):
+    if type(None) in choices and word in ("none", "null"):
         return None
     if bool in choices:
         if word in TRUE_WORDS | FALSE_WORDS:
@@ -190,8 +219,6 @@ def _fit(text: str, annotation) -> object:
         return _fit_number(word, int in choices)
     if any(typing.get_origin(choice) is tuple for choice in choices):
         return _fit_words(text)
-    if not text.strip():
-        raise ValueError("빈 값을 적을 수 없다")
     return text
 
 
@@ -200,7 +227,8 @@ def _fit_number(word: str, whole: bool) -> int | float:
     try:
         number = float(word)
     except ValueError:
-        raise ValueError(expected) from None
+        hint = "(쉼표 없이)" if "," in word else "(단위 없이)" if word[:1].isdigit() else ""
+        raise ValueError(expected + hint) from None
     if not math.isfinite(number) or (whole and number != int(number)):
         raise ValueError(expected)
     return int(number) if whole else number

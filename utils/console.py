@@ -7,6 +7,8 @@ import warnings
 
 from utils.process import is_first_process
 
+_details = False
+
 
 def say(text: str = "") -> None:
     """한 줄을 출력한다. 여러 프로세스로 실행하면 rank 0만 말한다."""
@@ -17,6 +19,24 @@ def say(text: str = "") -> None:
 def printable(text: str) -> str:
     """터미널을 조종하는 제어 문자를 뺀다. 줄바꿈과 탭은 남긴다."""
     return "".join(char for char in text if char in "\n\t" or (ord(char) >= 32 and not 127 <= ord(char) < 160))
+
+
+def one_line(text: str, limit: int = 120) -> str:
+    """여러 줄의 글을 한 줄로. `limit`글자를 넘으면 자른다."""
+    line = " ".join(text.split()) or "(빈 답)"
+    return line if len(line) <= limit else f"{line[:limit]}…"
+
+
+def show_details(on: bool) -> None:
+    """`detail`의 줄을 보일지 정한다. `--verbose`다."""
+    global _details
+    _details = on
+
+
+def detail(text: str) -> None:
+    """고치는 사람에게만 쓸모 있는 한 줄(어느 계산의 길을 골랐는지). `--verbose True`일 때만 보인다."""
+    if _details:
+        say(text)
 
 
 def use_utf8() -> None:

@@ -1,9 +1,12 @@
 """저장소의 자리와, 사용자가 적은 입력 경로를 찾는 규칙."""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_DEMO = ROOT / "resources" / "polyglot-ko-demo"
+OWN_FOLDERS = ("resources", "train", "data")  # 사용자의 것이 생기는 폴더. 아직 없을 수도 있다
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DATA_DEMO = ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json"
 
 
@@ -14,6 +17,21 @@ def find_input(path: str) -> str:
     return path
 
 
+def find_recorded(path: str) -> str:
+    """기록에 적힌 경로를 찾는다. 적힌 곳에 없으면, 이름이 바뀌거나 옮겨진 저장소에서 같은 자리나 같은 이름을 찾는다.
+
+    `/옛 자리/resources/polyglot-ko-demo`는 지금 저장소의 `resources/polyglot-ko-demo`다. hub id와 찾지 못한 것은 적힌
+    그대로다.
+    """
+    found = find_input(path)
+    if Path(found).exists() or looks_like_hub_id(path):
+        return found
+    parts = [part for part in path.replace("\\", "/").split("/") if part]
+    inside = (ROOT.joinpath(*parts[at:]) for at in range(1, len(parts) - 1))
+    places = (*inside, *(ROOT / folder / parts[-1] for folder in ("resources", "ko-datasets") if parts))
+    return str(next((place for place in places if place.exists()), found))
+
+
 def shown(path: str | Path) -> str:
     """사용자에게 보여 줄 경로. 지금 폴더 아래면 상대 경로다."""
     path = Path(path).resolve()
@@ -21,6 +39,9 @@ def shown(path: str | Path) -> str:
 
 
 def looks_like_hub_id(name: str | Path) -> bool:
-    """`소유자/이름`이고, 앞부분이 로컬 폴더가 아니면 hub id로 본다."""
+    """hub가 허락하는 글자로 된 `소유자/이름`이고, 앞부분이 이 저장소나 지금 폴더의 폴더가 아니면 hub id로 본다."""
     parts = str(name).replace("\\", "/").split("/")
-    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~")) and not Path(parts[0]).is_dir()
+    if len(parts) != 2 or not all(map(_HUB_NAME.fullmatch, parts)):
+        return False
+    owner = Path(parts[0])
+    return parts[0] not in OWN_FOLDERS and not owner.is_dir() and not (ROOT / owner).is_dir()

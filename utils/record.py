@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from utils.errors import UsageError
 from utils.files import read_json, staged_file
 
+# 인용 안에서 제목, 가로줄, 코드 블록, 또 하나의 인용이 되는 줄의 앞
+_STRUCTURE = re.compile(r"^(\s*)(?=#|>|```|~~~|[-=*_]+\s*$)")
+_BACKSLASH = r"\1\\"
 RUN_FILE, CURVES_FILE, SAMPLES_FILE = "run.json", "curves.png", "samples.md"
 
 
@@ -78,12 +82,14 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
     """질문마다 모범 답, 기반 모델의 답, 학습한 모델의 답을 나란히 적는다.
 
     Args:
-        samples: `question`과 `tuned`가 든 dict들. `reference`(검증 질문)와 `base`는 있으면 적는다.
+        samples: `question`과 `tuned`가 든 dict들. `kind`(어디서 온 질문인지), `reference`(데이터에 적힌 답)와
+            `base`는 있으면 적는다.
     """
-    parts = ["# 질문과 답\n\n모범 답이 있는 것은 학습에 쓰지 않은 검증 질문이고, 모범 답은 데이터에 적힌 답이다. "
-             "모범 답이 없는 것은 페이지의 예시 질문이다.\n"]
+    parts = ["# 질문과 답\n\n검증 질문은 학습에 쓰지 않은 행의 질문이고, 모범 답은 데이터에 적힌 답이다.\n"]
+    if not samples:
+        parts.append("아직 답이 없다. 답을 만들다가 멈추었거나, 데이터에 질문이 없다.\n")
     for number, sample in enumerate(samples, 1):
-        parts.append(f"## {number}. 질문\n\n{_quoted(sample['question'])}\n")
+        parts.append(f"## {number}. {sample.get('kind', '질문')}\n\n{_quoted(sample['question'])}\n")
         for key, title in (("reference", "모범 답"), *((model.name, model.title) for model in MODELS)):
             if key in sample:
                 parts.append(f"**{title}**\n\n{_quoted(sample[key])}\n")
@@ -94,8 +100,15 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
 
 
 def _quoted(text: str) -> str:
-    escaped = str(text).replace("\\", "\\\\").replace("<", r"\<")
-    return "\n".join(f"> {line}  " if line.strip() else ">" for line in escaped.splitlines()) or "> (빈 답)"
+    """글을 마크다운의 인용으로. 빈 줄은 하나만 남기고, 제목이나 HTML이 될 글자는 글자 그대로 보이게 한다."""
+    lines: list[str] = []
+    for line in str(text).strip().splitlines():
+        if line.strip():
+            escaped = line.replace("\\", "\\\\").replace("<", r"\<")
+            lines.append(f"> {_STRUCTURE.sub(_BACKSLASH, escaped)}  ")
+        elif lines[-1] != ">":
+            lines.append(">")
+    return "\n".join(lines) or "> (빈 답)"
 
 
 def _plain(value):

@@ -18,6 +18,7 @@ from utils.record import CURVES_FILE, FIGURES, read_run
 
 FONT_PACKAGE = "koreanize_matplotlib"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PLACES = (("loss", "eval_loss", "figures"), ("learning_rate", "grad_norm", "figures"))
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -35,7 +36,6 @@ PANELS = (
     Panel("eval_loss", "검증 loss (답의 토큰 평균)"),
     Panel("learning_rate", "학습률"),
     Panel("grad_norm", "기울기 크기", log=True),
-    Panel("eval_samples_per_second", "검증 속도 (블록/초)"),
 )
 
 
@@ -60,16 +60,16 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> 
                                 "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                                 "axes.spines.right": False}):
         figure = Figure(figsize=(15, 8), dpi=110, layout="constrained")
-        axes = figure.subplots(2, 3).ravel()
+        axes = figure.subplot_mosaic(PLACES, width_ratios=(1, 1, 0.9))
         names = [_drawable(name, files) for name, _ in runs]
-        for axis, panel in zip(axes, PANELS, strict=False):
-            axis.set_title(panel.title, fontsize=14)
-            axis.set_xlabel("step")
-            _draw_panel(axis, panel, [_with_start(run) for _, run in runs])
-        _draw_figures(axes[-1], names, [run for _, run in runs])
+        for panel in PANELS:
+            axes[panel.key].set_title(panel.title, fontsize=14)
+            axes[panel.key].set_xlabel("step")
+            _draw_panel(axes[panel.key], panel, [_with_start(run) for _, run in runs])
+        _draw_figures(axes["figures"], names, [run for _, run in runs])
         if len(runs) > 1:
-            figure.legend(axes[0].get_lines()[: len(runs)], names, loc="outside lower center", ncols=min(len(runs), 3),
-                          frameon=False)
+            figure.legend(axes["loss"].get_lines()[: len(runs)], names, loc="outside lower center",
+                          ncols=min(len(runs), 3), frameon=False)
         else:
             figure.suptitle(names[0], fontsize=15)
         figure.savefig(png_path)
@@ -102,32 +102,41 @@ def _with_start(run: dict) -> list[dict]:
 
 
 def _draw_panel(axis, panel: Panel, histories: list[list[dict]]) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    key = panel.key
     drawn, highest = 0, 0.0
     for number, history in enumerate(histories):
-        steps, values = points(history, key)
-        axis.plot(steps, values, STYLES[number % len(STYLES)], color=COLORS[number % len(COLORS)], linewidth=2,
+        steps, values = points(history, panel.key)
+        color = COLORS[number % len(COLORS)]
+        axis.plot(steps, values, STYLES[number % len(STYLES)], color=color, linewidth=2,
                   marker="o" if len(steps) <= 30 else None, markersize=4)
         drawn += len(steps)
         highest = max([highest, *values])
-        if key == "eval_loss" and values:
-            best = min(range(len(values)), key=values.__getitem__)
-            axis.annotate(f"{values[best]:.3f}", (steps[best], values[best]), xytext=(0, 9), fontsize=11,
-                          textcoords="offset points", ha="center", color=COLORS[number % len(COLORS)],
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
+        if panel.key == "eval_loss" and values:
+            _mark_best(axis, steps, values, color)
     if not drawn:
-        axis.text(0.5, 0.5, "기록 없음", ha="center", va="center", transform=axis.transAxes, color="gray")
+        axis.text(0.5, 0.5, "기록 없음", ha="center", va="center", transform=axis.transAxes)
     elif panel.log and highest > 0:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")  # 기본 표시(10의 지수)는 수식이라 글꼴에 없는 빼기 기호를 쓴다
-        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
-    elif key == "learning_rate":
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    elif key == "eval_samples_per_second":
-        axis.set_ylim(0, highest * 1.15)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+
+
+def _mark_best(axis, steps: list[int], values: list[float], color: str) -> None:
+    """검증 loss가 가장 낮은 step에 별을 찍고 그 값을 적는다."""
+    best = min(range(len(values)), key=values.__getitem__)
+    axis.plot(steps[best], values[best], "*", color=color, markersize=16)
+    axis.annotate(f"가장 좋은 step {steps[best]:,}: {values[best]:.3f}", (steps[best], values[best]), xytext=(0, 14),
+                  fontsize=11, textcoords="offset points", ha="right" if best > len(values) / 2 else "left",
+                  color=color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
+
+
+def plain_number(value: float) -> str:
+    """지수(1e-4) 없이 적은 수. 유효 숫자 넷까지다."""
+    text = f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _draw_figures(axis, names: list[str], runs: list[dict]) -> None:
@@ -136,13 +145,13 @@ def _draw_figures(axis, names: list[str], runs: list[dict]) -> None:
             if any(figure.shown(run) for run in runs)]
     if not rows:
         return
-    heads = [name if len(name) <= 18 else f"…{name[-17:]}" for name in names]
+    heads = [name if len(name) <= 12 else f"…{name[-11:]}" for name in names]
     table = axis.table(cellText=[cells for _, cells in rows], rowLabels=[title for title, _ in rows],
-                       colLabels=heads if len(runs) > 1 else None, cellLoc="center", bbox=[0.38, 0.1, 0.62, 0.8])
+                       colLabels=heads if len(runs) > 1 else None, cellLoc="center", bbox=[0.42, 0.25, 0.58, 0.5])
     table.auto_set_font_size(False)
     table.set_fontsize(12 if len(runs) <= 2 else 10)
     for cell in table.get_celld().values():
-        cell.set_edgecolor("lightgray")
+        cell.set(edgecolor="gray", facecolor="none")
 
 
 def _drawable(text: str, fonts: Sequence[Path]) -> str:

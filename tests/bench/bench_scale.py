@@ -30,14 +30,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+
+from modern import write_folder  # noqa: E402
+
 FSDP = ("--use_fsdp", "--fsdp_version", "1", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
         "--fsdp_transformer_layer_cls_to_wrap", "GPTNeoXLayer", "--fsdp_use_orig_params", "false",
         "--fsdp_sync_module_states", "true", "--fsdp_cpu_ram_efficient_loading", "false",
         "--fsdp_state_dict_type", "FULL_STATE_DICT", "--mixed_precision", "bf16")
-QWEN = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
-        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
-BATCHES = {"12.8b": 4, "1.3b": 64, "qwen3-1.7b": 16}
+BATCHES = {"polyglot-ko-12.8b": 4, "polyglot-ko-1.3b": 64, "qwen3-1.7b": 16}
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 FIRST, MORE = 13, 5  # 나누어 담는 학습의 step과, 이어서 배우는 step
 # NVLink의 multicast는 카드를 함께 쓰는 다른 프로그램까지 멈추게 할 수 있어 끈다
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", default="/tmp/scale")
     parser.add_argument("--data", default=str(ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"))
-    parser.add_argument("--shapes", default="12.8b,1.3b,qwen3-1.7b")
+    parser.add_argument("--shapes", default=",".join(BATCHES))
     parser.add_argument("--steps", type=int, default=20, help="데이터 병렬의 step")
     parser.add_argument("--seconds", type=int, default=560, help="모두 합쳐 이보다 오래 걸리면 남은 것을 하지 않는다")
     options = parser.parse_args()
@@ -60,7 +60,7 @@ def main() -> None:
         row = {"shape": shape, "batch": BATCHES[shape]}
         rows.append(row)
         try:
-            (sharded if shape == "12.8b" else parallel)(options, row)
+            (sharded if shape == "polyglot-ko-12.8b" else parallel)(options, row)
         except subprocess.TimeoutExpired as late:
             row["error"] = f"시간이 모자란다: {' '.join(late.cmd)[-300:]}"
         except RuntimeError as error:
@@ -75,7 +75,8 @@ def sharded(options, row: dict) -> None:
     """나누어 담아 배우고, 저장한 것을 확인하고, 이어서 배우고, 합친다. 끝낸 것부터 `row`에 적는다."""
     from gather_too import compare
 
-    base, work, batch = write_folder(row["shape"], Path(options.work) / row["shape"]), Path(options.work), row["batch"]
+    work, batch = Path(options.work), row["batch"]
+    base = write_folder(row["shape"], work / row["shape"])
     output, gathered, merged = work / "sharded", work / "gathered.safetensors", work / "merged"
     for left in (output, merged):
         shutil.rmtree(left, ignore_errors=True)
@@ -167,44 +168,6 @@ def count_blocks(options) -> int:
         documents = dataset.load_documents(options.data, Prompter(), encoder.Encoder(tokenizer, end_id), 1024, end_id)
         options.blocks = len(blocks.pack(documents.lengths(), 1024, 42))
     return options.blocks
-
-
-def write_folder(shape: str, folder: Path) -> Path:
-    """그 모양의 무작위 fp16 모델 폴더를 층마다 쓴다."""
-    import torch
-    from safetensors.torch import save_file
-    from standin import config_of
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen3Config
-
-    shutil.rmtree(folder, ignore_errors=True)  # 끊긴 실행이 남긴 것
-    folder.mkdir(parents=True)
-    if shape.startswith("qwen3"):
-        config = Qwen3Config(**QWEN)
-    else:
-        sizes = {name: value for name, value in config_of(shape).items() if name != "model_type"}
-        config = GPTNeoXConfig(**sizes | {"bos_token_id": 0, "eos_token_id": 0})
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(skeleton).__name__]
-    config.save_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight_map, shard, size = {}, {}, 0
-    parameters = list(skeleton.named_parameters())
-    for index, (name, parameter) in enumerate(parameters):
-        value = torch.randn(parameter.shape, device=device) * 0.02
-        disk_name = name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name
-        shard[disk_name] = (value + ("norm" in name and "weight" in name)).half().cpu()
-        size += value.numel() * 2
-        if size > 2**31 or index == len(parameters) - 1:
-            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-            shard, size = {}, 0
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    for file in (ROOT / "resources/polyglot-ko-demo").glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
 
 
 def print_table(rows: list[dict]) -> None:

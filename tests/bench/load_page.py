@@ -61,7 +61,7 @@ def load(served: Served, clients: int, seconds: float, seed: int = 0) -> dict:
 def _kind(shown: list | None) -> str:
     if shown is None:
         return "left"
-    if "바쁘다" in shown[1]:
+    if "바빠요" in shown[1]:
         return "busy"
     return "answered" if shown[0] and any(reason in shown[1] for reason in DONE) else f"lost: {shown[1][:60]}"
 

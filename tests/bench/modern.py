@@ -1,12 +1,19 @@
-"""요즘 고르는 모델의 모양에 무작위 가중치를 넣어 GPU에서 층마다 양자화해 만든다."""
+"""요즘 고르는 모델의 모양에 무작위 가중치를 넣는다: `build`는 GPU에서 양자화해 만들고, `write_folder`는 폴더로 쓴다."""
 
+import json
+import shutil
+from pathlib import Path
+
+import standin
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
+SHARD_BYTES = 2**31
 GROUPED = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 SHAPES = {
-    "polyglot-ko-1.3b": {"model_type": "gpt_neox", "hidden_size": 2048, "num_hidden_layers": 24,
-                         "num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 30080, "rotary_pct": 0.5,
-                         "max_position_embeddings": 2048, "tie_word_embeddings": False},
+    **{f"polyglot-ko-{size}": standin.config_of(size) for size in standin.SHAPES},
+    "qwen3-0.6b": {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072,
+                   "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED},
     "qwen3-1.7b": {"model_type": "qwen3", "hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144,
                    "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED},
     "llama-1.5b": {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 7168,
@@ -14,6 +21,9 @@ SHAPES = {
     "qwen3-4b": {"model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728,
                  "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960, **GROUPED,
                  "num_attention_heads": 32},
+    "llama-2.1b": {"model_type": "llama", "hidden_size": 1792, "num_hidden_layers": 32, "intermediate_size": 8064,
+                   "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 32768, **GROUPED,
+                   "num_attention_heads": 24},
     "exaone4-1.2b": {"model_type": "exaone4", "hidden_size": 2048, "num_hidden_layers": 30, "intermediate_size": 4096,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 102400,
                      "tie_word_embeddings": True, "max_position_embeddings": 65536, "sliding_window": None,
@@ -22,6 +32,10 @@ SHAPES = {
                     "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048,
                     "vocab_size": 262144, "tie_word_embeddings": True, "max_position_embeddings": 32768,
                     "sliding_window": 512, "query_pre_attn_scalar": 256},
+    "gemma3-1b": {"model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26,
+                  "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 6912,
+                  "vocab_size": 262144, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+                  "sliding_window": 512, "query_pre_attn_scalar": 256},
 }
 
 
@@ -38,8 +52,8 @@ def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, do
     from transformers import AutoConfig, AutoModelForCausalLM
 
     conf = dict(SHAPES[shape])
-    config = AutoConfig.for_model(conf.pop("model_type"), bos_token_id=None, eos_token_id=None, pad_token_id=None,
-                                  **conf)
+    no_ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(conf.pop("model_type"), **conf | no_ends)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -96,3 +110,36 @@ def add_lora(model, targets="all-linear", rank: int = 8):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return model.requires_grad_(False)
+
+
+def write_folder(shape: str, folder: Path) -> Path:
+    """그 모양의 무작위 fp16 모델 폴더를 tensor마다 쓴다. 토크나이저는 함께 든 데모 모델의 것이다."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.rmtree(folder, ignore_errors=True)  # 끊긴 실행이 남긴 것
+    folder.mkdir(parents=True)
+    sizes = dict(SHAPES[shape])
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes | {"bos_token_id": 0, "eos_token_id": 0})
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(skeleton).__name__]
+    config.save_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight_map, shard, size = {}, {}, 0
+    parameters = list(skeleton.named_parameters())  # 묶인 출력 행렬은 한 번만 나온다
+    for index, (name, parameter) in enumerate(parameters):
+        value = torch.randn(parameter.shape, device=device) * 0.02
+        value += ("norm" in name and name.endswith("weight") and config.model_type != "gemma3_text")
+        shard[name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name] = value.half().cpu()
+        size += value.numel() * 2
+        if size > SHARD_BYTES or index == len(parameters) - 1:
+            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard, size = {}, 0
+    content = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    for file in (ROOT / "resources/polyglot-ko-demo").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder

@@ -63,7 +63,7 @@ def base(talk_run) -> str:
 
 
 def test_ask_prints_one_answer_and_no_page(talk_run):
-    done = run_script("generate.py", "--peft_root", str(talk_run), "--ask", "{x}가 뭐지?", "--input", "AI")
+    done = run_script("generate.py", "--peft_root", str(talk_run), "--ask", "{x}가 뭐지?", "--input", "AI", "--verbose")
     assert done.returncode == 0, done.stderr
     assert "페이지:" not in done.stdout and "### 질문" not in done.stdout.split("계산:")[1]
     assert "템플릿: default" in done.stdout and "가중치: 32비트" in done.stdout and "토큰/초" in done.stdout
@@ -195,7 +195,7 @@ def test_one_generation_at_a_time_and_a_bounded_line(make_answerer):
         answerer.submit(answer)
     with pytest.raises(Busy, match="바쁘다"):
         answerer.submit(Answer([5], Sampling()))
-    assert "차례를 기다린다" in describe(answers[-1], answerer.ahead(answers[-1]))
+    assert "차례를 기다리는 중" in describe(answers[-1], answerer.ahead(answers[-1]))
     finish(answerer, *answers)
     assert decoder.most == 1 and all(answer.finish_reason == "stop" for answer in answers)
     time.sleep(0.05)

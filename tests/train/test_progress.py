@@ -34,6 +34,17 @@ def test_one_line_a_step_with_loss_speed_and_time_left():
     assert [line for line in said if "검증" in line] == ["  검증 loss -7.0000 (가장 좋다)", "  검증 loss 3.0000"]
 
 
+def test_worse_than_before_training_is_never_called_best():
+    said, state = [], TrainState(max_steps=3)
+    progress = Progress(said.append, Speed())
+    progress.log({"eval_loss": 4.0}, state)
+    for state.global_step, loss in enumerate((5.0, 4.5, 3.5, 3.9), 1):
+        progress.log({"eval_loss": loss}, state)
+    assert [line.strip() for line in said[1:]] == [
+        "검증 loss 5.0000 (학습 전보다 나쁘다)", "검증 loss 4.5000 (학습 전보다 나쁘다)",
+        "검증 loss 3.5000 (가장 좋다)", "검증 loss 3.9000"]
+
+
 @pytest.mark.parametrize("steps", [1, 3, 1000])
 def test_long_runs_say_no_more_than_a_screenful_of_lines(steps):
     lines = [line for line in play(steps) if "토큰/초" in line]

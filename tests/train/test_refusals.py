@@ -19,7 +19,7 @@ from utils.errors import UsageError
 from utils.model import loader
 from utils.model.targets import choose_targets
 from utils.prompter import make_prompter
-from utils.train import results, stage
+from utils.train import samples, stage
 
 finetune_lora = load_script("finetune-lora.py")
 TEXT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -59,7 +59,8 @@ def test_model_that_also_sees_learns_in_its_text_part_only(tmp_path, tiny_data):
     done = run_script("finetune-lora.py", "--base_model", str(base), "--data_path", str(tiny_data), "--output_dir",
                       str(run), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "손실은 조각으로" in done.stdout and "다른 길을 쓴다" not in done.stdout
+    path = json.loads((run / "run.json").read_text(encoding="utf-8"))["path"]
+    assert "손실은 조각으로" in path and path not in done.stdout and "다른 길을 쓴다" not in done.stdout
     from safetensors import safe_open
 
     with safe_open(run / "adapter_model.safetensors", "pt") as file:
@@ -201,17 +202,18 @@ class Failing:
                                           (KeyboardInterrupt(), "Ctrl+C")])
 def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     tokenizer = build_tokenizer(tmp_path)
-    made = []
-    monkeypatch.setattr(results, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
+    made, answers, said = [], samples.Samples(), []
+    monkeypatch.setattr(samples, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
-                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10], [5], 16),
-                             held_out=np.arange(0), exams=[])
-    samples = results.Samples()
-    problem = results.answer_samples(inputs, None, samples, seconds=60)
+                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10] * 9, [5] * 9, 16),
+                             held_out=np.arange(9), exams=[])
+    monkeypatch.setattr(samples.exact, "measure", lambda *given: None)
+    problem = samples.answer_samples(SimpleNamespace(data_path="faq.csv"), inputs, None, answers, 60, said.append)
     assert named in problem and "\n" not in problem
-    assert len(samples.examples) == 3 and all("tuned" in sample and "base" in sample for sample in samples.examples)
-    assert record.write_samples(tmp_path, samples.examples).is_file()
+    assert len(answers.rows) == samples.N_COMPARED and all({"tuned", "base"} <= set(row) for row in answers.rows)
+    assert record.write_samples(tmp_path, answers.rows).is_file()
     assert 256 < made[0] < 1024
+    assert "검증 질문 9개" in said[0] and "Ctrl+C" in said[0]
 
 
 def test_samples_do_not_size_the_cache_by_the_context(tmp_path):
@@ -220,5 +222,5 @@ def test_samples_do_not_size_the_cache_by_the_context(tmp_path):
 
     tokenizer = build_tokenizer(tmp_path)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**TEXT, "max_position_embeddings": 131072}))
-    assert results.Decoder(model, tokenizer, (2,)).context == 131072
-    assert results.Decoder(model, tokenizer, (2,), longest=300).context == 300
+    assert samples.Decoder(model, tokenizer, (2,)).context == 131072
+    assert samples.Decoder(model, tokenizer, (2,), longest=300).context == 300

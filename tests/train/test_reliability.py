@@ -204,6 +204,16 @@ def test_second_signal_ends_at_once_without_half_a_checkpoint(lab, tmp_path):
     assert folders_are_whole(output)
 
 
+@pytest.mark.parametrize("when", ["학습 후 검증 loss", "결과", "검증 질문"])
+def test_ctrl_c_after_the_last_step_costs_only_the_sample_answers(lab, tmp_path, when):
+    output = tmp_path / "run"
+    stopped = lab.train(output, answers=True, num_train_epochs=1, signals=[[when, "SIGINT"]])
+    assert stopped.code == 0 and "Ctrl+C로 멈추었다" in stopped.text and "온전하다" in stopped.text, stopped.text
+    for name in ("run.json", "curves.png", "samples.md", "README.md", "adapter_model.safetensors"):
+        assert (output / name).stat().st_size > 0
+    assert "Traceback" not in stopped.text
+
+
 @linux
 def test_closed_terminal_saves(tiny_neox, tiny_data, tmp_path):
     """터미널을 닫으면 SIGHUP이 오고, 그 뒤의 모든 출력은 오류가 된다."""

@@ -1,14 +1,16 @@
 """학습 단계는 잘못된 입력을 모델을 올리기 전에 한 줄로 거절하고, 좋은 입력으로는 어댑터와 기록을 남긴다."""
 
 import json
+import re
 
 import conftest
 import pytest
 from conftest import load_script, run_script, train_settings
 
+from utils.console import one_line
 from utils.model import adapter
 from utils.model.targets import choose_targets, linear_names
-from utils.prompter import EXAMPLES, fill_placeholder
+from utils.prompter import EXAMPLES
 from utils.train import results, stage
 from utils.train.records import Schedule
 
@@ -80,19 +82,33 @@ def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
 
 
 def test_run_says_how_many_answers_stopped_by_themselves():
-    samples = [{"base": "", "base_finish": "length", "tuned": "", "tuned_finish": "stop"},
+    samples = [{"kind": "검증 질문", "base": "", "base_finish": "length", "tuned": "", "tuned_finish": "stop"},
                {"base": "", "base_finish": "stop", "tuned": "", "tuned_finish": "stop"},
                {"tuned": "", "tuned_finish": "stop"}]
     line = results.stopped_line(samples)
     assert "기반 모델 2개 가운데 1개, 학습한 모델 3개 가운데 3개" in line
 
 
-def test_run_shows_what_both_models_say_to_the_examples(tiny_run):
+def test_samples_ask_the_users_own_questions(tiny_run, tiny_data):
     text = (tiny_run / "samples.md").read_text(encoding="utf-8")
-    for instruction, context in EXAMPLES:
-        assert f"> {fill_placeholder(instruction, context)}" in text
-    assert results.one_line("가\n 나") == "가 나" and results.one_line(" ") == "(빈 답)"
-    assert results.one_line("가" * 500) == "가" * results.SHOWN_CHARS + "…"
+    questions = re.findall(r"^## \d+\. 검증 질문\n\n> (\d+) 더하기 \1는\?  $", text, re.M)
+    assert len(questions) == text.count("\n## ")
+    assert not [question for question, _ in EXAMPLES if question in text]
+    assert "endoftext" not in text and "### 질문" not in text
+
+
+def test_run_describes_itself_in_korean(tiny_run, tiny_neox, tiny_data):
+    text = (tiny_run / "README.md").read_text(encoding="utf-8")
+    for said in (str(tiny_neox), str(tiny_data), "40행", "2 epoch", "--peft_root", "merge-lora.py", "검증 loss"):
+        assert said in text
+    assert "More Information Needed" not in text
+    for checkpoint in tiny_run.glob("checkpoint-*"):
+        assert not (checkpoint / "README.md").exists()
+
+
+def test_one_line():
+    assert one_line("가\n\n 나") == "가 나" and one_line(" ") == "(빈 답)"
+    assert one_line("가" * 500, 120) == "가" * 120 + "…"
 
 
 def test_validation_counts_only_answers_whatever_is_learnt(tiny_neox, tiny_data, tmp_path):
@@ -133,4 +149,5 @@ def test_console_run_ends_with_the_next_commands(tiny_neox, tiny_data, tmp_path)
                       str(output), "--cutoff_len", "64", "--num_train_epochs", "1", "--val_set_size", "0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f'--peft_root "{output}"' in done.stdout and "merge-lora.py" in done.stdout
+    assert "학습에 쓴 질문" in done.stdout and "손으로 쓴" not in done.stdout
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr

@@ -15,16 +15,20 @@ class PackedDataset(torch.utils.data.Dataset):
     """길이가 `cutoff_len`인 블록들. 블록 안의 문서는 서로를 보지 않는다.
 
     `position_ids`가 문서마다 0부터 다시 시작하는 것이 경계의 표시다. attention_mask는 넘기지 않는다.
+
+    Args:
+        room: 블록 하나에 문서를 이만큼(토큰)까지만 담는다. 이보다 긴 문서는 블록 하나를 혼자 쓴다. 없으면 꽉 채운다.
     """
 
     def __init__(self, documents: Documents, chosen: np.ndarray, cutoff_len: int, end_id: int,
-                 train_on_inputs: bool, seed: int):
+                 train_on_inputs: bool, seed: int, room: int | None = None):
         self._documents = documents
         self._cutoff_len = cutoff_len
         self._end_id = end_id
         self._train_on_inputs = train_on_inputs
         lengths = documents.lengths()[chosen]
-        self.blocks = [chosen[members] for members in pack(lengths, cutoff_len, seed)]
+        room = room or cutoff_len
+        self.blocks = [chosen[members] for members in pack(np.minimum(lengths, room), room, seed)]
         self.n_tokens = int(lengths.sum())
         self.max_documents = max((len(block) for block in self.blocks), default=0) + 1
 

@@ -1,11 +1,14 @@
 """검증 행에서 물을 질문과 모범 답. 학습의 예시 답, 배움의 점수, 병합의 검산이 같은 행에서 같은 것을 묻는다."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from utils.data import blocks
 from utils.data.documents import Documents
+
+_PLACE = "\0"  # 템플릿에서 질문이 놓이는 자리를 찾는 글자. 어느 데이터에도 나오지 않는다
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,29 @@ class Question:
 
     prompt: np.ndarray
     answer: np.ndarray
+
+
+def plain_question(tokenizer, prompter, prompt: Sequence[int]) -> str:
+    """템플릿의 표시와 특수 토큰을 뺀, 사람이 읽을 질문.
+
+    Args:
+        prompt: 답이 시작되기 직전까지의 토큰.
+    """
+    text = readable(tokenizer, prompt)
+    parts = prompter.prompt(_PLACE).partition(_PLACE)
+    opening, closing = (without_special(tokenizer, part).strip() for part in (parts[0], parts[2]))
+    return text.removeprefix(opening).removesuffix(closing).strip() or text
+
+
+def readable(tokenizer, ids: Sequence[int]) -> str:
+    """토큰들의 글에서 특수 토큰(`<|endoftext|>`, `<bos>`)을 뺀 것."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def without_special(tokenizer, text: str) -> str:
+    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+        text = text.replace(token, "")
+    return text
 
 
 def held_out_members(documents: Documents, percent: float, seed: int) -> np.ndarray:

@@ -103,6 +103,11 @@ class Decoder:
         self._engine, self.path = _engine(model, self.context, min(len(tokenizer), config.vocab_size))
         self.context = max(2, self._engine.room(self.context))
 
+    @property
+    def is_fast(self) -> bool:
+        """직접 쓴 커널로 답하는지."""
+        return isinstance(self._engine, FastDecode)
+
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 끄면 기반 모델이 답한다. 모델을 다시 올리지 않는다.
 

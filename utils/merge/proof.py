@@ -18,7 +18,7 @@ from utils.model import adapter, diskmap
 from utils.model.folder import open_model_folder
 from utils.model.loader import load_config
 from utils.model.tokenizer import end_token_id, load_tokenizer
-from utils.paths import DATA_DEMO, find_input
+from utils.paths import DATA_DEMO, find_recorded
 from utils.prompter import make_prompter
 
 N_PROMPTS = 8  # 검산에 쓰는 행의 수
@@ -84,7 +84,7 @@ def read_windows(job: Job) -> Windows:
     end_id = end_token_id(tokenizer)
     info = adapter.read_prompt_info(job.adapter) or adapter.read_prompt_info(job.root)
     settings = _run_settings(job.root)
-    data, absent = find_input(str(settings.get("data_path", DATA_DEMO))), None
+    data, absent = find_recorded(str(settings.get("data_path", DATA_DEMO))), None
     if not Path(data).is_file():
         data, settings, absent = str(DATA_DEMO), {}, data
     prompter = make_prompter(info.template if info else "default", tokenizer)

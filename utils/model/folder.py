@@ -19,6 +19,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # safetensors의 dtype -> 값 하나의 바이트. 없는 것(BOOL, I8, F8)은 1바이트다
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+PUBLISHED = ("polyglot-ko-1.3b", "polyglot-ko-3.8b", "polyglot-ko-5.8b", "polyglot-ko-12.8b")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -75,9 +76,13 @@ def open_model_folder(path: str | Path) -> ModelFolder:
 
 
 def download_command(path: Path) -> str:
-    """모델을 `path`에 받는 명령. 읽지 않는 pickle 가중치(.bin)는 받지 않는다."""
-    name = path.name if path.name.startswith("polyglot-ko") else "polyglot-ko-1.3b"
-    return f'hf download EleutherAI/{name} --local-dir {path.as_posix()} --exclude "*.bin"'
+    """polyglot-ko를 `path`에 받는 명령. 읽지 않는 pickle 가중치(.bin)는 받지 않는다.
+
+    폴더의 이름이 공개된 모델의 이름이 아니면(합친 모델, 오타) 가장 작은 1.3b를 제 이름의 폴더에 받는다.
+    """
+    if path.name not in PUBLISHED:
+        path = Path("resources") / PUBLISHED[0]
+    return f'hf download EleutherAI/{path.name} --local-dir {path.as_posix()} --exclude "*.bin"'
 
 
 def read_config(path: Path) -> dict:

@@ -8,8 +8,8 @@ import torch
 
 from utils import hub
 from utils.errors import UsageError, first_line
-from utils.model.folder import download_command, open_model_folder
-from utils.paths import looks_like_hub_id
+from utils.model.folder import PUBLISHED, download_command, open_model_folder
+from utils.paths import ROOT, looks_like_hub_id
 from utils.process import is_sharded, local_rank, n_local_processes
 
 
@@ -134,6 +134,15 @@ def keep_nf4_layout(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def inexact_widths(model) -> list[int]:
+    """이 CPU에서 4비트가 바르게 풀리지 않는 층의 폭. GPU와 64의 배수인 폭에서는 비어 있다.
+
+    bitsandbytes의 CPU 커널은 64개짜리 블록이 두 행에 걸치면 앞 행의 배율을 쓴다. 공개된 모델의 폭은 모두 64의 배수다.
+    """
+    return sorted({module.in_features for module in model.modules() if type(module).__name__ == "Linear4bit"
+                   and module.weight.device.type == "cpu" and module.in_features % module.weight.blocksize})
+
+
 def _refuse_nan(model, base_model: str | Path) -> None:
     for name, parameter in model.named_parameters():
         if not all(torch.isfinite(values).all() for values in _scales(parameter)):
@@ -167,4 +176,9 @@ def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:
         return folder.config
     if looks_like_hub_id(base_model):
         return None
-    raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {download_command(path)}")
+    command = download_command(path)
+    if path.name in PUBLISHED:
+        raise UsageError(f"기반 모델이 없다: {base_model}. 받는 명령: {command}")
+    here = sorted(each.parent.name for each in (ROOT / "resources").glob("*/config.json"))
+    raise UsageError(f"기반 모델이 없다: {base_model}. resources에 있는 것: {', '.join(here)}. "
+                     f"polyglot-ko를 받는 명령: {command}")

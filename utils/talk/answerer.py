@@ -16,6 +16,10 @@ from utils.talk.line import Line
 REASONS = {"stop": "스스로 멈춤", "length": "최대 길이에 닿음", "cancelled": "사용자가 멈춤", "error": "오류로 멈춤"}
 
 
+class TooLong(UsageError):
+    """질문이 모델이 읽을 수 있는 길이를 넘는다."""
+
+
 @dataclass(eq=False)
 class Answer:
     """만들고 있거나 다 만든 답 하나.
@@ -198,7 +202,7 @@ class Answerer:
 
     def _fitting(self, tokens: list[int]) -> list[int]:
         if len(tokens) >= self.context:
-            raise UsageError(f"질문이 너무 길다: {len(tokens)}토큰. 이 모델은 질문과 답을 합쳐 "
+            raise TooLong(f"질문이 너무 길다: {len(tokens)}토큰. 이 모델은 질문과 답을 합쳐 "
                              f"{self.context}토큰까지 읽는다. 질문을 줄인다")
         return tokens
 
@@ -208,12 +212,12 @@ def describe(answer: Answer, ahead: int = 0) -> str:
     if answer.error:
         return answer.error
     if not answer.ids and answer.finish_reason is None:
-        return f"앞에 {ahead}개의 질문이 있다. 차례를 기다린다" if ahead else "질문을 읽는다"
+        return f"앞에 질문 {ahead}개 · 차례를 기다리는 중" if ahead else "질문을 읽는 중"
     stats = answer.stats
     parts = [f"토큰 {stats.tokens}개"]
     if stats.tokens_per_second:
         parts.append(f"{stats.tokens_per_second:,.1f} 토큰/초")
     if stats.tokens:
         parts.append(f"첫 토큰까지 {stats.first_token_seconds:.2f}초")
-    parts.append(REASONS[answer.finish_reason] if answer.finish_reason else "답하고 있다")
+    parts.append(REASONS[answer.finish_reason] if answer.finish_reason else "답하는 중")
     return " · ".join(parts)

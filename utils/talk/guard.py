@@ -7,7 +7,9 @@ import ipaddress
 import math
 import socket
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from utils.console import printable
@@ -124,6 +126,18 @@ class CleanStream(io.TextIOBase):
 def clean_console() -> None:
     """낯선 사람이 보낸 글이 라이브러리의 오류에 섞여 나와도 콘솔을 조종하지 못하게 한다."""
     sys.stdout, sys.stderr = CleanStream(sys.stdout), CleanStream(sys.stderr)
+
+
+class OneLineErrors:
+    """낯선 값이 낸 오류를 한 줄로 알리는, Gradio의 큐가 쓰는 `traceback` 모듈의 대신."""
+
+    @staticmethod
+    def print_exc() -> None:
+        error = sys.exc_info()[1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        print(f"주의: 페이지의 요청을 처리하지 못했다: {type(error).__name__}: {reason} "
+              f"({Path(frame.filename).name}:{frame.lineno})", file=sys.stderr)
 
 
 class Guard:

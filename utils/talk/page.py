@@ -1,28 +1,35 @@
-"""대화하는 웹 페이지: 모양, 단추가 하는 일, 서버를 여는 일."""
+"""대화하는 웹 페이지: 탭의 차례, 빛깔, 서버를 여는 일."""
 
 import os
-import secrets
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio를 부르기 전에 꺼야 한다
 
 import gradio as gr
+from gradio import queueing
 from starlette.middleware import Middleware
 
 from utils.errors import UsageError
-from utils.prompter import EXAMPLES
-from utils.sampling import Sampling
-from utils.talk import api, guard
-from utils.talk.answerer import Answer, Answerer, describe
+from utils.talk import api, guard, page_turns
 from utils.talk.models import Models
-from utils.talk.page_runs import Results, results_tabs
+from utils.talk.page_form import form_tab
+from utils.talk.page_history import history_tab
+from utils.talk.page_learned import Results, learned_tab
+from utils.talk.page_runs import runs_tab
+from utils.talk.page_start import start_tab
+from utils.talk.page_talk import pickers, talk_tab
+from utils.talk.runs import Runs
 
 PORTS_TRIED = 100
 FONTS = ("Pretendard", "Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans KR", "Noto Sans CJK KR", "sans-serif")
 HERE = Path(__file__).parent
+# Gradio의 한국어에 빠졌거나 어색한 말. 영어 브라우저에서도 한국어로 보인다
+KOREAN = {"chatbot.copy_message": "복사", "chatbot.copied_message": "복사했어요", "chatbot.retry": "다시 답하기",
+          "chatbot.undo": "마지막 질문 되돌리기", "chatbot.edit": "고쳐 쓰기", "chatbot.submit": "고친 글 보내기",
+          "chatbot.cancel": "그만두기", "chatbot.like": "좋은 답", "chatbot.dislike": "나쁜 답",
+          "chatbot.clear": "새 대화", "common.loading": "여는 중"}
 
 
 @dataclass(frozen=True)
@@ -35,127 +42,42 @@ class Access:
     auth: str | None = None
     api: bool = False
 
+    @property
+    def is_private(self) -> bool:
+        """이 컴퓨터에서만 들어올 수 있는가. 프로세스를 시작하는 일은 이때만 연다."""
+        return guard.is_loopback(self.server_name) and not self.share
 
-def build(answerer: Answerer, title: str, subtitle: str, results: Results) -> gr.Blocks:
-    """페이지를 만든다. 아직 열지는 않는다."""
-    defaults = Sampling()
+
+def build(models: Models, title: str, results: Results, runs: Runs | None = None) -> gr.Blocks:
+    """페이지를 만든다. 아직 열지는 않는다. 보여 줄 것이 없는 탭은 만들지 않는다.
+
+    Args:
+        runs: 페이지에서 시작한 학습들. None이면 학습하기 탭이 없다.
+    """
     with gr.Blocks(title=title, analytics_enabled=False) as page:
-        with gr.Row():
-            gr.Markdown(f"# {title}\n\n{subtitle}", elem_id="title")
-            theme = gr.Button("밝게/어둡게", size="sm", scale=0, elem_id="theme-button")
-        with gr.Tab("대화"):
-            with gr.Row():
-                with gr.Column(scale=3, min_width=280):
-                    instruction = gr.Textbox(label="Instruction (질문)", lines=6, max_lines=12, autofocus=True,
-                                             max_length=guard.MAX_CHARS, elem_id="instruction",
-                                             placeholder="질문을 적는다. {x}처럼 적은 자리에는 Input이 들어간다.")
-                    input = gr.Textbox(label="Input (입력)", lines=3, max_lines=8, max_length=guard.MAX_CHARS,
-                                       elem_id="input", placeholder="없어도 된다")
-                with gr.Column(scale=2, min_width=280):
-                    controls = [_slider("Temperature", "temperature", 0.05, defaults.temperature),
-                                _slider("Top p", "top_p", 0.01, defaults.top_p),
-                                _slider("Top k", "top_k", 1, defaults.top_k),
-                                _slider("Max tokens", "max_new_tokens", 1, defaults.max_new_tokens, answerer.context)]
-                    with gr.Accordion("더 많은 설정", open=False):
-                        controls += [
-                            _slider("반복 벌점", "repetition_penalty", 0.05, defaults.repetition_penalty),
-                            _slider("되풀이하지 않을 n-gram (0이면 끔)", "no_repeat_ngram_size", 1, 0),
-                            gr.Number(label="seed (비우면 매번 다르다)", precision=0, minimum=0, elem_id="seed")]
-            with gr.Row(elem_id="buttons"):
-                submit = gr.Button("Submit (보내기)", variant="primary", elem_id="submit", min_width=120)
-                compare = gr.Button("Compare (비교하기)", elem_id="compare", min_width=120,
-                                    visible=answerer.can_compare)
-                stop = gr.Button("Stop (멈추기)", variant="stop", elem_id="stop", min_width=120)
-                clear = gr.Button("Clear (지우기)", elem_id="clear", min_width=120)
-            with gr.Row():
-                with gr.Column(min_width=280, visible=False) as base_column:
-                    base_output, base_status = _output("기반 모델의 답", "base-output", "base-status")
-                with gr.Column(min_width=280):
-                    output, status = _output("Output (답)", "output", "status")
-            examples = gr.Dataset(components=[instruction, input], samples=[list(example) for example in EXAMPLES],
-                                  label="예시 질문", elem_id="examples", headers=["Instruction", "Input"])
-        results_tabs(answerer, results)
-        with gr.Tab("내 기록") as history:
-            gr.Markdown("기록은 이 브라우저에만 남는다. 서버에도 디스크에도 쓰지 않는다.")
-            with gr.Row():
-                keep = gr.Button("내보내기 (JSON)", elem_id="history-export", min_width=120)
-                forget = gr.Button("모두 지우기", variant="stop", elem_id="history-clear", min_width=120)
-            gr.HTML('<div id="history-list"></div>')
-
-        asked = [instruction, input, *controls]
-        shown = [output, status, base_column, base_output, base_status]
-        remembered = [instruction, input, output, status, base_output]
-
-        async def answer(request: gr.Request, *values):
-            async for update in _talk(answerer, (True,), values, request.session_hash):
-                yield update
-
-        async def answer_both(request: gr.Request, *values):
-            async for update in _talk(answerer, (False, True), values, request.session_hash):
-                yield update
-
-        def leave(request: gr.Request):
-            answerer.leave(request.session_hash)
-
-        def clear_all(request: gr.Request):
-            answerer.leave(request.session_hash, clear=True)
-            return "", "", *_shown()
-
-        for button, respond in ((submit.click, answer), (instruction.submit, answer), (compare.click, answer_both)):
-            event = button(respond, asked, shown, concurrency_limit=None, show_progress="hidden",
-                           api_visibility="private")
-            event.then(None, remembered, js="(...row) => lite.remember(...row)", api_visibility="private")
-        examples.click(lambda row: row, examples, [instruction, input], concurrency_limit=None,
-                       show_progress="hidden", api_visibility="private")
-        stop.click(leave, concurrency_limit=None, show_progress="hidden", api_visibility="private")
-        clear.click(clear_all, None, [instruction, input, *shown], concurrency_limit=None,
-                    show_progress="hidden", api_visibility="private")
-        for trigger, action in ((theme.click, "theme"), (keep.click, "exportHistory"), (forget.click, "clearHistory"),
-                                (history.select, "show"), (page.load, "start")):
-            trigger(None, js=f"() => lite.{action}()", api_visibility="private")
+        with gr.Row(elem_id="top"):
+            gr.Markdown(f"# {page_turns.inert(title)}", elem_id="title")
+            model, other = pickers(models)
+            theme = gr.Button("밝게/어둡게", size="sm", scale=0, min_width=100, elem_id="theme-button")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("대화", id="talk"):
+                talk_tab(models, results, page, tabs, model, other)
+            with gr.Tab("한 번 묻기", id="form"):
+                form_tab(models, model, other)
+            if results.load is not None and models.default.answerer.can_compare:
+                with gr.Tab("얼마나 배웠나", id="learned") as learned:
+                    learned_tab(models.default.answerer, results, learned)
+            if results.runs:
+                with gr.Tab("학습 기록", id="runs") as runs:
+                    runs_tab(results.runs, runs)
+            if runs is not None:
+                with gr.Tab("학습하기", id="start") as start:
+                    start_tab(runs, start)
+            with gr.Tab("내 기록", id="history") as history:
+                history_tab(history)
+        theme.click(None, js="() => lite.theme()", api_visibility="private")
+        page.load(None, js="() => lite.start()", api_visibility="private")
     return page
-
-
-async def _talk(answerer: Answerer, models: Sequence[bool], values: Sequence, session: str):
-    """질문을 줄에 세우고, 답이 자라는 대로 화면의 값을 내놓는다. 여러 모델이면 같은 seed로 답한다."""
-    instruction, input, *numbers, seed = values
-    both = len(models) > 1
-    try:
-        guard.check_text(Instruction=instruction, Input=input)
-        seed = secrets.randbits(32) if seed is None else seed
-        settings = guard.bounded_sampling(seed=seed, **dict(zip(guard.BOUNDS, numbers, strict=True)))
-        input_ids = answerer.ask(instruction, input)
-        answers = [Answer(input_ids, settings, tuned, session=session) for tuned in models]
-        answerer.submit(*answers)
-    except UsageError as error:
-        yield _shown(status=str(error))
-        return
-    tuned, base = answers[-1], answers[0]
-    async for ahead in answerer.follow(*answers):
-        waits = describe(tuned, ahead) if tuned.ids or tuned.finish_reason or not both else "기반 모델이 먼저 답한다"
-        yield _shown(tuned.text, waits, both, base.text, describe(base, ahead)) if both else _shown(tuned.text, waits)
-    if tuned.cleared:  # Gradio는 이벤트가 끝날 때 마지막 값을 다시 보낸다. 그 값이 비어 있어야 글이 되살아나지 않는다
-        yield _shown()
-
-
-def _shown(text: str = "", status: str = "", both: bool = False, base_text: str = "", base_status: str = "") -> tuple:
-    """화면에 보이는 값들. `both`면 기반 모델의 답도 보인다."""
-    return text, status, gr.update(visible=both), base_text, base_status
-
-
-def _slider(label: str, name: str, step: float, value: float, most: float | None = None) -> gr.Slider:
-    low, high, _ = guard.BOUNDS[name]
-    high = high if most is None else min(high, most)
-    slider = gr.Slider(low, high, value=min(value, high), step=step, label=label,
-                       elem_id=name.replace("_", "-"))
-    slider.preprocess = lambda sent: sent  # 범위는 guard가 본다. Gradio의 영어 오류 대신 한국어 한 줄이 보인다
-    return slider
-
-
-def _output(label: str, output_id: str, status_id: str) -> tuple[gr.Textbox, gr.Textbox]:
-    return (gr.Textbox(label=label, lines=8, max_lines=30, interactive=False, buttons=["copy"], elem_id=output_id),
-            gr.Textbox(show_label=False, label="상태", lines=1, max_lines=3, interactive=False, container=False,
-                       elem_id=status_id, elem_classes="status"))
 
 
 def free_port(server_name: str, first: int) -> int:
@@ -186,17 +108,17 @@ def launch(page: gr.Blocks, models: Models, access: Access) -> tuple[str, str | 
         UsageError: 포트가 없거나 공유 링크를 만들지 못했다.
     """
     guard.clean_console()
+    queueing.traceback = guard.OneLineErrors  # 콘솔에 낯선 사람의 실수가 수십 줄로 쌓이지 않는다
     port = free_port(access.server_name, access.server_port)
     page.queue(max_size=64, default_concurrency_limit=1, api_open=False)
     middleware = Middleware(guard.Guard, server_name=access.server_name, share=access.share, api=access.api,
                             on_leave=models.default.answerer.leave)
-    font = [gr.themes.Font(name) for name in FONTS]
     _, local_url, share_url = page.launch(
         server_name=access.server_name, server_port=port, share=access.share, auth=guard.login_check(access.auth),
-        auth_message="--auth로 정한 사용자와 암호를 적는다", prevent_thread_lock=True, quiet=True, inbrowser=False,
+        auth_message="사용자 이름과 암호를 적어 주세요", prevent_thread_lock=True, quiet=True, inbrowser=False,
         ssr_mode=False, num_workers=0, mcp_server=False, pwa=False, enable_monitoring=False, run_history=False,
         footer_links=[], max_file_size=1, state_session_capacity=200, show_error=False,
-        theme=gr.themes.Soft(primary_hue="teal", font=font, font_mono=[gr.themes.Font("monospace")]),
+        theme=_theme(), i18n=gr.I18n(ko=KOREAN, en=KOREAN),
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         app_kwargs={"middleware": [middleware], "docs_url": None, "redoc_url": None, "openapi_url": None,
@@ -204,3 +126,21 @@ def launch(page: gr.Blocks, models: Models, access: Access) -> tuple[str, str | 
     if access.share and not share_url:
         raise UsageError("공유 링크를 만들지 못했다. 인터넷 연결을 본다")
     return local_url, share_url
+
+
+def _theme() -> gr.themes.Base:
+    """글과 바탕의 명암비가 4.5를 넘는 빛깔."""
+    theme = gr.themes.Soft(primary_hue="teal", font=[gr.themes.Font(name) for name in FONTS],
+                           font_mono=[gr.themes.Font("monospace")])
+    return theme.set(
+        color_accent="*primary_700", checkbox_label_background_fill_selected="*primary_700",
+        checkbox_label_background_fill_selected_dark="*primary_700", slider_color="*primary_600",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white", button_primary_text_color_dark="white",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        block_label_background_fill_dark="*primary_800", block_title_background_fill_dark="*primary_800",
+        block_label_text_color="*primary_800", block_label_text_color_dark="*neutral_100",
+        block_title_text_color="*primary_800", block_title_text_color_dark="*neutral_100",
+        input_placeholder_color="*neutral_600", input_placeholder_color_dark="*neutral_300")

@@ -12,7 +12,7 @@ from utils import record
 from utils.data import dataset
 from utils.data.questions import held_out_members, read_question
 from utils.errors import UsageError
-from utils.paths import find_input
+from utils.paths import find_recorded
 from utils.record import MODELS
 from utils.sampling import GREEDY
 from utils.talk.answerer import Answer, Answerer
@@ -87,7 +87,7 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
         raise UsageError(f"{Path(run_dir) / record.RUN_FILE}에 학습의 설정({', '.join(SETTINGS)})이 없다")
     if not settings["val_set_size"]:
         raise UsageError("검증 질문을 남기지 않은 학습이다(val_set_size 0)")
-    data_path = find_input(str(settings["data_path"]))
+    data_path = find_recorded(str(settings["data_path"]))
     tokenizer = answerer.tokenizer
     documents = dataset.load_documents(data_path, answerer.prompter, answerer.encoder, int(settings["cutoff_len"]),
                                        answerer.end_id, cache_dir)

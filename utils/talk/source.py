@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from utils import hub
+from utils.console import detail
 from utils.decode.decoder import Decoder
 from utils.decode.precision import choose_precision
 from utils.errors import UsageError
@@ -23,7 +24,7 @@ from utils.model.adapter import (
 from utils.model.folder import ADAPTER_WEIGHTS, model_digest, open_model_folder, read_safetensors_header
 from utils.model.loader import Device, load_base, require_base
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
-from utils.paths import BASE_DEMO, find_input, shown
+from utils.paths import BASE_DEMO, find_input, find_recorded, shown
 from utils.prompter import make_prompter
 from utils.talk.answerer import Answerer
 from utils.talk.line import Line
@@ -50,6 +51,12 @@ class Source:
     def name(self) -> str:
         return Path(self.run_dir or self.asked or self.base_model).name
 
+    @property
+    def title(self) -> str:
+        """페이지의 제목: 기반 모델과, 있으면 그 위의 어댑터."""
+        base = Path(self.asked or self.base_model).name
+        return f"{base} + {self.name}" if self.run_dir else base
+
 
 def find_source(base_model: str | None, peft_root: str | None, say: Callable[[str], None],
                 cache_dir: str | None = None) -> Source:
@@ -70,7 +77,9 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
         if not base_model and not trained_on:
             raise UsageError(f"어댑터가 기반 모델을 말하지 않는다: {adapter}. --base_model을 적는다")
         say(f"어댑터: {shown(adapter)}")
-    asked = find_input(base_model or trained_on or str(BASE_DEMO))
+    asked = find_input(base_model) if base_model else find_recorded(trained_on or str(BASE_DEMO))
+    if trained_on and not base_model and Path(asked).exists() and Path(asked) != Path(find_input(trained_on)):
+        say(f"어댑터가 말하는 기반 모델({trained_on})이 그 자리에 없어 {shown(asked)}를 쓴다")
     try:
         folder = asked
         if require_base(asked) is None:
@@ -158,7 +167,9 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     answerers = []
     for source, prompter, name in zip(sources, prompters, _peft_names(sources), strict=True):
         decoder = Decoder(model, tokenizer, find_ends(source, tokenizer), adapter=name if len(sources) > 1 else None)
-        say(f"계산: {decoder.path}")
+        detail(f"계산: {decoder.path}")
+        if device.device.type == "cuda" and not decoder.is_fast:
+            say("이 모델에는 전용 커널을 쓸 수 없어 더 느리게 답한다. 답은 같다(이유: --verbose True)")
         answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
     say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
     return answerers

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from utils import process
+from utils.console import detail
 from utils.train.group import Group, join_group
 from utils.train.loop import Loop
 from utils.train.micro_step import RunningStep
@@ -31,18 +32,19 @@ def fit(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: R
     """
     run.require_space(model.get_nb_trainable_parameters()[0])
     with contextlib.closing(open_loop(settings, inputs, plan, model, run, say)) as loop:
-        say(f"학습 길: {loop.step.path}")
+        detail(f"학습 길: {loop.step.path}")
         before = measure_before(loop)
         loop.checkpoints.restore(loop)
-        learn(loop, run, say)
-        seconds = loop.checkpoints.seconds
-        report_end(plan, before, loop.state.best_metric, say)
-        loop.checkpoints.keep_best(loop)
-        loop.checkpoints.save_adapter(loop)
+        with Interrupt(say) as interrupt:
+            learn(loop, run, interrupt, say)
+            seconds = loop.checkpoints.seconds
+            report_end(plan, before, loop.state.best_metric, say)
+            loop.checkpoints.keep_best(loop)
+            loop.checkpoints.save_adapter(loop)
         for listener in loop.listeners:
             listener.saved(run.folder, loop.state, final=True)
     return Result(model, loop.state, loop.step.path, before, loop.state.best_metric, seconds, process.is_sharded(),
-                  loop.group.is_first)
+                  loop.group.is_first, interrupt.code is not None)
 
 
 def open_loop(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: Run,
@@ -61,10 +63,9 @@ def open_loop(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, 
                 checkpoints=checkpoints, listeners=[Progress(say, speed), *trackers], speed=speed)
 
 
-def learn(loop: Loop, run: Run, say: Callable[[str], None]) -> None:
+def learn(loop: Loop, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> None:
     """끝까지 배우거나, 신호를 받으면 저장하고 멈춘다."""
-    with Interrupt(say) as interrupt:
-        loop.run(should_stop=lambda: interrupt.asked)
+    loop.run(should_stop=lambda: interrupt.asked)
     if interrupt.asked:
         say(f"checkpoint-{loop.state.global_step}에 저장하고 멈추었다. 이어 가는 명령: {run.resume_command}")
         raise SystemExit(interrupt.code)
@@ -118,4 +119,5 @@ def report_end(plan: Plan, before: float | None, after: float | None, say: Calla
     if plan.memory.parts:
         say(plan.memory.outcome(torch.cuda.max_memory_reserved()))
     if before is not None:
-        say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {1 - after / before:.1%} 줄었다)")
+        change = f"{1 - after / before:.1%} 줄었다" if after < before else f"{after / before - 1:.1%} 늘었다"
+        say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {change})")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from utils.console import detail
 from utils.data.blocks import IGNORE
 from utils.errors import UsageError, first_line
 from utils.train.micro_step import Batch, RunningStep, Step
@@ -63,7 +64,8 @@ def choose_step(candidates: Sequence[Callable[[], Step]], model: nn.Module, data
             forget_comparison(device)
             return step
         reject()
-        say(f"{reason}. 다른 길을 쓴다")
+        say("빠른 계산의 값이 모델과 맞지 않아 다른 길을 쓴다. 결과는 같고 더 느리다(이유: --verbose True)")
+        detail(reason)
     raise UsageError(f"이 모델의 학습 계산이 모델의 forward와 달라 학습하지 않는다. {reason}. 다른 기반 모델을 쓴다")
 
 

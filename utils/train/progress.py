@@ -1,5 +1,6 @@
 """학습이 어디까지 왔는지 사람이 읽을 줄로 말한다."""
 
+import math
 import time
 import unicodedata
 from collections.abc import Callable
@@ -54,10 +55,13 @@ class Progress:
     """
 
     def __init__(self, say: Callable[[str], None], speed: Speed):
-        self.say, self.speed, self.best = say, speed, float("inf")
+        self.say, self.speed = say, speed
+        self.before = self.best = math.inf  # 학습 전의 검증 loss와, 지금까지의 가장 낮은 것
         self.bar = tqdm(disable=True)
 
     def begin(self, state: TrainState) -> None:
+        if state.best_metric is not None:  # 이어 가는 실행이다
+            self.best = min(self.best, state.best_metric)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format=BAR, leave=False,
                         disable=None if is_first_process() else True)
 
@@ -79,9 +83,11 @@ class Progress:
 
     def _evaluation_line(self, loss: float, state: TrainState) -> str:
         if state.global_step == 0:
+            self.before = self.best = loss
             return f"학습 전 검증 loss {loss:.4f}"
         better, self.best = loss < self.best, min(self.best, loss)
-        return f"  검증 loss {loss:.4f}{' (가장 좋다)' if better else ''}"
+        note = " (가장 좋다)" if better else " (학습 전보다 나쁘다)" if loss > self.before else ""
+        return f"  검증 loss {loss:.4f}{note}"
 
     def _line(self, row: dict[str, float], state: TrainState) -> str:
         left = self.speed.seconds_left(state.max_steps - state.global_step)

@@ -1,7 +1,7 @@
 """학습 단계가 주고받는 기록: 설정(`Settings`), 계획(`Plan`), 루프가 따르는 값(`Recipe`), 결과(`Result`)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -18,7 +18,7 @@ class Settings:
     output_dir: str
     cache_dir: str | None
     num_train_epochs: float
-    batch_size: int
+    batch_size: int | None
     micro_batch_size: int | None
     learning_rate: float
     cutoff_len: int
@@ -41,6 +41,11 @@ class Settings:
     wandb_run_name: str | None
     wandb_watch: str | None
     wandb_log_model: str | None
+    verbose: bool
+
+    def without_batch(self) -> "Settings":
+        """batch를 적지 않고 새로 시작한 설정."""
+        return replace(self, batch_size=None, resume_from_checkpoint=None)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class Result:
         seconds: 걸린 시간. 이어 가기 전의 것도 센다.
         sharded: 모델을 여러 카드에 나누어 배웠는지. 나뉜 모델로는 답하지 않는다.
         is_first: 기록을 쓰는 프로세스인지.
+        interrupted: 다 배운 뒤 어댑터를 쓰는 동안 멈추라는 신호를 받았는지.
     """
 
     model: nn.Module
@@ -133,3 +139,4 @@ class Result:
     seconds: float
     sharded: bool
     is_first: bool
+    interrupted: bool = False

@@ -1,75 +1,72 @@
-"""학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, samples.md."""
+"""학습 한 번의 결과를 기록으로 옮긴다: run.json, curves.png, README.md, 그리고 samples.md에 남길 시험 답."""
 
-import contextlib
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from utils import record, report
-from utils.data.questions import read_question
-from utils.decode import likelihood, scorecard
-from utils.decode.decoder import Decoder
-from utils.decode.likelihood import Likelihood, Pair
-from utils.decode.scorecard import Score
+from utils.console import one_line
 from utils.environment import installed_version, peak_ram_bytes
-from utils.errors import first_line
-from utils.prompter import EXAMPLES, fill_placeholder
-from utils.sampling import GREEDY
-from utils.train import exact, progress
-from utils.train.exact import ExactMatch
+from utils.train import adapter_card, progress
 from utils.train.records import Plan, Result, Settings
+from utils.train.samples import EXAMPLE, STOPPED, Samples, answer_samples
+from utils.train.signals import Interrupt
 from utils.train.stage import Inputs
 
-N_COMPARED = 5  # 두 모델이 함께 답하는 검증 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다
-MAX_SAMPLES = 64
+N_SHOWN = 3  # 콘솔에 보이는 질문의 수
 SAMPLE_SECONDS, SAMPLE_SHARE = 60.0, 0.1  # 답을 만드는 시간은 이 초와, 학습한 시간의 이 몫 가운데 큰 쪽까지다
-SHOWN_CHARS = 120
-SHORTEST_CONTEXT = 1024  # 설정에 길이의 한계가 없는 모델에서 시험의 문항을 자르는 길이
 
 
 def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: Callable[[str], None]) -> None:
-    """run.json, curves.png, samples.md를 쓰고 요약을 말한다."""
+    """기록을 쓰고 요약을 말한 다음, 시험 답을 만들어 samples.md에 남긴다.
+
+    어댑터와 기록을 모두 쓴 뒤에 답한다. 답하다 죽어도, Ctrl+C로 멈추어도 잃는 것이 없다.
+    """
     if not result.is_first:
         return
-    run = describe_run(settings, inputs, plan, result)
-    report.draw_curves([(Path(settings.output_dir).name, run)], Path(settings.output_dir) / "curves.png")
-    record.write_run(settings.output_dir, run)  # 어댑터와 기록을 모두 쓴 뒤에 답한다. 답하다 죽어도 잃는 것이 없다
-    say("\n결과")
-    for line in progress.summary_lines(run):
-        say(line)
-    samples = Samples()
-    # 나뉜 모델로는 답하지 않는다
-    problem = None if result.sharded else answer_samples(
-        inputs, result.model, samples, max(SAMPLE_SECONDS, SAMPLE_SHARE * result.seconds))
-    record.write_samples(settings.output_dir, samples.examples + samples.held_out)
-    measured = {}
-    if samples.exact is not None:
-        measured["exact"] = samples.exact.as_dict()
-        say(samples.exact.line())
-    if samples.scores:
-        measured["scorecard"] = [score.as_dict() for score in samples.scores]
-        for score in samples.scores:
-            say(score.line())
+    folder, run = Path(settings.output_dir), describe_run(settings, inputs, plan, result)
+    with Interrupt(say, "기록을 쓰는 중이다. 다 쓰고 시험 답은 건너뛴다. 한 번 더 보내면 지금 끝낸다") as interrupt:
+        record.write_run(folder, run)
+        report.draw_curves([(folder.name, run)], folder / record.CURVES_FILE)
+        adapter_card.write(settings, run)
+        record.write_samples(folder, [])
+        say("\n결과")
+        for line in progress.summary_lines(run):
+            say(line)
+    if result.sharded:  # 나뉜 모델로는 답하지 않는다
+        return
+    samples, problem = Samples(), STOPPED
+    if not result.interrupted and interrupt.code is None:
+        seconds = max(SAMPLE_SECONDS, SAMPLE_SHARE * result.seconds)
+        problem = answer_samples(settings, inputs, result.model, samples, seconds, say)
+    record.write_samples(folder, samples.rows)
+    measured = samples.measured()
     if measured:
-        record.write_run(settings.output_dir, {**run, **measured})
+        record.write_run(folder, {**run, **measured})
     if problem is not None:
-        say(f"예시 답을 모두 만들지 못했다({problem}). 어댑터와 기록은 온전하다")
-    if samples.held_out:
-        say(stopped_line(samples.held_out))
-    for sample in samples.examples:
-        say(f"\n질문: {sample['question']}")
-        for model in record.MODELS:
-            say(f"  {model.title}의 답: {one_line(sample[model.name])}")
+        say(f"시험 답을 모두 만들지 못했다({problem}). 어댑터와 기록({record.RUN_FILE}, {record.CURVES_FILE}, "
+            f"{record.SAMPLES_FILE})은 온전하다")
+    for line in sample_lines(samples.rows):
+        say(line)
+    if samples.exact is not None:
+        say(samples.exact.line())
+    for score in samples.scores:
+        say(score.line())
 
 
-def one_line(answer: str) -> str:
-    """콘솔에 보일 만큼의 답."""
-    line = " ".join(answer.split()) or "(빈 답)"
-    return line if len(line) <= SHOWN_CHARS else f"{line[:SHOWN_CHARS]}…"
+def sample_lines(samples: list[dict]) -> list[str]:
+    """콘솔에 보일 답 몇 개와, 답을 끝낼 줄 알게 되었는지."""
+    lines = []
+    for sample in [sample for sample in samples if "base" in sample][:N_SHOWN]:
+        lines.append(f"\n{sample['kind']}: {one_line(sample['question'])}")
+        if "reference" in sample:
+            lines.append(f"  모범 답: {one_line(sample['reference'])}")
+        lines += [f"  {model.title}의 답: {one_line(sample[model.name])}" for model in record.MODELS]
+    measured = [sample for sample in samples if sample["kind"] != EXAMPLE]
+    return [*lines, stopped_line(measured)] if measured else lines
 
 
 def stopped_line(samples: list[dict]) -> str:
@@ -78,7 +75,7 @@ def stopped_line(samples: list[dict]) -> str:
     for model in record.MODELS:
         reasons = [sample[f"{model.name}_finish"] for sample in samples if model.name in sample]
         counts.append(f"{model.title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
-    return f"검증 질문에 스스로 멈춘 답({record.SAMPLES_FILE}): {', '.join(counts)}"
+    return f"\n{samples[0]['kind']}에 스스로 멈춘 답({record.SAMPLES_FILE}): {', '.join(counts)}"
 
 
 def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
@@ -93,6 +90,7 @@ def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result)
                  "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
                  "validation_rows": len(inputs.held_out)},
         "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
+                 "batch_size": inputs.batch.size, "block_len": inputs.batch.block_len,
                  "micro_batch_size": plan.memory.micro_batch_size, "processes": plan.processes},
         "path": result.path,
         "eval_loss_before": result.before,
@@ -108,95 +106,3 @@ def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result)
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     return {"python": platform.python_version(), **{name: installed_version(name) or "없음" for name in names}}
-
-
-@dataclass
-class Samples:
-    """질문마다 두 모델의 답과 그 답이 끝난 이유. 검증 질문에는 모범 답도 있다.
-
-    `exact`는 정답과 똑같은 답의 수다. 정답이 짧은 데이터에서만 센다. `scores`는 `eval_task`에 적은 시험의 성적이다.
-    """
-
-    examples: list[dict] = field(default_factory=list)
-    held_out: list[dict] = field(default_factory=list)
-    exact: ExactMatch | None = None
-    scores: list[Score] = field(default_factory=list)
-
-
-def answer_samples(inputs: Inputs, model, samples: Samples, seconds: float) -> str | None:
-    """답을 만드는 대로 `samples`에 더한다. 끝까지 만들지 못했으면 그 이유 한 줄을, 만들었으면 None을 돌려준다.
-
-    학습은 이미 끝났으므로 메모리 부족도, Ctrl+C도, 어떤 오류도 여기서 멈춘다.
-
-    Args:
-        seconds: 답을 만드는 데 쓸 수 있는 시간(초).
-    """
-    try:
-        fill_samples(inputs, model, samples, time.perf_counter() + seconds)
-    except KeyboardInterrupt:
-        return "Ctrl+C로 멈추었다"
-    except torch.OutOfMemoryError:
-        return "메모리가 모자란다"
-    except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None
-
-
-def fill_samples(inputs: Inputs, model, samples: Samples, until: float) -> None:
-    """똑같은 답을 세고, 예시 질문과 검증 질문에 여럿씩 함께 답한다. 질문 없이 글만 있는 행은 건너뛴다.
-
-    Args:
-        until: `time.perf_counter()`가 이때가 되면 멈추고, 다 만든 답만 담는다.
-    """
-    samples.exact = exact.measure(model, inputs.documents, inputs.held_out)
-    samples.scores = measure_exams(inputs, model)
-    examples = []
-    for instruction, context in EXAMPLES:
-        prompt, _ = inputs.prompter.pieces(instruction, context, "")
-        examples.append(({"question": fill_placeholder(instruction, context)}, inputs.encoder.encode_prompt(prompt)))
-    asked = max(inputs.documents.cutoff_len or 0, *(len(ids) for _, ids in examples))
-    decoder = Decoder(model, inputs.tokenizer, inputs.end_ids, longest=asked + GREEDY.max_new_tokens)
-    held_out = questions_of(inputs)
-    for kept, pairs in ((samples.examples, examples), (samples.held_out, held_out[:N_COMPARED])):
-        pairs = [pair for pair in pairs if len(pair[1]) < decoder.context]
-        answer(decoder, inputs, pairs, "tuned", until)
-        answer(decoder, inputs, pairs, "base", until)
-        kept += [sample for sample, _ in pairs if "tuned" in sample and "base" in sample]
-    rest = [pair for pair in held_out[N_COMPARED:] if len(pair[1]) < decoder.context]
-    answer(decoder, inputs, rest, "tuned", until)
-    samples.held_out.extend(sample for sample, _ in rest if "tuned" in sample)
-
-
-def measure_exams(inputs: Inputs, model) -> list[Score]:
-    """`eval_task`에 적은 시험의 성적. 어댑터를 켠 것과 끈 것을 같은 문항으로 잰다."""
-    if not inputs.exams:
-        return []
-
-    def ask(name: str, pairs: list[Pair]) -> list[Likelihood]:
-        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            return likelihood.measure(model, pairs)
-
-    context = int(inputs.config.get("max_position_embeddings") or inputs.documents.cutoff_len or SHORTEST_CONTEXT)
-    return scorecard.measure(ask, [each.name for each in record.MODELS], inputs.exams, inputs.encoder, inputs.end_id,
-                             context, lambda line: None)
-
-
-def questions_of(inputs: Inputs) -> list[tuple[dict, list[int]]]:
-    """(질문과 모범 답, 질문의 토큰) `MAX_SAMPLES`개까지."""
-    found = []
-    for member in inputs.held_out:
-        row = read_question(inputs.documents, member)
-        if len(row.prompt) and len(found) < MAX_SAMPLES:
-            found.append(({"question": inputs.tokenizer.decode(row.prompt),
-                           "reference": inputs.tokenizer.decode(row.answer[:-1]).strip()}, row.prompt.tolist()))
-    return found
-
-
-def answer(decoder: Decoder, inputs: Inputs, pairs: list[tuple[dict, list[int]]], name: str,
-           until: float) -> None:
-    """기반 모델(base)이나 학습한 모델(tuned)의 답과 답이 끝난 이유를 표본마다 적는다. 다 못 만든 답은 적지 않는다."""
-    decoder.use_adapter(name == "tuned")
-    for (sample, _), reply in zip(pairs, decoder.answer_many([ids for _, ids in pairs], GREEDY, until), strict=True):
-        if reply.finish_reason != "cancelled":
-            sample[name] = inputs.tokenizer.decode(reply.ids).strip()
-            sample[f"{name}_finish"] = reply.finish_reason

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import files
+from utils.cli import flag_name
 from utils.errors import UsageError
 from utils.files import locked
 from utils.model import checkpoint
@@ -23,7 +24,7 @@ from utils.train.records import Settings
 RUN_FILE = "run.json"
 KEEP = 2
 OTHER_BYTES = 20 << 20  # run.json, 그림, 예시 답, 로그
-SAME_FLAGS = ("cutoff_len", "batch_size", "learning_rate", "val_set_size", "train_on_inputs", "seed", "lora_r",
+SAME_FLAGS = ("cutoff_len", "learning_rate", "val_set_size", "train_on_inputs", "seed", "lora_r",
               "lora_alpha", "lora_dropout", "early_stopping_patience")
 EPOCHS = "num_train_epochs"
 
@@ -123,7 +124,7 @@ def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None
 
 def require_fresh(folder: Path) -> None:
     """새로 시작할 폴더에 앞선 실행이 없는지 본다."""
-    elsewhere = command({"resume_from_checkpoint": None, "output_dir": _unused(folder)})
+    elsewhere = command_elsewhere(str(folder), {})
     saved = checkpoint.checkpoints(folder)
     if (folder / ADAPTER_WEIGHTS).exists() and ((folder / RUN_FILE).exists() or not saved):
         raise UsageError(f"output_dir에 이미 어댑터가 있다: {folder}. 덮어쓰지 않는다. "
@@ -153,8 +154,31 @@ def describe(settings: Settings, inputs) -> dict:
         "lora_target_modules": _fact(",".join(inputs.targets)),
         "dtype": _fact(str(inputs.device.dtype).removeprefix("torch.")),
         "processes": _fact(n_processes()),
+        "batch_size": _batch_fact(inputs.batch, settings.cutoff_len),
         **facts,
     }
+
+
+def earlier_batch(settings: Settings) -> tuple[int, int, int] | None:
+    """이어 갈 실행의 (batch, 블록의 길이, 담는 양). 새로 시작하거나 이어 갈 것이 없으면 None이다.
+
+    스스로 고른 batch는 epoch의 수에 따라 달라지므로, 더 배우려고 이어 가도 처음에 고른 것을 쓴다.
+    """
+    asked = settings.resume_from_checkpoint
+    if not asked:
+        return None
+    last = checkpoint.newest_valid(Path(settings.output_dir)) if asked is True else Path(asked)
+    found = ((files.read_manifest(last) or {}) if last else {}).get("run", {}).get("batch_size", {}).get("id")
+    if isinstance(found, int):
+        return found, settings.cutoff_len, settings.cutoff_len
+    return tuple(found) if isinstance(found, list) and len(found) == 3 else None
+
+
+def _batch_fact(batch, cutoff_len: int) -> dict:
+    """batch의 조건. 블록을 cutoff_len까지 채우면 수 하나이고, 아니면 (batch, 블록의 길이, 담는 양)이다."""
+    if batch.room == cutoff_len:
+        return _fact(batch.size)
+    return _fact(f"{batch.size} x {batch.room}토큰", [batch.size, batch.block_len, batch.room])
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -173,9 +197,8 @@ def command(changes: dict[str, str | None]) -> str:
     """지금의 명령줄에서 플래그만 바꾼 명령. None이면 그 플래그를 뺀다."""
     kept, skip = [], False
     for token in sys.argv:
-        is_flag = token.startswith("--")
-        if is_flag:
-            name = token.lstrip("-").partition("=")[0].replace("-", "_")
+        name = flag_name(token)
+        if name is not None:
             skip = name in changes
         if not skip:
             kept.append(token)
@@ -184,6 +207,11 @@ def command(changes: dict[str, str | None]) -> str:
     launcher = ["python"] if world == 1 else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     return join([*launcher, *kept])
+
+
+def command_elsewhere(output_dir: str, changes: dict[str, str | None]) -> str:
+    """지금의 명령줄에서 플래그를 바꾸고, 아직 없는 폴더에서 새로 시작하는 명령. 지금의 결과를 덮지 않는다."""
+    return command({**changes, "resume_from_checkpoint": None, "output_dir": _unused(Path(output_dir))})
 
 
 def _newest(folder: Path, say: Callable[[str], None]) -> Path:

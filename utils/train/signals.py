@@ -16,18 +16,22 @@ import torch.distributed as dist
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 CONSOLE_ENDS = (2, 5, 6)  # Windows의 CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT
+NOTICE = "멈추라는 신호를 받았다. 하던 step을 마치고 저장한다. 한 번 더 보내면 지금 끝낸다"
 GRACE_SECONDS = 20  # 이만큼 기다려도 저장하지 못하면 Windows가 끝내는 대로 둔다
 
 
 class Interrupt:
     """`with` 안에서 신호를 받아 적어 둔다. 밖에서는 원래의 처리로 돌아간다.
 
+    Args:
+        notice: 신호를 받으면 할 말.
+
     Attributes:
         code: 신호를 받았으면 종료 코드(Ctrl+C 130, SIGTERM 143), 아니면 None.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
+    def __init__(self, say: Callable[[str], None], notice: str = NOTICE):
+        self.say, self.notice = say, notice
         self.code: int | None = None
         self._previous: dict = {}
         self._saved = threading.Event()
@@ -57,7 +61,7 @@ class Interrupt:
         if number == getattr(signal, "SIGHUP", None):
             silence()
         with contextlib.suppress(OSError, RuntimeError):  # 출력하던 도중에 온 신호면 말하지 않는다
-            self.say("멈추라는 신호를 받았다. 하던 step을 마치고 저장한다. 한 번 더 보내면 지금 끝낸다")
+            self.say(self.notice)
 
     def console_event(self, event: int) -> bool:
         """Windows가 콘솔을 닫거나 로그오프할 때 다른 스레드에서 부른다. 돌아가면 끝나므로 저장될 때까지 붙든다."""

@@ -33,6 +33,7 @@ from utils.paths import find_input
 from utils.process import n_processes
 from utils.prompter import make_prompter
 from utils.train import planner, tracking
+from utils.train.batch_size import BatchSize, batch_lines, choose_batch
 from utils.train.records import Plan, Schedule, Settings
 
 
@@ -51,6 +52,7 @@ class Inputs:
     held_out: np.ndarray
     train_set: blocks.PackedDataset
     eval_set: blocks.PackedDataset | None
+    batch: BatchSize
     data_sha256: str
     targets: tuple[str, ...]
     trackers: tracking.TrackerChoice
@@ -92,15 +94,21 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     report_data(documents, chosen, held_out, say)
     chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
 
+    lengths = documents.lengths()[chosen]
+    longest = int(documents.lengths()[np.concatenate([chosen, held_out])].max())
+    batch = choose_batch(settings, lengths, longest, n_processes())
+    for line in batch_lines(settings, batch, lengths, longest, n_processes()):
+        say(line)
+
     def packed(members: np.ndarray, train_on_inputs: bool) -> blocks.PackedDataset:
-        return blocks.PackedDataset(documents, members, settings.cutoff_len, read.end_id, train_on_inputs,
-                                     settings.seed)
+        return blocks.PackedDataset(documents, members, batch.block_len, read.end_id, train_on_inputs, settings.seed,
+                                     batch.room)
 
     end_ids = end_token_ids(read.tokenizer, hub.folder(settings.base_model, settings.cache_dir))
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
     return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
-                  held_out, train_set, eval_set, documents.sha256, targets, trackers, exams)
+                  held_out, train_set, eval_set, batch, documents.sha256, targets, trackers, exams)
 
 
 def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
@@ -179,39 +187,40 @@ def check_block_fits(cutoff_len: int, config: dict) -> None:
         raise UsageError(f"cutoff_len {cutoff_len}이 모델의 문맥 {limit}보다 길다. --cutoff_len {limit} 이하로 적는다")
 
 
-def share_of_batch(settings: Settings) -> int:
+def share_of_batch(settings: Settings, batch_size: int) -> int:
     """프로세스 하나가 optimizer step마다 계산하는 블록의 수.
 
     Raises:
         UsageError: batch_size를 프로세스들에 똑같이 나눌 수 없다.
     """
-    share, rest = divmod(settings.batch_size, n_processes())
+    share, rest = divmod(batch_size, n_processes())
     if rest or not share or (settings.micro_batch_size and share % settings.micro_batch_size):
         unit = n_processes() * (settings.micro_batch_size or 1)
-        raise UsageError(f"batch_size {settings.batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
+        raise UsageError(f"batch_size {batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
                          f"{settings.micro_batch_size or 1}로 나누어지지 않는다. --batch_size {unit}의 배수로 적는다")
     return share
 
 
 def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan:
     """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
-    share = share_of_batch(settings)
-    schedule = Schedule.from_blocks(len(inputs.train_set), settings.batch_size, settings.num_train_epochs)
+    batch = inputs.batch
+    share = share_of_batch(settings, batch.size)
+    schedule = Schedule.from_blocks(len(inputs.train_set), batch.size, settings.num_train_epochs)
     memory = planner.make_plan(
-        inputs.config, device=inputs.device, cutoff_len=settings.cutoff_len, batch_size=share,
+        inputs.config, device=inputs.device, cutoff_len=batch.block_len, batch_size=share,
         micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
         vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents)
     documents, lengths = inputs.documents, inputs.documents.lengths()
     n_train = sum(map(len, inputs.train_set.blocks))
-    filled = inputs.train_set.n_tokens / (len(inputs.train_set) * settings.cutoff_len)
+    filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
     say(f"데이터: {len(documents):,}행(학습 {n_train:,}, 검증 {len(inputs.held_out):,}), "
         f"토큰 {int(lengths.sum()):,}개, 행의 가운데 길이 {int(np.median(lengths))}")
     parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
     parts += f" x 프로세스 {n_processes()}" if n_processes() > 1 else ""
-    say(f"블록: {len(inputs.train_set):,}개 x {settings.cutoff_len} 토큰(채움 {filled:.1%}). "
+    say(f"블록: {len(inputs.train_set):,}개 x {batch.block_len} 토큰(채움 {filled:.1%}). "
         "한 블록의 문서들은 서로 보지 않는다")
     say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
-        f"batch {settings.batch_size} = micro {parts}")
+        f"batch {batch.size} = micro {parts}")
     for line in memory.lines():
         say(line)
     return Plan(schedule, memory, share // memory.micro_batch_size, n_processes())
@@ -227,6 +236,9 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
 
     quantize = None if inputs.device.device.type == "mps" else "4bit"
     base = loader.load_base(settings.base_model, inputs.device, quantize, settings.cache_dir)
+    if widths := loader.inexact_widths(base):
+        say(f"주의: bitsandbytes의 CPU 커널은 64의 배수가 아닌 폭({', '.join(map(str, widths))})의 4비트를 바르게 풀지 "
+            "못한다. 여기에서 배운 어댑터는 GPU에서 다른 답을 낸다")
     torch.manual_seed(settings.seed)
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,

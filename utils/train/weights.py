@@ -77,6 +77,7 @@ class ReplicatedWeights:
     def save_adapter(self, folder: Path) -> None:
         if self.group.is_first:
             self.model.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT가 쓴 빈 영어 양식이다. results가 제 것을 쓴다
 
     def load_adapter(self, folder: Path) -> None:
         set_peft_model_state_dict(self.model, load_file(folder / ADAPTER_WEIGHTS))

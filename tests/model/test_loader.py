@@ -1,0 +1,24 @@
+"""기반 모델을 올리는 일."""
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from tiny import build_neox
+
+from utils.model import loader
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(("width", "named"), [(64, []), (48, [48])])
+def test_widths_that_the_cpu_reads_wrongly_are_named(width, named, tmp_path):
+    """NF4의 표와 블록의 배율로 손수 편 값과 다른 폭만 든다."""
+    model = loader.load_base(build_neox(tmp_path, hidden=width), loader.Device(torch.device("cpu"), torch.float32, ""),
+                             "4bit")
+    weight = model.gpt_neox.layers[0].attention.query_key_value.weight
+    state, codes = weight.quant_state, weight.data.flatten()
+    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    chosen = state.code[torch.stack([codes >> 4, codes & 15], 1).flatten().long()]
+    by_hand = (chosen.view(-1, state.blocksize) * scales[:, None]).view(state.shape)
+    assert torch.allclose(bnb.dequantize_4bit(weight.data, state), by_hand, atol=1e-6) is (not named)
+    assert loader.inexact_widths(model) == named

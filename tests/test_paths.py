@@ -1,0 +1,70 @@
+"""경로의 규칙: 옮겨진 저장소에서도 기반 모델을 찾고, 폴더의 이름을 hub id로 여기지 않는다. Windows의 경로도 같다."""
+
+from pathlib import Path, PureWindowsPath
+
+import pytest
+
+from utils import paths
+from utils.errors import UsageError
+from utils.model import folder, loader
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """이름이 바뀐 저장소."""
+    root = tmp_path / "새 저장소"
+    for name in ("polyglot-ko-demo", "polyglot-ko-1.3b"):
+        (root / "resources" / name).mkdir(parents=True)
+        (root / "resources" / name / "config.json").write_text("{}", encoding="utf-8")
+    (root / "ko-datasets").mkdir()
+    (root / "ko-datasets" / "rows.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "ROOT", root)
+    monkeypatch.setattr(loader, "ROOT", root)
+    return root
+
+
+@pytest.mark.parametrize("recorded, found", [
+    ("/home/me/옛 저장소/resources/polyglot-ko-demo", "resources/polyglot-ko-demo"),
+    (r"C:\Users\나\old\resources\polyglot-ko-demo", "resources/polyglot-ko-demo"),
+    ("/mnt/d/models/polyglot-ko-1.3b", "resources/polyglot-ko-1.3b"),
+    ("/gone/ko-datasets/rows.json", "ko-datasets/rows.json"),
+    ("resources/polyglot-ko-demo", "resources/polyglot-ko-demo"),
+])
+def test_recorded_path_is_found_after_the_repository_moved(repository, recorded, found):
+    assert Path(paths.find_recorded(recorded)) == repository / found
+
+
+@pytest.mark.parametrize("recorded", ["EleutherAI/polyglot-ko-1.3b", "/gone/resources/other", "other"])
+def test_what_is_not_here_stays_as_it_is_written(repository, recorded):
+    assert paths.find_recorded(recorded) == recorded
+
+
+def test_a_path_the_user_types_is_never_replaced(repository):
+    assert paths.find_input("/gone/resources/polyglot-ko-demo") == "/gone/resources/polyglot-ko-demo"
+
+
+@pytest.mark.parametrize("name, is_hub", [
+    ("EleutherAI/polyglot-ko-1.3b", True), ("beomi/KoAlpaca-v1.1a", True), ("resources/none", False),
+    ("train/faq", False), ("data/none", False), ("내 모델/기반", False), ("my models/base", False), ("./a/b", False),
+    ("a/b/c", False), (r"resources\none", False), ("~/models", False), (r"C:\models", False), ("polyglot", False)])
+def test_folder_names_are_not_hub_ids(repository, name, is_hub):
+    assert paths.looks_like_hub_id(name) == is_hub
+
+
+@pytest.mark.parametrize("missing", ["resources/polyglot-ko-1.3b-e5b16", "resources/내모델", "/gone/faq-merged",
+                                     "resources/polyglot-ko-13b"])
+def test_download_command_names_only_published_models(repository, missing):
+    with pytest.raises(UsageError) as refused:
+        loader.require_base(missing)
+    assert 'hf download EleutherAI/polyglot-ko-1.3b --local-dir resources/polyglot-ko-1.3b --exclude "*.bin"' in str(
+        refused.value)
+    assert "polyglot-ko-demo" in str(refused.value)  # 여기에 있는 것
+
+
+def test_download_command_keeps_the_place_of_a_published_name():
+    command = folder.download_command(Path("resources/polyglot-ko-5.8b"))
+    assert command.startswith("hf download EleutherAI/polyglot-ko-5.8b --local-dir resources/polyglot-ko-5.8b ")
+    assert PureWindowsPath(r"resources\polyglot-ko-5.8b").as_posix() in command

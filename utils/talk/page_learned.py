@@ -1,0 +1,121 @@
+"""얼마나 배웠나 탭: 학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교하고 잰다."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import gradio as gr
+
+from utils.errors import UsageError
+from utils.record import MODELS
+from utils.talk import scorecards, scores
+from utils.talk.answerer import Answerer, describe
+from utils.talk.page_runs import html_table
+
+MAX_CHOICES = 200
+MAX_QUESTIONS = 50
+HEADERS = ["지표", *(model.title for model in MODELS), "차이"]
+
+
+@dataclass
+class Results:
+    """보여 줄 학습들과, 검증 질문을 읽는 방법. `load`는 처음 필요할 때 한 번만 부른다."""
+
+    runs: dict[str, dict] = field(default_factory=dict)
+    load: Callable[[], scores.Validation] | None = None
+    _loaded: scores.Validation | None = None
+    _loading: threading.Lock = field(default_factory=threading.Lock)
+
+    def validation(self) -> scores.Validation:
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = self.load()
+            return self._loaded
+
+    def question(self, number: object) -> scores.Question:
+        """`number`번째 검증 질문. 브라우저가 보낸 번호이므로 범위를 다시 본다."""
+        questions = self.validation().questions
+        if not isinstance(number, int) or not 0 <= number < len(questions):
+            raise UsageError("검증 질문을 골라 주세요")
+        return questions[number]
+
+
+def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
+    """지금 만드는 탭에 칸과 일을 놓는다."""
+    gr.Markdown("학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교해요. "
+                "늘 가장 그럴듯한 토큰을 골라요(Temperature 0).")
+    pick = gr.Dropdown([], label="검증 질문", elem_id="question", interactive=True)
+    pick.preprocess = lambda sent: sent  # 값은 아래에서 다시 본다. Gradio의 영어 오류가 나오지 않게 한다
+    ask = gr.Button("두 모델에게 묻기", variant="primary", elem_id="ask-both")
+    with gr.Row():
+        reference, base, tuned = (
+            gr.Textbox(label=label, lines=6, max_lines=20, interactive=False, min_width=220, elem_id=name)
+            for label, name in (("기준 답", "reference"), ("기반 모델", "learned-base"),
+                                ("학습한 모델", "learned-tuned")))
+    with gr.Row():
+        count = gr.Slider(1, MAX_QUESTIONS, value=5, step=1, label="몇 개의 질문으로 잴까요", elem_id="count", scale=3,
+                          min_width=240)
+        measure = gr.Button("재기", variant="primary", elem_id="measure", scale=1, min_width=100)
+        stop = gr.Button("멈추기", variant="stop", elem_id="measure-stop", scale=1, min_width=100)
+        export = gr.Button("CSV로 내려받기", elem_id="csv", scale=1, min_width=160)
+    status = gr.Textbox(show_label=False, label="상태", interactive=False, container=False, elem_id="learned-status",
+                        elem_classes="status")
+    table = gr.HTML(elem_id="scores")
+    csv = gr.Textbox(visible="hidden", elem_id="csv-text")
+
+    def fill():
+        try:
+            validation = results.validation()
+        except UsageError as error:
+            return gr.update(), str(error)
+        choices = [(scores.plain_question(question, answerer.prompter)[:80], number)
+                   for number, question in enumerate(validation.questions[:MAX_CHOICES])]
+        changed = " 데이터가 학습한 뒤에 바뀌었어요." if validation.changed else ""
+        return gr.update(choices=choices, value=0), f"검증 질문 {len(validation.questions):,}개.{changed}"
+
+    async def show_one(number, request: gr.Request):
+        try:
+            question = results.question(number)
+            answers = scores.make_answers(question, answerer.context, request.session_hash)
+            answerer.submit(*answers)
+        except UsageError as error:
+            yield "", "", "", str(error)
+            return
+        async for ahead in answerer.follow(*answers):
+            last = next((answer for answer in answers if not answer.finish_reason), answers[-1])
+            yield question.reference, answers[0].text, answers[1].text, describe(last, ahead)
+
+    async def score(number, request: gr.Request):
+        rows = []
+        try:
+            if not isinstance(number, int) or not 1 <= number <= MAX_QUESTIONS:
+                raise UsageError(f"질문의 수는 1에서 {MAX_QUESTIONS}까지예요")
+            questions = results.validation().questions[:number]
+            for question in questions:
+                yield gr.update(), gr.update(), f"{len(rows)}/{len(questions)}번째까지 쟀어요"
+                answers = scores.make_answers(question, answerer.context, request.session_hash)
+                answerer.submit(*answers)
+                async for _ in answerer.follow(*answers):
+                    pass
+                if any(answer.finish_reason in ("cancelled", "error") for answer in answers):
+                    break
+                rows.append(scores.make_row(question, answers, answerer.prompter))
+                yield html_table(HEADERS, scores.table(rows)), scores.to_csv(rows), gr.update()
+            yield gr.update(), gr.update(), f"질문 {len(rows)}개로 쟀어요. ↑는 클수록, ↓는 작을수록 좋아요"
+        except UsageError as error:
+            yield gr.update(), gr.update(), str(error)
+
+    def leave(request: gr.Request):
+        answerer.leave(request.session_hash)
+
+    tab.select(fill, None, [pick, status], api_visibility="private")
+    ask.click(show_one, pick, [reference, base, tuned, status], concurrency_limit=None, show_progress="hidden",
+              api_visibility="private")
+    measure.click(score, count, [table, csv, status], concurrency_limit=None, show_progress="hidden",
+                  api_visibility="private")
+    stop.click(leave, concurrency_limit=None, show_progress="hidden", api_visibility="private")
+    export.click(None, csv, js="(text) => lite.exportCsv(text)", api_visibility="private")
+    for name, run in results.runs.items():
+        if rows := scorecards.table(run):
+            gr.Markdown(f"**{name}의 성적표**")
+            gr.HTML(html_table(scorecards.HEADERS, rows), elem_classes="scorecard")

@@ -1,0 +1,55 @@
+"""답을 고르는 설정의 칸들: 슬라이더와 시드. 대화 탭과 한 번 묻기 탭이 함께 쓴다."""
+
+import secrets
+from collections.abc import Sequence
+
+import gradio as gr
+
+from utils.errors import UsageError
+from utils.sampling import Sampling
+from utils.talk import guard
+
+_MAIN = (("Temperature", "temperature", 0.05), ("Top p", "top_p", 0.01), ("Top k", "top_k", 1),
+         ("Max tokens", "max_new_tokens", 1))
+_MORE = (("반복 벌점", "repetition_penalty", 0.05),
+         ("되풀이하지 않을 n-gram 길이 (0이면 끔)", "no_repeat_ngram_size", 1))
+
+
+def main_sliders(context: int, prefix: str = "") -> list[gr.Slider]:
+    """늘 쓰는 슬라이더 넷. `context`는 모델이 읽을 수 있는 길이(토큰)다."""
+    return [_slider(*parts, prefix, context) for parts in _MAIN]
+
+
+def more_settings(context: int, prefix: str = "") -> list[gr.components.Component]:
+    """가끔 쓰는 슬라이더 둘과 시드."""
+    seed = gr.Textbox(label="시드", info="비우면 물을 때마다 다르게 답해요", elem_id=f"{prefix}seed", max_length=16)
+    return [*(_slider(*parts, prefix, context) for parts in _MORE), seed]
+
+
+def read_sampling(values: Sequence[object]) -> Sampling:
+    """칸들의 값을 서버에서 다시 본다. 시드를 비웠으면 하나 뽑아, 비교하는 모델들이 같은 시드로 답하게 한다.
+
+    Args:
+        values: `main_sliders`와 `more_settings`의 차례대로.
+
+    Raises:
+        UsageError: 값이 범위를 벗어났거나 시드가 수가 아니다.
+    """
+    *numbers, seed = values
+    seed = seed.strip() if isinstance(seed, str) else seed
+    if seed in (None, ""):
+        seed = secrets.randbits(32)
+    elif isinstance(seed, str):
+        if not seed.isdecimal():
+            raise UsageError(f"시드에는 0 이상의 정수를 적어 주세요. 받은 값: {seed[:40]}")
+        seed = int(seed)
+    return guard.bounded_sampling(seed=seed, **dict(zip(guard.BOUNDS, numbers, strict=True)))
+
+
+def _slider(label: str, name: str, step: float, prefix: str, context: int) -> gr.Slider:
+    low, high, _ = guard.BOUNDS[name]
+    high = min(high, context) if name == "max_new_tokens" else high
+    slider = gr.Slider(low, high, value=min(getattr(Sampling(), name), high), step=step, label=label,
+                       elem_id=prefix + name.replace("_", "-"))
+    slider.preprocess = lambda sent: sent  # 범위는 guard가 본다. Gradio의 영어 오류 대신 한국어 한 줄이 보인다
+    return slider

@@ -1,0 +1,140 @@
+"""대화 탭: 여러 번 주고받고, 고쳐 묻고, 다시 답하고, 두 모델을 나란히 본다."""
+
+import gradio as gr
+
+from utils.errors import UsageError
+from utils.prompter import EXAMPLES, fill_placeholder
+from utils.talk import guard, scores
+from utils.talk.models import Models
+from utils.talk.page_learned import Results
+from utils.talk.page_reply import ALONE, LIVE, correct, is_answer, mark, reread, say, screen, title_of, waiting
+from utils.talk.page_settings import main_sliders, more_settings
+from utils.talk.page_turns import Talk, plain
+
+HEIGHT = "max(200px, calc(100dvh - 330px))"  # 질문과 보내기가 첫 화면에 함께 보이는 높이
+CHIPS = 3
+
+
+def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown,
+             other: gr.Dropdown) -> None:
+    """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
+    context = models.default.answerer.context
+    talk = gr.BrowserState(None, storage_key="polyglot-ko-lite-talk", secret="browser-only")
+    with gr.Row(elem_id="talk-row"):
+        chat = _chatbot("chat", label=title_of(models.default.name), editable="all",
+                        feedback_options=("Like", "Dislike"), min_width=280)
+        beside = _chatbot("chat-other", visible=False, min_width=280)
+    with gr.Row(elem_id="talk-bar"):
+        fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")
+        chips = gr.Dataset(components=[gr.Textbox(render=False)], samples=_samples(_questions(Results(), models)),
+                           label="예시 질문", show_label=False, layout="gallery", elem_id="chips", container=False)
+    question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=6, autofocus=True, elem_id="talk-question",
+                          max_length=guard.MAX_CHARS, submit_btn="보내기", container=False,
+                          placeholder="질문을 적어 주세요 (Enter 보내기 · Shift+Enter 줄바꿈)")
+    status = gr.Textbox(show_label=False, label="상태", lines=1, max_lines=3, interactive=False, container=False,
+                        elem_id="talk-status", elem_classes="status")
+    with gr.Accordion("설정", open=False, elem_id="talk-settings"):
+        system = gr.Textbox(label="시스템 글", info="대화의 맨 앞에 두고 모델이 늘 따르게 할 말이에요", lines=2,
+                            max_lines=6, max_length=guard.MAX_CHARS, elem_id="system")
+        with gr.Row():
+            controls = main_sliders(context, "talk-")
+        with gr.Row():
+            controls += more_settings(context, "talk-")
+    reopen = gr.Button(visible="hidden", elem_id="reopen")
+
+    asked = [model, other, system, *controls]
+    shown = [talk, chat, beside, question, status]
+
+    async def send(request: gr.Request, value, text, *settings):
+        async for update in say(models, value, None, text, settings, request.session_hash):
+            yield update
+
+    async def retry(event: gr.RetryData, request: gr.Request, value, *settings):
+        async for update in say(models, value, event.index, None, settings, request.session_hash):
+            yield update
+
+    async def edit(event: gr.EditData, request: gr.Request, value, *settings):
+        if is_answer(value, event.index):
+            yield correct(value, event.index, plain(event.value))
+            return
+        async for update in say(models, value, event.index, plain(event.value), settings, request.session_hash):
+            yield update
+
+    def undo(value):
+        said = reread(value)
+        place = said.last_question()
+        text = said.said[place].text if said.said else ""
+        return screen(said.cut(place), question=gr.update(value=text))
+
+    def like(event: gr.LikeData, value):
+        return mark(value, event.index, event.liked)
+
+    def renew(request: gr.Request):
+        models.default.answerer.leave(request.session_hash, clear=True)
+        return screen(Talk(), question=waiting())
+
+    def stop(request: gr.Request):
+        models.default.answerer.leave(request.session_hash)
+        return waiting()
+
+    def open_talk(value):
+        """저장된 대화를 편다. 답을 받지 못한 마지막 질문은 질문 칸에 되돌려 놓는다."""
+        said = reread(value)
+        left = said.said[-1].text if len(said.said) % 2 else ""
+        said = said.cut(len(said.said) - 1) if left else said
+        return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system
+
+    def columns(picked):
+        return gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
+
+    for trigger, act, inputs in ((question.submit, send, [talk, question]), (chat.retry, retry, [talk]),
+                                 (chat.edit, edit, [talk])):
+        trigger(act, [*inputs, *asked], shown, **LIVE)
+    chat.undo(undo, talk, shown, **LIVE)
+    chat.like(like, talk, [talk, chat, status], **LIVE)
+    question.stop(stop, None, question, **LIVE)
+    for trigger in (fresh.click, chat.clear):
+        trigger(renew, None, shown, **LIVE)
+    chips.click(lambda row: row[0], chips, question, **LIVE)
+    other.change(columns, other, beside, **LIVE)
+    model.change(lambda picked: gr.update(label=title_of(picked)), model, chat, **LIVE)
+    page.load(open_talk, talk, [*shown, system], **LIVE)
+    page.load(lambda: gr.update(samples=_samples(_questions(results, models))), None, chips, **LIVE)
+    reopen.click(open_talk, talk, [*shown, system], js="() => lite.chosen()", **LIVE)
+    reopen.click(lambda: gr.update(selected="talk"), None, tabs, **LIVE)
+    talk.change(None, talk, js="(talk) => lite.keep(talk)", api_visibility="private")
+
+
+def pickers(models: Models) -> tuple[gr.Dropdown, gr.Dropdown]:
+    """답할 모델과, 나란히 비교할 모델."""
+    named = [(title_of(name), name) for name in models.names]
+    several = len(named) > 1
+    model = gr.Dropdown(named, value=models.default.name, label="답할 모델", elem_id="model", visible=several,
+                        min_width=150, filterable=False)
+    other = gr.Dropdown([("비교하지 않기", ALONE), *named], value=ALONE, label="나란히 비교", elem_id="other",
+                        visible=several, min_width=150, filterable=False)
+    for picker in (model, other):
+        picker.preprocess = lambda sent: sent  # 있는 이름인지는 Models가 본다
+    return model, other
+
+
+def _chatbot(name: str, **options) -> gr.Chatbot:
+    """HTML과 그림을 그리지 않는 Chatbot. 글은 `page_turns.inert`를 지나온다."""
+    return gr.Chatbot(elem_id=name, height=HEIGHT, layout="bubble", buttons=["copy"], latex_delimiters=[],
+                      sanitize_html=True, allow_tags=False, placeholder="무엇이든 물어보세요", **options)
+
+
+def _questions(results: Results, models: Models) -> list[str]:
+    """질문 칸 위에 보일 예시: 학습에 쓰지 않은 검증 질문, 없으면 늘 있는 예시."""
+    try:
+        validation = results.validation() if results.load else None
+    except UsageError:
+        validation = None
+    if validation is None:
+        return [fill_placeholder(question, context) for question, context in EXAMPLES]
+    prompter = models.default.answerer.prompter
+    return [scores.plain_question(question, prompter) for question in validation.questions[:CHIPS]]
+
+
+def _samples(texts: list[str]) -> list[list[str]]:
+    return [[text] for text in texts]

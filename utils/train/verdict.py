@@ -1,0 +1,77 @@
+"""학습이 잘되었는지의 판단과, 잘되지 않았을 때 해 볼 것."""
+
+from dataclasses import dataclass
+
+from utils.train import run_folder
+from utils.train.batch_size import FEW_STEPS
+from utils.train.records import Plan, Result, Settings
+
+LEAST_FALL = 0.02  # loss가 이 비율보다 적게 줄었으면 거의 배우지 못한 것이다
+CLEARLY_RISEN = 1.02  # 가장 좋은 검증 loss보다 이만큼 크면 그 뒤로는 외우기만 한 것이다
+HIGH_RATE = 1e-4  # 이보다 높은 학습률로 나빠졌으면 먼저 학습률을 의심한다
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """학습 하나의 판단.
+
+    Attributes:
+        learned: 학습 전보다 뚜렷하게 나아졌는지.
+        lines: 끝에 말할 줄들. 나아졌으면 없거나 참고할 것 한 줄이다.
+    """
+
+    learned: bool
+    lines: tuple[str, ...] = ()
+
+
+def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
+    """검증 loss로, 검증하지 않았으면 학습 loss의 처음과 끝으로 판단한다."""
+    what, before, after = measured(result)
+    if before is None:
+        return Verdict(True)
+    figures = f"{what} loss {before:.4f} -> {after:.4f}"
+    if after >= before:
+        return Verdict(False, (f"주의: 학습한 모델이 학습 전보다 나쁘다({figures}, {after / before - 1:.1%} 늘었다).",
+                               *advice(settings, plan, worse=True)))
+    if 1 - after / before < LEAST_FALL:
+        return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
+                               *advice(settings, plan, worse=False)))
+    return Verdict(True, tuple(overfitted(result)))
+
+
+def measured(result: Result) -> tuple[str, float | None, float | None]:
+    """(무엇의 loss인지, 앞, 뒤). 학습 loss는 흔들리므로 앞뒤의 10분의 1씩을 평균한다."""
+    if result.before is not None and result.after is not None:
+        return "검증", result.before, result.after
+    losses = [row["loss"] for row in result.state.log_history if "loss" in row]
+    if len(losses) < 2:
+        return "학습", None, None
+    part = max(1, len(losses) // 10)
+    return "학습", sum(losses[:part]) / part, sum(losses[-part:]) / part
+
+
+def advice(settings: Settings, plan: Plan, worse: bool) -> list[str]:
+    """해 볼 것 하나와 그대로 칠 수 있는 명령."""
+    steps, rate, epochs = plan.schedule.steps, settings.learning_rate, settings.num_train_epochs
+    if worse and rate > HIGH_RATE:
+        return try_this("학습률을 낮춘다", settings, learning_rate=f"{max(min(rate / 10, 1e-3), HIGH_RATE):g}")
+    if worse:
+        return ["해 볼 것: --check_data True로 데이터를 보고, 행을 늘리거나 --num_train_epochs를 줄인다."]
+    if rate < HIGH_RATE:
+        return try_this("학습률을 올린다", settings, learning_rate=f"{min(rate * 10, 1e-3):g}")
+    if steps < FEW_STEPS and settings.batch_size is not None:
+        return try_this(f"{steps} step뿐이었다. batch를 데이터에 맞게 고르게 한다", settings, batch_size=None)
+    return try_this("데이터를 더 여러 번 본다", settings, num_train_epochs=f"{epochs * 3:g}")
+
+
+def try_this(what: str, settings: Settings, **changes: str | None) -> list[str]:
+    return [f"해 볼 것: {what}.", f"  {run_folder.command_elsewhere(settings.output_dir, changes)}"]
+
+
+def overfitted(result: Result) -> list[str]:
+    """가장 좋은 step 뒤로 검증 loss가 다시 늘었으면 그 말."""
+    evaluated = [row["eval_loss"] for row in result.state.log_history if "eval_loss" in row]
+    if not evaluated or result.after is None or evaluated[-1] < result.after * CLEARLY_RISEN:
+        return []
+    return [f"참고: 검증 loss는 {result.state.best_global_step} step에서 가장 좋았고({result.after:.4f}) 그 뒤로 다시 "
+            f"늘었다({evaluated[-1]:.4f}). 가장 좋은 때의 어댑터를 남겼다. --num_train_epochs를 줄여도 된다."]
