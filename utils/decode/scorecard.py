@@ -44,8 +44,8 @@ class Score:
         return math.sqrt(share * (1 - share) / max(1, self.items - 1))
 
     def line(self) -> str:
-        parts = [f"{model.title} {self.share(model.name):.1%} ±{self.error(model.name):.1%}" for model in MODELS
-                 if model.name in self.right]
+        titles = {model.name: f"{model.title} " for model in MODELS} if len(self.right) > 1 else {}
+        parts = [f"{titles.get(name, '')}{self.share(name):.1%} ±{self.error(name):.1%}" for name in self.right]
         return f"{self.title} {self.items:,}문항({self.seconds:.1f}초): {', '.join(parts)}"
 
     def as_dict(self) -> dict:

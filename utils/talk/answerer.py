@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from utils.data.encoder import Encoder, require_known_ids
 from utils.decode.decoder import Decoder, Stats
-from utils.decode.likelihood import Likelihood
+from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
 from utils.prompter import CHAT, Turn
@@ -119,6 +119,11 @@ class Answerer:
         """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""
         require_known_ids(ids, self._decoder.n_rows, self.tokenizer, "토큰 번호")
         return self._fitting(ids)
+
+    def likelihoods(self, name: str, pairs: Sequence[Pair]) -> list[Likelihood]:
+        """문맥마다 이어지는 글의 로그 가능도. `name`이 "base"면 어댑터를 끈다. 줄을 서지 않으므로 페이지 없이 쓴다."""
+        self._decoder.use_adapter(name != "base")
+        return self._decoder.likelihoods(pairs)
 
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""

@@ -11,6 +11,7 @@ from utils import hub
 from utils.data import blocks, dataset
 from utils.data import check as data_check
 from utils.data.encoder import Encoder
+from utils.data.exams import Exam, load_exams
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -28,6 +29,7 @@ from utils.model.targets import (
     unfit_names,
 )
 from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
+from utils.paths import find_input
 from utils.process import n_processes
 from utils.prompter import make_prompter
 from utils.train import planner, tracking
@@ -54,6 +56,7 @@ class Inputs:
     data_sha256: str
     targets: tuple[str, ...]
     trackers: tracking.TrackerChoice
+    exams: list[Exam]
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
     read = read_data(settings, say)
     documents = read.documents
+    exams = [] if settings.eval_task is None else load_exams(find_input(settings.eval_task), read.prompter,
+                                                             settings.cache_dir)
     chosen, held_out = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
     chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
@@ -103,7 +108,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
     return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
-                  held_out, train_set, eval_set, batch, documents.sha256, targets, trackers)
+                  held_out, train_set, eval_set, batch, documents.sha256, targets, trackers, exams)
 
 
 def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
