@@ -82,7 +82,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
         said = reread(value)
         left = said.said[-1].text if len(said.said) % 2 else ""
         said = said.cut(len(said.said) - 1) if left else said
-        return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system
+        return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system or gr.skip()
 
     def columns(picked):
         side = gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
