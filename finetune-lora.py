@@ -31,6 +31,7 @@ def train(
     val_set_size: float = 5,
     train_on_inputs: bool = True,
     early_stopping_patience: int | None = None,
+    eval_task: str | None = None,
     seed: int = 42,
     # LoRA
     lora_r: int = 8,
@@ -69,6 +70,8 @@ def train(
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다).
         early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
+        eval_task: 학습한 다음 볼 시험. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나. 두 모델이 맞힌 비율을
+            run.json에 남긴다.
         seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.
         lora_r: LoRA의 rank.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.

@@ -26,7 +26,7 @@ def serve(
     # 콘솔
     ask: str | None = None,
     input: str = "",
-    eval: int | None = None,
+    eval: str | None = None,
     verbose: bool = False,
 ):
     """웹 페이지를 연다. --ask나 --eval을 적으면 페이지 없이 콘솔에 답하고 끝낸다.
@@ -47,7 +47,8 @@ def serve(
         run_dirs: 학습 기록 탭에서 겹쳐 볼 학습 폴더들. 쉼표로 잇는다.
         ask: 콘솔에서 물을 질문 하나.
         input: ask의 {x} 자리에 넣을 글.
-        eval: 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 재어 표로 보여 준다. peft_root가 있어야 한다.
+        eval: 수를 적으면 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 잰다(peft_root가 있어야 한다). kobest나
+            KoBEST의 파일이 든 폴더, 또는 내 행의 파일(options 열이 있으면 고르기)을 적으면 맞힌 비율을 잰다.
         verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
 
     Examples:
@@ -63,8 +64,10 @@ def serve(
     models = load_models(sources, cache_dir, load_4bit, load_8bit, prompt_template, console.say)
     if ask is not None:
         print_answers(models, ask, input)
+    elif eval is not None and eval.isdigit():
+        print_scores(models.default.answerer, find_results(sources, (), models, cache_dir), int(eval))
     elif eval is not None:
-        print_scores(models.default.answerer, find_results(sources, (), models, cache_dir), eval)
+        print_scorecard(models.default.answerer, sources[0], eval, prompt_template, cache_dir)
     else:
         from utils.talk.page import Access
 
@@ -73,20 +76,25 @@ def serve(
 
 
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
-                n_eval: int | None, peft_root: tuple[str, ...]) -> None:
+                exam: str | None, peft_root: tuple[str, ...]) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
+    from pathlib import Path
+
     from utils.talk.guard import exposure_problem
 
+    counted = exam is not None and exam.lstrip("-").isdigit()
+    known = exam in (None, "kobest", "skt/kobest_v1") or counted or Path(find_input(exam)).exists()
     problem = exposure_problem(server_name, share, auth)
     cli.check(
         [
             (not problem, problem),
             (1 <= server_port <= 65535, f"server_port는 1에서 65535까지다: {server_port}"),
             (not both_bits, "--load_4bit와 --load_8bit 가운데 하나만 쓴다"),
-            (ask is None or n_eval is None, "--ask와 --eval 가운데 하나만 쓴다"),
-            (n_eval is None or n_eval >= 1, f"eval은 1 이상의 질문 수다: {n_eval}"),
-            (n_eval is None or bool(peft_root), "--eval에는 학습한 폴더가 있어야 한다. --peft_root를 적는다"),
-            (n_eval is None or len(peft_root) < 2, "--eval은 어댑터를 하나씩 잰다. --peft_root를 하나만 적는다"),
+            (ask is None or exam is None, "--ask와 --eval 가운데 하나만 쓴다"),
+            (not counted or int(exam) >= 1, f"eval의 질문 수는 1 이상이다: {exam}"),
+            (not counted or bool(peft_root), "--eval 수에는 학습한 폴더가 있어야 한다. --peft_root를 적는다"),
+            (exam is None or len(peft_root) < 2, "--eval은 어댑터를 하나씩 잰다. --peft_root를 하나만 적는다"),
+            (known, f"eval은 질문의 수, kobest, 있는 폴더나 파일 가운데 하나다: {exam}"),
         ]
     )
 
@@ -144,6 +152,15 @@ def print_scores(answerer, results, n: int) -> None:
     console.say(f"\n검증 질문 {len(rows)}개의 평균 (↑는 클수록, ↓는 작을수록 좋다)")
     for title, base, tuned, change in scores.table(rows):
         console.say(f"  {title}: 기반 모델 {base}, 학습한 모델 {tuned} ({change})")
+
+
+def print_scorecard(answerer, source, name: str, prompt_template: str | None, cache_dir: str | None) -> None:
+    """시험마다 기반 모델과 학습한 모델이 맞힌 비율을 한 줄씩 보여 준다."""
+    from utils.talk import scorecards
+    from utils.talk.source import find_prompt_info
+
+    has_template = prompt_template is not None or find_prompt_info(source) is not None
+    scorecards.measure(answerer, name, source.run_dir, has_template, cache_dir, console.say)
 
 
 def open_page(models, title: str, results, access) -> None:

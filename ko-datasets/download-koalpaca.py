@@ -21,17 +21,18 @@ def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str 
         output: 쓸 파일. 다 쓴 뒤에야 이 이름으로 나타난다.
         cache_dir: 받은 원본을 둘 폴더.
     """
-    from utils.data.rows import read_rows, segmenter
+    from utils.data.forms import read_row, require_form
+    from utils.data.rows import read_rows
     from utils.data.texts import END_TOKEN
     from utils.files import staged_file
     from utils.prompter import Prompter
 
-    target, prompter, to_pieces, written, left_out = Path(output), Prompter(), None, 0, 0
+    target, prompter, form, written, left_out = Path(output), Prompter(), None, 0, 0
     with staged_file(target, "쓰지 못했다") as stream:
         for number, row in read_rows(source, cache_dir):
-            to_pieces = to_pieces or segmenter(set(row), prompter, source)
+            form = form or require_form(row, source)
             try:
-                pieces = to_pieces(number, row)
+                pieces = prompter.talk(read_row(row, form, number, source))[0]
             except UsageError:
                 left_out += 1
                 continue

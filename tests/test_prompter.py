@@ -8,8 +8,10 @@ from conftest import ROOT
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from utils.chat import ChatPrompter
 from utils.errors import UsageError
-from utils.prompter import TEMPLATES, ChatPrompter, Prompter, fill_placeholder, make_prompter, shift_space
+from utils.prompter import TEMPLATES, Prompter, Turn, make_prompter
+from utils.turns import fill_placeholder, shift_space
 
 pytestmark = pytest.mark.quick
 
@@ -131,7 +133,8 @@ def test_chat_needs_a_tokenizer_that_can_talk(tiny_neox):
                                "{% if add_generation_prompt %}<assistant>{% endif %}")
     prompter = make_prompter({"name": "chat"}, tokenizer)
     assert isinstance(prompter, ChatPrompter)
-    assert prompter.pieces("{x}는?", "나", "답") == ("<user>나는?</user><assistant>", "답")
+    talk = [Turn("user", "{x}는?", input="나"), Turn("assistant", "답")]
+    assert prompter.talk(talk) == [[("<user>나는?</user><assistant>", "답")]]
     assert prompter.prompt("요약", "글") == "<user>요약\n\n글</user><assistant>"
 
 

@@ -17,6 +17,7 @@ OK, WARN, BAD = "확인", "주의", "오류"
 INSTALL = "python -m pip install -r requirements.txt"
 MIN_DISK_GB, MIN_MEMORY_GB, MIN_VRAM_GB = 2, 4, 2.5
 SMI_SECONDS = 10
+OPTIONAL = ("openpyxl",)  # 쓸 때 없으면 그때 설치하는 명령을 말한다
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def check_versions(facts: Quick) -> Finding:
     from packaging.specifiers import SpecifierSet
 
     ranges = required_versions()
-    missing = [name for name, found in facts.versions.items() if found is None]
+    missing = [name for name, found in facts.versions.items() if found is None and name not in OPTIONAL]
     if missing:
         return Finding(BAD, f"없는 패키지: {', '.join(missing)}", INSTALL)
     untested = [f"{name} {found}(시험한 범위 {ranges[name]})" for name, found in facts.versions.items()
-                if not SpecifierSet(ranges[name]).contains(found, prereleases=True)]
+                if found is not None and not SpecifierSet(ranges[name]).contains(found, prereleases=True)]
     if untested:
         return Finding(WARN, f"시험하지 않은 버전: {', '.join(untested)}", INSTALL)
     return Finding(OK, f"패키지 {len(facts.versions)}개가 모두 시험한 범위 안에 있다")

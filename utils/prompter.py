@@ -5,17 +5,18 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from utils.chat import CHAT, ChatPrompter
 from utils.errors import UsageError
-from utils.turns import Turn as Turn
+from utils.turns import Pieces, Turn, Unlearned, filled, shift_space
+from utils.turns import fill_placeholder as fill_placeholder
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
-CHAT = "chat"
 EXAMPLES = (("딥러닝이 뭐야?", ""), ("{x}가 뭐지?", "AI"), ("하늘은 왜 파란색이야?", ""))  # (질문, 맥락)
 _REQUIRED = ("name", "prompt_no_input", "prompt_input", "answer_marker")
 _SLOT = re.compile(r"\{(instruction|input)\}")
-_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 
 
 class Prompter:
@@ -36,8 +37,9 @@ class Prompter:
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """답이 시작되기 직전까지의 글. `{...}` 자리가 있으면 input을 그 자리에 글자 그대로 넣는다."""
-        if input and _PLACEHOLDER.search(instruction):
-            instruction, input = fill_placeholder(instruction, input), ""
+        return self._wrap(*filled(Turn("user", instruction, input=input)))
+
+    def _wrap(self, instruction: str, input: str) -> str:
         form = self.template["prompt_input" if input else "prompt_no_input"]
         values = {"instruction": instruction, "input": input}
         return _SLOT.sub(lambda slot: values[slot.group(1)], form)
@@ -49,6 +51,29 @@ class Prompter:
     def pieces(self, instruction: str, input: str, output: str) -> tuple[str, str]:
         """따로 토큰화할 두 조각. 학습과 추론의 토큰이 같도록, 답 앞의 공백은 답에 속한다."""
         return shift_space(self.prompt(instruction, input), output)
+
+    def talk(self, turns: Sequence[Turn]) -> list[Pieces]:
+        """대화 하나의 문서들. 문서는 따로 토큰화할 (프롬프트, 답)들이고, 이 템플릿에서는 늘 하나다.
+
+        system의 글은 빈 줄 하나를 두고 첫 질문의 앞에 붙고, 주고받음마다 질문의 틀이 되풀이된다. 마지막이 user면 그
+        조각의 답은 비어 있다.
+        """
+        pieces: Pieces = []
+        system = asked = ""
+        for turn in turns:
+            if turn.role == "text":
+                pieces.append(self.split(turn.text) or ("", turn.text))
+            elif turn.role == "system":
+                system = f"{turn.text}\n\n"
+            elif turn.role == "user":
+                question, context = filled(turn)
+                asked, system = self._wrap(system + question, context), ""
+            else:
+                piece = shift_space(asked, turn.text)
+                pieces.append(piece if turn.learned else Unlearned(piece))
+        if turns[-1].role == "user":
+            pieces.append(shift_space(asked, ""))
+        return [pieces]
 
     def split(self, text: str) -> tuple[str, str] | None:
         """질문과 답이 한 글로 된 행을 두 조각으로 나눈다. 답이 시작되는 표시가 없으면 None이다.
@@ -63,54 +88,14 @@ class Prompter:
         return shift_space(text[: start + spaces], text[start + spaces :])
 
 
-class ChatPrompter:
-    """토크나이저에 든 대화 템플릿을 쓰는 `Prompter`. 다른 모델의 instruct 형식을 그대로 따른다."""
-
-    name = CHAT
-
-    def __init__(self, tokenizer):
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError("이 모델의 토크나이저에는 대화 템플릿이 없다. --prompt_template default를 쓴다")
-        self._tokenizer = tokenizer
-        self.template = {"name": CHAT}
-
-    def prompt(self, instruction: str, input: str = "") -> str:
-        if input and _PLACEHOLDER.search(instruction):
-            instruction, input = fill_placeholder(instruction, input), ""
-        content = f"{instruction}\n\n{input}" if input else instruction
-        messages = [{"role": "user", "content": content}]
-        try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UsageError(f"토크나이저의 대화 템플릿이 질문을 받지 않는다({reason}). "
-                             "--prompt_template default를 쓴다") from None
-
-    def render(self, instruction: str, input: str, output: str) -> str:
-        return self.prompt(instruction, input) + output
-
-    def pieces(self, instruction: str, input: str, output: str) -> tuple[str, str]:
-        return shift_space(self.prompt(instruction, input), output)
-
-    def split(self, text: str) -> None:
-        return None
-
-
 def make_prompter(template: str | Path | dict, tokenizer=None) -> Prompter | ChatPrompter:
     """이름이 `chat`이면 토크나이저의 대화 템플릿을, 아니면 파일이나 dict의 템플릿을 쓴다."""
-    name = template.get("name") if isinstance(template, dict) else str(template)
-    return ChatPrompter(tokenizer) if name == CHAT else Prompter(template)
-
-
-def fill_placeholder(instruction: str, input: str) -> str:
-    """질문 안의 모든 `{...}`를 input으로 바꾼다. 역슬래시와 중괄호도 글자 그대로 들어간다."""
-    return _PLACEHOLDER.sub(lambda _: input, instruction)
-
-
-def shift_space(prompt: str, answer: str) -> tuple[str, str]:
-    """프롬프트 끝의 공백을 답의 앞으로 옮긴다. BPE 토큰은 앞의 공백을 단어에 붙이기 때문이다."""
-    body = prompt.rstrip(" ")
-    return body, prompt[len(body) :] + answer
+    if str(template) == CHAT:
+        template = {"name": CHAT}
+    content = template if isinstance(template, dict) else _read_template(template)
+    if isinstance(content, dict) and content.get("name") == CHAT:
+        return ChatPrompter(tokenizer, content)
+    return Prompter(template)
 
 
 def _read_template(template: str | Path) -> dict:

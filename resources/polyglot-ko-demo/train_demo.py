@@ -16,7 +16,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from utils.data import dataset, encoder, rows  # noqa: E402
+from utils.data import dataset, encoder, forms, rows  # noqa: E402
 from utils.data.blocks import split_by_content  # noqa: E402
 from utils.paths import DATA_DEMO  # noqa: E402
 from utils.prompter import EXAMPLES, Prompter, fill_placeholder  # noqa: E402
@@ -67,7 +67,8 @@ def main(folder: Path = HERE) -> None:
 
 def read_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(질문, 답)의 목록 둘: 학습에 쓸 것과, 미세조정이 검증에 쓰므로 보지 않을 것."""
-    pieces = [rows.segmenter(set(row), Prompter(), DATA_DEMO)(number, row) for number, row in rows.read_rows(DATA_DEMO)]
+    pieces = [Prompter().talk(forms.read_row(row, forms.require_form(row, DATA_DEMO), number, DATA_DEMO))[0]
+              for number, row in rows.read_rows(DATA_DEMO)]
     digests = np.array([encoder.content_digest(piece) for piece in pieces], np.uint64)
     no_tokens = np.zeros(0, np.int32)
     documents = dataset.Documents(no_tokens, no_tokens.astype(bool), np.zeros(len(pieces) + 1, np.int64), digests)

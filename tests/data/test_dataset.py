@@ -14,6 +14,7 @@ from utils.data.encoder import Encoder, content_digest
 from utils.errors import UsageError
 from utils.model.tokenizer import load_tokenizer
 from utils.prompter import Prompter
+from utils.turns import as_talk
 
 pytestmark = pytest.mark.quick
 
@@ -80,7 +81,7 @@ def test_generation_prompt_is_a_prefix_of_the_training_tokens(encoder, question,
     prompter = Prompter()
     pieces = prompter.pieces(question, context, answer)
     tokens, _ = encoder.encode_batch([[pieces]])[0]
-    asked = encoder.encode_prompt(prompter.pieces(question, context, "")[0])
+    asked = encoder.encode_asked(prompter.talk(as_talk(question, context))[0])
     assert tokens[: len(asked)] == asked and tokens[-1] == END and tokens.count(END) == 1
 
 

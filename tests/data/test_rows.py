@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data import readers, rows
+from utils.data import dataset, forms, readers, rows
 from utils.errors import UsageError
 from utils.prompter import Prompter
 
@@ -27,6 +27,12 @@ def read(folder, name: str, content: str | bytes) -> list[tuple[int, dict]]:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return list(rows.read_rows(path))
+
+
+def pieces_of(row: dict, number: int = 1) -> list[tuple[str, str]]:
+    """행 하나를 default 템플릿의 조각으로."""
+    said = forms.read_row(row, forms.require_form(row, "a.json"), number, "a.json")
+    return dataset.say_row(Prompter().talk, said, number, "a.json")[0]
 
 
 def refuse(folder, name: str, content: str | bytes) -> str:
@@ -67,7 +73,7 @@ def test_parquet_keeps_messages(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), tmp_path / "rows.parquet")
     read_back = list(rows.read_rows(tmp_path / "rows.parquet"))
     assert read_back == [(1, row), (2, row), (3, row)]
-    assert rows.segmenter({"messages"}, Prompter(), "x")(1, read_back[0][1]) == [("### 질문: 가?\n\n### 답변:", " 나")]
+    assert pieces_of(read_back[0][1]) == [("### 질문: 가?\n\n### 답변:", " 나")]
 
 
 @pytest.mark.parametrize("name, content, named", [
@@ -143,6 +149,7 @@ def test_hub_id_without_internet_is_one_line():
     ({"text": "표시가 없는 글<|endoftext|>\n<|endoftext|>"}, [("", "표시가 없는 글")]),
     ({"instruction": "가?", "output": "나<|endoftext|>"}, [("### 질문: 가?\n\n### 답변:", " 나")]),
     ({"instruction": "가?", "input": None, "response": "나"}, [("### 질문: 가?\n\n### 답변:", " 나")]),
+    ({"instruction": "가?", "input": float("nan"), "response": "나"}, [("### 질문: 가?\n\n### 답변:", " 나")]),
     ({"instruction": "가?", "input": "맥", "output": "나", "text": "x"},
      [("### 질문: 가?\n\n### 맥락: 맥\n\n### 답변:", " 나")]),
     ({"prompt": "가?", "completion": "나"}, [("### 질문: 가?\n\n### 답변:", " 나")]),
@@ -153,7 +160,7 @@ def test_hub_id_without_internet_is_one_line():
     ({"text": "\u1100\u1161 \u1112\u1161\u11ab"}, [("", "가 한")]),
 ])
 def test_columns_choose_the_form(row, pieces):
-    assert rows.segmenter(set(row), Prompter(), "a.json")(1, row) == pieces
+    assert pieces_of(row) == pieces
 
 
 @pytest.mark.parametrize("row, named", [
@@ -162,7 +169,7 @@ def test_columns_choose_the_form(row, pieces):
     ({"text": "\ud800"}, "surrogate"), ({"instruction": "가", "output": 42}, "int"),
     ({"instruction": {"a": 1}, "output": "가"}, "dict"), ({"instruction": "가", "output": " "}, "output"),
     ({"instruction": "가", "output": "나", "input": {"a": 1}}, "input"),
-    ({"instruction": "가", "output": "나", "input": float("nan")}, "input"),
+    ({"instruction": "가", "output": float("nan")}, "output"),
     ({"prompt": "가", "completion": None}, "completion"), ({"messages": "가"}, "messages"),
     ({"messages": None}, "messages"), ({"messages": []}, "assistant"), ({"messages": [3]}, "messages"),
     ({"messages": [{"role": "user", "content": "가"}]}, "assistant"), ({"messages": [{"content": "가"}]}, "role"),
@@ -171,23 +178,24 @@ def test_columns_choose_the_form(row, pieces):
 ])
 def test_row_without_its_text_is_refused_by_number(row, named):
     with pytest.raises(UsageError) as error:
-        rows.segmenter(set(row), Prompter(), "a.json")(7, row)
+        pieces_of(row, 7)
     assert named in str(error.value) and "a.json의 7번째 행" in str(error.value)
 
 
 def test_unknown_columns_are_named():
     with pytest.raises(UsageError, match="question, 답"):
-        rows.segmenter({"답", "question"}, Prompter(), "a.json")
+        forms.require_form({"답", "question"}, "a.json")
 
 
 def consume(path, content: bytes) -> None:
     """행으로 읽고 조각으로 바꾼다. UsageError가 아닌 예외는 그대로 새어 나간다."""
     path.write_bytes(content)
-    to_pieces = None
+    form = None
     try:
         for number, row in rows.read_rows(path):
-            to_pieces = to_pieces or rows.segmenter(set(row), Prompter(), path)
-            assert all(prompt + answer for prompt, answer in to_pieces(number, row))
+            form = form or forms.require_form(row, path)
+            said = forms.read_row(row, form, number, path)
+            assert all(prompt + answer for prompt, answer in Prompter().talk(said)[0])
     except UsageError as error:
         assert str(path) in str(error)
 

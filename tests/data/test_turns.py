@@ -7,12 +7,14 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from utils.data import blocks, check, dataset, repair, rows
+from utils.data import blocks, check, dataset, repair
 from utils.data.encoder import Encoder
+from utils.data.forms import choose_form, read_row
 from utils.errors import UsageError
 from utils.model import tokenizer
 from utils.prompter import Prompter
 from utils.talk import api
+from utils.turns import Pieces, Unlearned
 
 pytestmark = pytest.mark.quick
 
@@ -63,8 +65,8 @@ EMPTY = {
 }
 
 
-def pieces(messages) -> rows.Pieces:
-    return rows.segmenter({"messages"}, Prompter(), "a.jsonl")(7, {"messages": messages})
+def pieces(messages) -> Pieces:
+    return Prompter().talk(read_row({"messages": messages}, choose_form(["messages"]), 7, "a.jsonl"))[0]
 
 
 @pytest.mark.parametrize("messages", [*BAD.values(), *EMPTY.values()], ids=[*BAD, *EMPTY])
@@ -85,7 +87,7 @@ def test_published_names_mean_what_they_say(user, assistant):
 @pytest.mark.parametrize("weight", [1, 1.0, None])
 def test_weight_one_is_learned(weight):
     assert pieces([say("user", "가?", weight=None), say("assistant", "나", weight=weight)]) == pieces(GOOD)
-    assert not isinstance(pieces(GOOD)[0], rows.Unlearned)
+    assert not isinstance(pieces(GOOD)[0], Unlearned)
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +122,13 @@ def test_an_answer_of_weight_zero_is_read_but_never_learned(tmp_path, encoder, w
     assert (block["labels"][size:] == blocks.IGNORE).all()
 
 
-def test_an_end_cut_inside_an_unlearned_answer_is_not_learned(tmp_path, encoder):
-    talk = [say("user", "가?"), say("assistant", "나"), say("user", "다?"), say("assistant", "라" * 200, weight=0)]
+def test_a_long_answer_that_is_not_learned_is_left_out(tmp_path, encoder):
+    talk = [say("user", "가?"), say("assistant", "나"), say("user", "다?"), say("assistant", "라" * 100, weight=0)]
     path, documents = load(tmp_path, encoder, [talk])
     short = dataset.load_documents(path, Prompter(), encoder, 64, END, str(tmp_path / "cache"))
-    assert len(short.document(0)[0]) == len(short.muted(0)) == 64 and short.document(0)[0][-1] == END
-    assert not short.document(0)[1][-1] and short.muted(0)[-1] and short.document(0)[1].any()
-    assert len(documents.muted(0)) == len(documents.document(0)[0]) > 64
+    assert short.document(0)[0].tolist() == encoder.encode_batch([pieces(talk[:2])])[0][0]
+    assert short.found["cut_talk"] == {"count": 1, "rows": [1], "note": "주고받음 1번"}
+    assert documents.muted(0).any() and len(documents.document(0)[0]) > 64
 
 
 @pytest.mark.parametrize("kind, bad", [("roles", BAD), ("empty", EMPTY)])

@@ -241,7 +241,8 @@ def compare(xllamacpp, folder, gguf_path, n_new: int = 16, n_prompts: int = len(
 def test_modelfile_carries_template_and_stop(neox):
     text = render_modelfile(neox, "m.gguf")
     assert "FROM ./m.gguf" in text and 'stop "<|endoftext|>"' in text
-    assert 'TEMPLATE """### 질문: {{ .Prompt }}\n\n### 답변:"""' in text
+    system = "{{ if .System }}{{ .System }}\n\n{{ end }}"
+    assert f'TEMPLATE """### 질문: {system}{{{{ .Prompt }}}}\n\n### 답변:"""' in text
 
 
 def test_unknown_kinds_are_refused_by_name(neox):

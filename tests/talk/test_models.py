@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from functools import partial
 
 import conftest
 import pytest
@@ -14,6 +15,8 @@ from starlette.testclient import TestClient
 from tiny import build_neox
 from transformers import AutoModelForCausalLM
 
+from utils.engine.families import describe
+from utils.engine.weights import Weights, why_not_weights
 from utils.errors import UsageError
 from utils.model import adapter
 from utils.prompter import Prompter
@@ -137,6 +140,28 @@ def test_likelihood_follows_the_chosen_adapter(adapters, models, tiny_neox):
             scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = scores[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
         assert found[0] is None and found[1:] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_the_kernels_copy_the_chosen_adapter(adapters, tiny_neox, tmp_path):
+    """커널의 엔진은 만들 때 고른 어댑터의 값만 베낀다. 그 뒤에 다른 것을 골라도 값이 바뀌지 않는다."""
+    second = write_adapter(tmp_path / "second", tiny_neox, 7, OTHER, r=2, target_modules=["query_key_value"])
+    load = partial(AutoModelForCausalLM.from_pretrained, tiny_neox, dtype=torch.float16)
+    both = adapter.load_adapter(adapter.load_adapter(load(), adapters[0]), second, "adapter2")
+    family = describe(both)
+    held = {}
+    for name in ("default", "adapter2"):
+        both.set_adapter(name)
+        assert why_not_weights(both, family) is None
+        held[name] = Weights(both, family)
+    for name, folder in (("default", adapters[0]), ("adapter2", second)):
+        alone = Weights(adapter.load_adapter(load(), folder), family)
+        assert held[name].rank == alone.rank
+        for layer, other in zip(held[name].layers, alone.layers, strict=True):
+            for field in ("down", "up", "down_fp32"):
+                assert torch.equal(getattr(layer.qkv.adapter, field), getattr(other.qkv.adapter, field))
+    both = adapter.load_adapter(both, adapters[1], "adapter3")  # 다른 층에도 붙은 것
+    both.set_adapter("default")
+    assert "여러 어댑터" in why_not_weights(both, family), "커널이 모르는 꼴이면 transformers의 길로 간다"
 
 
 def test_the_command_line_answers_with_each(adapters, capsys):

@@ -13,14 +13,18 @@ import pytest
 from playwright.sync_api import expect
 from serving import DONE, SETTINGS, Visitor, event_number, visiting
 
+from utils.talk import page
+from utils.talk.page_learned import Results
+from utils.talk.source import find_sources, load_models
+
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
 TABS = ("대화", "한 번 묻기", "얼마나 배웠나", "학습 기록", "내 기록")
 
 
 @pytest.fixture(scope="module")
 def opened(browser, talk_server):
-    with visiting(browser, talk_server.url) as page:
-        yield page
+    with visiting(browser, talk_server.url) as window:
+        yield window
 
 
 @pytest.fixture
@@ -184,19 +188,29 @@ def test_words_stand_out_from_their_ground(opened):
     opened.locator("#theme-button").click()
 
 
+def test_tabs_with_nothing_are_not_made(tiny_neox):
+    models = load_models(find_sources(str(tiny_neox), (), print), None, None, False, None, print)
+    config = page.build(models, "제목", Results()).get_config_file()
+    props = [component["props"] for component in config["components"] if component["type"] == "tabitem"]
+    assert [each["label"] for each in props] == ["대화", "한 번 묻기", "내 기록"]
+    hidden = {component["props"].get("elem_id") for component in config["components"]
+              if component["props"].get("visible") is False}
+    assert {"model", "other", "compare"} <= hidden  # 비교할 것이 없다
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_first_screen_shows_question_answer_and_send(browser, talk_server, width, height):
-    with visiting(browser, talk_server.url, width, height) as page:
-        expect(page.locator("#chips button").first).to_contain_text("더하기", timeout=30_000)
-        boxes = [page.locator(name).bounding_box() for name in ("#chat", "#talk-question", ".submit-button")]
+    with visiting(browser, talk_server.url, width, height) as window:
+        expect(window.locator("#chips button").first).to_contain_text("더하기", timeout=30_000)
+        boxes = [window.locator(name).bounding_box() for name in ("#chat", "#talk-question", ".submit-button")]
         assert all(box["y"] >= 0 and box["y"] + box["height"] <= height for box in boxes), boxes
         assert boxes[0]["height"] >= 200
-        expect(page.locator("#system")).to_be_hidden()
-        expect(page).to_have_title("base + run")
+        expect(window.locator("#system")).to_be_hidden()
+        expect(window).to_have_title("base + run")
         for name in TABS:
-            show_tab(page, name)
-            page.wait_for_timeout(300)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+            show_tab(window, name)
+            window.wait_for_timeout(300)
+            assert window.evaluate("document.documentElement.scrollWidth") <= width, name
 
 
 def test_busy_line_says_so_in_korean_and_disconnects_free_the_card(talk_server):

@@ -60,3 +60,12 @@ def test_empty_seed_is_drawn_and_wrong_ones_are_refused():
     for seed in ("-1", "하나", "1.5", "9" * 30, True, [1]):
         with pytest.raises(UsageError):
             read_sampling([*values, seed])
+
+
+@pytest.mark.parametrize(("place", "value", "label"), [(0, 99, "Temperature"), (1, 0, "Top p"), (3, "셋", "Max tokens"),
+                                                       (5, None, "n-gram")])
+def test_a_setting_out_of_its_bounds_is_named_as_the_page_names_it(place, value, label):
+    values = [0.7, 0.9, 40, 16, 1.0, 0, ""]
+    values[place] = value
+    with pytest.raises(UsageError, match=f"{label}.*적어 주세요"):
+        read_sampling(values)

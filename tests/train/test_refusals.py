@@ -206,7 +206,7 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
                              encoder=dataset.Encoder(tokenizer, 2), documents=documents([10] * 9, [5] * 9, 16),
-                             held_out=np.arange(9))
+                             held_out=np.arange(9), exams=[])
     monkeypatch.setattr(samples.exact, "measure", lambda *given: None)
     problem = samples.answer_samples(SimpleNamespace(data_path="faq.csv"), inputs, None, answers, 60, said.append)
     assert named in problem and "\n" not in problem

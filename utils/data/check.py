@@ -6,19 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.data.forms import Form
 from utils.data.readers import detect_encoding
-from utils.data.rows import Pieces, Unlearned
-from utils.data.talks import BadTurns, join_parts
 from utils.data.texts import END_TOKEN, compose
+from utils.turns import Pieces, Turn
 
-N_EXAMPLES = 5
+N_EXAMPLES, N_UNUSED = 5, 20
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
 KINDS = {
     "encoding": "UTF-8이 아니어서 바꾸어 읽었다",
     "broken": "읽을 수 없는 행",
+    "unused": "쓰지 않는 열",
     "missing": "필요한 열이 없거나 글이 아닌 행",
     "empty": "질문이나 답이 빈 행",
     "roles": "대화의 role이나 차례나 weight를 읽을 수 없는 행(학습은 거절한다)",
+    "template": "대화 템플릿이 받지 않거나 글을 바꾸는 행(학습은 거절한다)",
+    "divided": "앞의 답이 다음 차례에서 달라지는 템플릿이라 배우는 답마다 문서 하나로 나눈 행",
+    "cut_talk": "길어서 앞의 주고받음을 덜어 낸 대화(system은 남긴다)",
     "unlearned": "weight 0이어서 배우지 않는 답이 든 행",
     "duplicate": "앞의 행과 똑같은 행",
     "overlap": "학습에도 같은 질문이 있는 검증 행",
@@ -60,44 +64,54 @@ class Inspector:
     def __init__(self, prompter, source: str | Path):
         self.found: dict[str, dict] = {}
         self.n_rows = 0
-        self._prompter, self._source = prompter, Path(source)
+        self._source = Path(source)
         self._head = prompter.template.get("prompt_no_input", "").split("{instruction}")[0].rstrip()
         self._glued = re.compile("^" + re.escape(self._head), re.MULTILINE) if self._head.strip() else None
-        self._frame = len(prompter.prompt("가").rstrip(" ")) - 1
+        self._frame = len(prompter.prompt("가").rstrip(" ")) - 1 if self._head else 0
         self._ends = self._questions_asked = self._answers_asked = self._not_prose = self._ignored_longer = 0
+        self._exchanges_cut = 0
         self._unended: dict = {"count": 0, "rows": []}
+        self._unused: set[str] = set()
         self._ignored: set[str] = set()
 
-    def look(self, number: int, row: dict, columns: tuple[str, ...], pieces: Pieces) -> None:
-        """쓸 수 있는 행 하나를 본다. `columns`는 `choose_columns`의 값이다."""
+    def look(self, number: int, row: dict, form: Form, turns: list[Turn], documents: list[Pieces]) -> None:
+        """쓸 수 있는 행 하나를 본다. `turns`와 `documents`는 그 행을 읽고 템플릿으로 말한 것이다."""
         self.n_rows += 1
-        raw = _raw_texts(row, columns)
-        for kind in row_faults(raw, pieces, self._frame):
+        raw = [text for name in form.columns.values() for text in _strings(row.get(name))]
+        pairs = documents[0] if turns[0].role == "text" else _pairs(turns)
+        for kind in row_faults(raw, pairs, self._frame if turns[0].role == "text" else 0):
             self._count(kind, number)
-        if any(isinstance(piece, Unlearned) for piece in pieces):
+        if not all(turn.learned for turn in turns):
             self._count("unlearned", number)
-        if columns == ("text",):
-            self._look_at_text(number, raw[0], *pieces[0])
-        self._look_at_columns(row, columns, *pieces[-1])
+        if len(documents) > 1:
+            self._count("divided", number)
+        if turns[0].role == "text":
+            self._look_at_text(number, raw[0], *pairs[0])
+        self._look_at_columns(row, form, *pairs[-1])
+
+    def cut(self, number: int, n_exchanges: int) -> None:
+        """앞에서 주고받음 `n_exchanges`번을 덜어 낸 행 하나를 센다."""
+        self._count("cut_talk", number)
+        self._exchanges_cut += n_exchanges
 
     def broken(self, number: int, reason: str) -> None:
         """읽을 수 없는 행 하나를 센다."""
         self._count("broken", number)
 
-    def unusable(self, number: int, row: dict, columns: tuple[str, ...], error: Exception) -> None:
-        """필요한 글이 없는 행 하나를 센다. `error`는 그 행을 거절한 오류다."""
-        if isinstance(error, BadTurns):
-            self._count(error.kind, number)
-            return
-        values = [row.get(name) for name in columns]
-        whole = all(isinstance(value, str) for value in values)
-        self._count("empty" if whole and not any("\ud800" <= char <= "\udfff" for value in values for char in value)
-                    else "missing", number)
+    def unusable(self, number: int, error: Exception) -> None:
+        """쓸 수 없는 행 하나를 센다. `error.kind`가 그 종류다."""
+        self._count(error.kind, number)
 
     def finish(self) -> dict[str, dict]:
         """파일 전체를 보아야 아는 것을 더하고 `found`를 돌려준다."""
         if self._unended["count"] and self._ends:
             self.found["end_missing"] = self._unended
+        if self._unused:
+            shown = sorted(self._unused)[:N_UNUSED]
+            more = ", ..." if len(self._unused) > N_UNUSED else ""
+            self.found["unused"] = {"count": len(self._unused), "rows": [], "note": ", ".join(shown) + more}
+        if "cut_talk" in self.found:
+            self.found["cut_talk"]["note"] = f"주고받음 {self._exchanges_cut:,}번"
         if self.n_rows >= 5:
             if self._answers_asked > 0.6 * self.n_rows and self._questions_asked < 0.4 * self.n_rows:
                 self.found["swapped"] = {"count": self._answers_asked, "rows": []}
@@ -125,17 +139,19 @@ class Inspector:
         elif self._glued and self._glued.search(answer):
             self._count("glued", number)
 
-    def _look_at_columns(self, row: dict, columns: tuple[str, ...], prompt: str, answer: str) -> None:
+    def _look_at_columns(self, row: dict, form: Form, question: str, answer: str) -> None:
         answer = answer.strip()
         self._answers_asked += answer.endswith(("?", "?"))
         self._not_prose += bool(_NOT_PROSE.fullmatch(answer))
-        if len(columns) == 2:
-            self._questions_asked += row[columns[0]].rstrip().endswith(("?", "?"))
-        elif prompt:
-            self._questions_asked += "?" in prompt
-        ignored = {name for name, value in row.items() if name not in (*columns, "input")
-                   and isinstance(value, str) and len(value) > max(80, 4 * len(answer))}
-        self._ignored_longer += bool(ignored) and columns != ("text",)
+        if "text" in form.columns:
+            self._questions_asked += "?" in question
+            return
+        self._questions_asked += question.rstrip().endswith(("?", "?"))
+        unused = {str(name) for name in form.unused(row)}
+        self._unused |= unused
+        ignored = {name for name in unused if isinstance(row.get(name), str)
+                   and len(row[name]) > max(80, 4 * len(answer))}
+        self._ignored_longer += bool(ignored)
         self._ignored |= ignored
 
     def _count(self, kind: str, number: int) -> None:
@@ -147,8 +163,8 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
 
     Args:
         raw: 행에 적힌 그대로의 글들.
-        pieces: 그 행의 (프롬프트, 답)들.
-        frame: 템플릿이 질문에 덧붙이는 글자의 수.
+        pieces: 그 행의 (질문, 답)들.
+        frame: 질문에 섞인 템플릿의 글자의 수.
     """
     whole = "\x1e".join(raw)
     answers = [answer.strip() for _, answer in pieces]
@@ -156,7 +172,7 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
     return [kind for kind, wrong in (
         ("copied", any(answer in prompt and len(prompt) - len(answer) <= frame for (prompt, _), answer
                        in zip(pieces, answers, strict=True))),
-        ("placeholder", any(answer.lower() in _PLACEHOLDERS for answer in answers)),
+        ("placeholder", any(map(is_placeholder, answers))),
         ("end_inside", inside),
         ("foreign_end", any(FOREIGN_END.search(answer[-20:]) for answer in answers)),
         ("nfd", any(compose(text) is not text for text in raw)),
@@ -168,8 +184,8 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
 
 def document_faults(documents, train: np.ndarray, held_out: np.ndarray) -> dict[str, dict]:
     """토큰으로 바꾼 문서들을 비교해야 보이는 것: 같은 행, 나뉜 양쪽에 있는 질문, 긴 행."""
-    _, first = np.unique(documents.digests, return_index=True)
-    repeated = np.setdiff1d(np.arange(len(documents)), first)
+    _, first, same = np.unique(documents.digests, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(documents.numbers != documents.numbers[first][same])  # 한 행의 문서들은 digest가 같다
     shared = held_out[np.isin(documents.questions[held_out], documents.questions[train])]
     long = np.flatnonzero(documents.full_lengths() > documents.lengths())
     lost = [index for index in long if not documents.document(index)[1][:-1].any()]
@@ -213,6 +229,11 @@ def rendered_lines(documents, tokenizer, train_on_inputs: bool, n: int = 2) -> l
     return lines
 
 
+def is_placeholder(answer: str) -> bool:
+    """nan, null, TODO처럼 답을 적지 않은 자리의 글인가."""
+    return answer.strip().lower() in _PLACEHOLDERS
+
+
 def is_garbled(text: str) -> bool:
     """다른 인코딩으로 잘못 읽은 글처럼 보이는가."""
     if _MOJIBAKE.search(text):
@@ -221,10 +242,20 @@ def is_garbled(text: str) -> bool:
     return len(marks) >= 3 and len(marks) * 20 >= len(text)
 
 
-def _raw_texts(row: dict, columns: tuple[str, ...]) -> list[str]:
-    if columns == ("messages",):
-        return [join_parts(message.get("content", message.get("value"))) for message in row["messages"]]
-    return [row[name] for name in columns] + ([row["input"]] if row.get("input") else [])
+def _strings(value: object) -> list[str]:
+    """열 하나에 적힌 글들. 대화의 목록이면 글마다 하나다."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for name in ("content", "value", "text") for text in _strings(value.get(name))]
+    return [text for each in value for text in _strings(each)] if isinstance(value, list | tuple) else []
+
+
+def _pairs(turns: list[Turn]) -> Pieces:
+    """(질문, 답)들."""
+    said = [turn for turn in turns if turn.role != "system"]
+    return [(f"{asked.text}\n{asked.input}" if asked.input else asked.text, answer.text)
+            for asked, answer in zip(said[::2], said[1::2], strict=True)]
 
 
 def _add(entry: dict, number: int) -> None:

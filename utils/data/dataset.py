@@ -1,23 +1,41 @@
-"""데이터 파일에서 토큰까지의 길: 행을 읽고, 조각으로 나누고, 토큰으로 바꾸어 디스크에 둔다."""
+"""데이터 파일에서 토큰까지의 길: 행을 읽고, 대화로, 문서의 조각으로, 토큰으로 바꾸어 디스크에 둔다."""
 
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from utils import prompter
-from utils.data import check, readers, rows, talks, texts
+from utils import chat, prompter, turns
+from utils.data import check, encoder, forms, readers, rows, talks, texts, window
 from utils.data.documents import CacheWriter, Documents, open_cache
 from utils.data.encoder import Encoder, content_digest
+from utils.data.talks import BadTurns
+from utils.data.window import Window
 from utils.errors import UsageError
 from utils.files import file_sha256, text_sha256
 from utils.paths import ROOT
 
 CACHE_FOLDER = "tokens"
 _BATCH = 2048
+
+
+@dataclass(frozen=True)
+class _Document:
+    """토큰으로 바꿀 문서 하나.
+
+    Attributes:
+        digest: 그 문서가 든 행의 내용의 해시. 한 행의 문서들은 같아서, 나눌 때 언제나 같은 쪽에 놓인다.
+        question: 그 행의 질문의 해시.
+    """
+
+    number: int
+    pieces: turns.Pieces
+    digest: int
+    question: int
 
 
 def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len: int, end_id: int,
@@ -35,11 +53,12 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
     """
     sha256 = source_sha256(data_path, cache_dir)
     key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(), str(skip_bad),
-                      Path(data_path).suffix.lower(), _code_sha256())
+                      Path(data_path).suffix.lower(), _code_sha256(),
+                      str(cutoff_len if _holds_talks(data_path, cache_dir) else None))
     folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
     cached = open_cache(folder)
     if cached is None:
-        _fill_cache(folder, data_path, prompter, encoder, cache_dir, on_row, skip_bad)
+        _fill_cache(folder, data_path, prompter, encoder, cutoff_len, cache_dir, on_row, skip_bad)
         cached = open_cache(folder)
     arrays, meta = cached
     offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])]).astype(np.int64)
@@ -55,19 +74,29 @@ def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
     return text_sha256(str(data_path), *(file["filename"] for file in received.cache_files))
 
 
-def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cache_dir: str | None,
-                on_row: Callable[[int], None] | None, skip_bad: bool) -> None:
+def _holds_talks(data_path: str | Path, cache_dir: str | None) -> bool:
+    """여러 번 주고받은 행이 있을 수 있는 꼴인지 첫 행으로 본다. 그런 데이터의 토큰은 cutoff_len에 따라 다르다."""
+    if Path(data_path).suffix.lower() == ".txt":
+        return False
+    _, row = next(rows.read_rows(data_path, cache_dir, lambda number, reason: None), (0, {}))
+    form = forms.choose_form(row)
+    names = form.columns if form else {}
+    return "talk" in names or "history" in names or isinstance(row.get(names.get("question")), list)
+
+
+def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cutoff_len: int,
+                cache_dir: str | None, on_row: Callable[[int], None] | None, skip_bad: bool) -> None:
     inspector, writer = check.Inspector(prompter, data_path), CacheWriter(folder)
-    numbered = _usable_rows(data_path, prompter, inspector, cache_dir, skip_bad)
+    documents = _usable_documents(data_path, Window(prompter, encoder, cutoff_len), inspector, cache_dir, skip_bad)
     try:
-        for batch, encoded in _encode_ahead(numbered, encoder):
+        for batch, encoded in _encode_ahead(documents, encoder):
             writer.append({
                 "tokens": [token for ids, _ in encoded for token in ids],
-                "answer": [flag for _, is_answer in encoded for flag in is_answer],
+                "answer": [flag for _, marks in encoded for flag in marks],
                 "lengths": [len(ids) for ids, _ in encoded],
-                "digests": [content_digest(pieces) for _, pieces in batch],
-                "questions": [content_digest([(p, "" if p else a) for p, a in pieces]) for _, pieces in batch],
-                "numbers": [number for number, _ in batch],
+                "digests": [document.digest for document in batch],
+                "questions": [document.question for document in batch],
+                "numbers": [document.number for document in batch],
             })
             if on_row is not None:
                 on_row(inspector.n_rows)
@@ -78,30 +107,51 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
         writer.discard()
 
 
-def _usable_rows(data_path: str | Path, prompter, inspector: check.Inspector, cache_dir: str | None,
-                 skip_bad: bool) -> Iterator[tuple[int, rows.Pieces]]:
-    """(행 번호, 조각)을 하나씩 준다. 지나가는 행을 `inspector`가 본다."""
-    to_pieces, columns = None, ()
+def _usable_documents(data_path: str | Path, window: Window, inspector: check.Inspector, cache_dir: str | None,
+                      skip_bad: bool) -> Iterator[_Document]:
+    """문서를 하나씩 준다. 지나가는 행을 `inspector`가 본다."""
+    form = None
     for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
-        if to_pieces is None:
-            to_pieces, columns = rows.segmenter(set(row), prompter, data_path), rows.choose_columns(set(row))
+        form = form or forms.require_form(row, data_path)
         try:
-            pieces = to_pieces(number, row)
-        except UsageError as error:
+            said = forms.read_row(row, form, number, data_path)
+            documents = say_row(window.documents, said, number, data_path)
+        except BadTurns as error:
             if not skip_bad:
                 raise
-            inspector.unusable(number, row, columns, error)
+            inspector.unusable(number, error)
             continue
-        inspector.look(number, row, columns, pieces)
-        yield number, pieces
+        inspector.look(number, row, form, said, documents)
+        if window.dropped:
+            inspector.cut(number, window.dropped)
+        digest = content_digest(documents[-1])
+        question = content_digest([(prompt, "" if prompt else answer) for prompt, answer in documents[-1]])
+        for pieces in documents:
+            yield _Document(number, pieces, digest, question)
 
 
-def _encode_ahead(numbered: Iterator[tuple[int, rows.Pieces]], encoder: Encoder) -> Iterator[tuple[list, list]]:
-    """(행들, 토큰들)을 한 묶음씩 준다. 묶음을 토큰으로 바꾸는 동안 다음 묶음을 읽는다."""
+def say_row(say: Callable, said: list[turns.Turn], number: int, source: str | Path) -> list[turns.Pieces]:
+    """`say(said)`와 같다. 템플릿이 이 행을 글로 만들지 못하면 행의 번호를 말한다.
+
+    Raises:
+        BadTurns: 템플릿이 받지 않거나 글을 바꾼다. 질문과 답이 한 글인 행의 답이 비었다.
+    """
+    try:
+        documents = say(said)
+    except chat.CannotSay as error:
+        raise BadTurns(f"{source}의 {number}번째 행: {error}", error.kind) from None
+    if not documents[-1][0][1].strip() and said[0].role == "text":
+        raise BadTurns(f"{source}의 {number}번째 행에 text의 답이 없거나 비었다. {forms.ADVICE}", "empty")
+    return documents
+
+
+def _encode_ahead(documents: Iterator[_Document],
+                  encoder: Encoder) -> Iterator[tuple[list[_Document], list[tuple[list[int], list[int]]]]]:
+    """(문서들, 토큰들)을 한 묶음씩 준다. 묶음을 토큰으로 바꾸는 동안 다음 묶음을 읽는다."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
-        while batch := list(islice(numbered, _BATCH)):
-            submitted = batch, pool.submit(encoder.encode_batch, [pieces for _, pieces in batch])
+        while batch := list(islice(documents, _BATCH)):
+            submitted = batch, pool.submit(encoder.encode_batch, [document.pieces for document in batch])
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = submitted
@@ -111,7 +161,7 @@ def _encode_ahead(numbered: Iterator[tuple[int, rows.Pieces]], encoder: Encoder)
 
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
-    modules = (readers, rows, talks, texts, prompter, check)
+    modules = (readers, rows, forms, talks, texts, window, encoder, turns, chat, prompter, check)
     return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
                        Path(__file__).read_text(encoding="utf-8"))
 

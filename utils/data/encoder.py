@@ -2,75 +2,146 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from utils.data import rows
+from utils.chat import GUARD
 from utils.data.documents import MUTED
 from utils.errors import UsageError
 from utils.files import text_sha256
-from utils.prompter import CHAT
+from utils.turns import Joined, Pieces, Unlearned
 
 
 class Encoder:
     """(프롬프트, 답) 조각을 토큰으로 바꾼다. 학습과 추론이 같은 토큰을 쓰게 하는 유일한 자리다.
 
-    프롬프트와 답을 따로 토큰화하고 답 뒤에 끝 토큰을 한 번 붙인다. 글 속의 특수 토큰 글자는 보통 글자로 다룬다.
+    보통의 템플릿에서는 프롬프트와 답을 따로 토큰화하고 답 뒤에 끝 토큰을 한 번 붙인다. 대화 템플릿의 글(`Joined`)은
+    이어서 한 번에 토큰화한다. 어느 쪽이든 글 속의 특수 토큰 글자는 보통 글자로 다룬다.
 
     Args:
+        end_id: 답의 끝에 붙이는 토큰.
         n_rows: 모델의 embedding의 행 수. 주면 그 밖의 토큰이 나오는 글을 거절한다.
 
     Raises:
         UsageError: 끝 토큰이나 글의 토큰이 embedding의 밖이다.
     """
 
-    def __init__(self, tokenizer, end_id: int, special_in_prompt: bool = False, n_rows: int | None = None):
+    def __init__(self, tokenizer, end_id: int, n_rows: int | None = None):
         self._tokenizer = tokenizer
         self._n_rows = n_rows
         self._end_id = end_id
-        self._special_in_prompt = special_in_prompt
+        self._busy = threading.Lock()  # 토크나이저는 두 스레드가 함께 쓰지 못한다
         self._require_known([[end_id]], "답의 끝")
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """답이 시작되기 직전까지의 토큰. `Prompter.pieces`의 첫 조각을 받는다."""
-        return self._encode([prompt], self._special_in_prompt)[0]
-
-    def encode_batch(self, batch: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[bool]]]:
-        """행마다 (토큰, 그 토큰이 답인지). 한 행의 두 목록은 길이가 같다. 답에는 그 끝 토큰도 든다.
-
-        배우지 않는 답(`rows.Unlearned`)의 자리에는 True 대신 `MUTED`가 적힌다.
+    def encode_prompt(self, prompt: str, special: bool = False) -> list[int]:
+        """이어 쓸 글의 토큰.
 
         Args:
-            batch: 행마다의 (프롬프트, 답)들. 여러 번 주고받은 행이면 여럿이다.
+            special: True면 글에 적힌 특수 토큰의 글자를 토큰으로 읽는다.
         """
-        prompts = self._encode([p for row in batch for p, _ in row], self._special_in_prompt)
-        answers = self._encode([a for row in batch for _, a in row], False)
-        encoded, at = [], 0
-        for row in batch:
-            tokens: list[int] = []
-            is_answer: list[bool] = []
-            for piece in row:
-                learned = MUTED if isinstance(piece, rows.Unlearned) else True
-                tokens += prompts[at] + answers[at] + [self._end_id]
-                is_answer += [False] * len(prompts[at]) + [learned] * (len(answers[at]) + 1)
-                at += 1
-            encoded.append((tokens, is_answer))
-        return encoded
+        return self._encode([prompt], special)[0]
+
+    def encode_asked(self, pieces: Pieces) -> list[int]:
+        """답이 시작되기 직전까지의 토큰. user로 끝나는 대화의 `Prompter.talk`가 주는 문서를 받는다."""
+        if isinstance(pieces, Joined):
+            return self._encode_joined([pieces])[0][0]
+        *past, (prompt, _) = pieces
+        return self.encode_batch([past])[0][0] + self.encode_prompt(prompt)
+
+    def encode_batch(self, batch: Sequence[Pieces]) -> list[tuple[list[int], list[int]]]:
+        """문서마다 (토큰, 그 토큰이 답인지). 한 문서의 두 목록은 길이가 같다. 답에는 그 끝 토큰도 든다.
+
+        배우지 않는 답(`turns.Unlearned`)의 자리에는 1 대신 `MUTED`가 적힌다.
+
+        Args:
+            batch: 문서마다의 (프롬프트, 답)들. 여러 번 주고받은 행이면 여럿이다.
+        """
+        joined = iter(self._encode_joined([pieces for pieces in batch if isinstance(pieces, Joined)]))
+        apart = iter(self._encode_apart([pieces for pieces in batch if not isinstance(pieces, Joined)]))
+        return [next(joined if isinstance(pieces, Joined) else apart) for pieces in batch]
 
     def fingerprint(self) -> str:
         """같은 글에서 같은 토큰이 나오는지를 가리는 해시."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         chat = getattr(self._tokenizer, "chat_template", None)
-        return text_sha256(content, str(chat), str(self._end_id), str(self._special_in_prompt), str(self._n_rows))
+        return text_sha256(content, str(chat), str(self._end_id), str(self._n_rows))
 
-    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+    def _encode_apart(self, batch: list[Pieces]) -> list[tuple[list[int], list[int]]]:
+        """조각을 따로 토큰화하고 답마다 끝 토큰을 붙인다."""
+        prompts = self._encode([prompt for pieces in batch for prompt, _ in pieces])
+        answers = self._encode([answer for pieces in batch for _, answer in pieces])
+        encoded, at = [], 0
+        for pieces in batch:
+            tokens: list[int] = []
+            marks: list[int] = []
+            for piece in pieces:
+                tokens += prompts[at] + answers[at] + [self._end_id]
+                marks += [0] * len(prompts[at]) + [_mark(piece)] * (len(answers[at]) + 1)
+                at += 1
+            encoded.append((tokens, marks))
+        return encoded
+
+    def _encode_joined(self, batch: list[Joined]) -> list[tuple[list[int], list[int]]]:
+        """한 글로 토큰화하고, 조각의 경계를 토큰의 자리로 옮긴다.
+
+        경계 앞의 글만 토큰화한 것이 전체의 앞부분이어야, 그 자리에서 모델에게 묻는 토큰이 배운 토큰과 같다. 답이
+        줄바꿈으로 시작하면 BPE가 경계를 넘어 합치기도 한다. 그런 경계에서는 글을 나누어 토큰화한다. 물을 때도 같은
+        경계에서 나누므로 토큰은 언제나 같다.
+        """
+        texts, asked = [], []
+        for pieces in batch:
+            text = "".join(prompt + answer for prompt, answer in pieces)
+            edges = np.cumsum([len(part) for piece in pieces for part in piece]).tolist()
+            texts.append((text, edges))
+            asked += [text, *(text[:edge] for edge in dict.fromkeys(edges) if 0 < edge < len(text))]
+        known = dict(zip(asked, self._encode_guarded(asked), strict=True))
+        encoded = []
+        for pieces, (text, edges) in zip(batch, texts, strict=True):
+            tokens, ends = known[text], [len(known[text[:edge]]) if edge else 0 for edge in edges]
+            # 프롬프트 없이 읽기만 하는 조각의 끝은 묻는 자리가 아니라 나누지 않는다
+            soft = {edge for piece, edge in zip(pieces, edges[1::2], strict=True)
+                    if not piece[0] and isinstance(piece, Unlearned)}
+            loose = {edge for edge, end in zip(edges, ends, strict=True)
+                     if edge and edge not in soft and known[text[:edge]] != tokens[:end]}
+            if loose:
+                tokens, ends = self._encode_in_parts(text, edges, sorted(loose))
+            marks: list[int] = []
+            for piece, prompt_end, answer_end in zip(pieces, ends[::2], ends[1::2], strict=True):
+                marks += [0] * (prompt_end - len(marks))
+                marks += [_mark(piece)] * (answer_end - len(marks))
+            if pieces.open_end:
+                tokens, marks = [*tokens, self._end_id], [*marks, 1]
+            encoded.append((tokens, marks))
+        return encoded
+
+    def _encode_in_parts(self, text: str, edges: list[int], cuts: list[int]) -> tuple[list[int], list[int]]:
+        """`cuts`에서 나누어 토큰화한 (토큰, `edges`마다의 토큰의 자리)."""
+        tokens: list[int] = []
+        where = {0: 0}
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            inside = [edge for edge in edges if start < edge < end]
+            whole, *heads = self._encode_guarded([text[start:end], *(text[start:edge] for edge in inside)])
+            where |= {edge: len(tokens) + len(head) for edge, head in zip(inside, heads, strict=True)}
+            tokens += whole
+            where[end] = len(tokens)
+        return tokens, [where[edge] for edge in edges]
+
+    def _encode_guarded(self, texts: list[str]) -> list[list[int]]:
+        """대화 템플릿이 적은 특수 토큰은 토큰으로, 글에 글자로 적힌 것(`GUARD`로 갈라 둔 것)은 글자로 바꾼다."""
+        parts = [text.split(GUARD) for text in texts]
+        encoded = iter(self._encode([part for each in parts for part in each], special=True))
+        return [[token for _ in each for token in next(encoded)] for each in parts]
+
+    def _encode(self, texts: list[str], special: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not special,
-                                  return_attention_mask=False, return_token_type_ids=False,
-                                  verbose=False)["input_ids"]
+        with self._busy:
+            encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not special,
+                                      return_attention_mask=False, return_token_type_ids=False,
+                                      verbose=False)["input_ids"]
         self._require_known(encoded, "프롬프트나 데이터")
         return encoded
 
@@ -80,13 +151,8 @@ class Encoder:
             require_known_ids([highest], self._n_rows, self._tokenizer, where)
 
 
-def make_encoder(tokenizer, prompter, end_id: int, n_rows: int | None = None) -> Encoder:
-    """템플릿에 맞는 Encoder. 대화 템플릿의 프롬프트에 적힌 특수 토큰은 글자가 아니라 토큰이다.
-
-    Raises:
-        UsageError: 끝 토큰이 embedding의 밖이다.
-    """
-    return Encoder(tokenizer, end_id, special_in_prompt=prompter.name == CHAT, n_rows=n_rows)
+def _mark(piece: tuple[str, str]) -> int:
+    return MUTED if isinstance(piece, Unlearned) else 1
 
 
 def require_known_ids(ids, n_rows: int, tokenizer, where: str) -> None:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import hub
+from utils.data.dataset import say_row
+from utils.data.forms import read_row, require_form
 from utils.data.readers import READERS, detect_encoding
-from utils.data.rows import Pieces, choose_columns, read_rows, segmenter
+from utils.data.rows import read_rows
 from utils.errors import UsageError
+from utils.turns import Pieces, Turn
 
 KOBEST, KOBEST_HUB = "kobest", "skt/kobest_v1"
 OPTIONS = "options"  # 사용자의 행에서 보기들이 든 열
@@ -126,7 +129,13 @@ def make_exam(task: Task, rows: Sequence[dict], prompter, source: str | Path) ->
 
 
 def _pieces(row: dict, number: int, source: str | Path, prompter) -> Pieces:
-    return segmenter(set(row), prompter, source)(number, row)
+    return _said(row, number, source, prompter)[1]
+
+
+def _said(row: dict, number: int, source: str | Path, prompter) -> tuple[list[Turn], Pieces]:
+    """행의 글들과, 그 조각들. 여러 번 주고받은 행이면 마지막 답까지다."""
+    turns = read_row(row, require_form(row, source), number, source)
+    return turns, say_row(prompter.talk, turns, number, source)[-1]
 
 
 def _number(label: object) -> int:
@@ -192,11 +201,13 @@ def _from_file(name: str, prompter) -> Exam:
     items = []
     for number, row in read_rows(name):
         options = row.pop(OPTIONS, None)
-        whole = _pieces(row, number, name, prompter)
+        turns, whole = _said(row, number, name, prompter)
         if options is None:
-            items.append(Item((whole[-1][1].strip(),), 0, (whole,)))
+            right = turns[-1].text if turns[-1].role == "assistant" else whole[-1][1]
+            items.append(Item((right.strip(),), 0, (whole,)))
             continue
-        column = choose_columns(set(row))[-1]
+        columns = require_form(row, name).columns
+        column = columns.get("answer", next(iter(columns.values())))
         right = row[column]
         if not isinstance(options, list) or right not in options or not all(isinstance(each, str) for each in options):
             raise UsageError(f"{name}의 {number}번째 행의 {OPTIONS}가 정답({str(right)[:40]})이 든 글의 목록이 아니다")

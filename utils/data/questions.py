@@ -59,6 +59,6 @@ def read_question(documents: Documents, member: int) -> Question:
     """문서 하나의 질문. `blocks.with_answers`를 지난 문서여야 한다."""
     tokens, learned = documents.document(member)
     start = int(np.argmax(learned))
-    ends = np.flatnonzero(tokens[start:] == documents.end_id)
-    end = start + int(ends[0]) + 1 if len(ends) else len(tokens)
+    stops = np.flatnonzero((tokens[start:] == documents.end_id) | ~np.append(learned[start + 1 :], False))
+    end = start + int(stops[0]) + 1
     return Question(tokens[:start], tokens[start:end])

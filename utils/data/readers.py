@@ -1,6 +1,7 @@
 """데이터 파일의 형식마다의 리더: 바이트에서 글자를 거쳐 행으로. 파일이 아무리 커도 한 번에 한 행만 메모리에 둔다."""
 
 import codecs
+import contextlib
 import csv
 import json
 import re
@@ -17,6 +18,12 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codec
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _HANGUL = re.compile("[가-힣]")
 _GAP = re.compile(r"[ \t\r\n]*")
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_SCALAR = rf"{_STRING}\s*:\s*(?:{_STRING}|-?[\d.]+|true|false|null)\s*"
+# {"version": "1.0", "data": [행, ...]}처럼 행의 배열을 객체로 감싼 파일의 앞과 뒤
+_WRAPPER = re.compile(rf'\{{\s*(?:{_SCALAR},\s*)*"(?:data|rows|train|examples|items)"\s*:\s*(?=\[)')
+_WRAPPER_END = re.compile(rf"\s*(?:,\s*{_SCALAR})*\}}\s*")
+_NAN = ("nan", "NaN")  # pandas가 빈 칸을 적는 글자
 BadRow = Callable[[int, str], None]
 
 
@@ -40,7 +47,7 @@ def detect_encoding(path: Path) -> str:
 
 
 def read_json(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, object]]:
-    """배열 하나이거나, 줄마다 객체가 하나인 JSON. 번호는 배열에서는 원소의, 아니면 줄의 번호다.
+    """배열 하나(`{"data": [...]}`로 감싸도 된다)이거나, 줄마다 객체가 하나인 JSON. 번호는 원소나 줄의 번호다.
 
     Args:
         on_bad: 주면 깨진 줄을 (번호, 이유)으로 알리고 건너뛴다. 배열은 깨진 자리에서 끝난다.
@@ -52,7 +59,11 @@ def read_json(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, o
     with path.open(encoding=detect_encoding(path)) as stream:
         head = stream.read(_CHUNK).lstrip()
         stream.seek(0)
-        yield from (_read_array if head.startswith("[") else _read_lines)(stream, path, on_bad)
+        wrapper = _WRAPPER.match(head)
+        if head.startswith("[") or wrapper:
+            yield from _read_array(stream, path, on_bad, wrapper.end() if wrapper else None)
+        else:
+            yield from _read_lines(stream, path, on_bad)
 
 
 def read_csv(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, dict]]:
@@ -70,7 +81,8 @@ def read_csv(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, di
                     continue
                 number += 1
                 if len(values) == len(columns):
-                    yield number, dict(zip(columns, values, strict=True))
+                    yield number, {name: None if value in _NAN else value
+                                   for name, value in zip(columns, values, strict=True)}
                 else:
                     on_bad(number, f"{number}번째 행의 칸이 {len(values)}개다(열은 {len(columns)}개)")
         except csv.Error as error:
@@ -116,7 +128,42 @@ def read_txt(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, di
             yield number + 1, {"text": text}
 
 
-READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet, ".txt": read_txt}
+def read_xlsx(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, dict]]:
+    """엑셀 파일의 첫 시트. 첫 줄이 열 이름이고, 번호는 그 아래 행의 번호다(엑셀의 줄 번호보다 하나 작다).
+
+    수는 보이는 대로 글로 바꾸고, 수식은 저장된 값을 쓴다. 빈 행은 건너뛴다.
+    """
+    try:
+        import openpyxl
+    except ImportError:
+        raise UsageError(f"엑셀 파일을 읽으려면 openpyxl이 있어야 한다({path}): pip install openpyxl") from None
+    try:
+        with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+            table = book.worksheets[0].iter_rows(values_only=True)
+            names = [str(name).strip() if name is not None else "" for name in next(table, ())]
+            named = [name for name in names if name]
+            if len(set(named)) < len(named):
+                raise UsageError(f"{path}에 이름이 같은 열이 있다: {', '.join(named)}")
+            for number, values in enumerate(table, 1):
+                row = {name: _cell(value) for name, value in zip(names, values, strict=False) if name}
+                if any(value is not None for value in row.values()):
+                    yield number, {**dict.fromkeys(named), **row}
+    except UsageError:
+        raise
+    except Exception as error:  # zip, XML, 엑셀의 형식마다 제 오류를 낸다
+        raise UsageError(f"{path}가 올바른 엑셀 파일(.xlsx)이 아니다({type(error).__name__}). 엑셀에서 "
+                         "다시 저장한다") from None
+
+
+def _cell(value: object) -> object:
+    """칸의 값. 수는 글로 바꾼다. 날짜처럼 보이는 글이 따로 있는 값은 그대로 두어 행을 읽을 때 거절하게 한다."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet, ".txt": read_txt,
+           ".xlsx": read_xlsx}
 
 
 def _first_broken_line(path: Path, encoding: str) -> tuple[int | None, bool]:
@@ -162,11 +209,11 @@ def _read_lines(stream: TextIO, path: Path, on_bad: BadRow) -> Iterator[tuple[in
             yield number, row
 
 
-def _read_array(stream: TextIO, path: Path, on_bad: BadRow) -> Iterator[tuple[int, object]]:
-    """큰 배열을 통째로 올리지 않고 원소 하나씩 푼다."""
+def _read_array(stream: TextIO, path: Path, on_bad: BadRow, wrapped: int | None) -> Iterator[tuple[int, object]]:
+    """큰 배열을 통째로 올리지 않고 원소 하나씩 푼다. `wrapped`는 배열을 감싼 객체에서 배열이 시작되는 자리다."""
     decoder, number, after_comma = json.JSONDecoder(), 0, True
     buffer = stream.read(_CHUNK).lstrip()
-    at = 1
+    at = (wrapped or 0) + 1
     while True:
         at = _GAP.match(buffer, at).end()
         if at == len(buffer):
@@ -174,8 +221,12 @@ def _read_array(stream: TextIO, path: Path, on_bad: BadRow) -> Iterator[tuple[in
             if not buffer:
                 return on_bad(number + 1, f"{number + 1}번째 행에서 배열이 닫히지 않고 끝났다(덜 받은 파일)")
         elif buffer[at] == "]" and (number == 0 or not after_comma):
-            if buffer[at + 1 :].strip() or any(line.strip() for line in _lines(stream, path)):
-                on_bad(number + 1, f"{number}번째 행에서 배열이 끝났는데 뒤에 다른 글이 있다")
+            rest = buffer[at + 1 :] + stream.read(_CHUNK)
+            if wrapped is not None:
+                end = _WRAPPER_END.match(rest)
+                rest = rest[end.end() :] if end else "닫히지 않았다"
+            if rest.strip() or any(line.strip() for line in _lines(stream, path)):
+                on_bad(number + 1, f"{number}번째 행에서 배열이 끝났는데 뒤에 다른 글이 있거나 덜 받은 파일이다")
             return
         elif buffer[at] == "," and not after_comma:
             at, after_comma = at + 1, True

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data import check, encoder, rows, texts
+from utils.data import check, encoder, forms, rows, texts
+from utils.data.dataset import say_row
 from utils.data.texts import END_TOKEN
 from utils.errors import UsageError
 from utils.files import staged_file
@@ -40,23 +41,23 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
         UsageError: 남는 행이 없거나 파일을 쓸 수 없다.
     """
     check_target(source, target)
-    counts, seen, to_pieces, columns = {"written": 0, "changed": 0, "dropped": 0}, set(), None, ()
+    counts, seen, form = {"written": 0, "changed": 0, "dropped": 0}, set(), None
 
     def drop(number: int, reason: str) -> None:
         counts["dropped"] += 1
 
     with staged_file(Path(target), "고친 파일을 쓰지 못했다") as stream:
         for number, row in rows.read_rows(source, cache_dir, drop):
-            if to_pieces is None:
-                to_pieces, columns = rows.segmenter(set(row), prompter, source), rows.choose_columns(set(row))
-            fixed = fix_row(row, columns, prompter)
+            form = form or forms.require_form(row, source)
+            fixed = fix_row(row, form, prompter)
             try:
-                pieces = to_pieces(number, fixed)
+                said = forms.read_row(fixed, form, number, source)
+                pieces = say_row(prompter.talk, said, number, source)[-1]
             except UsageError as error:
                 drop(number, str(error))
                 continue
             digest = encoder.content_digest(pieces)
-            if digest in seen or "placeholder" in check.row_faults([], pieces, 0):
+            if digest in seen or check.is_placeholder(said[-1].text if said[0].role != "text" else pieces[-1][1]):
                 drop(number, "")
                 continue
             seen.add(digest)
@@ -68,16 +69,23 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
     return Repaired(**counts)
 
 
-def fix_row(row: dict, columns: tuple[str, ...], prompter) -> dict:
+def fix_row(row: dict, form: forms.Form, prompter) -> dict:
     """쓰는 열의 글을 고친 행. 다른 열은 그대로 둔다."""
-    if columns == ("messages",) and isinstance(row.get("messages"), list):
-        return {**row, "messages": [{**message, "content": fix_text(message.get("content"))}
-                                    if isinstance(message, dict) else message for message in row["messages"]]}
-    if columns == ("text",) and isinstance(row.get("text"), str):
-        text = texts.strip_end(texts.compose(row["text"]))
+    name = form.columns.get("text")
+    if name is not None and isinstance(row.get(name), str):
+        text = texts.strip_end(texts.compose(row[name]))
         prompt, answer = prompter.split(text) or ("", text)
-        return {**row, "text": f"{fix_text(prompt)}{fix_text(answer)}{END_TOKEN}"}
-    return {**row, **{name: fix_text(row[name]) for name in (*columns, "input") if name in row}}
+        return {**row, name: f"{fix_text(prompt)}{fix_text(answer)}{END_TOKEN}"}
+    return {**row, **{name: fix_value(row[name]) for name in form.columns.values() if name in row}}
+
+
+def fix_value(value: object) -> object:
+    """글이면 고친 글, 대화의 목록이면 글마다 고친 목록."""
+    if isinstance(value, list):
+        return [fix_value(each) for each in value]
+    if isinstance(value, dict):
+        return {key: fix_value(each) if key in ("content", "value", "text") else each for key, each in value.items()}
+    return fix_text(value)
 
 
 def fix_text(value: object) -> object:

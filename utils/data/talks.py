@@ -10,7 +10,7 @@ ROLES = {"system": "system", "user": "user", "human": "user",
 
 
 class BadTurns(UsageError):
-    """대화를 읽을 수 없다. `kind`는 데이터 검사에서의 종류다."""
+    """행이나 대화를 읽을 수 없다. `kind`는 데이터 검사에서의 종류다."""
 
     def __init__(self, message: str, kind: str = "roles"):
         super().__init__(message)
@@ -63,14 +63,16 @@ def require_answers(turns: list[Turn]) -> list[Turn]:
 
 
 def _read_message(message: dict, place: int) -> Turn:
-    name_key, text_key = ("from", "value") if "role" not in message and "from" in message else ("role", "content")
+    share = message.get("role") is None and message.get("from") is not None
+    name_key, text_key = ("from", "value") if share else ("role", "content")
     name, content = message.get(name_key), message.get(text_key)
     if not isinstance(name, str):
         raise BadTurns(f"의 {place}번째 글에 {name_key}이 없다. system, user, assistant 가운데 하나를 적는다")
     role = ROLES.get(name)
     if role is None or message.get("tool_calls") or message.get("function_call"):
         what = f"{name_key}이 {name}" if role is None else "도구를 부르는 글"
-        raise BadTurns(f"의 {place}번째 글은 {what}이라 읽지 않는다. 그 행을 빼거나 {', '.join(ROLES)}만 남긴다")
+        advice = "system으로 고친다" if name == "developer" else f"그 행을 빼거나 {', '.join(ROLES)}만 남긴다"
+        raise BadTurns(f"의 {place}번째 글은 {what}이라 읽지 않는다. {advice}")
     text = join_parts(content)
     if text is not None and not isinstance(text, str):
         raise BadTurns(f"의 {place}번째 글의 {text_key}가 글이 아니다({type(content).__name__}). 따옴표로 감싼 글을 "

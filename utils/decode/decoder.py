@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from utils.data.encoder import require_known_ids
-from utils.decode.likelihood import Likelihood, measure
+from utils.decode.likelihood import Likelihood, Pair, measure
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
 from utils.engine.decode_engine import FastDecode, why_not
@@ -168,9 +168,13 @@ class Decoder:
         require_known_ids(ids, self.n_rows, self._tokenizer, "글")
         if len(ids) > self.context:
             raise UsageError(f"글이 너무 길다: {len(ids)}토큰. 이 모델은 {self.context}토큰까지 읽는다. 글을 줄인다")
+        return self.likelihoods([(ids[:1], ids[1:])], top)[0]
+
+    def likelihoods(self, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
+        """문맥마다 이어지는 글의 로그 가능도. 마지막 `use_adapter`가 고른 모델의 forward로 잰다."""
         if hasattr(self._model, "disable_adapter_layers"):  # 커널의 엔진은 모델의 층을 끄지 않는다
             self._model.enable_adapter_layers() if self._adapter_on else self._model.disable_adapter_layers()
-        return measure(self._model, [(ids[:1], ids[1:])], max(1, top))[0]
+        return measure(self._model, pairs, max(1, top))
 
     def _limit(self, input_ids: list[int], settings: Sampling) -> int:
         """답의 최대 토큰 수. 메모리가 모자라면 줄이고 `notice`에 적는다."""

@@ -44,8 +44,8 @@ class Score:
         return math.sqrt(share * (1 - share) / max(1, self.items - 1))
 
     def line(self) -> str:
-        parts = [f"{model.title} {self.share(model.name):.1%} ±{self.error(model.name):.1%}" for model in MODELS
-                 if model.name in self.right]
+        titles = {model.name: f"{model.title} " for model in MODELS} if len(self.right) > 1 else {}
+        parts = [f"{titles.get(name, '')}{self.share(name):.1%} ±{self.error(name):.1%}" for name in self.right]
         return f"{self.title} {self.items:,}문항({self.seconds:.1f}초): {', '.join(parts)}"
 
     def as_dict(self) -> dict:
@@ -88,8 +88,9 @@ def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair
     if item.asked:
         pairs = []
         for tokens, marks in encoder.encode_batch(list(item.asked)):
-            start = max(place for place, mark in enumerate(marks) if not mark) + 1
-            pairs.append((tokens[:start], tokens[start:]))
+            end = max(place for place, mark in enumerate(marks) if mark == 1) + 1  # 대화 템플릿은 뒤에 줄바꿈을 둔다
+            start = max((place for place, mark in enumerate(marks[:end]) if mark != 1), default=-1) + 1
+            pairs.append((tokens[:start], tokens[start:end]))
     else:
         body = encoder.encode_prompt(item.text.rstrip(" "))
         whole = [encoder.encode_prompt(f"{item.text} {option}") for option in item.options]

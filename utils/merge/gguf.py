@@ -13,6 +13,7 @@ from utils.errors import UsageError
 from utils.merge.exportable import ARCHITECTURES, head_dim_of, import_gguf, require_exportable, rotary_share
 from utils.merge.modelfile import render_modelfile
 from utils.model import diskmap
+from utils.model.adapter import read_prompt_info
 from utils.model.folder import ModelFolder, open_model_folder
 from utils.model.shards import read_whole
 from utils.model.tokenizer import end_token_ids, load_tokenizer
@@ -132,9 +133,11 @@ def _add_tokenizer(writer, gguf, folder: Path, config: dict, loaded) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     ends = end_token_ids(loaded, folder)
+    info = read_prompt_info(folder)  # 배운 답이 끝나는 토큰은 llama.cpp가 늘 멈추는 자리(eot)에 적는다
+    turn_end = next((end for end in (info.end_token_id if info else ends[0], *ends[1:]) if end != ends[0]), None)
     special = gguf.SpecialVocab(folder, load_merges=True, special_token_types=())  # merge와 대화 템플릿을 읽는다
     pad = loaded.pad_token_id if "pad_token" in _read(folder / "tokenizer_config.json") else None
-    ids = {"eos": ends[0], "eot": next(iter(ends[1:]), None), "bos": loaded.bos_token_id, "pad": pad}
+    ids = {"eos": ends[0], "eot": turn_end, "bos": loaded.bos_token_id, "pad": pad}
     special.special_token_ids = {kind: number for kind, number in ids.items() if number is not None}
     special.add_special_token = {"bos": False, "eos": False}  # 학습과 추론이 프롬프트에 아무것도 덧붙이지 않는다
     special.add_to_gguf(writer, quiet=True)

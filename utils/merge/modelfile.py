@@ -17,13 +17,19 @@ def render_modelfile(folder: Path, gguf_name: str, tokenizer=None) -> str:
     if info is not None and info.template.get("name") == CHAT:
         form = _chat_form(tokenizer)
     else:
-        form = _literal(Prompter(info.template if info else "default").prompt(_QUESTION).rstrip(" "))
+        form = _plain_form(Prompter(info.template if info else "default"))
     ends = [tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer, folder)]
     if info is not None and info.end_token not in ends:
         ends.insert(0, info.end_token)
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{form}"""', *(f'PARAMETER stop "{end}"' for end in ends),
              "PARAMETER temperature 0.7"]
     return "\n".join(lines) + "\n"
+
+
+def _plain_form(prompter: Prompter) -> str:
+    """틀의 글. 지시(system)가 있으면 배울 때처럼 빈 줄 하나를 두고 질문의 앞에 둔다."""
+    asked = _literal(prompter.prompt(_QUESTION).rstrip(" "))
+    return asked.replace(_SLOTS[_QUESTION], "{{ if .System }}{{ .System }}\n\n{{ end }}" + _SLOTS[_QUESTION])
 
 
 def _chat_form(tokenizer) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.data import dataset
-from utils.data.encoder import make_encoder
+from utils.data.encoder import Encoder
 from utils.data.questions import held_out_members, read_question
 from utils.errors import UsageError
 from utils.merge import streamed, writer
@@ -17,7 +17,7 @@ from utils.merge.job import Job
 from utils.model import adapter, diskmap
 from utils.model.folder import open_model_folder
 from utils.model.loader import load_config
-from utils.model.tokenizer import end_token_id, load_tokenizer
+from utils.model.tokenizer import answer_end_id, load_tokenizer
 from utils.paths import DATA_DEMO, find_recorded
 from utils.prompter import make_prompter
 
@@ -81,14 +81,14 @@ def read_windows(job: Job) -> Windows:
     않은 학습이면 학습한 데이터의 5%를 본다.
     """
     tokenizer = load_tokenizer(job.base.path)
-    end_id = end_token_id(tokenizer)
     info = adapter.read_prompt_info(job.adapter) or adapter.read_prompt_info(job.root)
     settings = _run_settings(job.root)
     data, absent = find_recorded(str(settings.get("data_path", DATA_DEMO))), None
     if not Path(data).is_file():
         data, settings, absent = str(DATA_DEMO), {}, data
     prompter = make_prompter(info.template if info else "default", tokenizer)
-    encoder = make_encoder(tokenizer, prompter, end_id)
+    end_id = answer_end_id(tokenizer, prompter)
+    encoder = Encoder(tokenizer, end_id)
     documents = dataset.load_documents(data, prompter, encoder, settings.get("cutoff_len", 1024), end_id,
                                        settings.get("cache_dir"))
     held_out = held_out_members(documents, settings.get("val_set_size") or 5, settings.get("seed", 42))

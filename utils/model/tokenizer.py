@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from utils import hub
+from utils.chat import CHAT, ChatPrompter
 from utils.errors import UsageError, first_line
 from utils.files import read_json
 from utils.model.folder import text_config
@@ -36,6 +37,12 @@ def end_token_id(tokenizer) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def answer_end_id(tokenizer, prompter) -> int:
+    """이 템플릿으로 배운 답이 끝나는 토큰. 대화 템플릿이면 템플릿이 답 뒤에 놓는 것, 아니면 토크나이저의 eos다."""
+    tokens = prompter.end_tokens if prompter.name == CHAT else []
+    return int(tokenizer.convert_tokens_to_ids(tokens[0])) if tokens else end_token_id(tokenizer)
+
+
 def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:
     """답을 끝내는 토큰들: 토크나이저의 eos, 모델의 두 설정 파일이 말하는 것, 대화 템플릿이 답 뒤에 놓는 것의 차례다.
 
@@ -53,19 +60,7 @@ def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:
             said = holder.get("eos_token_id")
             ends += said if isinstance(said, list) else [said]
     special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends.append(next((number for number in _after_answer(tokenizer) if number in special), None))
+    if getattr(tokenizer, "chat_template", None):
+        ends += map(tokenizer.convert_tokens_to_ids, ChatPrompter(tokenizer).end_tokens)
     known = [end for end in ends[1:] if type(end) is int and end in special and "unused" not in special[end]]
     return tuple(dict.fromkeys([ends[0], *known]))
-
-
-def _after_answer(tokenizer) -> list[int]:
-    """대화 템플릿이 답 바로 뒤에 놓는 토큰들. 템플릿이 없거나 쓸 수 없으면 비어 있다."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    answer = "여기까지"
-    turns = [{"role": "user", "content": "가"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
-        return []
-    return tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]

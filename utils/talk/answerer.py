@@ -4,14 +4,15 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from utils.data.encoder import make_encoder, require_known_ids
+from utils.data.encoder import Encoder, require_known_ids
 from utils.decode.decoder import Decoder, Stats
-from utils.decode.likelihood import Likelihood
+from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.textstream import TextStream
 from utils.errors import UsageError
-from utils.prompter import Turn
+from utils.prompter import CHAT, Turn
 from utils.sampling import Sampling
 from utils.talk.line import Line
+from utils.turns import as_talk
 
 REASONS = {"stop": "스스로 멈춤", "length": "최대 길이에 닿음", "cancelled": "사용자가 멈춤", "error": "오류로 멈춤"}
 
@@ -71,7 +72,7 @@ class Answerer:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.end_id = end_id
-        self.encoder = make_encoder(tokenizer, prompter, end_id, decoder.n_rows)
+        self.encoder = Encoder(tokenizer, end_id, decoder.n_rows)
         self._say = say
         self._encoding = threading.Lock()
         self.line = Line(say) if line is None else line
@@ -89,13 +90,7 @@ class Answerer:
         Raises:
             UsageError: 질문이 비었거나, 답할 자리가 남지 않을 만큼 길거나, 모델이 모르는 토큰이 나온다.
         """
-        if not instruction.strip():
-            raise UsageError("질문이 비어 있다. 질문을 적는다")
-        turns = [self.prompter.pieces(question, "", answer) for question, answer in past or []]
-        prompt, _ = self.prompter.pieces(instruction, input, "")
-        with self._encoding:
-            tokens = self.encoder.encode_batch([turns])[0][0] if turns else []
-            return self._fitting(tokens + self.encoder.encode_prompt(prompt))
+        return self.ask_talk(as_talk(instruction, input, past or ()))
 
     def ask_talk(self, turns: Sequence[Turn]) -> list[int]:
         """대화 전체의 토큰. 학습할 때와 똑같이 만든다. 마지막은 user의 질문이다.
@@ -108,27 +103,27 @@ class Answerer:
         """
         if not turns or turns[-1].role != "user":
             raise UsageError("대화의 마지막은 user의 질문이어야 한다")
-        system, past, question = "", [], ""
-        for turn in turns:
-            if turn.role == "system":
-                system = f"{turn.text}\n\n"
-            elif turn.role == "user":
-                question, system = system + turn.text, ""
-            else:
-                past.append((question, turn.text))
-        return self.ask(question, turns[-1].input, past)
+        if not turns[-1].text.strip():
+            raise UsageError("질문이 비어 있다. 질문을 적는다")
+        with self._encoding:
+            return self._fitting(self.encoder.encode_asked(self.prompter.talk(turns)[0]))
 
     def continue_text(self, text: str) -> list[int]:
         """템플릿 없이 이어 쓸 글의 토큰."""
         if not text.strip():
             raise UsageError("이어 쓸 글이 비어 있다")
         with self._encoding:
-            return self._fitting(self.encoder.encode_prompt(text))
+            return self._fitting(self.encoder.encode_prompt(text, special=self.prompter.name == CHAT))
 
     def continue_tokens(self, ids: list[int]) -> list[int]:
         """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""
         require_known_ids(ids, self._decoder.n_rows, self.tokenizer, "토큰 번호")
         return self._fitting(ids)
+
+    def likelihoods(self, name: str, pairs: Sequence[Pair]) -> list[Likelihood]:
+        """문맥마다 이어지는 글의 로그 가능도. `name`이 "base"면 어댑터를 끈다. 줄을 서지 않으므로 페이지 없이 쓴다."""
+        self._decoder.use_adapter(name != "base")
+        return self._decoder.likelihoods(pairs)
 
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""

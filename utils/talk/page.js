@@ -7,13 +7,14 @@ window.lite = (() => {
   const LIVE = /<(?=[A-Za-z/!?])|!(?=\[)|(?:```|~~~)[ \t]*(?=mermaid)/gi; // page_turns와 같은 자리
   const KOREAN = {
     "Connection to the server was lost. Attempting reconnection...": "서버와 연결이 끊겼어요. 다시 잇는 중이에요…",
-    "Connection errored out. ": "서버와 연결이 끊겼어요. 프로그램이 켜져 있는지 봐 주세요",
+    "Connection errored out.": "서버와 연결이 끊겼어요. 프로그램이 켜져 있는지 봐 주세요",
     "Connection Lost": "연결이 끊겼어요",
     "Connection re-established.": "다시 연결되었어요",
     Reconnected: "다시 연결되었어요",
     Error: "오류", Warning: "주의", Info: "알림", Success: "됐어요",
     "Scroll down": "맨 아래로", Liked: "좋은 답", Disliked: "나쁜 답", Copy: "복사", Copied: "복사했어요",
     "Copy code": "코드 복사", "chatbot conversation": "대화", Remove: "지우기", Close: "닫기",
+    "Reset to default value": "처음 값으로", "More tabs": "다른 탭",
   };
   let opened = null; // 내 기록에서 이어서 대화하려고 고른 것
 
@@ -105,13 +106,17 @@ window.lite = (() => {
   const korean = (root) => {
     for (const attribute of ["aria-label", "title"]) {
       for (const found of root.querySelectorAll(`[${attribute}]`)) {
-        const word = KOREAN[found.getAttribute(attribute)];
+        const said = found.getAttribute(attribute);
+        const word = KOREAN[said] || (/^(number input|range slider) for /.test(said) && said.replace(/^.* for /, ""));
         if (word) found.setAttribute(attribute, word);
       }
     }
-    for (const found of root.querySelectorAll(".toast-title, .toast-text, .toast-text *, .tooltip")) {
-      const word = found.children.length ? null : KOREAN[found.textContent] || KOREAN[found.textContent.trim()];
-      if (word) found.textContent = word;
+    for (const toast of root.querySelectorAll(".toast-body")) {
+      const texts = document.createTreeWalker(toast, NodeFilter.SHOW_TEXT);
+      while (texts.nextNode()) {
+        const word = KOREAN[texts.currentNode.data.trim()];
+        if (word) texts.currentNode.data = word;
+      }
     }
   };
   const setDark = (dark) => document.body.classList.toggle("dark", dark);

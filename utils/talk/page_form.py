@@ -9,9 +9,8 @@ from utils.errors import UsageError
 from utils.prompter import EXAMPLES
 from utils.talk import guard
 from utils.talk.answerer import Answer, describe
-from utils.talk.line import Busy
 from utils.talk.models import Models
-from utils.talk.page_reply import BUSY, EMPTY, LIVE, alert, compared, submit, title_of
+from utils.talk.page_reply import EMPTY, LIVE, alert, compared, submit, title_of, told
 from utils.talk.page_settings import main_sliders, more_settings, read_sampling
 
 _SLOT = re.compile(r"\{[^{}]*\}")
@@ -21,7 +20,6 @@ NO_INPUT = "Input이 비어 있어 {0} 자리가 글자 그대로 전해졌어�
 def form_tab(models: Models, model: gr.Dropdown, other: gr.Dropdown) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
     context = models.default.answerer.context
-    several = len(models.names) > 1
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
             instruction = gr.Textbox(label="Instruction", lines=4, max_lines=12, max_length=guard.MAX_CHARS,
@@ -31,7 +29,7 @@ def form_tab(models: Models, model: gr.Dropdown, other: gr.Dropdown) -> None:
                                placeholder="없어도 돼요")
             with gr.Row(elem_id="buttons"):
                 send = gr.Button("보내기", variant="primary", elem_id="submit", min_width=90)
-                compare = gr.Button("비교하기", elem_id="compare", min_width=90, visible=several)
+                compare = gr.Button("비교하기", elem_id="compare", min_width=90, visible=model.visible)
                 stop = gr.Button("멈추기", variant="stop", elem_id="stop", min_width=90, visible=False)
                 clear = gr.Button("지우기", elem_id="clear", min_width=90)
         with gr.Column(scale=2, min_width=280, elem_id="form-settings"):
@@ -87,7 +85,7 @@ async def _ask(models: Models, both: bool, values: Sequence, session: str):
                    for choice in picked]
         submit(picked, answers)
     except UsageError as error:
-        yield _shown(status=alert(BUSY if isinstance(error, Busy) else str(error)))
+        yield _shown(status=alert(told(error)))
         return
     slot = _SLOT.search(instruction)
     note = f"{NO_INPUT.format(slot[0])} · " if slot and not input else ""

@@ -8,7 +8,7 @@ import gradio as gr
 
 from utils.errors import UsageError
 from utils.record import MODELS
-from utils.talk import scores
+from utils.talk import scorecards, scores
 from utils.talk.answerer import Answerer, describe
 from utils.talk.page_runs import html_table
 
@@ -115,3 +115,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
                   api_visibility="private")
     stop.click(leave, concurrency_limit=None, show_progress="hidden", api_visibility="private")
     export.click(None, csv, js="(text) => lite.exportCsv(text)", api_visibility="private")
+    for name, run in results.runs.items():
+        if rows := scorecards.table(run):
+            gr.Markdown(f"**{name}의 성적표**")
+            gr.HTML(html_table(scorecards.HEADERS, rows), elem_classes="scorecard")

@@ -20,12 +20,18 @@ GOOD, BAD = "좋은 답으로 남겼어요", "나쁜 답으로 남겼어요"
 MARKED = ". '내 기록'에서 학습 데이터로 내려받을 수 있어요"
 
 
+LONG = "질문이 너무 길어요. 줄여서 다시 보내 주세요"
 LIVE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # 모든 이벤트의 설정
 
 
 def title_of(name: str) -> str:
     """사람에게 보일 모델의 이름."""
     return "기반 모델" if name == BASE else name
+
+
+def told(error: UsageError) -> str:
+    """묻지 못한 이유를 페이지의 말로."""
+    return BUSY if isinstance(error, Busy) else LONG if isinstance(error, TooLong) else str(error)
 
 
 async def say(models: Models, value, index: int | None, text: str | None, settings: Sequence, session: str):
@@ -45,15 +51,14 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
         answers, cut = _answers(picked, talk, sampling, session)
         submit(picked, answers)
     except UsageError as error:
-        message = BUSY if isinstance(error, Busy) else str(error)
-        yield screen(None, status=alert(message), question=gr.update(value=text) if index is None else gr.skip())
+        yield screen(None, status=alert(told(error)), question=gr.update(value=text) if index is None else gr.skip())
         return
     answer, note = answers[0], f"앞의 대화 {cut}번은 길어서 빼고 물었어요 · " if cut else ""
     talk.said += [Said("assistant", "")]
     first = True
     async for ahead in picked[0].answerer.follow(*answers):
         _fill(talk, answers)
-        shown = describe(answer, ahead) if answer.ids or answer.finish_reason else describe(answers[-1], ahead)
+        shown = _summary(picked, answers, ahead)
         kept = talk.cut(len(talk.said) - 1).to_json() if first else gr.skip()
         yield screen(talk, note + shown, answering() if first else gr.skip(), keep=kept)
         first = False
@@ -110,10 +115,11 @@ def _fill(talk: Talk, answers: Sequence[Answer], done: bool = False) -> None:
     talk.said[-1].text, talk.said[-1].other = texts[0], texts[1] if len(texts) > 1 else ""
 
 
-def _summary(picked: Sequence[Choice], answers: Sequence[Answer]) -> str:
+def _summary(picked: Sequence[Choice], answers: Sequence[Answer], ahead: int = 0) -> str:
+    """답 밑에 보일 한 줄. 비교하면 먼저 답할 모델이 다 한 뒤에 다음 모델이 이어진다."""
     if len(answers) == 1:
-        return describe(answers[0])
-    return " ｜ ".join(f"{title_of(choice.name)}: {describe(answer)}"
+        return describe(answers[0], ahead)
+    return " ｜ ".join(f"{title_of(choice.name)}: {describe(answer, ahead)}"
                       for choice, answer in zip(picked, answers, strict=True))
 
 

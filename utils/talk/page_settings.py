@@ -12,7 +12,7 @@ from utils.talk import guard
 _MAIN = (("Temperature", "temperature", 0.05), ("Top p", "top_p", 0.01), ("Top k", "top_k", 1),
          ("Max tokens", "max_new_tokens", 1))
 _MORE = (("반복 벌점", "repetition_penalty", 0.05),
-         ("되풀이하지 않을 n-gram 길이 (0이면 끔)", "no_repeat_ngram_size", 1))
+         ("n-gram 반복 금지 (0이면 끔)", "no_repeat_ngram_size", 1))
 
 
 def main_sliders(context: int, prefix: str = "") -> list[gr.Slider]:
@@ -43,7 +43,15 @@ def read_sampling(values: Sequence[object]) -> Sampling:
         if not seed.isdecimal():
             raise UsageError(f"시드에는 0 이상의 정수를 적어 주세요. 받은 값: {seed[:40]}")
         seed = int(seed)
-    return guard.bounded_sampling(seed=seed, **dict(zip(guard.BOUNDS, numbers, strict=True)))
+    settings = {name: value for (_, name, _), value in zip((*_MAIN, *_MORE), numbers, strict=True)}
+    for label, name, _ in (*_MAIN, *_MORE):
+        low, high, _ = guard.BOUNDS[name]
+        try:
+            guard.bounded_sampling(**{name: settings[name]})
+        except UsageError:
+            raise UsageError(f"{label} 칸에는 {low:g}에서 {high:g} 사이의 수를 적어 주세요. "
+                             f"받은 값: {str(settings[name])[:40]}") from None
+    return guard.bounded_sampling(seed=seed, **settings)
 
 
 def _slider(label: str, name: str, step: float, prefix: str, context: int) -> gr.Slider:

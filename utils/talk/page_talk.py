@@ -21,8 +21,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     context = models.default.answerer.context
     talk = gr.BrowserState(None, storage_key="polyglot-ko-lite-talk", secret="browser-only")
     with gr.Row(elem_id="talk-row"):
-        chat = _chatbot("chat", label=title_of(models.default.name), editable="all",
-                        feedback_options=("Like", "Dislike"), min_width=280)
+        chat = _chatbot("chat", label=title_of(models.default.name), editable="all", show_label=False, min_width=280)
         beside = _chatbot("chat-other", visible=False, min_width=280)
     with gr.Row(elem_id="talk-bar"):
         fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")
@@ -30,7 +29,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
                            label="예시 질문", show_label=False, layout="gallery", elem_id="chips", container=False)
     question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=6, autofocus=True, elem_id="talk-question",
                           max_length=guard.MAX_CHARS, submit_btn="보내기", container=False,
-                          placeholder="질문을 적어 주세요 (Enter 보내기 · Shift+Enter 줄바꿈)")
+                          placeholder="질문 (Enter 보내기 · Shift+Enter 줄바꿈)")
     status = gr.Textbox(show_label=False, label="상태", lines=1, max_lines=3, interactive=False, container=False,
                         elem_id="talk-status", elem_classes="status")
     with gr.Accordion("설정", open=False, elem_id="talk-settings"):
@@ -85,7 +84,8 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
         return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system
 
     def columns(picked):
-        return gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
+        side = gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
+        return gr.update(show_label=picked != ALONE), side
 
     for trigger, act, inputs in ((question.submit, send, [talk, question]), (chat.retry, retry, [talk]),
                                  (chat.edit, edit, [talk])):
@@ -96,7 +96,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     for trigger in (fresh.click, chat.clear):
         trigger(renew, None, shown, **LIVE)
     chips.click(lambda row: row[0], chips, question, **LIVE)
-    other.change(columns, other, beside, **LIVE)
+    other.change(columns, other, [chat, beside], **LIVE)
     model.change(lambda picked: gr.update(label=title_of(picked)), model, chat, **LIVE)
     page.load(open_talk, talk, [*shown, system], **LIVE)
     page.load(lambda: gr.update(samples=_samples(_questions(results, models))), None, chips, **LIVE)
@@ -108,7 +108,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
 def pickers(models: Models) -> tuple[gr.Dropdown, gr.Dropdown]:
     """답할 모델과, 나란히 비교할 모델."""
     named = [(title_of(name), name) for name in models.names]
-    several = len(named) > 1
+    several = len(models.tuned) > 1 or models.default.answerer.can_compare
     model = gr.Dropdown(named, value=models.default.name, label="답할 모델", elem_id="model", visible=several,
                         min_width=150, filterable=False)
     other = gr.Dropdown([("비교하지 않기", ALONE), *named], value=ALONE, label="나란히 비교", elem_id="other",

@@ -23,7 +23,7 @@ from utils.model.adapter import (
 )
 from utils.model.folder import ADAPTER_WEIGHTS, model_digest, open_model_folder, read_safetensors_header
 from utils.model.loader import Device, load_base, require_base
-from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.paths import BASE_DEMO, find_input, find_recorded, shown
 from utils.prompter import make_prompter
 from utils.talk.answerer import Answerer
@@ -163,13 +163,14 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
         for source, name in zip(sources, _peft_names(sources), strict=True):
             if source.adapter:
                 model = load_adapter(model, source.adapter, name)
-    line, end_id = Line(say), end_token_id(tokenizer)
+    line = Line(say)
     answerers = []
     for source, prompter, name in zip(sources, prompters, _peft_names(sources), strict=True):
         decoder = Decoder(model, tokenizer, find_ends(source, tokenizer), adapter=name if len(sources) > 1 else None)
         detail(f"계산: {decoder.path}")
         if device.device.type == "cuda" and not decoder.is_fast:
             say("이 모델에는 전용 커널을 쓸 수 없어 더 느리게 답한다. 답은 같다(이유: --verbose True)")
+        end_id = answer_end_id(tokenizer, prompter)
         answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
     say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
     return answerers
@@ -183,7 +184,8 @@ def _peft_names(sources: Sequence[Source]) -> list[str]:
 def find_ends(source: Source, tokenizer) -> set[int]:
     """답을 끝내는 토큰들: 기반 모델의 것과, 학습할 때 적어 둔 것."""
     info = find_prompt_info(source)
-    return {*end_token_ids(tokenizer, source.base_model), *(info.end_token_ids if info else ())}
+    trained = (info.end_token_id, *info.end_token_ids) if info else ()
+    return {*end_token_ids(tokenizer, source.base_model), *trained}
 
 
 def find_prompt_info(source: Source) -> PromptInfo | None:
@@ -198,8 +200,9 @@ def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say:
     prompter = make_prompter(prompt_template or (info.template if info else "default"), tokenizer)
     if info and prompter.template != info.template:
         say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
-    if info and info.end_token_id != tokenizer.eos_token_id:
-        say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 토크나이저의 것은 {tokenizer.eos_token_id}번이다")
+    end_id = answer_end_id(tokenizer, prompter)
+    if info and prompter.template == info.template and info.end_token_id != end_id:
+        say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 이 템플릿과 토크나이저의 것은 {end_id}번이다")
     say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
     return prompter
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 
 import torch
-from transformers import get_linear_schedule_with_warmup
 
 from utils.errors import UsageError
 from utils.train.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
@@ -43,8 +42,7 @@ class Loop:
         """가중치를 `taken`번 고친 자리의 학습률에서 시작한다."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = self.recipe.learning_rate
-        self.schedule = get_linear_schedule_with_warmup(self.optimizer, self.recipe.warmup, self.recipe.steps,
-                                                        last_epoch=taken - 1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.recipe.learning_share, taken - 1)
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """끝까지, 참을성이 다할 때까지, 또는 `should_stop`이 참일 때까지 배운다.

@@ -25,6 +25,7 @@ class Settings:
     val_set_size: float
     train_on_inputs: bool
     early_stopping_patience: int | None
+    eval_task: str | None
     seed: int
     lora_r: int
     lora_alpha: float
@@ -90,7 +91,8 @@ class Recipe:
 
     Attributes:
         steps: optimizer step의 수.
-        warmup: 학습률을 0에서 올리는 step의 수. 그 뒤로는 `steps`에서 0이 되게 내린다.
+        warmup: 학습률을 올리는 step의 수. 첫 step은 가장 높은 학습률의 1 / warmup이고, 그 뒤로는 `steps`에서 0이 되게
+            내린다.
         interval: 몇 step마다 평가하고 저장하는지.
         rows: micro batch의 블록 수.
         accumulation: optimizer step마다 프로세스 하나가 계산하는 micro batch의 수.
@@ -107,6 +109,12 @@ class Recipe:
     seed: int
     patience: int | None = None
     max_grad_norm: float = 1.0
+
+    def learning_share(self, taken: int) -> float:
+        """가중치를 `taken`번 고친 다음 step의 학습률이 가장 높은 학습률의 몇 배인지. 첫 step도 0이 아니다."""
+        if taken < self.warmup:
+            return (taken + 1) / self.warmup
+        return max(0.0, (self.steps - taken) / max(1, self.steps - self.warmup))
 
 
 @dataclass(frozen=True)

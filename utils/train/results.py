@@ -43,8 +43,9 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         seconds = max(SAMPLE_SECONDS, SAMPLE_SHARE * result.seconds)
         problem = answer_samples(settings, inputs, result.model, samples, seconds, say)
     record.write_samples(folder, samples.rows)
-    if samples.exact is not None:
-        record.write_run(folder, {**run, "exact": samples.exact.as_dict()})
+    measured = samples.measured()
+    if measured:
+        record.write_run(folder, {**run, **measured})
     if problem is not None:
         say(f"시험 답을 모두 만들지 못했다({problem}). 어댑터와 기록({record.RUN_FILE}, {record.CURVES_FILE}, "
             f"{record.SAMPLES_FILE})은 온전하다")
@@ -52,6 +53,8 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         say(line)
     if samples.exact is not None:
         say(samples.exact.line())
+    for score in samples.scores:
+        say(score.line())
 
 
 def sample_lines(samples: list[dict]) -> list[str]:

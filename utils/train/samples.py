@@ -11,19 +11,25 @@ import numpy as np
 import torch
 
 from utils.data.questions import plain_question, read_question, readable
+from utils.decode import likelihood, scorecard
 from utils.decode.decoder import Decoder
+from utils.decode.likelihood import Likelihood, Pair
+from utils.decode.scorecard import Score
 from utils.errors import first_line
 from utils.paths import DATA_DEMO
 from utils.prompter import EXAMPLES, fill_placeholder
+from utils.record import MODELS
 from utils.sampling import GREEDY
 from utils.train import exact
 from utils.train.exact import ExactMatch
 from utils.train.records import Settings
 from utils.train.stage import Inputs
+from utils.turns import as_talk
 
 N_COMPARED = 5  # 두 모델이 함께 답하는 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다
 MAX_SAMPLES = 64
 GROUP = 16  # 한꺼번에 답하는 질문의 수
+SHORTEST_CONTEXT = 1024  # 설정에 길이의 한계가 없는 모델에서 시험의 문항을 자르는 길이
 SAY_EVERY = 5.0  # 답하는 동안 이만큼(초)마다 어디까지 했는지 말한다
 EXAMPLE, HELD_OUT, TRAINED = "예시 질문", "검증 질문", "학습에 쓴 질문"
 STOPPED = "Ctrl+C로 멈추었다"
@@ -49,10 +55,17 @@ class Samples:
     Attributes:
         rows: 질문마다의 기록. 다 만든 것만 있다.
         exact: 정답과 똑같은 답의 수. 정답이 짧은 데이터에서만 센다.
+        scores: `eval_task`에 적은 시험의 성적.
     """
 
     rows: list[dict] = field(default_factory=list)
     exact: ExactMatch | None = None
+    scores: list[Score] = field(default_factory=list)
+
+    def measured(self) -> dict:
+        """run.json에 더할 것. 잰 것이 없으면 비어 있다."""
+        found = {} if self.exact is None else {"exact": self.exact.as_dict()}
+        return found | ({"scorecard": [score.as_dict() for score in self.scores]} if self.scores else {})
 
 
 def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, seconds: float,
@@ -66,6 +79,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
     """
     try:
         samples.exact = exact.measure(model, inputs.documents, inputs.held_out)
+        samples.scores = measure_exams(inputs, model)
         fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
         return STOPPED
@@ -74,6 +88,21 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
+
+
+def measure_exams(inputs: Inputs, model) -> list[Score]:
+    """`eval_task`에 적은 시험의 성적. 어댑터를 켠 것과 끈 것을 같은 문항으로 잰다."""
+    if not inputs.exams:
+        return []
+
+    def ask(name: str, pairs: list[Pair]) -> list[Likelihood]:
+        with model.disable_adapter() if name == "base" else contextlib.nullcontext():
+            return likelihood.measure(model, pairs)
+
+    model.eval()
+    context = int(inputs.config.get("max_position_embeddings") or inputs.documents.cutoff_len or SHORTEST_CONTEXT)
+    return scorecard.measure(ask, [each.name for each in MODELS], inputs.exams, inputs.encoder, inputs.end_id, context,
+                             lambda line: None)
 
 
 def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, seconds: float,
@@ -139,8 +168,8 @@ def questions_to_ask(settings: Settings, inputs: Inputs) -> list[Asked]:
 def example_questions(inputs: Inputs) -> list[Asked]:
     asked = []
     for instruction, context in EXAMPLES:
-        prompt, _ = inputs.prompter.pieces(instruction, context, "")
-        asked.append(Asked(inputs.encoder.encode_prompt(prompt),
+        turns = as_talk(instruction, context)
+        asked.append(Asked(inputs.encoder.encode_asked(inputs.prompter.talk(turns)[0]),
                            {"kind": EXAMPLE, "question": fill_placeholder(instruction, context)}))
     return asked
 

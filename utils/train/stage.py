@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from utils import hub
 from utils.data import blocks, dataset
 from utils.data import check as data_check
-from utils.data.encoder import Encoder, make_encoder
+from utils.data.encoder import Encoder
+from utils.data.exams import Exam, load_exams
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -27,7 +28,8 @@ from utils.model.targets import (
     require_targets,
     unfit_names,
 )
-from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
+from utils.paths import find_input
 from utils.process import n_processes
 from utils.prompter import make_prompter
 from utils.train import planner, tracking
@@ -54,6 +56,7 @@ class Inputs:
     data_sha256: str
     targets: tuple[str, ...]
     trackers: tracking.TrackerChoice
+    exams: list[Exam]
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
     read = read_data(settings, say)
     documents = read.documents
+    exams = [] if settings.eval_task is None else load_exams(find_input(settings.eval_task), read.prompter,
+                                                             settings.cache_dir)
     chosen, held_out = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
     chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
@@ -103,7 +108,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
     return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
-                  held_out, train_set, eval_set, batch, documents.sha256, targets, trackers)
+                  held_out, train_set, eval_set, batch, documents.sha256, targets, trackers, exams)
 
 
 def find_targets(settings: Settings, config: dict) -> tuple[str, ...]:
@@ -156,10 +161,10 @@ def read_data(settings: Settings, say: Callable[[str], None], skip_bad: bool = F
         UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다. 모델의 embedding에 없는 토큰이 나온다.
     """
     tokenizer = load_tokenizer(settings.base_model, settings.cache_dir)
-    end_id = end_token_id(tokenizer)
     prompter = make_prompter(settings.prompt_template, tokenizer)
+    end_id = answer_end_id(tokenizer, prompter)
     n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
-    encoder = make_encoder(tokenizer, prompter, end_id, n_rows)
+    encoder = Encoder(tokenizer, end_id, n_rows)
     with tqdm(desc="데이터", unit="행", leave=False, disable=None) as bar:
         documents = dataset.load_documents(settings.data_path, prompter, encoder, settings.cutoff_len, end_id,
                                            settings.cache_dir, lambda n_rows: bar.update(n_rows - bar.n), skip_bad)

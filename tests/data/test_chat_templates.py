@@ -1,0 +1,251 @@
+"""공개된 대화 템플릿마다, 배우는 토큰은 apply_chat_template의 토큰이고 물을 때의 토큰은 그 앞부분이다."""
+
+from pathlib import Path
+
+import pytest
+from tiny import build_tokenizer
+
+from utils.chat import CannotSay
+from utils.data.documents import MUTED
+from utils.data.encoder import Encoder
+from utils.model.tokenizer import answer_end_id, end_token_ids
+from utils.prompter import Turn, make_prompter
+
+pytestmark = pytest.mark.quick
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates_real"
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endofturn|>", "<|start_header_id|>", "<|end_header_id|>",
+           "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[|system|]", "[|user|]", "[|assistant|]",
+           "[|endofturn|]", "[INST]", "[/INST]"]
+ENDS = {"chatml": ["<|im_end|>"], "chatml_marks": ["<|im_end|>"], "qwen2.5": ["<|im_end|>"], "qwen3": ["<|im_end|>"],
+        "llama3": ["<|eot_id|>"], "kanana": ["<|eot_id|>"], "gemma2": ["<end_of_turn>"], "gemma3": ["<end_of_turn>"],
+        "exaone3.5": ["[|endofturn|]"], "exaone4": ["[|endofturn|]"],
+        "hyperclovax": ["<|im_end|>", "<|endofturn|>"], "mistral": ["</s>"], "mistral_first": ["</s>"]}
+WITH_BOS = ("llama3", "kanana", "gemma2", "gemma3", "mistral", "mistral_first")
+WITHOUT_SYSTEM = ("gemma2", "mistral")  # 거절하거나, 답이 있으면 system을 말없이 버린다
+# 앞의 답이 다음 차례에서 다른 글이 된다: 생각을 지우거나 끝 토큰이 달라진다
+REWRITES = ("qwen3", "hyperclovax")
+PLAIN = [Turn("user", "하늘은 왜 파란가요?"), Turn("assistant", "햇빛이 흩어집니다.\n\n- 파란 빛\n"),
+         Turn("user", "  그럼 노을은? \n"), Turn("assistant", "붉은 빛이 남습니다. 끝<end>"),
+         Turn("user", "3 더하기 4는?"), Turn("assistant", "7")]
+TALKS = {"한 번": PLAIN[:2], "세 번": PLAIN, "system": [Turn("system", "짧게 답한다."), *PLAIN[:4]]}
+
+
+def load(name: str, folder: Path):
+    return equip(build_tokenizer(folder), (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n"))
+
+
+def equip(tokenizer, template: str):
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL, "bos_token": "<s>"})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    if "eos_token" in template:
+        tokenizer.eos_token = "</s>"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {name: load(name, folder / name) for name in ENDS}
+
+
+def messages(turns) -> list[dict]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def whole(tokenizer, turns, **settings) -> list[int]:
+    """transformers가 만드는 대화 전체의 토큰."""
+    return list(tokenizer.apply_chat_template(messages(turns), **settings)["input_ids"])
+
+
+def stage(tokenizer, template: dict | None = None):
+    prompter = make_prompter(template or {"name": "chat"}, tokenizer)
+    return prompter, Encoder(tokenizer, answer_end_id(tokenizer, prompter))
+
+
+def asked(prompter, encoder, turns) -> list[int]:
+    return encoder.encode_asked(prompter.talk(turns)[0])
+
+
+def learned_runs(marks: list[int]) -> list[tuple[int, int]]:
+    """배우는 자리들의 [시작, 끝)."""
+    edges = [at for at in range(len(marks) + 1) if (marks[at - 1 : at] == [1]) != (marks[at : at + 1] == [1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", ENDS)
+def test_a_row_is_the_whole_talk_and_asking_is_its_beginning(tokenizers, name, talk):
+    tokenizer, turns = tokenizers[name], TALKS[talk]
+    prompter, encoder = stage(tokenizer)
+    if talk == "system" and name in WITHOUT_SYSTEM:
+        with pytest.raises(CannotSay, match="system"):
+            prompter.talk(turns)
+        return
+    documents = encoder.encode_batch(prompter.talk(turns))
+    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    assert len(documents) == (len(answers) if name in REWRITES else 1)
+    ends = tokenizer.convert_tokens_to_ids(ENDS[name])
+    found = []
+    for tokens, marks in documents:
+        for start, end in learned_runs(marks):
+            place = answers[len(found)]
+            found.append(place)
+            if name in REWRITES:
+                assert tokens == whole(tokenizer, turns[: place + 1])
+            assert tokens[:start] == asked(prompter, encoder, turns[:place])
+            assert tokens[:start] == whole(tokenizer, turns[:place], add_generation_prompt=True)
+            said = tokenizer.decode(tokens[start : end - len(ends)])
+            assert said.removeprefix("<think>\n\n</think>\n\n").strip() == turns[place].text.strip()
+            assert tokens[end - len(ends) : end] == ends
+    assert found == answers
+    assert documents[-1][0] == whole(tokenizer, turns)
+    for tokens, _ in documents:
+        assert tokens.count(tokenizer.bos_token_id) == (1 if name in WITH_BOS else 0)
+
+
+def test_the_mask_is_that_of_the_generation_marks_without_what_follows_the_end(tokenizers):
+    tokenizer = tokenizers["chatml_marks"]
+    prompter, encoder = stage(tokenizer)
+    theirs = tokenizer.apply_chat_template(messages(PLAIN), return_assistant_tokens_mask=True)
+    (tokens, marks), = encoder.encode_batch(prompter.talk(PLAIN))
+    newline = tokenizer.encode("\n")
+    expected = [int(kept) and not (token in newline and before == tokenizer.convert_tokens_to_ids("<|im_end|>"))
+                for kept, token, before in zip(theirs["assistant_masks"], tokens, [None, *tokens], strict=False)]
+    assert tokens == list(theirs["input_ids"]) and marks == expected and sum(marks) == sum(
+        theirs["assistant_masks"]) - 3
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name", ["qwen3", "exaone4"])
+def test_thinking_on_and_off_asks_what_was_learned(tokenizers, name, thinking):
+    """켜면 생각이 든 답을, 끄면 빈 생각 뒤의 답을 배운다. 물을 때도 그 자리에서 묻는다."""
+    tokenizer = tokenizers[name]
+    prompter, encoder = stage(tokenizer, {"name": "chat", "enable_thinking": thinking})
+    thoughts = "<think>\n빛의 길을 본다.\n</think>\n\n" if thinking else ""
+    turns = [turn if turn.role == "user" else Turn("assistant", thoughts + turn.text) for turn in PLAIN]
+    documents = encoder.encode_batch(prompter.talk(turns))
+    assert documents[-1][0] == whole(tokenizer, turns)
+    for number, (tokens, marks) in enumerate(documents if len(documents) > 1 else documents * 3):
+        runs = learned_runs(marks)
+        start, end = runs[0] if len(documents) > 1 else runs[number]
+        prompt = asked(prompter, encoder, turns[: 2 * number + 1])
+        assert tokens[:start] == prompt == whole(tokenizer, turns[: 2 * number + 1], add_generation_prompt=True,
+                                                 enable_thinking=thinking)
+        assert ("빛의 길" in tokenizer.decode(tokens[start:end])) == thinking
+
+
+def test_an_answer_with_thoughts_is_not_taught_without_them(tokenizers):
+    prompter, _ = stage(tokenizers["qwen3"], {"name": "chat", "enable_thinking": False})
+    with pytest.raises(CannotSay, match="enable_thinking"):
+        prompter.talk([PLAIN[0], Turn("assistant", "<think>\n빛\n</think>\n\n흩어진다")])
+
+
+def test_weight_zero_is_read_and_only_the_rest_is_learned(tokenizers):
+    muted = [Turn(turn.role, turn.text, learned=place != 1) for place, turn in enumerate(PLAIN)]
+    for name in ENDS:
+        prompter, encoder = stage(tokenizers[name])
+        documents = encoder.encode_batch(prompter.talk(muted))
+        assert sum(len(learned_runs(marks)) for _, marks in documents) == 2
+        assert documents[-1][0] == whole(tokenizers[name], muted)
+        assert all(MUTED in marks for _, marks in documents)
+
+
+def test_one_document_an_answer_never_learns_a_question_twice(tokenizers):
+    """질문까지 배울 때에도 앞의 글은 그 글이 마지막이던 문서에서만 배운다."""
+    prompter, encoder = stage(tokenizers["qwen3"])
+    for number, (tokens, marks) in enumerate(encoder.encode_batch(prompter.talk(PLAIN))):
+        taught = tokenizers["qwen3"].decode([token for token, mark in zip(tokens, marks, strict=True) if mark != MUTED])
+        assert [turn.text.strip() in taught for turn in PLAIN[::2]] == [place == number for place in range(3)]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_special_tokens_written_in_a_text_stay_text(tokenizers, name):
+    tokenizer = tokenizers[name]
+    prompter, encoder = stage(tokenizer)
+    written = f"끝 토큰은 {ENDS[name][0]}이고 {tokenizer.bos_token}로 시작합니다"
+    turns = [Turn("user", f"{written}?"), Turn("assistant", f"{written}.")]
+    (tokens, marks), = encoder.encode_batch(prompter.talk(turns))
+    plain, = encoder.encode_batch(prompter.talk(PLAIN[:2]))
+    special = set(tokenizer.all_special_ids)
+    assert [token for token in tokens if token in special] == [token for token in plain[0] if token in special]
+    assert tokenizer.decode(tokens).count(written) == 2
+    (start, _), = learned_runs(marks)
+    assert tokens[:start] == asked(prompter, encoder, turns[:1])
+
+
+def test_a_boundary_that_merges_is_cut_in_training_and_in_asking(tmp_path):
+    """답이 줄바꿈으로 시작하면 BPE가 묻는 글의 끝과 합친다. 그래도 물을 때의 토큰이 배운 토큰의 앞부분이다."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator(["가\n\n\n나\n\n다"] * 9, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = equip(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>"),
+                      (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8").rstrip("\n"))
+    prompter, encoder = stage(tokenizer)
+    turns = [Turn("user", "가"), Turn("assistant", "\n\n나"), Turn("user", "다"), Turn("assistant", "\n라")]
+    (tokens, marks), = encoder.encode_batch(prompter.talk(turns))
+    assert tokens != whole(tokenizer, turns) and tokenizer.decode(tokens) == tokenizer.decode(whole(tokenizer, turns))
+    for number, (start, _) in enumerate(learned_runs(marks)):
+        assert tokens[:start] == asked(prompter, encoder, turns[: 2 * number + 1])
+        if number == 0:
+            assert tokens[:start] == whole(tokenizer, turns[:1], add_generation_prompt=True)
+
+
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+CHANGED = {
+    "raises": "{{ raise_exception('받지 않는다\n둘째 줄') }}",
+    "undefined": "{{ messages.nothing.here }}",
+    "syntax": "{% if",
+    "drops the question": "{% for m in messages if m.role != 'user' %}{{ m.content }}<|im_end|>{% endfor %}",
+    "drops the system": "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}",
+    "upper": HEAD + "{{ m.content | upper }}<|im_end|>{% endfor %}",
+    "drops the answer": "{% for m in messages if m.role != 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}",
+    "other prompt": HEAD + "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[INST]{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_template_that_cannot_say_a_talk_is_refused_in_one_line(tmp_path, name):
+    tokenizer = equip(build_tokenizer(tmp_path), CHANGED[name])
+    prompter, _ = stage(tokenizer)
+    with pytest.raises(CannotSay, match="prompt_template default") as error:
+        prompter.talk([Turn("system", "be brief"), Turn("user", "what is it?"), Turn("assistant", "an answer")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("turns", [PLAIN[:2], PLAIN])
+def test_a_template_that_ignores_the_generation_prompt_is_asked_with_its_header(tmp_path, turns):
+    tokenizer = equip(build_tokenizer(tmp_path), HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}")
+    prompter, encoder = stage(tokenizer)
+    (tokens, marks), = encoder.encode_batch(prompter.talk(turns))
+    assert tokens == whole(tokenizer, turns)
+    for number, (start, _) in enumerate(learned_runs(marks)):
+        assert tokens[:start] == asked(prompter, encoder, turns[: 2 * number + 1])
+        assert tokenizer.decode(tokens[:start]).endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_without_an_end_token_learns_the_tokenizers_end(tmp_path):
+    tokenizer = equip(build_tokenizer(tmp_path), "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                                                 "{% if add_generation_prompt %}assistant: {% endif %}")
+    prompter, encoder = stage(tokenizer)
+    documents = encoder.encode_batch(prompter.talk(PLAIN))
+    assert len(documents) == 3 and prompter.end_tokens == []
+    for number, (tokens, marks) in enumerate(documents):
+        (start, end), = learned_runs(marks)
+        assert tokens[:start] == asked(prompter, encoder, PLAIN[: 2 * number + 1])
+        assert tokens[-1] == tokenizer.eos_token_id and end == len(tokens)
+        assert tokenizer.decode(tokens[start:-1]) == f" {PLAIN[2 * number + 1].text}"
+
+
+def test_every_end_of_the_template_is_an_end_of_serving(tokenizers):
+    for name, tokenizer in tokenizers.items():
+        prompter, _ = stage(tokenizer)
+        ends = tokenizer.convert_tokens_to_ids(ENDS[name])
+        assert prompter.end_tokens == ENDS[name] and answer_end_id(tokenizer, prompter) == ends[0]
+        assert {tokenizer.eos_token_id, *ends} <= set(end_token_ids(tokenizer, None))

@@ -1,0 +1,193 @@
+"""열 이름에서 행의 꼴(`Form`)을, 행에서 차례대로 말한 글(`Turn`)들을 정한다. 형식을 적는 플래그는 없다."""
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from utils.data.talks import BadTurns, read_turns, require_answers
+from utils.data.texts import SURROGATE, compose, strip_end
+from utils.errors import UsageError
+from utils.turns import Turn
+
+# (질문, 답)의 열. 앞의 것부터 고른다
+PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
+         ("question", "answer"), ("query", "response"), ("질문", "답변"), ("질문", "답"), ("질문", "대답"),
+         ("문제", "정답"), ("문제", "답"), ("명령", "출력"), ("지시", "응답"), ("입력", "출력"), ("input", "output"),
+         ("q", "a"))
+TALKS = ("messages", "conversations", "conversation")
+# 함께 있으면 쓰는 열 -> 그 이름들
+EXTRAS = {"input": ("input", "context", "입력", "맥락"), "system": ("system", "system_prompt", "시스템"),
+          "history": ("history",)}
+SHOWN = "messages / conversations / instruction+output / prompt+completion / question+answer / 질문+답변 / text"
+ADVICE = "--check_data True로 모두 찾고 --repair_data로 고치거나 뺀다"
+_CLOSE = 0.75  # 이보다 비슷하면 잘못 적은 이름으로 본다
+
+
+@dataclass(frozen=True)
+class Form:
+    """행의 꼴.
+
+    Attributes:
+        columns: 뜻 -> 파일에 적힌 열의 이름. 뜻은 "talk"(대화의 목록), "text"(글 하나), "question"과 "answer", 그리고
+            `EXTRAS`의 것이다.
+    """
+
+    columns: dict[str, str]
+
+    def unused(self, names: Iterable[str]) -> set[str]:
+        """이 꼴이 쓰지 않는 열."""
+        return set(names) - set(self.columns.values())
+
+
+def choose_form(names: Iterable[str]) -> Form | None:
+    """열 이름으로 정한 꼴. 아는 이름이 없으면 None이다. 대소문자와 앞뒤의 공백은 가리지 않는다."""
+    names = [name for name in names if isinstance(name, str)]
+    known = {**{_plain(name): name for name in reversed(names)}, **{name: name for name in names}}
+    columns: dict[str, str] = {}
+    pair = next((pair for pair in PAIRS[:4] if known.keys() >= set(pair)), None)
+    talk = next((name for name in TALKS if name in known), None)
+    pair = pair or (None if talk else next((pair for pair in PAIRS if known.keys() >= set(pair)), None))
+    if pair:
+        columns = {"question": known[pair[0]], "answer": known[pair[1]]}
+    elif talk:
+        columns = {"talk": known[talk]}
+    elif "text" in known:
+        return Form({"text": known["text"]})
+    else:
+        return None
+    for meaning, cousins in EXTRAS.items():
+        found = next((known[name] for name in cousins if name in known and known[name] not in columns.values()), None)
+        if found is not None and (pair or meaning == "system"):
+            columns[meaning] = found
+    return Form(columns)
+
+
+def require_form(names: Iterable[str], source: str | Path) -> Form:
+    """`choose_form`과 같다.
+
+    Raises:
+        UsageError: 아는 이름이 없다. 있는 열을 말하고, 잘못 적은 것 같으면 옳은 이름을 묻는다.
+    """
+    names = sorted(map(str, names))
+    form = choose_form(names)
+    if form is None:
+        guesses = [f"{name} -> {guess}" for name in names if (guess := _closest(name))]
+        meant = f" 혹시 이 이름들인가: {', '.join(guesses)}." if guesses else ""
+        raise UsageError(f"{source}의 열을 알 수 없다: {', '.join(names) or '없음'}.{meant} 쓸 수 있는 열: {SHOWN}")
+    return form
+
+
+def read_row(row: dict, form: Form, number: int, source: str | Path) -> list[Turn]:
+    """행 하나의 글들. 마지막은 배울 답이거나, role이 "text"인 글 하나다. 끝 토큰의 글자는 떼어 낸다.
+
+    Raises:
+        BadTurns: 행에 글이 없거나 읽을 수 없다. 파일과 행의 번호와 고치는 법을 말한다.
+    """
+    where = f"{source}의 {number}번째 행"
+    try:
+        turns = _read(row, form)
+        for turn in turns:
+            if SURROGATE.search(turn.text + turn.input):
+                raise BadTurns("에 짝 없는 surrogate(\\ud800 따위)가 있어 글로 쓸 수 없다", "missing")
+    except BadTurns as error:
+        raise BadTurns(f"{where}{error}. {ADVICE}", error.kind) from None
+    return [Turn(turn.role, compose(turn.text), turn.learned, compose(turn.input)) for turn in turns]
+
+
+def _read(row: dict, form: Form) -> list[Turn]:
+    columns = form.columns
+    if "text" in columns:
+        return [Turn("text", strip_end(_text(row, columns["text"], strip=True)))]
+    system = _optional(row, columns.get("system"))
+    if "talk" in columns:
+        turns = _talk(row.get(columns["talk"]), columns["talk"])
+    else:
+        turns = _history(row, columns.get("history")) + _pair(row, columns)
+    if system and turns[0].role == "system":
+        raise BadTurns(f"의 system이 {columns['system']} 열과 대화에 모두 있다. 하나만 둔다")
+    return [Turn("system", system), *turns] if system else turns
+
+
+def _pair(row: dict, columns: dict[str, str]) -> list[Turn]:
+    asked, answered = columns["question"], columns["answer"]
+    if isinstance(row.get(asked), list) or isinstance(row.get(answered), list):  # 대화의 목록으로 적은 두 열
+        question = row[asked] if isinstance(row.get(asked), list) else [{"role": "user", "content": row.get(asked)}]
+        answer = row[answered] if isinstance(row.get(answered), list) else [
+            {"role": "assistant", "content": row.get(answered)}]
+        return _talk([*question, *answer], f"{asked}+{answered}")
+    context = _optional(row, columns.get("input"))
+    return [Turn("user", _text(row, asked), input=context), Turn("assistant", _text(row, answered, strip=True))]
+
+
+def _talk(value: object, name: str) -> list[Turn]:
+    try:
+        return require_answers(read_turns(_unpacked(value)))
+    except BadTurns as error:
+        raise BadTurns(f"의 {name}{error}", error.kind) from None
+
+
+def _history(row: dict, name: str | None) -> list[Turn]:
+    """앞서 주고받은 [[질문, 답], ...]. 없으면 비어 있다."""
+    value = _unpacked(row.get(name)) if name else None
+    if value is None or value == [] or _is_nan(value) or (isinstance(value, str) and not value.strip()):
+        return []
+    if not isinstance(value, list) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in value):
+        raise BadTurns(f"의 {name}가 [[질문, 답], ...]의 꼴이 아니다")
+    if not all(text.strip() for pair in value for text in pair):
+        raise BadTurns(f"의 {name}에 빈 글이 있다. 글을 적거나 그 짝을 뺀다", "empty")
+    return [Turn(role, strip_end(text) if role == "assistant" else text) for pair in value
+            for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _text(row: dict, name: str, strip: bool = False) -> str:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str) and not _is_nan(value):
+        raise BadTurns(f"의 {name}이 글이 아니다({type(value).__name__}). 따옴표로 감싼 글을 적는다", "missing")
+    text = value if isinstance(value, str) else ""
+    text = strip_end(text) if strip else text
+    if not text.strip():
+        raise BadTurns(f"의 {name}이 없거나 비었다. 글을 적거나 그 행을 뺀다",
+                       "empty" if isinstance(value, str) else "missing")
+    return text
+
+
+def _optional(row: dict, name: str | None) -> str:
+    """있으면 쓰는 열의 글. 빈 칸은 없는 것과 같다."""
+    value = row.get(name) if name else None
+    if value is None or _is_nan(value):
+        return ""
+    if not isinstance(value, str):
+        raise BadTurns(f"의 {name}이 글이 아니다({type(value).__name__}). 글을 적거나 비워 둔다", "missing")
+    return value if value.strip() else ""
+
+
+def _unpacked(value: object) -> object:
+    """CSV나 엑셀의 칸에 JSON으로 적은 목록이면 푼 것, 아니면 그대로."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and value != value
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+def _closest(name: str) -> str:
+    """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
+    every = {*TALKS, "text", *(each for pair in PAIRS for each in pair), *(each for names in EXTRAS.values()
+                                                                           for each in names)} - {"q", "a"}
+    spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
+    found = get_close_matches(unicodedata.normalize("NFD", _plain(name)), spelled, 1, _CLOSE)
+    return spelled[found[0]] if found and spelled[found[0]] != _plain(name) else ""
