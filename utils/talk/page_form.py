@@ -76,6 +76,7 @@ async def _ask(models: Models, both: bool, values: Sequence, session: str):
     """질문을 줄에 세우고, 답이 자라는 대로 화면의 값을 내놓는다. 비교하면 같은 시드로 잇달아 답한다."""
     instruction, input, *numbers, name, other = values
     try:
+        instruction, input = instruction or "", input or ""  # 손대지 않은 칸은 None이다
         guard.check_text(Instruction=instruction, Input=input)
         if not instruction.strip():
             raise UsageError(EMPTY)

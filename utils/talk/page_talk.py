@@ -46,7 +46,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     shown = [talk, chat, beside, question, status]
 
     async def send(request: gr.Request, value, text, *settings):
-        async for update in say(models, value, None, text, settings, request.session_hash):
+        async for update in say(models, value, None, text or "", settings, request.session_hash):
             yield update
 
     async def retry(event: gr.RetryData, request: gr.Request, value, *settings):
