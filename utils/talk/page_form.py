@@ -20,7 +20,7 @@ NO_INPUT = "Input이 비어 있어 {0} 자리가 글자 그대로 전해졌어�
 def form_tab(models: Models, model: gr.Dropdown, other: gr.Dropdown) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
     context = models.default.answerer.context
-    with gr.Row():
+    with gr.Row(elem_id="form-row"):
         with gr.Column(scale=3, min_width=280):
             instruction = gr.Textbox(label="Instruction", lines=4, max_lines=12, max_length=guard.MAX_CHARS,
                                      elem_id="instruction",

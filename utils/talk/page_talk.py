@@ -94,8 +94,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     chat.undo(undo, talk, shown, **LIVE)
     chat.like(like, talk, [talk, chat, status], **LIVE)
     question.stop(stop, None, question, **LIVE)
-    for trigger in (fresh.click, chat.clear):
-        trigger(renew, None, shown, **LIVE)
+    fresh.click(renew, None, shown, **LIVE)
     chips.click(lambda row: row[0], chips, question, **LIVE)
     other.change(columns, other, [chat, beside], **LIVE)
     model.change(lambda picked: gr.update(label=title_of(picked)), model, chat, **LIVE)
