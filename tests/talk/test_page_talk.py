@@ -33,6 +33,7 @@ def opened(browser, talk_server):
 def page(opened):
     start_anew(opened)
     set_seed(opened, "5")
+    set_tokens(opened, SHORT)
     return opened
 
 
@@ -136,7 +137,6 @@ def test_stop_keeps_what_was_said(page):
     expect(page.locator("#talk-status textarea")).to_have_value(re.compile("사용자가 멈춤"), timeout=30_000)
     expect(page.locator("#talk-question .submit-button")).to_be_visible()
     assert said(page, "bot")
-    set_tokens(page, SHORT)
 
 
 def test_long_answers_are_followed_to_their_end(page):
@@ -149,9 +149,8 @@ def test_long_answers_are_followed_to_their_end(page):
         below = box.evaluate("box => box.scrollHeight - box.scrollTop - box.clientHeight")
         assert below < 30, below
     tall = box.evaluate("box => box.scrollHeight - box.clientHeight")
-    page.set_viewport_size({"width": 1280, "height": 800})
-    set_tokens(page, SHORT)
     assert tall > 100, tall
+    page.set_viewport_size({"width": 1280, "height": 800})
 
 
 def test_composing_hangul_never_sends(page):
@@ -276,6 +275,6 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     tokenizer, prompter = load_tokenizer(base), Prompter()
     encoder = Encoder(tokenizer, tokenizer.eos_token_id, len(tokenizer))
     documents = load_documents(str(file), prompter, encoder, 256, tokenizer.eos_token_id)
-    tokens, learned = documents.document(0)
     assert len(documents) == 2
+    tokens, learned = documents.document(0)
     assert tokenizer.decode(tokens[learned]).removesuffix("<|endoftext|>").strip() == "사람이 고친 답"
