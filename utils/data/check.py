@@ -15,7 +15,7 @@ from utils.turns import Pieces, Turn
 N_EXAMPLES, N_UNUSED = 5, 20
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
 KINDS = {
-    "encoding": "UTF-8이 아니어서 바꾸어 읽었다",
+    "encoding": "UTF-8로 바꾸어 읽었다",
     "broken": "읽을 수 없는 행",
     "unused": "쓰지 않는 열",
     "missing": "필요한 열이 없거나 글이 아닌 행",
