@@ -79,6 +79,15 @@ def test_careless_values_say_what_to_do(argv, named):
         parse(*argv)
 
 
+@pytest.mark.parametrize("typed, meant", [("epochs", "num_train_epochs"), ("lr", "learning_rate"), ("cuont", "count")])
+def test_short_and_partial_names_are_understood(typed, meant):
+    def train(*, num_train_epochs: float = 3, learning_rate: float = 1.0, count: int = 3):
+        """단계 하나."""
+
+    with pytest.raises(UsageError, match=f"혹시 --{meant}"):
+        cli.parse(train, [f"--{typed}", "3"], {})
+
+
 @pytest.mark.parametrize("text", ["“학습 폴더”", "‘학습 폴더’", "'학습 폴더'"])
 def test_quotes_copied_from_a_document_are_taken_off(text):
     assert parse("--folder", text) == {"folder": "학습 폴더"}

@@ -18,11 +18,12 @@ pytestmark = pytest.mark.quick
 
 DOCS = [*(ROOT / name for name in ("README.md", "INSTALL-Win.md", "INSTALL-WSL.md", ".github/CONTRIBUTING.md")),
         *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
-SYSTEM_COMMANDS = {"conda", "nvidia-smi", "wsl", "sudo", "source", "ln", "set", "export", "chcp", "git", "python3"}
+SYSTEM_COMMANDS = {"cd", "conda", "nvidia-smi", "wsl", "sudo", "source", "ln", "set", "export", "chcp", "git",
+                   "python3"}
 FENCE = re.compile(r"^```(?:sh|bat|powershell)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # 글 속에 나오는 다른 도구(torchrun, accelerate, wsl)의 플래그
-FOREIGN_FLAGS = {"index_url", "nnodes", "node_rank", "rdzv_endpoint", "cpu", "num_processes", "update", "shutdown",
-                 "help"}
+FOREIGN_FLAGS = {"index_url", "nnodes", "standalone", "nproc_per_node", "exclude", "node_rank", "rdzv_endpoint",
+                 "cpu", "num_processes", "update", "shutdown", "help"}
 
 
 def commands() -> list[tuple[str, str]]:

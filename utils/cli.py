@@ -146,7 +146,7 @@ def _refuse_unknown(argv: list[str], parameters: Parameters) -> None:
             continue
         base = name[2:] if name.startswith("no") and name not in parameters else name
         if base not in parameters:
-            near = difflib.get_close_matches(name.lower(), parameters, n=1)
+            near = _nearest(name.lower(), parameters)
             hint = f"혹시 --{near[0]}?" if near else "쓸 수 있는 플래그는 --help로 본다"
             if previous is not None and not near:
                 hint = f"--{previous}의 값이면 --{previous}={token} 으로 적는다"
@@ -157,6 +157,13 @@ def _refuse_unknown(argv: list[str], parameters: Parameters) -> None:
         previous = None if "=" in token else name
     if problems:
         raise UsageError(" / ".join(problems))
+
+
+def _nearest(name: str, parameters: Parameters) -> list[str]:
+    """비슷하게 적은 플래그. 오타, 이름의 한 토막(epochs), 첫 글자(lr)의 차례로 찾는다."""
+    return (difflib.get_close_matches(name, parameters, n=1)
+            or [each for each in parameters if name in each.split("_")]
+            or [each for each in parameters if name == "".join(word[0] for word in each.split("_"))])[:1]
 
 
 def _loose_hint(token: str) -> str:

@@ -5,6 +5,7 @@ import pytest
 from conftest import train_settings
 
 from utils.data.blocks import pack
+from utils.files import write_manifest
 from utils.train.batch_size import DEFAULT_BATCH, ENOUGH_STEPS, batch_lines, choose_batch
 
 pytestmark = pytest.mark.quick
@@ -70,3 +71,13 @@ def test_enough_steps_say_nothing():
     for flags in ({}, {"batch_size": 4}):
         settings, batch = choose(lengths, **flags)
         assert batch_lines(settings, batch, lengths, int(lengths.max()), 1) == []
+
+
+@pytest.mark.parametrize("written, kept", [([1, 96, 64], (1, 96, 64)), (4, (4, 1024, 1024))])
+def test_a_resumed_run_keeps_its_batch_whatever_the_epochs(tmp_path, written, kept):
+    """epoch을 늘려 이어 가면 새로 고를 batch가 달라진다. 처음의 것을 써야 조건이 같다."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    write_manifest(folder, {"run": {"batch_size": {"id": written, "shown": ""}}, "files": {}})
+    batch = choose(lengths_of(60), resume_from_checkpoint=str(folder))[1]
+    assert (batch.size, batch.block_len, batch.room) == kept
