@@ -1,4 +1,4 @@
-// 보이는 글 가운데 글과 바탕의 명암비(WCAG)가 4.5에 못 미치는 것들. 바탕은 투명하지 않은 색을 만날 때까지 거슬러 찾는다.
+// 보이는 글(누를 수 없는 단추는 빼고) 가운데 글과 바탕의 명암비(WCAG)가 4.5에 못 미치는 것들. 바탕은 투명하지 않은 색을 만날 때까지 거슬러 찾는다.
 () => {
   const color = (text) => {
     const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -34,7 +34,7 @@
     if (ratio < 4.5) weak.push(`${text.trim().slice(0, 30)} ${ratio.toFixed(2)} <${node.tagName} ${node.className}>`);
   };
   for (const node of document.querySelectorAll("body *")) {
-    if (["SCRIPT", "STYLE", "OPTION"].includes(node.tagName) || !seen(node)) continue;
+    if (["SCRIPT", "STYLE", "OPTION"].includes(node.tagName) || node.closest("button:disabled") || !seen(node)) continue;
     const text = [...node.childNodes].filter((one) => one.nodeType === 3).map((one) => one.data).join("");
     if (text.trim()) check(node, null, text);
     if (node.value && node.matches("textarea, input")) check(node, null, String(node.value));

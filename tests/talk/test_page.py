@@ -207,6 +207,14 @@ def test_first_screen_shows_question_answer_and_send(browser, talk_server, width
         assert boxes[0]["height"] >= 200
         expect(window.locator("#system")).to_be_hidden()
         expect(window).to_have_title("base + run")
+        window.locator("#talk-question .submit-button").click()
+        expect(window.locator("#talk-status textarea")).to_have_value("질문을 적어 주세요")
+        window.locator("#chips button").first.click()  # 설정을 펴 보지 않아도 답한다
+        expect(window.locator("#talk-question textarea")).not_to_have_value("")
+        window.locator("#talk-question textarea").press("Enter")
+        expect(window.locator("#chat [data-testid=bot]")).not_to_have_text("", timeout=30_000)
+        window.locator("#talk-question .stop-button").click()
+        expect(window.locator("#talk-status textarea")).to_have_value(re.compile("사용자가 멈춤"), timeout=30_000)
         for name in TABS:
             show_tab(window, name)
             window.wait_for_timeout(300)

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 KOREAN = {"chatbot.copy_message": "복사", "chatbot.copied_message": "복사했어요", "chatbot.retry": "다시 답하기",
           "chatbot.undo": "마지막 질문 되돌리기", "chatbot.edit": "고쳐 쓰기", "chatbot.submit": "고친 글 보내기",
           "chatbot.cancel": "그만두기", "chatbot.like": "좋은 답", "chatbot.dislike": "나쁜 답",
-          "chatbot.clear": "새 대화", "common.loading": "여는 중"}
+          "common.loading": "여는 중"}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ NO_INPUT = "Input이 비어 있어 {0} 자리가 글자 그대로 전해졌어�
 def form_tab(models: Models, model: gr.Dropdown, other: gr.Dropdown) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
     context = models.default.answerer.context
-    with gr.Row():
+    with gr.Row(elem_id="form-row"):
         with gr.Column(scale=3, min_width=280):
             instruction = gr.Textbox(label="Instruction", lines=4, max_lines=12, max_length=guard.MAX_CHARS,
                                      elem_id="instruction",
@@ -76,6 +76,7 @@ async def _ask(models: Models, both: bool, values: Sequence, session: str):
     """질문을 줄에 세우고, 답이 자라는 대로 화면의 값을 내놓는다. 비교하면 같은 시드로 잇달아 답한다."""
     instruction, input, *numbers, name, other = values
     try:
+        instruction, input = instruction or "", input or ""  # 손대지 않은 칸은 None이다
         guard.check_text(Instruction=instruction, Input=input)
         if not instruction.strip():
             raise UsageError(EMPTY)

@@ -37,7 +37,7 @@ def told(error: UsageError) -> str:
 async def say(models: Models, value, index: int | None, text: str | None, settings: Sequence, session: str):
     """대화에 질문을 더하거나(`index`가 None) `index`번째 질문을 고쳐 묻고, 답이 자라는 대로 화면을 내놓는다."""
     try:
-        names, system, sampling = settings[:2], settings[2], read_sampling(settings[3:])
+        names, system, sampling = settings[:2], settings[2] or "", read_sampling(settings[3:])
         talk = read_talk(value)
         place = len(talk.said) if index is None else _question_before(talk, index)
         text = talk.said[place].text if text is None else text

@@ -46,7 +46,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     shown = [talk, chat, beside, question, status]
 
     async def send(request: gr.Request, value, text, *settings):
-        async for update in say(models, value, None, text, settings, request.session_hash):
+        async for update in say(models, value, None, text or "", settings, request.session_hash):
             yield update
 
     async def retry(event: gr.RetryData, request: gr.Request, value, *settings):
@@ -82,7 +82,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
         said = reread(value)
         left = said.said[-1].text if len(said.said) % 2 else ""
         said = said.cut(len(said.said) - 1) if left else said
-        return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system
+        return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system or gr.skip()
 
     def columns(picked):
         side = gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
@@ -94,8 +94,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     chat.undo(undo, talk, shown, **LIVE)
     chat.like(like, talk, [talk, chat, status], **LIVE)
     question.stop(stop, None, question, **LIVE)
-    for trigger in (fresh.click, chat.clear):
-        trigger(renew, None, shown, **LIVE)
+    fresh.click(renew, None, shown, **LIVE)
     chips.click(lambda row: row[0], chips, question, **LIVE)
     other.change(columns, other, [chat, beside], **LIVE)
     model.change(lambda picked: gr.update(label=title_of(picked)), model, chat, **LIVE)
