@@ -131,7 +131,8 @@ class Runs:
                 raise UsageError(f"{shown(folder)}에 이미 무언가 있다. 다른 이름을 적거나, 멈춘 학습이면 이어 한다")
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                (folder / PROCESS_FILE).open("x", encoding="utf-8").close()  # 다른 서버가 같은 때에 눌렀으면 하나만 만든다
+                # 다른 서버가 같은 때에 눌렀으면 하나만 만든다
+                (folder / PROCESS_FILE).open("x", encoding="utf-8").close()
             except FileExistsError:
                 raise UsageError(f"{shown(folder)}에서 이미 다른 서버가 시작했다") from None
             self._launch(folder, order, resume=False)
