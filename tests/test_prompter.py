@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from utils.chat import ChatPrompter
 from utils.errors import UsageError
-from utils.prompter import TEMPLATES, Prompter, Turn, make_prompter
+from utils.prompter import TEMPLATES, Prompter, Turn, make_prompter, unwrap
 from utils.turns import fill_placeholder, shift_space
 
 pytestmark = pytest.mark.quick
@@ -66,6 +66,18 @@ def test_input_without_a_placeholder_is_kept():
 def test_text_is_split_at_the_first_marker(name, answer):
     prompter = Prompter(name)
     assert prompter.split(prompter.render("질문\n\n빈 줄", "", answer)) == prompter.pieces("질문\n\n빈 줄", "", answer)
+
+
+@pytest.mark.parametrize("context", ["", "딸린\n\n글"])
+@pytest.mark.parametrize("answer", ["짧다", "### 1. 개요\n\n### 답변: 다시\n\n### 맥락: 끝", ""])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rendered_text_is_unwrapped_into_its_turns(name, answer, context):
+    text = Prompter(name).render("질문\n\n빈 줄", context, answer)
+    assert unwrap(text) == [Turn("user", "질문\n\n빈 줄", input=context), Turn("assistant", answer)]
+
+
+def test_other_texts_are_not_unwrapped():
+    assert unwrap("그냥 글\n\n### 답변: 답") is None and unwrap("### 질문: 가") is None
 
 
 def test_text_without_the_marker_is_not_split():

@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from utils.errors import UsageError
@@ -51,6 +51,7 @@ class ChatPrompter:
 
     Args:
         template: {"name": "chat"}. "enable_thinking"(bool)이 있으면 템플릿에 그대로 넘긴다. 없으면 템플릿의 기본값이다.
+        unwrap: 한 글로 된 행을 질문과 답으로 푼다. 풀 수 없으면 None이다.
 
     Raises:
         UsageError: 토크나이저에 대화 템플릿이 없거나, enable_thinking이 bool이 아니다.
@@ -58,7 +59,8 @@ class ChatPrompter:
 
     name = CHAT
 
-    def __init__(self, tokenizer, template: dict | None = None):
+    def __init__(self, tokenizer, template: dict | None = None,
+                 unwrap: Callable[[str], list[Turn] | None] = lambda text: None):
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("이 모델의 토크나이저에는 대화 템플릿이 없다. --prompt_template default를 쓴다")
         self.template = {"name": CHAT, **{key: value for key, value in (template or {}).items()
@@ -67,6 +69,7 @@ class ChatPrompter:
         if not all(isinstance(value, bool) for value in self._settings.values()):
             raise UsageError("템플릿 chat의 enable_thinking에는 true나 false를 적는다")
         self._tokenizer = tokenizer
+        self._unwrap = unwrap
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         self._has_marks = isinstance(tokenizer.chat_template, str) and bool(_MARKS.search(tokenizer.chat_template))
@@ -76,6 +79,10 @@ class ChatPrompter:
     def prompt(self, instruction: str, input: str = "") -> str:
         """답이 시작되기 직전까지의 글."""
         return self._asked([Turn("user", instruction, input=input)]).replace(GUARD, "")
+
+    def read(self, turns: list[Turn]) -> list[Turn]:
+        """템플릿에 맞추어 읽은 글들. 다른 틀로 적힌 글(`### 질문: …`)은 질문과 답으로 푼다."""
+        return (self._unwrap(turns[0].text) or turns) if turns[0].role == "text" else turns
 
     def talk(self, turns: Sequence[Turn]) -> list[Pieces]:
         """대화 하나의 문서들. 마지막이 user면 묻는 글 하나다.

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import subprocess
 import sys
 import warnings
 
@@ -25,6 +27,11 @@ def one_line(text: str, limit: int = 120) -> str:
     """여러 줄의 글을 한 줄로. `limit`글자를 넘으면 자른다."""
     line = " ".join(text.split()) or "(빈 답)"
     return line if len(line) <= limit else f"{line[:limit]}…"
+
+
+def shown_command(words: list[str]) -> str:
+    """콘솔에 그대로 붙여 실행할 수 있는 한 줄."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def show_details(on: bool) -> None:

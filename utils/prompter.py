@@ -3,6 +3,7 @@
 표준 라이브러리만 쓴다.
 """
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -75,6 +76,22 @@ class Prompter:
             pieces.append(shift_space(asked, ""))
         return [pieces]
 
+    def read(self, turns: list[Turn]) -> list[Turn]:
+        """템플릿에 맞추어 읽은 글들. 한 글로 된 행도 이 템플릿에서는 그대로다."""
+        return turns
+
+    def unwrap(self, text: str) -> list[Turn] | None:
+        """이 틀로 적힌 글을 질문과 답으로 푼다. 다른 글이면 None이다."""
+        for form in ("prompt_input", "prompt_no_input"):
+            shape = re.escape(self.template[form].rstrip(" "))
+            for slot in ("instruction", "input"):
+                shape = shape.replace(re.escape(f"{{{slot}}}"), f"(?P<{slot}>.*?)")
+            found = re.match(shape, text, re.DOTALL)
+            if found and not any(self.answer_marker.rstrip(" ") in value for value in found.groupdict().values()):
+                asked = Turn("user", found["instruction"], input=found.groupdict().get("input", ""))
+                return [asked, Turn("assistant", text[found.end() :].lstrip(" "))]
+        return None
+
     def split(self, text: str) -> tuple[str, str] | None:
         """질문과 답이 한 글로 된 행을 두 조각으로 나눈다. 답이 시작되는 표시가 없으면 None이다.
 
@@ -94,8 +111,19 @@ def make_prompter(template: str | Path | dict, tokenizer=None) -> Prompter | Cha
         template = {"name": CHAT}
     content = template if isinstance(template, dict) else _read_template(template)
     if isinstance(content, dict) and content.get("name") == CHAT:
-        return ChatPrompter(tokenizer, content)
+        return ChatPrompter(tokenizer, content, unwrap)
     return Prompter(template)
+
+
+def unwrap(text: str) -> list[Turn] | None:
+    """이 폴더의 틀 가운데 하나로 적힌 글을 질문과 답으로 푼다. 어느 틀도 아니면 None이다."""
+    found = (prompter.unwrap(text) for prompter in _shipped())
+    return next((turns for turns in found if turns), None)
+
+
+@functools.cache
+def _shipped() -> tuple[Prompter, ...]:
+    return tuple(Prompter(path.stem) for path in sorted(TEMPLATES.glob("*.json")))
 
 
 def _read_template(template: str | Path) -> dict:

@@ -128,7 +128,7 @@ def _mark_best(axis, steps: list[int], values: list[float], color: str) -> None:
     """검증 loss가 가장 낮은 step에 별을 찍고 그 값을 적는다."""
     best = min(range(len(values)), key=values.__getitem__)
     axis.plot(steps[best], values[best], "*", color=color, markersize=16)
-    axis.annotate(f"가장 좋은 step {steps[best]:,}: {values[best]:.3f}", (steps[best], values[best]), xytext=(0, 14),
+    axis.annotate(f"가장 좋은 step {steps[best]:,}: {values[best]:.3f}", (steps[best], values[best]), xytext=(0, 20),
                   fontsize=11, textcoords="offset points", ha="right" if best > len(values) / 2 else "left",
                   color=color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
 

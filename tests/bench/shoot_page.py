@@ -74,6 +74,7 @@ def ask(page, example: int) -> None:
     page.locator("#talk-question textarea").press("Enter")
     expect(page.locator("#talk-question .stop-button")).to_be_visible(timeout=60_000)
     wait(page, "#talk-status")
+    expect(page.locator("#talk-question .submit-button")).to_be_visible(timeout=120_000)
 
 
 def wait(page, element: str) -> None:

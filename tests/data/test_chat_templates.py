@@ -1,15 +1,19 @@
 """공개된 대화 템플릿마다, 배우는 토큰은 apply_chat_template의 토큰이고 물을 때의 토큰은 그 앞부분이다."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import build_tokenizer
 
 from utils.chat import CannotSay
+from utils.data import check, dataset
 from utils.data.documents import MUTED
 from utils.data.encoder import Encoder
+from utils.errors import UsageError
 from utils.model.tokenizer import answer_end_id, end_token_ids
-from utils.prompter import Turn, make_prompter
+from utils.prompter import Prompter, Turn, make_prompter
 
 pytestmark = pytest.mark.quick
 
@@ -28,10 +32,11 @@ REWRITES = ("qwen3", "hyperclovax")
 PLAIN = [Turn("user", "하늘은 왜 파란가요?"), Turn("assistant", "햇빛이 흩어집니다.\n\n- 파란 빛\n"),
          Turn("user", "  그럼 노을은? \n"), Turn("assistant", "붉은 빛이 남습니다. 끝<end>"),
          Turn("user", "3 더하기 4는?"), Turn("assistant", "7")]
+PAIR = ("요약해 줘", "긴 글", "짧은 글")
 TALKS = {"한 번": PLAIN[:2], "세 번": PLAIN, "system": [Turn("system", "짧게 답한다."), *PLAIN[:4]]}
 
 
-def load(name: str, folder: Path):
+def load_tokenizer(name: str, folder: Path):
     return equip(build_tokenizer(folder), (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n"))
 
 
@@ -47,7 +52,7 @@ def equip(tokenizer, template: str):
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {name: load(name, folder / name) for name in ENDS}
+    return {name: load_tokenizer(name, folder / name) for name in ENDS}
 
 
 def messages(turns) -> list[dict]:
@@ -241,6 +246,58 @@ def test_a_template_without_an_end_token_learns_the_tokenizers_end(tmp_path):
         assert tokens[:start] == asked(prompter, encoder, PLAIN[: 2 * number + 1])
         assert tokens[-1] == tokenizer.eos_token_id and end == len(tokens)
         assert tokenizer.decode(tokens[start:-1]) == f" {PLAIN[2 * number + 1].text}"
+
+
+def load(path, tokenizer, rows: list[dict], cutoff_len: int = 512, **settings):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    prompter, encoder = stage(tokenizer)
+    return dataset.load_documents(path, prompter, encoder, cutoff_len, answer_end_id(tokenizer, prompter),
+                                  str(path.parent / "cache"), **settings)
+
+
+def test_texts_written_with_another_template_are_said_with_the_chat_template(tokenizers, tmp_path):
+    tokenizer = tokenizers["chatml"]
+    rows = [{"text": Prompter("default").render(*PAIR) + "<|endoftext|>"}, {"text": "그냥 글"}]
+    documents = load(tmp_path / "a.jsonl", tokenizer, rows)
+    question, context, answer = PAIR
+    said = [Turn("user", f"{question}\n\n{context}"), Turn("assistant", answer)]
+    assert documents.document(0)[0].tolist() == whole(tokenizer, said)
+    assert documents.found == {"off_template": {"count": 1, "rows": [2]}}
+
+
+def test_a_row_the_template_refuses_is_named_and_counted(tokenizers, tmp_path):
+    rows = [{"messages": messages(PLAIN[:2])}, {"messages": messages([Turn("system", "짧게"), *PLAIN[:2]])}]
+    with pytest.raises(UsageError, match="a.jsonl의 2번째 행.*System role not supported.*system을 첫 질문에") as error:
+        load(tmp_path / "a.jsonl", tokenizers["gemma2"], rows)
+    assert "\n" not in str(error.value)
+    documents = load(tmp_path / "a.jsonl", tokenizers["gemma2"], rows, skip_bad=True)
+    assert documents.found == {"template": {"count": 1, "rows": [2]}} and len(documents) == 1
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma3", "exaone4"])
+def test_a_long_talk_is_the_whole_talk_without_its_first_exchanges(tokenizers, tmp_path, name):
+    turns = [Turn("system", "짧게"), *(turn for number in range(900) for turn in (
+        Turn("user", f"{number}번?"), Turn("assistant", f"{number}번째 답")))]
+    tokens = load(tmp_path / "a.jsonl", tokenizers[name], [{"messages": messages(turns)}], 200).document(0)[0].tolist()
+    for kept in range(1, 20):
+        if tokens == whole(tokenizers[name], [turns[0], *turns[-2 * kept :]]):
+            break
+    assert len(tokens) <= 200 < len(whole(tokenizers[name], [turns[0], *turns[-2 * (kept + 1) :]]))
+
+
+def test_each_answer_of_a_long_talk_keeps_the_exchanges_that_fit_before_it(tokenizers, tmp_path):
+    tokenizer = tokenizers["qwen3"]
+    turns = [turn for number in range(30) for turn in (
+        Turn("user", f"{number}번?"), Turn("assistant", f"{number}번째 답"))]
+    rows = [{"messages": messages(turns)}, {"messages": messages(PLAIN[:2])}]
+    documents = load(tmp_path / "a.jsonl", tokenizer, rows, 150)
+    assert len(documents) == 31 and documents.found["divided"]["rows"] == documents.found["cut_talk"]["rows"] == [1]
+    assert len(set(documents.digests.tolist())) == 2  # 한 행의 문서들은 학습과 검증의 같은 쪽에 놓인다
+    assert "duplicate" not in check.document_faults(documents, np.arange(31), np.arange(0))
+    for place in range(30):
+        tokens = documents.document(place)[0].tolist()
+        fitting = [whole(tokenizer, turns[2 * start : 2 * place + 2]) for start in range(place + 1)]
+        assert tokens == next(ids for ids in fitting if len(ids) <= 150)
 
 
 def test_every_end_of_the_template_is_an_end_of_serving(tokenizers):

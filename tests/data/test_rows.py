@@ -32,7 +32,7 @@ def read(folder, name: str, content: str | bytes) -> list[tuple[int, dict]]:
 def pieces_of(row: dict, number: int = 1) -> list[tuple[str, str]]:
     """행 하나를 default 템플릿의 조각으로."""
     said = forms.read_row(row, forms.require_form(row, "a.json"), number, "a.json")
-    return dataset.say_row(Prompter().talk, said, number, "a.json")[0]
+    return dataset.say_row(Prompter(), said, number, "a.json")[1][0]
 
 
 def refuse(folder, name: str, content: str | bytes) -> str:

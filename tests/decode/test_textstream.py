@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.decode.textstream import TextStream, byte_alphabet
+from utils.decode.textstream import Opening, TextStream, byte_alphabet
 
 pytestmark = pytest.mark.quick
 
@@ -94,3 +94,16 @@ def test_other_tokenizers_stream_too():
     ids = tokenizer(text, add_special_tokens=False).input_ids
     shown = "".join(stream.push(number) for number in ids) + stream.flush()
     assert shown == tokenizer.decode(ids, skip_special_tokens=True) and "\ufffd" not in shown
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("  안녕", "안녕"), ("<think>\n\n</think>\n\n안녕", "안녕"),
+    (" <think></think> 안녕 <think></think>", "안녕 <think></think>"),
+    ("<think>\n길을 본다\n</think>\n안녕", "<think>\n길을 본다\n</think>\n안녕"), ("<b>", "<b>"), ("<", "<"), ("", ""),
+    ("<think>\n", "<think>\n"), ("</think>", "</think>"), ("<think> </think>", ""),
+])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_an_answer_opens_without_spaces_and_empty_thoughts(text, shown, size):
+    opening = Opening()
+    pieces = [opening.push(text[at : at + size]) for at in range(0, len(text), size)]
+    assert "".join(pieces) + opening.flush() == shown

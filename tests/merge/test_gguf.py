@@ -288,7 +288,17 @@ def test_a_template_that_refuses_a_system_turn_is_carried_without_it(neox, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(neox)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = refusal + CHATML
-    assert _chat_form(tokenizer).startswith("<|sep|>user\n{{ .Prompt }}")
+    assert _chat_form(tokenizer, {}).startswith("<|sep|>user\n{{ .Prompt }}")
+
+
+def test_the_modelfile_asks_with_the_thinking_that_was_learned(neox):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(neox)
+    tokenizer.chat_template = CHATML + "{% if enable_thinking is false and add_generation_prompt %}<>{% endif %}"
+    asked = "<|sep|>user\n{{ .Prompt }}<|endoftext|>\n<|sep|>assistant\n"
+    assert f"{asked}<>{{{{ .Response }}}}" in _chat_form(tokenizer, {"enable_thinking": False})
+    assert f"{asked}{{{{ .Response }}}}" in _chat_form(tokenizer, {})
 
 
 def test_braces_of_a_template_stay_letters(neox):

@@ -134,6 +134,19 @@ def test_broken_json_and_foreign_origin(talk_server):
     assert httpx.post(url, json={"messages": QUESTION}, headers={"Host": "evil.example"}).status_code == 403
 
 
+def test_every_refusal_has_the_form_of_openai(client, talk_server):
+    """없는 길, 틀린 method, 너무 큰 본문도 클라이언트의 오류가 되고, 한국어 한 줄을 담는다."""
+    url = f"{talk_server.url}/v1"
+    for reply in (httpx.post(f"{url}/embeddings", json={"input": "가"}), httpx.get(f"{url}/chat/completions"),
+                  httpx.post(f"{url}/completions", content=b" " * (257 * 1024)),
+                  httpx.post(f"{url}/completions", json={"prompt": "가"}, headers={"Origin": "https://evil.example"})):
+        error = reply.json()["error"]
+        assert reply.status_code in (404, 413, 403) and any("가" <= char <= "힣" for char in error["message"])
+        assert set(error) == {"message", "type", "param", "code"}
+    with pytest.raises(openai.NotFoundError, match="있는 길: GET /v1/models"):
+        client.embeddings.create(model="run", input="가")
+
+
 def test_full_line_is_429_in_korean_and_leaving_frees_it(client, talk_server):
     with concurrent.futures.ThreadPoolExecutor(14) as pool:
         streams = list(pool.map(lambda _: _try(client), range(14)))

@@ -18,7 +18,7 @@ from utils.talk.page_learned import Results
 from utils.talk.source import find_sources, load_models
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
-TABS = ("대화", "한 번 묻기", "얼마나 배웠나", "학습 기록", "내 기록")
+TABS = ("대화", "한 번 묻기", "얼마나 배웠나", "학습 기록", "학습하기", "내 기록")
 
 
 @pytest.fixture(scope="module")

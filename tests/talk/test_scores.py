@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from utils.model import adapter, loader
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
 from utils.sampling import Sampling
-from utils.talk import scores
+from utils.talk import scorecards, scores
 from utils.talk.answerer import Answer, Answerer
 
 pytestmark = pytest.mark.quick
@@ -110,3 +112,32 @@ def test_scores_stay_between_0_and_100(answerer):
     for text in ("", "�", "답", "질문 질문 질문", "a" * 500):
         answer = Answer([5], Sampling(), text=text, ids=[1] * len(text), finish_reason="stop")
         assert all(0 <= value <= 100 for value in scores.score(answer, question, "질문").values())
+
+
+def test_scorecard_compares_both_models_and_stays_in_the_run(answerer, talk_run, tmp_path):
+    """내 행의 성적표: 두 모델이 같은 문항에서 고른 것이 따로 잰 것과 같고, run.json과 페이지의 표에 남는다."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(talk_run, run_dir)
+    file = tmp_path / "mine.jsonl"
+    rows = [{"instruction": f"{n} 더하기 {n}는?", "output": f"{2 * n}입니다.",
+             "options": [f"{2 * n}입니다.", f"{2 * n + 1}입니다.", f"{2 * n + 2}입니다."]} for n in range(30)]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    said = []
+    (score,) = scorecards.measure(answerer, str(file), run_dir, True, None, said.append)
+    for name in ("base", "tuned"):
+        right = 0
+        for row in rows:
+            pairs = []
+            for option in row["options"]:
+                asked = answerer.ask(row["instruction"])
+                pairs.append((asked, answerer.encoder.encode_prompt(" " + option)))
+            totals = [answerer.likelihoods(name, [pair])[0].total for pair in pairs]
+            right += totals.index(max(totals)) == 0
+        assert score.right[name] == right
+    assert score.items == 30 and 0 < score.right["base"] + score.right["tuned"] < 60
+    assert any("기반 모델" in line and "학습한 모델" in line for line in said)
+    assert record.read_run(run_dir)["scorecard"] == [score.as_dict()]
+    (shown,) = scorecards.table(record.read_run(run_dir))
+    assert shown[:2] == ["mine.jsonl", "30"] and shown[2].startswith(f"{score.share('base'):.1%}")
+    scorecards.measure(answerer, str(file), run_dir, True, None, said.append)  # 다시 재면 바뀐다
+    assert len(record.read_run(run_dir)["scorecard"]) == 1

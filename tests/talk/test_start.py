@@ -15,11 +15,12 @@ import pytest
 from conftest import write_rows
 from tiny import build_neox
 
+from utils.console import shown_command
 from utils.errors import UsageError
 from utils.model import checkpoint
 from utils.talk import page_start
 from utils.talk.order import Order, base_models, data_files, free_name
-from utils.talk.runs import PROCESS_FILE, Runs, shown_command
+from utils.talk.runs import PROCESS_FILE, Runs
 from utils.talk.source import find_source
 
 GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배움", "epochs": 40, "template": "default"}

@@ -12,7 +12,7 @@ from utils.model import adapter
 from utils.model.targets import choose_targets, linear_names
 from utils.prompter import EXAMPLES
 from utils.train import results, stage
-from utils.train.records import Schedule
+from utils.train.records import Recipe, Schedule
 
 finetune_lora = load_script("finetune-lora.py")
 
@@ -122,7 +122,7 @@ def test_validation_counts_only_answers_whatever_is_learnt(tiny_neox, tiny_data,
 
 def test_three_step_run_still_evaluates_and_saves():
     schedule = Schedule.from_blocks(n_blocks=3, batch_size=1, epochs=1)
-    assert (schedule.steps, schedule.warmup, schedule.interval) == (3, 0, 1)  # 워밍업의 첫 step은 학습률이 0이다
+    assert (schedule.steps, schedule.warmup, schedule.interval) == (3, 0, 1)
 
 
 def test_auto_targets_follow_the_architecture():
@@ -151,3 +151,12 @@ def test_console_run_ends_with_the_next_commands(tiny_neox, tiny_data, tmp_path)
     assert f'--peft_root "{output}"' in done.stdout and "merge-lora.py" in done.stdout
     assert "학습에 쓴 질문" in done.stdout and "손으로 쓴" not in done.stdout
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("steps, warmup", [(3, 0), (100, 6), (1, 0), (20, 1)])
+def test_learning_rate_starts_above_zero_and_never_reaches_it(steps, warmup):
+    recipe = Recipe(steps, warmup, 1, 1, 1, 1e-3, 42)
+    shares = [recipe.learning_share(taken) for taken in range(steps)]
+    assert shares[0] == (1 / warmup if warmup else 1) and max(shares) == 1 and min(shares) > 0
+    assert shares[:warmup] == [(taken + 1) / warmup for taken in range(warmup)]
+    assert shares[warmup:] == sorted(shares[warmup:], reverse=True) and recipe.learning_share(steps) == 0

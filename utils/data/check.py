@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.chat import CHAT
 from utils.data.forms import Form
 from utils.data.readers import detect_encoding
 from utils.data.texts import END_TOKEN, compose
@@ -31,7 +32,7 @@ KINDS = {
     "ignored_column": "쓰지 않는 열이 답보다 훨씬 길다. 답의 열을 잘못 고른 것일 수 있다",
     "copied": "답이 질문과 똑같은 행",
     "placeholder": "답이 nan, null, TODO 따위인 행",
-    "off_template": "글이 템플릿을 따르지 않는 행",
+    "off_template": "글이 템플릿을 따르지 않는 행(글 그대로 배운다)",
     "glued": "두 행이 한 행으로 붙은 것 같은 행",
     "end_missing": "다른 행과 달리 끝 토큰이 없는 행(도중에 잘린 글일 수 있다)",
     "end_doubled": "끝 토큰이 겹친 행(하나로 보고 읽는다)",
@@ -64,7 +65,7 @@ class Inspector:
     def __init__(self, prompter, source: str | Path):
         self.found: dict[str, dict] = {}
         self.n_rows = 0
-        self._source = Path(source)
+        self._source, self._is_chat = Path(source), prompter.name == CHAT
         self._head = prompter.template.get("prompt_no_input", "").split("{instruction}")[0].rstrip()
         self._glued = re.compile("^" + re.escape(self._head), re.MULTILINE) if self._head.strip() else None
         self._frame = len(prompter.prompt("가").rstrip(" ")) - 1 if self._head else 0
@@ -85,7 +86,9 @@ class Inspector:
             self._count("unlearned", number)
         if len(documents) > 1:
             self._count("divided", number)
-        if turns[0].role == "text":
+        if turns[0].role == "text" and self._is_chat:
+            self._count("off_template", number)
+        elif turns[0].role == "text":
             self._look_at_text(number, raw[0], *pairs[0])
         self._look_at_columns(row, form, *pairs[-1])
 

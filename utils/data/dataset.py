@@ -87,7 +87,8 @@ def _holds_talks(data_path: str | Path, cache_dir: str | None) -> bool:
 def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cutoff_len: int,
                 cache_dir: str | None, on_row: Callable[[int], None] | None, skip_bad: bool) -> None:
     inspector, writer = check.Inspector(prompter, data_path), CacheWriter(folder)
-    documents = _usable_documents(data_path, Window(prompter, encoder, cutoff_len), inspector, cache_dir, skip_bad)
+    window = Window(prompter, encoder, cutoff_len)
+    documents = _usable_documents(data_path, prompter, window, inspector, cache_dir, skip_bad)
     try:
         for batch, encoded in _encode_ahead(documents, encoder):
             writer.append({
@@ -107,15 +108,15 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
         writer.discard()
 
 
-def _usable_documents(data_path: str | Path, window: Window, inspector: check.Inspector, cache_dir: str | None,
-                      skip_bad: bool) -> Iterator[_Document]:
+def _usable_documents(data_path: str | Path, prompter, window: Window, inspector: check.Inspector,
+                      cache_dir: str | None, skip_bad: bool) -> Iterator[_Document]:
     """문서를 하나씩 준다. 지나가는 행을 `inspector`가 본다."""
     form = None
     for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
         form = form or forms.require_form(row, data_path)
         try:
             said = forms.read_row(row, form, number, data_path)
-            documents = say_row(window.documents, said, number, data_path)
+            said, documents = say_row(prompter, said, number, data_path, window.documents)
         except BadTurns as error:
             if not skip_bad:
                 raise
@@ -130,19 +131,25 @@ def _usable_documents(data_path: str | Path, window: Window, inspector: check.In
             yield _Document(number, pieces, digest, question)
 
 
-def say_row(say: Callable, said: list[turns.Turn], number: int, source: str | Path) -> list[turns.Pieces]:
-    """`say(said)`와 같다. 템플릿이 이 행을 글로 만들지 못하면 행의 번호를 말한다.
+def say_row(prompter, said: list[turns.Turn], number: int, source: str | Path,
+            say: Callable | None = None) -> tuple[list[turns.Turn], list[turns.Pieces]]:
+    """(템플릿에 맞추어 읽은 글들, 그 문서들).
+
+    Args:
+        say: 글들을 문서들로 바꾸는 것. 없으면 `prompter.talk`다.
 
     Raises:
-        BadTurns: 템플릿이 받지 않거나 글을 바꾼다. 질문과 답이 한 글인 행의 답이 비었다.
+        BadTurns: 템플릿이 받지 않거나 글을 바꾼다. 질문과 답이 한 글인 행의 답이 비었다. 행의 번호를 말한다.
     """
+    said = prompter.read(said)
     try:
-        documents = say(said)
+        documents = (say or prompter.talk)(said)
     except chat.CannotSay as error:
         raise BadTurns(f"{source}의 {number}번째 행: {error}", error.kind) from None
-    if not documents[-1][0][1].strip() and said[0].role == "text":
+    answer = documents[-1][0][1] if said[0].role == "text" else said[-1].text
+    if not answer.strip():
         raise BadTurns(f"{source}의 {number}번째 행에 text의 답이 없거나 비었다. {forms.ADVICE}", "empty")
-    return documents
+    return said, documents
 
 
 def _encode_ahead(documents: Iterator[_Document],

@@ -134,8 +134,8 @@ def _pieces(row: dict, number: int, source: str | Path, prompter) -> Pieces:
 
 def _said(row: dict, number: int, source: str | Path, prompter) -> tuple[list[Turn], Pieces]:
     """행의 글들과, 그 조각들. 여러 번 주고받은 행이면 마지막 답까지다."""
-    turns = read_row(row, require_form(row, source), number, source)
-    return turns, say_row(prompter.talk, turns, number, source)[-1]
+    turns, documents = say_row(prompter, read_row(row, require_form(row, source), number, source), number, source)
+    return turns, documents[-1]
 
 
 def _number(label: object) -> int:

@@ -51,8 +51,8 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
             form = form or forms.require_form(row, source)
             fixed = fix_row(row, form, prompter)
             try:
-                said = forms.read_row(fixed, form, number, source)
-                pieces = say_row(prompter.talk, said, number, source)[-1]
+                said, documents = say_row(prompter, forms.read_row(fixed, form, number, source), number, source)
+                pieces = documents[-1]
             except UsageError as error:
                 drop(number, str(error))
                 continue

@@ -2,8 +2,11 @@
 
 import codecs
 import json
+import re
 
 from tokenizers.decoders import DecodeStream
+
+_EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -60,3 +63,25 @@ class TextStream:
     def flush(self) -> str:
         """답이 끝났을 때 남은 글자를 돌려준다. 완성되지 못한 바이트는 버린다."""
         return self._utf8.decode(b"", final=True)
+
+
+class Opening:
+    """답의 첫머리에서 공백과 빈 생각(`<think></think>`)을 뺀다. 생각하지 않고 답하게 배운 모델이 먼저 말하는 것이다."""
+
+    def __init__(self):
+        self._held: str | None = ""  # 아직 답인지 모르는 글. 답이 시작되었으면 None이다
+
+    def push(self, piece: str) -> str:
+        """글 조각을 넣고, 내보내도 되는 글을 돌려준다."""
+        if self._held is None:
+            return piece
+        text = _EMPTY_THOUGHTS.sub("", (self._held + piece).lstrip(), count=1)
+        if "<think></think>".startswith("".join(text.split())):
+            self._held += piece
+            return ""
+        self._held = None
+        return text
+
+    def flush(self) -> str:
+        """답이 끝났을 때 남은 글."""
+        return _EMPTY_THOUGHTS.sub("", (self._held or "").lstrip(), count=1)

@@ -15,7 +15,7 @@ def render_modelfile(folder: Path, gguf_name: str, tokenizer=None) -> str:
     tokenizer = tokenizer or load_tokenizer(folder)
     info = read_prompt_info(folder)
     if info is not None and info.template.get("name") == CHAT:
-        form = _chat_form(tokenizer)
+        form = _chat_form(tokenizer, {key: value for key, value in info.template.items() if key != "name"})
     else:
         form = _plain_form(Prompter(info.template if info else "default"))
     ends = [tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer, folder)]
@@ -32,14 +32,19 @@ def _plain_form(prompter: Prompter) -> str:
     return asked.replace(_SLOTS[_QUESTION], "{{ if .System }}{{ .System }}\n\n{{ end }}" + _SLOTS[_QUESTION])
 
 
-def _chat_form(tokenizer) -> str:
-    """토크나이저의 대화 템플릿을 Ollama의 템플릿으로. 한 번의 주고받음을 실제로 만들어 자리를 찾는다."""
+def _chat_form(tokenizer, settings: dict) -> str:
+    """토크나이저의 대화 템플릿을 Ollama의 템플릿으로. 한 번의 주고받음을 실제로 만들어 자리를 찾는다.
+
+    Args:
+        settings: 배울 때 템플릿에 넘긴 값(`enable_thinking`).
+    """
     user, system = {"role": "user", "content": _QUESTION}, {"role": "system", "content": _SYSTEM}
 
     def render(*turns: dict) -> str:
         """답의 자리와, 답의 뒤에 오는 끝까지."""
-        asked = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        told = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": _ANSWER}], tokenize=False)
+        asked = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **settings)
+        told = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": _ANSWER}], tokenize=False,
+                                             **settings)
         _, found, rest = told.rpartition(_ANSWER)
         return _literal(asked + _ANSWER + (rest if found else ""))
 

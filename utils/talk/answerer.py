@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from utils.data.encoder import Encoder, require_known_ids
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood, Pair
-from utils.decode.textstream import TextStream
+from utils.decode.textstream import Opening, TextStream
 from utils.errors import UsageError
 from utils.prompter import CHAT, Turn
 from utils.sampling import Sampling
@@ -126,21 +126,20 @@ class Answerer:
         return self._decoder.likelihoods(pairs)
 
     def pieces(self, answer: Answer) -> Iterator[str]:
-        """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백은 뺀다. 한 번에 하나만 불러야 한다."""
+        """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백과 빈 생각은 뺀다. 한 번에 하나만 불러야 한다."""
         self._decoder.use_adapter(answer.tuned)
-        stream = TextStream(self.tokenizer)
+        stream, opening = TextStream(self.tokenizer), Opening()
         made = () if answer.read_only else self._decoder.stream(answer.input_ids, answer.settings, answer.stop)
         for token in made:
             answer.ids.append(token)
             answer.stats = self._decoder.stats
-            piece = stream.push(token)
-            piece = piece if answer.text else piece.lstrip()
+            piece = opening.push(stream.push(token))
             if piece:
                 answer.text += piece
                 yield piece
         if self._decoder.notice:
             self._say(self._decoder.notice)
-        rest = stream.flush()
+        rest = opening.push(stream.flush()) + opening.flush()
         if rest:
             answer.text += rest
             yield rest
@@ -158,9 +157,10 @@ class Answerer:
         self._decoder.use_adapter(answers[0].tuned)
         replies = self._decoder.answer_many([answer.input_ids for answer in answers], answers[0].settings)
         for answer, reply in zip(answers, replies, strict=True):
-            stream = TextStream(self.tokenizer)
+            stream, opening = TextStream(self.tokenizer), Opening()
             text = "".join(stream.push(token) for token in reply.ids) + stream.flush()
-            answer.ids, answer.text, answer.finish_reason = reply.ids, text.lstrip(), reply.finish_reason
+            answer.ids, answer.text = reply.ids, opening.push(text) + opening.flush()
+            answer.finish_reason = reply.finish_reason
 
     def submit(self, *answers: Answer) -> None:
         """답들을 줄 끝에 세운다. 함께 세운 답들은 잇달아 만든다.

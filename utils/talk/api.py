@@ -17,6 +17,8 @@ from utils.talk.guard import same_secret
 from utils.talk.line import Busy
 from utils.talk.models import Models, UnknownModel
 
+PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions")
+
 
 def routes(models: Models, auth: str | None) -> list[Route]:
     """서버에 더할 길들.
@@ -38,9 +40,14 @@ def routes(models: Models, auth: str | None) -> list[Route]:
     async def completions(request: Request) -> Response:
         return await _wrong_key(request, auth) or await _complete(request, models, chat=False)
 
-    return [Route("/v1/models", list_models), Route("/v1/models/{name}", one_model),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"])]
+    async def nothing(request: Request) -> Response:
+        asked = f"{request.method} {request.url.path[:80]}"
+        return _error(404, f"없는 길이다: {asked}. 있는 길: GET {PATHS[0]}, POST {PATHS[1]}, POST {PATHS[2]}",
+                      "invalid_request_error", "unknown_url")
+
+    return [Route(PATHS[0], list_models), Route(f"{PATHS[0]}/{{name}}", one_model),
+            Route(PATHS[1], chat, methods=["POST"]), Route(PATHS[2], completions, methods=["POST"]),
+            Route("/v1/{rest:path}", nothing, methods=["GET", "POST", "PUT", "DELETE", "PATCH"])]
 
 
 def _card(name: str) -> dict:

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import io
 import ipaddress
+import json
 import math
 import socket
 import sys
@@ -167,7 +168,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         status = self._refusal(scope, headers)
         if status:
-            await _refuse(status, send)
+            await _refuse(status, send, as_json=scope["path"].startswith("/v1/"))
             return
 
         watcher = None
@@ -246,9 +247,14 @@ def _is_address(name: str) -> bool:
     return True
 
 
-async def _refuse(status: int, send) -> None:
+async def _refuse(status: int, send, as_json: bool = False) -> None:
+    """한 줄로 거절한다. API에는 OpenAI의 오류 꼴로 적는다."""
     reasons = {403: "거절했다: 이 페이지의 주소로 온 요청이 아니다", 404: "없는 길이다",
-               411: "본문의 길이를 알려 주지 않은 요청은 받지 않는다", 413: "본문이 너무 크다"}
-    await send({"type": "http.response.start", "status": status,
-                "headers": [(b"content-type", b"text/plain; charset=utf-8"), *HEADERS]})
-    await send({"type": "http.response.body", "body": reasons[status].encode("utf-8")})
+               411: "본문의 길이를 알려 주지 않은 요청은 받지 않는다",
+               413: f"본문이 너무 크다. {MAX_BODY // 1024} KB까지 받는다. 여럿을 나누어 보낸다"}
+    body, kind = reasons[status], b"text/plain; charset=utf-8"
+    if as_json:
+        error = {"message": body, "type": "invalid_request_error", "param": None, "code": None}
+        body, kind = json.dumps({"error": error}, ensure_ascii=False), b"application/json"
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *HEADERS]})
+    await send({"type": "http.response.body", "body": body.encode("utf-8")})

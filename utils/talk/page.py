@@ -68,8 +68,8 @@ def build(models: Models, title: str, results: Results, runs: Runs | None = None
                 with gr.Tab("얼마나 배웠나", id="learned") as learned:
                     learned_tab(models.default.answerer, results, learned)
             if results.runs:
-                with gr.Tab("학습 기록", id="runs") as runs:
-                    runs_tab(results.runs, runs)
+                with gr.Tab("학습 기록", id="runs") as record:
+                    runs_tab(results.runs, record)
             if runs is not None:
                 with gr.Tab("학습하기", id="start") as start:
                     start_tab(runs, start)

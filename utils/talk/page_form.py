@@ -113,6 +113,6 @@ def _swap(busy: bool) -> tuple[dict, dict]:
 
 
 def _output(label: str, output_id: str, status_id: str) -> tuple[gr.Textbox, gr.Textbox]:
-    return (gr.Textbox(label=label, lines=8, max_lines=30, interactive=False, buttons=["copy"], elem_id=output_id),
+    return (gr.Textbox(label=label, lines=11, max_lines=11, interactive=False, buttons=["copy"], elem_id=output_id),
             gr.Textbox(show_label=False, label="상태", lines=1, max_lines=3, interactive=False, container=False,
                        elem_id=status_id, elem_classes="status"))

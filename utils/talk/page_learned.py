@@ -49,7 +49,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
     ask = gr.Button("두 모델에게 묻기", variant="primary", elem_id="ask-both")
     with gr.Row():
         reference, base, tuned = (
-            gr.Textbox(label=label, lines=6, max_lines=20, interactive=False, min_width=220, elem_id=name)
+            gr.Textbox(label=label, lines=10, max_lines=10, interactive=False, min_width=220, elem_id=name)
             for label, name in (("기준 답", "reference"), ("기반 모델", "learned-base"),
                                 ("학습한 모델", "learned-tuned")))
     with gr.Row():
@@ -83,7 +83,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
             return
         async for ahead in answerer.follow(*answers):
             last = next((answer for answer in answers if not answer.finish_reason), answers[-1])
-            yield question.reference, answers[0].text, answers[1].text, describe(last, ahead)
+            yield question.reference, *(answer.text.rstrip() for answer in answers), describe(last, ahead)
 
     async def score(number, request: gr.Request):
         rows = []

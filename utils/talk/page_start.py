@@ -2,9 +2,10 @@
 
 import gradio as gr
 
+from utils.console import shown_command
 from utils.errors import UsageError
 from utils.talk.order import Order, base_models, data_files, free_name, short, template_names
-from utils.talk.runs import Runs, shown_command
+from utils.talk.runs import Runs
 
 EVERY = 2.0  # 진행을 다시 읽는 간격(초)
 EPOCHS, TEMPLATE = 5, "default"

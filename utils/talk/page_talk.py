@@ -19,6 +19,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
              other: gr.Dropdown) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
     context = models.default.answerer.context
+    # 암호는 정해 두어야 서버를 다시 열어도 읽는다. 지키는 것은 브라우저다
     talk = gr.BrowserState(None, storage_key="polyglot-ko-lite-talk", secret="browser-only")
     with gr.Row(elem_id="talk-row"):
         chat = _chatbot("chat", label=title_of(models.default.name), editable="all", show_label=False, min_width=280)

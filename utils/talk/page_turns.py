@@ -89,7 +89,7 @@ def read_talk(value: object) -> Talk:
     if not fits or len(talk.id) > 64 or len(talk.model) > 200:
         raise UsageError("저장된 대화를 읽지 못했어요. 새 대화를 시작해 주세요")
     check_text(시스템=talk.system)
-    if len(talk.said) > MAX_SAID or sum(len(said.text) + len(said.other) for said in talk.said) > MAX_TALK:
+    if len(talk.said) > MAX_SAID or sum(len(said.text + said.draft + said.other) for said in talk.said) > MAX_TALK:
         raise UsageError("대화가 너무 길어요. 새 대화를 시작해 주세요")
     return talk
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -131,8 +130,7 @@ class Runs:
                 raise UsageError(f"{shown(folder)}에 이미 무언가 있다. 다른 이름을 적거나, 멈춘 학습이면 이어 한다")
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                # 다른 서버가 같은 때에 눌렀으면 하나만 만든다
-                (folder / PROCESS_FILE).open("x", encoding="utf-8").close()
+                (folder / PROCESS_FILE).touch(exist_ok=False)  # 다른 서버가 같은 때에 눌렀으면 하나만 만든다
             except FileExistsError:
                 raise UsageError(f"{shown(folder)}에서 이미 다른 서버가 시작했다") from None
             self._launch(folder, order, resume=False)
@@ -225,11 +223,6 @@ class Runs:
             if same and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
-
-
-def shown_command(words: list[str]) -> str:
-    """콘솔에 그대로 붙여 실행할 수 있는 한 줄."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def _outcome(folder: Path) -> str:

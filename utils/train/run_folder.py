@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import json
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from utils import files
 from utils.cli import flag_name
+from utils.console import shown_command
 from utils.errors import UsageError
 from utils.files import locked
 from utils.model import checkpoint
@@ -205,8 +204,7 @@ def command(changes: dict[str, str | None]) -> str:
     kept += [word for name, value in changes.items() if value is not None for word in (f"--{name}", value)]
     world = n_processes()
     launcher = ["python"] if world == 1 else ["torchrun", "--standalone", f"--nproc_per_node={world}"]
-    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
-    return join([*launcher, *kept])
+    return shown_command([*launcher, *kept])
 
 
 def command_elsewhere(output_dir: str, changes: dict[str, str | None]) -> str:
