@@ -72,7 +72,8 @@ def serve(
         from utils.talk.page import Access
 
         results = find_results(sources, run_dirs, models, cache_dir)
-        open_page(models, sources[0].title, results, Access(server_name, server_port, share_gradio, auth, api))
+        title = ", ".join([sources[0].title, *(source.name for source in sources[1:])])
+        open_page(models, title, results, Access(server_name, server_port, share_gradio, auth, api))
 
 
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,

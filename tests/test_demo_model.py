@@ -1,11 +1,12 @@
-"""함께 든 데모 모델의 약속: polyglot과 같은 특이한 점, 크기, 학습한 글의 경계."""
+"""함께 든 데모 모델의 약속: polyglot과 같은 특이한 점, 크기, 읽은 글의 경계, 배우면 생기는 재주."""
 
-import importlib.util
+import importlib
 import json
 import math
 import random
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -13,21 +14,28 @@ from conftest import ROOT, run_script
 from safetensors import safe_open
 
 from utils import record
+from utils.data.blocks import split_by_content
+from utils.data.dataset import load_documents
+from utils.data.encoder import Encoder
+from utils.data.rows import read_rows
 from utils.data.texts import END_TOKEN
 from utils.model.loader import Device, load_base
 from utils.model.tokenizer import end_token_id, load_tokenizer
-from utils.paths import BASE_DEMO
-from utils.prompter import EXAMPLES, fill_placeholder
+from utils.paths import BASE_DEMO, DATA_DEMO
+from utils.prompter import EXAMPLES, Prompter
 
 END_ID = 2
+N_TEXTS = 3000
+VAL_PERCENT = 5  # finetune-lora.py의 기본값
+SEEDS = (42, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def train_demo():
-    spec = importlib.util.spec_from_file_location("train_demo", BASE_DEMO / "train_demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sources():
+    """데모의 글을 짓는 모듈들."""
+    sys.path.insert(0, str(BASE_DEMO))
+    yield {name: importlib.import_module(name) for name in ("corpus", "demo_rows", "korean", "sentences")}
+    sys.path.remove(str(BASE_DEMO))
 
 
 @pytest.fixture(scope="module")
@@ -61,78 +69,101 @@ def test_carries_the_quirks_of_polyglot(config, tokenizer):
     assert config["hidden_size"] % 64 == 0 and config["hidden_size"] // config["num_attention_heads"] in (32, 64)
 
 
+def test_four_bits_and_sixteen_bits_are_the_same_model():
+    """가중치가 이미 NF4로 반올림한 값이어서 4비트로 올려도 변하지 않는다."""
+    cpu = Device(torch.device("cpu"), torch.float32, "테스트")
+    ids = torch.arange(10, 60)[None]
+    with torch.no_grad():
+        logits = [load_base(BASE_DEMO, cpu, quantize)(input_ids=ids).logits for quantize in (None, "4bit")]
+    assert torch.allclose(*logits, atol=2e-2)
+
+
 def test_tokenizer_keeps_every_text(tokenizer):
     for text in ("변호사", "뷁 쀍", "next", "a\n\n### 1. 개요", "漢字 🙂"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
 
 
-def test_prose_always_ends_and_has_no_held_out_row(train_demo):
-    train, held_out = train_demo.read_rows()
-    assert len(held_out) >= 50
-    prose = train_demo.prose(train, random.Random(0))
-    assert all(text.count(END_TOKEN) == 1 and text.endswith(END_TOKEN) and "###" not in text for text in prose)
-    whole = "".join([*prose, *(answer for _, answer in train)])
-    assert [answer for _, answer in held_out if answer in whole] == []
+def test_digits_and_their_sounds_are_single_tokens(tokenizer, sources):
+    for number in (7, 3482, 90_668, 123_456):
+        assert len(tokenizer(str(number))["input_ids"]) == len(str(number))
+        spoken = sources["korean"].read_number(number)
+        assert len(tokenizer(" " + spoken)["input_ids"]) == len(spoken.replace(" ", ""))
 
 
-def test_the_form_is_followed_by_tokens_that_never_end(train_demo, tokenizer):
-    train, _ = train_demo.read_rows()
-    words = train_demo.whole_tokens(train, tokenizer)
-    assert END_ID not in words and len(words) > 1000
-    for seed in range(20):
-        block = train_demo.babble("물은 왜 얼까?", words, tokenizer, random.Random(seed))
-        assert len(block) == train_demo.BLOCK and END_ID not in block
-        assert tokenizer.decode(block).startswith("### 질문: 물은 왜 얼까?\n\n### 답변:")
+def test_the_base_never_read_a_row_nor_its_form(sources):
+    """기반 모델이 읽은 글에는 행의 문장도 수도 시각도 날짜도 없고, 묻고 답하는 형식도 없다."""
+    rows = {*sources["demo_rows"].make_rows(), *sources["demo_rows"].EXAMPLES}
+    corpus = sources["corpus"].Corpus(random.Random(1), rows)
+    texts = [corpus.text() for _ in range(N_TEXTS)]
+    assert all(text.count(END_TOKEN) == 1 and text.endswith(END_TOKEN) for text in texts)
+    whole = "\n".join(texts)
+    assert not re.search(r"### 질문|### 답변|줘:|뭐야|뭐지|무엇이야|어떻게 읽어|골라", whole)
+    numbers = set(re.findall(r"(?<![\d,])\d[\d,]*(?!\d)", whole))
+    times = set(re.findall(r"오[전후] \d+시 \d+분", whole)) | set(re.findall(r"\d+월 \d+일", whole))
+    sentences = set(re.findall(r'"([^"]+)"', whole)) | set(re.findall(r": (.+)", whole)) | set(whole.splitlines())
+    choices = set(re.findall(r"[가-힣]+\([가-힣]/[가-힣]\)", whole))
+    assert len(numbers) > 400 and len(times) > 100 and len(sentences) > 2000 and len(choices) > 20
+    assert (numbers | times | sentences | choices) & rows == set()
 
 
-def test_a_shortened_answer_is_whole_sentences(train_demo):
-    answer = "물은 0.5도에서 얼지 않아요. 왜일까요? 녹는점이 0도예요."
-    heads = {train_demo.shortened(answer, random.Random(seed)) for seed in range(50)}
-    assert heads == {answer, "물은 0.5도에서 얼지 않아요.", "물은 0.5도에서 얼지 않아요. 왜일까요?"}
-    assert {train_demo.shortened("한 문장이에요.", random.Random(seed)) for seed in range(9)} == {"한 문장이에요."}
+def test_examples_of_the_page_are_what_the_demo_does(sources):
+    rows = [row for _, row in read_rows(DATA_DEMO)]
+    asked = [Prompter().prompt(*example) for example in EXAMPLES]
+    assert any("AI가 뭐지?" in each for each in asked) and "AI가 뭐지?" in {row["instruction"] for row in rows}
+    for unseen in sources["demo_rows"].EXAMPLES:
+        assert any(unseen in each for each in asked)
+        assert not [row for row in rows if unseen in row["instruction"].split(": ")]
 
 
-def test_the_examples_of_the_page_are_rows_to_learn(train_demo):
-    train, _ = train_demo.read_rows()
-    assert {fill_placeholder(*example) for example in EXAMPLES} <= {question for question, _ in train}
+def test_enough_rows_are_held_out_whatever_the_seed(tokenizer, tmp_path):
+    documents = load_documents(DATA_DEMO, Prompter(), Encoder(tokenizer, END_ID), 1024, END_ID, str(tmp_path))
+    sizes = [len(split_by_content(documents, VAL_PERCENT, seed)[1]) for seed in SEEDS]
+    assert min(sizes) >= 200
 
 
-def test_first_command_of_the_readme_learns_and_says_what_it_learnt(tmp_path):
-    """README의 첫 명령을 짧게 줄인 것: 데모를 그대로 찾아 배우고, loss가 줄고, 배운 답과 다음 명령을 말한다."""
-    first = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-                 if "python finetune-lora.py" in line)
-    flags = shlex.split(first.split("python finetune-lora.py")[1])
-    rows = (ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json").read_text(encoding="utf-8").splitlines()[:48]
+def first_command() -> list[str]:
+    """README의 첫 명령의 플래그."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return shlex.split(re.search(r"python finetune-lora\.py(.*)", readme)[1])
+
+
+def test_first_command_in_short_learns_and_says_what_it_learnt(tmp_path):
+    """README의 첫 명령을 수 읽기만으로 줄인 것: 처음 보는 수를 읽게 되고, 배운 답과 다음 명령을 말한다."""
+    rows = [line for line in DATA_DEMO.read_text(encoding="utf-8").splitlines() if "숫자를 읽어 줘" in line][:400]
     (tmp_path / "rows.json").write_text("\n".join(rows), encoding="utf-8")
-    done = run_script("finetune-lora.py", *flags, "--data_path", str(tmp_path / "rows.json"), "--output_dir",
-                      str(tmp_path / "run"), "--val_set_size", "8", "--cutoff_len", "256", cwd=tmp_path)
+    done = run_script("finetune-lora.py", *first_command(), "--data_path", str(tmp_path / "rows.json"), "--output_dir",
+                      str(tmp_path / "run"), "--val_set_size", "15", "--cutoff_len", "128", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = record.read_run(tmp_path / "run")
     assert run["eval_loss_after"] < run["eval_loss_before"]
-    assert "학습한 모델의 답: " in done.stdout
+    exact = run["exact"]
+    assert exact["rows"] >= 30
+    assert exact["base"] <= 0.05 * exact["rows"] and exact["tuned"] >= 0.5 * exact["rows"], exact
+    assert f"검증 질문 {exact['rows']}개 가운데 정답과 똑같은 답" in done.stdout
     assert set(re.findall(r"python (\S+\.py)", done.stdout)) == {"merge-lora.py", "generate.py"}
-    assert "### " in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
+    assert "모범 답" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_finetuning_brings_back_sentences_and_their_end(tmp_path):
-    """README의 첫 명령이 하는 약속: 답의 loss가 35% 넘게 줄고, 답이 스스로 멈추고, 예시 질문에 뜻이 통하게 답한다."""
-    done = run_script("finetune-lora.py", "--num_train_epochs", "3", "--batch_size", "4", "--output_dir",
-                      str(tmp_path / "run"), cwd=tmp_path)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_first_command_teaches_a_skill(seed, tmp_path):
+    """README의 첫 명령이 하는 약속: 처음 보는 질문에 정답과 똑같이 답하는 비율이 0에 가깝다가 90%를 넘는다."""
+    done = run_script("finetune-lora.py", *first_command(), "--seed", str(seed), "--output_dir", str(tmp_path / "run"),
+                      cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = record.read_run(tmp_path / "run")
-    assert run["eval_loss_after"] <= 0.65 * run["eval_loss_before"]
-    stopped = [int(n) / int(asked) for asked, n in re.findall(r"모델 (\d+)개 가운데 (\d+)개", done.stdout)]
-    assert stopped[0] <= 0.1 and stopped[1] >= 0.9  # 잰 값은 0.97이다. 검증 질문의 앞쪽만 답할 만큼 느릴 때가 있다
-    answers = re.findall("학습한 모델의 답: (.+)", done.stdout)
-    for answer, word in zip(answers, ("인공 신경망", "인공지능", "파란빛"), strict=True):
-        assert word in answer
+    exact = record.read_run(tmp_path / "run")["exact"]
+    assert exact["rows"] >= 200
+    assert exact["base"] <= 0.02 * exact["rows"] and exact["tuned"] >= 0.9 * exact["rows"]
+    assert f"검증 질문 {exact['rows']}개 가운데 정답과 똑같은 답" in done.stdout
+    assert re.findall("학습한 모델의 답: (.+)", done.stdout) == [
+        "저는 어제 도서관에서 책을 읽었습니다.", "AI는 사람처럼 배우고 생각하는 컴퓨터 프로그램입니다.",
+        "삼천사백팔십이"]
 
 
 def test_base_predicts_korean_prose(tokenizer):
     model = load_base(BASE_DEMO, Device(torch.device("cpu"), torch.float32, "테스트"))
-    text = "물은 온도가 내려가면 얼음이 되고, 온도가 올라가면 수증기가 됩니다. 그래서 겨울에는 강이 얼기도 합니다."
+    text = "민수는 동생과 공원에서 자전거를 탔다. 나는 저녁에 집에서 맛있는 빵을 먹었다. 내일은 도서관에 갈 것이다."
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     with torch.no_grad():
         loss = float(model(input_ids=ids, labels=ids).loss)

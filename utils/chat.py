@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from utils.errors import UsageError
@@ -95,46 +95,45 @@ class ChatPrompter:
         """
         if turns[0].role == "text":
             return [[("", turns[0].text)]]
-        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        said = self._every_answer(turns)
         if turns[-1].role == "user":
             text = self._asked(turns)
             self._require_kept(turns, text)
-            return [Joined(_pieces(text, self._kept(turns, answers, text), len(text)))]
+            return [Joined(_pieces(text, _begun(text, said.values()), len(text)))]
         whole, _ = self._render(turns)
         self._require_kept(turns, whole)
-        said = self._kept(turns, answers, whole)
-        if self.end_tokens and len(said) == len(answers):
-            return [Joined(_pieces(whole, said, len(whole)))]
-        return [self._alone(turns[: place + 1]) for place in answers if turns[place].learned]
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        kept = _begun(whole, said.values())
+        if self.end_tokens and len(kept) == len(answers):
+            return [Joined(_pieces(whole, kept, len(whole)))]
+        return [self._alone(turns, place, said) for place in answers if turns[place].learned]
 
     def split(self, text: str) -> None:
         """질문과 답이 한 글로 된 행은 나누지 않는다."""
         return None
 
-    def _alone(self, turns: Sequence[Turn]) -> Pieces:
-        """마지막 답만 배우는 문서. 그 앞의 글은 질문까지 배울 때에도 마지막 질문만 배운다."""
-        last = self._said(turns)
-        self._require_kept(turns, last.told)
+    def _alone(self, turns: Sequence[Turn], place: int, said: dict[int, _Said]) -> Pieces:
+        """`place`의 답만 배우는 문서. 그 앞의 글은 질문까지 배울 때에도 마지막 질문만 배운다."""
+        last = said[place]
+        self._require_kept(turns[: place + 1], last.told)
         asked = last.told[: last.start]
         end = len(last.told) if self.end_tokens else last.end
-        answers = [place for place, turn in enumerate(turns[:-1]) if turn.role == "assistant"]
-        history = [replace(each, learned=False) for each in self._kept(turns, answers, asked)]
-        muted = max(asked.rfind(self._content(turns[-2]).strip()), 0) if answers else 0
-        return Joined(_pieces(last.told, [*history, last], end, muted), open_end=not self.end_tokens)
+        history = [each for before, each in said.items() if before < place]
+        muted = max(asked.rfind(self._content(turns[place - 1]).strip()), 0) if history else 0
+        read = [replace(each, learned=False) for each in _begun(asked, history)]
+        return Joined(_pieces(last.told, [*read, last], end, muted), open_end=not self.end_tokens)
 
-    def _kept(self, turns: Sequence[Turn], answers: list[int], text: str) -> list[_Said]:
-        """`answers`의 답 가운데, 물을 때의 글 그대로 `text`에 남아 있는 것들. 배우지 않는 답은 달라져 있어도 된다."""
-        kept = []
-        for place in answers:
-            try:
-                said = self._said(turns[: place + 1])
-            except CannotSay:
-                if turns[-1].role == "assistant" and turns[place].learned:
-                    raise
-                continue
-            if text.startswith(said.told[: said.end]):
-                kept.append(said)
-        return kept
+    def _every_answer(self, turns: Sequence[Turn]) -> dict[int, _Said]:
+        """답의 자리 -> 그 답을 만드는 글. 배우지 않는 답은 템플릿이 바꾸어도 된다."""
+        found = {}
+        for place, turn in enumerate(turns):
+            if turn.role == "assistant":
+                try:
+                    found[place] = self._said(turns[: place + 1])
+                except CannotSay:
+                    if turns[-1].role == "assistant" and turn.learned:
+                        raise
+        return found
 
     def _said(self, turns: Sequence[Turn]) -> _Said:
         asked = self._asked(turns[:-1])
@@ -232,6 +231,11 @@ def end_tokens(tokenizer, trail: str) -> list[str]:
         found.append(match[0])
         at = match.end()
     return found
+
+
+def _begun(text: str, said: Iterable[_Said]) -> list[_Said]:
+    """물을 때의 글 그대로 `text`에 남아 있는 답들."""
+    return [each for each in said if text.startswith(each.told[: each.end])]
 
 
 def _pieces(text: str, said: Sequence[_Said], end: int, muted: int = 0) -> Pieces:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE_DEMO = ROOT / "resources" / "polyglot-ko-demo"
 OWN_FOLDERS = ("resources", "train", "data")  # 사용자의 것이 생기는 폴더. 아직 없을 수도 있다
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-DATA_DEMO = ROOT / "ko-datasets" / "polyglot-ko-lite_textonly.json"
+DATA_DEMO = ROOT / "ko-datasets" / "polyglot-ko-skills.json"
 
 
 def find_input(path: str) -> str:

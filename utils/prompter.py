@@ -15,7 +15,11 @@ from utils.turns import Pieces, Turn, Unlearned, filled, shift_space
 from utils.turns import fill_placeholder as fill_placeholder
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
-EXAMPLES = (("딥러닝이 뭐야?", ""), ("{x}가 뭐지?", "AI"), ("하늘은 왜 파란색이야?", ""))  # (질문, 맥락)
+EXAMPLES = (  # (질문, 맥락). 함께 든 데모가 배워서 답할 줄 아는 것들이다
+    ("존댓말로 바꿔 줘: 나는 어제 도서관에서 책을 읽었어.", ""),
+    ("{x}가 뭐지?", "AI"),
+    ("숫자를 읽어 줘: 3,482", ""),
+)
 _REQUIRED = ("name", "prompt_no_input", "prompt_input", "answer_marker")
 _SLOT = re.compile(r"\{(instruction|input)\}")
 

@@ -141,6 +141,17 @@ def test_thinking_on_and_off_asks_what_was_learned(tokenizers, name, thinking):
         assert ("빛의 길" in tokenizer.decode(tokens[start:end])) == thinking
 
 
+def test_thinking_is_chosen_in_a_template_file(tokenizers, tmp_path):
+    path = tmp_path / "quiet.json"
+    path.write_text('{"name": "chat", "enable_thinking": false}', encoding="utf-8")
+    prompter = make_prompter(str(path), tokenizers["qwen3"])
+    assert prompter.template == {"name": "chat", "enable_thinking": False}
+    assert prompter.prompt("가?").endswith("<think>\n\n</think>\n\n")
+    path.write_text('{"name": "chat", "enable_thinking": "off"}', encoding="utf-8")
+    with pytest.raises(UsageError, match="enable_thinking"):
+        make_prompter(str(path), tokenizers["qwen3"])
+
+
 def test_an_answer_with_thoughts_is_not_taught_without_them(tokenizers):
     prompter, _ = stage(tokenizers["qwen3"], {"name": "chat", "enable_thinking": False})
     with pytest.raises(CannotSay, match="enable_thinking"):
@@ -200,6 +211,28 @@ def test_a_boundary_that_merges_is_cut_in_training_and_in_asking(tmp_path):
         assert tokens[:start] == asked(prompter, encoder, turns[: 2 * number + 1])
         if number == 0:
             assert tokens[:start] == whole(tokenizer, turns[:1], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "llama3", "chatml"])
+def test_a_sentencepiece_tokenizer_gives_the_same_tokens(scheme, name):
+    """글의 처음에만 공백을 붙이는 토크나이저에서도 묻는 토큰은 배운 토큰의 앞부분이다."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    core.train_from_iterator([turn.text for turn in PLAIN], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False))
+    tokenizer = equip(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>"),
+                      (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n"))
+    prompter, encoder = stage(tokenizer)
+    (tokens, marks), = encoder.encode_batch(prompter.talk(PLAIN))
+    assert tokens == whole(tokenizer, PLAIN) and len(learned_runs(marks)) == 3
+    for number, (start, _) in enumerate(learned_runs(marks)):
+        turns = PLAIN[: 2 * number + 1]
+        assert tokens[:start] == asked(prompter, encoder, turns) == whole(tokenizer, turns, add_generation_prompt=True)
 
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"

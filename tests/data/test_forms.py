@@ -75,7 +75,7 @@ BAD = {
     "developer": ({"messages": [said("developer", "짧게"), *LIST[1:3]]}, "developer.*system으로"),
     "빈 목록": ({"conversations": []}, "빈 목록"),
     "없는 목록": ({"conversations": None}, "목록이 아니다"),
-    "수": ({"질문": "3+4?", "답변": 7}, "답변이 글이 아니다.*따옴표"),
+    "수": ({"질문": "3+4?", "답변": 7}, "답변 열이 글이 아니다.*따옴표"),
     "없음": ({"question": "가?", "answer": None}, "answer.*글을 적거나"),
     "NaN": ({"question": float("nan"), "answer": "나"}, "question.*글을 적거나"),
     "값이 수": ({"conversations": [shared("human", 3), shared("gpt", "나")]}, "value"),
@@ -153,6 +153,14 @@ def test_an_excel_sheet_is_read_as_it_looks(tmp_path):
     assert list(rows.read_rows(tmp_path / "a.xlsx")) == [
         (1, {"질문": "가\n나?", "답변": "7", "번호": "1"}), (3, {"질문": "다?", "답변": "0.5", "번호": "2"}),
         (4, {"질문": "라?", "답변": None, "번호": "3"})]
+
+
+def test_an_excel_file_is_trained_like_a_csv(tmp_path, encoder):
+    write_xlsx(tmp_path / "a.xlsx", [["질문", "답변"], ["가?", "나"], ["3+4?", 7]])
+    (tmp_path / "a.csv").write_text("질문,답변\n가?,나\n3+4?,7\n", encoding="utf-8")
+    one, other = (dataset.load_documents(tmp_path / name, Prompter(), encoder, 64, END, str(tmp_path / "cache"))
+                  for name in ("a.xlsx", "a.csv"))
+    assert one.tokens.tolist() == other.tokens.tolist() and one.found == other.found == {}
 
 
 @pytest.mark.parametrize("table, words", [([["질문", "질문"], ["가", "나"]], "같은 열"), ([["질문", "답변"]], "비었다"),

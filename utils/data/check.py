@@ -8,7 +8,7 @@ import numpy as np
 
 from utils.chat import CHAT
 from utils.data.forms import Form
-from utils.data.readers import detect_encoding
+from utils.data.readers import BINARY, detect_encoding
 from utils.data.texts import END_TOKEN, compose
 from utils.turns import Pieces, Turn
 
@@ -123,7 +123,7 @@ class Inspector:
             if self._ignored_longer > 0.6 * self.n_rows:
                 names = ", ".join(sorted(self._ignored))
                 self.found["ignored_column"] = {"count": self._ignored_longer, "rows": [], "note": names}
-        if self._source.is_file() and self._source.suffix.lower() != ".parquet":
+        if self._source.is_file() and self._source.suffix.lower() not in BINARY:
             encoding = detect_encoding(self._source)
             if encoding != "utf-8":
                 self.found["encoding"] = {"count": self.n_rows, "rows": [], "note": encoding.upper()}

@@ -1,7 +1,9 @@
 """글에서 토큰으로: 학습과 추론과 검산이 함께 쓰는 `Encoder`, 모델이 아는 토큰인지의 검사, 내용의 해시."""
 
+import bisect
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterable, Sequence
 
@@ -32,6 +34,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self._n_rows = n_rows
         self._end_id = end_id
+        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        longest_first = sorted(special.values(), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special_ids = frozenset(special)
         self._busy = threading.Lock()  # 토크나이저는 두 스레드가 함께 쓰지 못한다
         self._require_known([[end_id]], "답의 끝")
 
@@ -62,6 +68,12 @@ class Encoder:
         apart = iter(self._encode_apart([pieces for pieces in batch if not isinstance(pieces, Joined)]))
         return [next(joined if isinstance(pieces, Joined) else apart) for pieces in batch]
 
+    def length(self, pieces: Pieces) -> int:
+        """문서의 토큰의 수. 경계에서 나누어 토큰화하는 문서에서는 몇 토큰 다를 수 있다."""
+        if isinstance(pieces, Joined):
+            return len(self._encode_guarded(["".join(part for piece in pieces for part in piece)])[0])
+        return len(self.encode_batch([pieces])[0][0])
+
     def fingerprint(self) -> str:
         """같은 글에서 같은 토큰이 나오는지를 가리는 해시."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -91,34 +103,51 @@ class Encoder:
         줄바꿈으로 시작하면 BPE가 경계를 넘어 합치기도 한다. 그런 경계에서는 글을 나누어 토큰화한다. 물을 때도 같은
         경계에서 나누므로 토큰은 언제나 같다.
         """
-        texts, asked = [], []
-        for pieces in batch:
-            text = "".join(prompt + answer for prompt, answer in pieces)
-            edges = np.cumsum([len(part) for piece in pieces for part in piece]).tolist()
-            texts.append((text, edges))
-            asked += [text, *(text[:edge] for edge in dict.fromkeys(edges) if 0 < edge < len(text))]
-        known = dict(zip(asked, self._encode_guarded(asked), strict=True))
+        texts = ["".join(prompt + answer for prompt, answer in pieces) for pieces in batch]
+        wholes = self._encode_guarded(texts)
+        every_edge = [np.cumsum([len(part) for piece in pieces for part in piece]).tolist() for pieces in batch]
+        heads = [self._heads(*each) for each in zip(texts, wholes, every_edge, strict=True)]
+        known = self._encode_known({text for head in heads for text, _ in head.values()})
         encoded = []
-        for pieces, (text, edges) in zip(batch, texts, strict=True):
-            tokens, ends = known[text], [len(known[text[:edge]]) if edge else 0 for edge in edges]
+        for pieces, text, tokens, edges, head in zip(batch, texts, wholes, every_edge, heads, strict=True):
+            ends = {edge: base + len(known[start]) for edge, (start, base) in head.items()}
             # 프롬프트 없이 읽기만 하는 조각의 끝은 묻는 자리가 아니라 나누지 않는다
             soft = {edge for piece, edge in zip(pieces, edges[1::2], strict=True)
                     if not piece[0] and isinstance(piece, Unlearned)}
-            loose = {edge for edge, end in zip(edges, ends, strict=True)
-                     if edge and edge not in soft and known[text[:edge]] != tokens[:end]}
+            loose = {edge for edge, (start, base) in head.items()
+                     if edge not in soft and tokens[base : ends[edge]] != known[start]}
             if loose:
                 tokens, ends = self._encode_in_parts(text, edges, sorted(loose))
+            ends |= {0: 0, len(text): len(tokens)}
             marks: list[int] = []
-            for piece, prompt_end, answer_end in zip(pieces, ends[::2], ends[1::2], strict=True):
-                marks += [0] * (prompt_end - len(marks))
-                marks += [_mark(piece)] * (answer_end - len(marks))
+            for piece, prompt_end, answer_end in zip(pieces, edges[::2], edges[1::2], strict=True):
+                marks += [0] * (ends[prompt_end] - len(marks))
+                marks += [_mark(piece)] * (ends[answer_end] - len(marks))
             if pieces.open_end:
                 tokens, marks = [*tokens, self._end_id], [*marks, 1]
             encoded.append((tokens, marks))
         return encoded
 
-    def _encode_in_parts(self, text: str, edges: list[int], cuts: list[int]) -> tuple[list[int], list[int]]:
-        """`cuts`에서 나누어 토큰화한 (토큰, `edges`마다의 토큰의 자리)."""
+    def _heads(self, text: str, tokens: list[int], edges: list[int]) -> dict[int, tuple[str, int]]:
+        """경계 -> (그 앞의 특수 토큰부터 경계까지의 글, 그 특수 토큰이 `tokens`에 놓인 자리).
+
+        토크나이저는 특수 토큰에서 글을 먼저 나누므로 그 앞의 글은 다시 토큰화하지 않아도 같다. 글에서 센 특수 토큰의
+        수가 토큰에서 센 것과 다르면 처음부터 본다.
+        """
+        starts = [found.start() for found in self._special.finditer(text)]
+        places = [place for place, token in enumerate(tokens) if token in self._special_ids]
+        if len(starts) != len(places):
+            starts, places = [], []
+        heads = {}
+        for edge in edges:
+            before = bisect.bisect_left(starts, edge) - 1
+            start, base = (starts[before], places[before]) if before >= 0 else (0, 0)
+            if 0 < edge < len(text):
+                heads[edge] = text[start:edge], base
+        return heads
+
+    def _encode_in_parts(self, text: str, edges: list[int], cuts: list[int]) -> tuple[list[int], dict[int, int]]:
+        """`cuts`에서 나누어 토큰화한 (토큰, 경계 -> 토큰의 자리)."""
         tokens: list[int] = []
         where = {0: 0}
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -127,7 +156,12 @@ class Encoder:
             where |= {edge: len(tokens) + len(head) for edge, head in zip(inside, heads, strict=True)}
             tokens += whole
             where[end] = len(tokens)
-        return tokens, [where[edge] for edge in edges]
+        return tokens, where
+
+    def _encode_known(self, texts: set[str]) -> dict[str, list[int]]:
+        """글 -> 토큰."""
+        ordered = sorted(texts)
+        return dict(zip(ordered, self._encode_guarded(ordered), strict=True))
 
     def _encode_guarded(self, texts: list[str]) -> list[list[int]]:
         """대화 템플릿이 적은 특수 토큰은 토큰으로, 글에 글자로 적힌 것(`GUARD`로 갈라 둔 것)은 글자로 바꾼다."""

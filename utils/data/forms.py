@@ -137,9 +137,9 @@ def _history(row: dict, name: str | None) -> list[Turn]:
     if not isinstance(value, list) or not all(
             isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
             for pair in value):
-        raise BadTurns(f"의 {name}가 [[질문, 답], ...]의 꼴이 아니다")
+        raise BadTurns(f"의 {name} 열이 [[질문, 답], ...]의 꼴이 아니다")
     if not all(text.strip() for pair in value for text in pair):
-        raise BadTurns(f"의 {name}에 빈 글이 있다. 글을 적거나 그 짝을 뺀다", "empty")
+        raise BadTurns(f"의 {name} 열에 빈 글이 있다. 글을 적거나 그 짝을 뺀다", "empty")
     return [Turn(role, strip_end(text) if role == "assistant" else text) for pair in value
             for role, text in zip(("user", "assistant"), pair, strict=True)]
 
@@ -147,11 +147,11 @@ def _history(row: dict, name: str | None) -> list[Turn]:
 def _text(row: dict, name: str, strip: bool = False) -> str:
     value = row.get(name)
     if value is not None and not isinstance(value, str) and not _is_nan(value):
-        raise BadTurns(f"의 {name}이 글이 아니다({type(value).__name__}). 따옴표로 감싼 글을 적는다", "missing")
+        raise BadTurns(f"의 {name} 열이 글이 아니다({type(value).__name__}). 따옴표로 감싼 글을 적는다", "missing")
     text = value if isinstance(value, str) else ""
     text = strip_end(text) if strip else text
     if not text.strip():
-        raise BadTurns(f"의 {name}이 없거나 비었다. 글을 적거나 그 행을 뺀다",
+        raise BadTurns(f"의 {name} 열이 없거나 비었다. 글을 적거나 그 행을 뺀다",
                        "empty" if isinstance(value, str) else "missing")
     return text
 
@@ -162,7 +162,7 @@ def _optional(row: dict, name: str | None) -> str:
     if value is None or _is_nan(value):
         return ""
     if not isinstance(value, str):
-        raise BadTurns(f"의 {name}이 글이 아니다({type(value).__name__}). 글을 적거나 비워 둔다", "missing")
+        raise BadTurns(f"의 {name} 열이 글이 아니다({type(value).__name__}). 글을 적거나 비워 둔다", "missing")
     return value if value.strip() else ""
 
 

@@ -164,6 +164,7 @@ def _cell(value: object) -> object:
 
 READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet, ".txt": read_txt,
            ".xlsx": read_xlsx}
+BINARY = (".parquet", ".xlsx")  # 글자의 인코딩이 따로 없는 형식
 
 
 def _first_broken_line(path: Path, encoding: str) -> tuple[int | None, bool]:

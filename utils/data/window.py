@@ -86,7 +86,7 @@ class Window:
         characters = sum(len(part) for piece in pieces for part in piece)
         if characters * 4 + len(pieces) <= self._cutoff_len:  # 글자 하나는 많아야 4바이트고, 토큰은 바이트보다 적다
             return True
-        return len(self._encoder.encode_batch([pieces])[0][0]) <= self._cutoff_len
+        return self._encoder.length(pieces) <= self._cutoff_len
 
 
 def _said(head: list[Turn], pairs: list[tuple[Turn, Turn]]) -> list[Turn]:

@@ -42,12 +42,13 @@ def start_tab(runs: Runs, tab: gr.Tab) -> None:
 
     asked, followed = [data, base, name, epochs, template], [status, log, stop, resume, talk]
 
-    def fill(picked):
-        files, bases, names = data_files(), base_models(), runs.names()
-        chosen = picked if picked in names else next(iter(names), None)
-        return (gr.update(choices=files, value=next(iter(files), None)),
-                gr.update(choices=bases, value=next(iter(bases), None)), free_name(runs.home),
-                gr.update(choices=names, value=chosen), gr.Timer(active=True))
+    def fill(*chosen):
+        """고를 것들을 다시 읽는다. 이미 고른 것은 그대로 둔다."""
+        lists = data_files(), base_models(), runs.names()
+        *picked, named = chosen
+        updates = [gr.update(choices=names, value=value or next(iter(names), None))
+                   for names, value in zip(lists, picked, strict=True)]
+        return *updates, named or free_name(runs.home), gr.Timer(active=True)
 
     def preview(*values):
         try:
@@ -67,8 +68,8 @@ def start_tab(runs: Runs, tab: gr.Tab) -> None:
             order = Order.checked(*values)
             runs.start(order)
         except UsageError as error:
-            return gr.update(), str(error)
-        return gr.update(choices=runs.names(), value=order.name), "준비하는 중"
+            return gr.update(), str(error), gr.update()
+        return gr.update(choices=runs.names(), value=order.name), "준비하는 중", free_name(runs.home)
 
     def halt(picked):
         return _said(lambda: runs.stop(picked), "멈추라고 했어요. 하던 step을 마치고 저장해요")
@@ -76,11 +77,12 @@ def start_tab(runs: Runs, tab: gr.Tab) -> None:
     def go_on(picked):
         return _said(lambda: runs.resume(picked), "이어 하는 중")
 
-    tab.select(fill, run, [data, base, name, run, clock], **QUIET).then(preview, asked, command, **QUIET)
+    opened = tab.select(fill, [data, base, run, name], [data, base, run, name, clock], **QUIET)
+    opened.then(preview, asked, command, **QUIET)
     for field in asked:
         field.change(preview, asked, command, **QUIET)
     check.click(look, asked, plan, **QUIET)
-    go.click(begin, asked, [run, status], **QUIET)
+    go.click(begin, asked, [run, status, name], **QUIET)
     stop.click(halt, run, status, **QUIET)
     resume.click(go_on, run, status, **QUIET)
     clock.tick(lambda picked: follow(runs, picked), run, followed, **QUIET)

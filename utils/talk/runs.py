@@ -23,6 +23,7 @@ from utils.paths import ROOT, shown
 from utils.record import RUN_FILE, read_run
 from utils.talk.order import Order, short
 
+SCRIPT = "finetune-lora.py"
 PROCESS_FILE, LOG_FILE = "process.json", "train.log"
 CHECK_SECONDS = 900
 SHOWN_LINES = 16
@@ -77,7 +78,7 @@ class Runs:
 
     def command(self, order: Order, resume: bool = False) -> list[str]:
         """시작할 때 그대로 실행하는 명령의 낱말들."""
-        words = [sys.executable, short(ROOT / "finetune-lora.py"), *order.flags(self.home)]
+        words = [sys.executable, short(ROOT / SCRIPT), *order.flags(self.home)]
         return [*words, "--resume_from_checkpoint", "True"] if resume else words
 
     def check(self, order: Order) -> str:
@@ -219,7 +220,8 @@ class Runs:
         with contextlib.suppress(UsageError, KeyError, TypeError, psutil.Error):
             record = self._record(folder)
             process = psutil.Process(record["pid"])
-            same = abs(process.create_time() - record["created"]) < 1
+            ours = any(word.endswith(SCRIPT) for word in process.cmdline())
+            same = ours and abs(process.create_time() - record["created"]) < 1
             if same and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
