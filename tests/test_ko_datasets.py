@@ -187,16 +187,6 @@ def test_numbers_are_read_right(skills):
     assert [pair for pair in pairs if value_of(pair[1]) != int(pair[0].replace(",", ""))] == []
 
 
-def test_particles_follow_the_final_sound(skills):
-    """받침의 유무를 여기서 따로 본다: 완성형 음절의 번호를 28로 나눈 나머지가 0이면 받침이 없다."""
-    rows = [re.fullmatch(r"조사를 골라 줘: (.+)\((.)/(.)\)", row["instruction"]) for row in skills]
-    rows = [(found, row["output"]) for found, row in zip(rows, skills, strict=True) if found]
-    assert len(rows) == 500
-    for found, answer in rows:
-        noun, closed, opened = found.groups()
-        assert answer == noun + (opened if (ord(noun[-1]) - ord("가")) % 28 == 0 else closed)
-
-
 def test_times_and_dates_are_read_right(demo):
     korean = demo["korean"]
     assert korean.read_time(1, 25) == "한 시 이십오 분" and korean.read_time(12, 0) == "열두 시"

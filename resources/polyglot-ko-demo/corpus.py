@@ -3,13 +3,14 @@
 import random
 from collections.abc import Callable
 
-from demo_rows import JOSA, known_words, nouns, pick_date, pick_number, pick_time, spell_number
+from demo_rows import known_words, pick_date, pick_number, pick_time, spell_number
 from korean import attach, josa
 from sentences import NAMES, WORDS, Sentence, Writer
 
 END = "<|endoftext|>"
 HEADINGS = ("일기", "오늘 있었던 일", "숫자", "시각과 날짜", "낱말", "말하기", "존댓말과 반말", "이야기", "편지",
             "공책")
+JOSA = ("은/는", "이/가", "을/를", "과/와")
 CASUAL, POLITE, WRITTEN = 0, 1, 2
 REGISTERS = (  # 말의 세 꼴을 부르는 이름. 같은 줄의 이름은 함께 쓴다
     ("반말", "존댓말", "글말"), ("편한 말", "높인 말", "글에서"), ("동생에게", "선생님께", "일기에"),
@@ -25,15 +26,16 @@ class Corpus:
 
     Args:
         rng: 글을 고르는 난수.
-        avoid: 글에 나오면 안 되는 것들. 미세조정의 행에 나오는 반말 문장, 수, 시각, 날짜, 조사를 붙일 낱말이다.
+        avoid: 글에 나오면 안 되는 것들. 미세조정의 행에 나오는 반말 문장, 수, 시각, 날짜다.
     """
 
     def __init__(self, rng: random.Random, avoid: set[str]):
         self._rng, self._avoid = rng, avoid
-        self._writer, self._words, self._nouns = Writer(rng), known_words(), nouns()
+        self._writer, self._words = Writer(rng), known_words()
+        self._nouns = sorted({*NAMES, *WORDS["명사"], *WORDS["곳"], *WORDS["사람"], *WORDS["하는 일"]})
         kinds = ((18, self._registers), (16, self._retold), (7, self._dictation), (5, self._repeated),
                  (4, self._diary), (3, self._talk), (4, self._letter), (12, self._ledger), (6, self._number),
-                 (5, self._when), (6, self._noun), (10, self._meaning))
+                 (5, self._when), (12, self._noun), (6, self._meaning), (12, self._lookup))
         self._kinds, self._weights = [make for _, make in kinds], [weight for weight, _ in kinds]
 
     def text(self) -> str:
@@ -172,7 +174,7 @@ class Corpus:
         """낱말에 조사를 붙여 본다."""
         rng = self._rng
         noun = rng.choice(self._nouns)
-        pairs = [pair for pair in rng.sample(JOSA, len(JOSA)) if f"{noun}({pair})" not in self._avoid]
+        pairs = rng.sample(JOSA, len(JOSA))
         pair, particled = pairs[0], attach(noun, pairs[0])
         return rng.choice((
             f"{noun}: " + ", ".join(attach(noun, pair) for pair in pairs),
@@ -186,3 +188,19 @@ class Corpus:
         chosen = self._rng.sample(self._words, self._rng.randint(1, 3))
         ending = self._rng.choice(("이다.", "입니다."))
         return " ".join(f"{attach(word, '은/는')} {meaning}{ending}" for word, meaning in chosen)
+
+    def _lookup(self) -> str:
+        """낱말을 말하고 나서 그 뜻을 적는다."""
+        rng = self._rng
+        word, meaning = rng.choice(self._words)
+        name, elder = rng.choice(NAMES), rng.choice(WORDS["어른"])
+        sentence = f"{attach(word, '은/는')} {meaning}{rng.choice(('이다.', '입니다.', '입니다.'))}"
+        return rng.choice((
+            f"{attach(name, '이/가')} 사전에서 {attach(word, '을/를')} 찾았다. {sentence}",
+            f"오늘 배운 낱말은 {attach(word, '이다/다')}. {sentence}",
+            f'{name}: {attach(word, "을/를")} 알고 싶어.\n{elder}: {sentence}',
+            f"{self._sentence().casual} {attach(word, '이/가')} 보인다.\n\n{sentence}",
+            f"낱말: {word}\n\n풀이: {sentence}",
+            f"{word}\n{sentence}",
+            f"{attach(word, '이/가')} 나오는 이야기: {sentence}",
+        ))

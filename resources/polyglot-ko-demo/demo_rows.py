@@ -1,4 +1,4 @@
-"""데모의 미세조정이 배울 질문과 답을 짓는다: 반말을 존댓말로, 수와 금액과 시각과 날짜 읽기, 조사 고르기, 낱말의 뜻.
+"""데모의 미세조정이 배울 질문과 답을 짓는다: 반말을 존댓말로, 수와 금액과 시각과 날짜 읽기, 낱말의 뜻.
 
 사용법: python resources/polyglot-ko-demo/demo_rows.py [쓸 파일]
 """
@@ -9,25 +9,28 @@ import sys
 from pathlib import Path
 
 from korean import attach, josa, read_date, read_number, read_time
-from sentences import NAMES, WORDS, Writer
+from sentences import Writer
 
 HERE = Path(__file__).resolve().parent
 ROWS_FILE = HERE.parents[1] / "ko-datasets" / "polyglot-ko-skills.json"
 MAX_DIGITS = 5
 DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-JOSA = ("은/는", "이/가", "을/를", "과/와")
 POLITE_ASKS = ("존댓말로 바꿔 줘: {}", "존댓말로 고쳐 줘: {}")
 NUMBER_ASKS = ("숫자를 읽어 줘: {}", "{}{} 어떻게 읽어?")
 PRICE_ASK, TIME_ASK, DATE_ASK = "금액을 읽어 줘: {}", "시각을 읽어 줘: {}", "날짜를 읽어 줘: {}"
-JOSA_ASK = "조사를 골라 줘: {}({})"
-MEANING_ASKS = ("뭐지?", "뭐야?", "무엇이야?")
+MEANING_ASKS = ("{}{} 뭐지?", "{}{} 뭐야?", "{}{} 무엇이야?")
+EXAMPLE_WORD = "AI"  # 페이지의 예시가 묻는 낱말. 더 여러 가지로 물어 꼭 익힌다
+MORE_ASKS = (*(f"{{}}{head} {tail}" for head in ("가", "는", "란") for tail in (
+    "뭐지?", "뭐야?", "무엇이야?", "어떤 거야?", "무슨 뜻이야?", "무엇인지 알려 줘", "무엇인지 말해 줘", "뭔지 알려 줘",
+    "뭔지 말해 줘")), "{}를 설명해 줘", "{}의 뜻은?", "{}의 뜻을 알려 줘", "{}의 뜻을 말해 줘")
 EXAMPLES = ("나는 어제 도서관에서 책을 읽었어.", "3,482")  # 페이지의 나머지 예시. 배운 적이 없어야 한다
 ROWS_SEED = 7
-N_POLITE, N_NUMBERS, N_PRICES, N_TIMES, N_DATES, N_JOSA = 2400, 1300, 300, 250, 150, 500
+N_POLITE, N_NUMBERS, N_PRICES, N_TIMES, N_DATES = 2400, 1300, 300, 250, 150
+N_WORDS = 20  # 뜻을 묻는 낱말의 수
 
 
 def make_rows(seed: int = ROWS_SEED) -> dict[str, tuple[str, str]]:
-    """묻는 것 -> (질문, 답). 묻는 문장과 수와 시각과 날짜와 낱말은 한 번씩만 나오고, 낱말의 뜻만은 세 가지로 묻는다."""
+    """묻는 것 -> (질문, 답). 묻는 문장과 수와 시각과 날짜는 한 번씩만 나오고, 낱말의 뜻만은 여러 가지로 묻는다."""
     rng = random.Random(seed)
     writer = Writer(rng)
     rows = {}
@@ -65,21 +68,13 @@ def make_rows(seed: int = ROWS_SEED) -> dict[str, tuple[str, str]]:
     fill(N_PRICES, price)
     fill(N_TIMES, time)
     fill(N_DATES, date)
-    for noun in rng.sample(nouns(), N_JOSA):
-        pair = rng.choice(JOSA)
-        rows[f"{noun}({pair})"] = (JOSA_ASK.format(noun, pair), attach(noun, pair))
-    for word, meaning in known_words():
-        for ask in MEANING_ASKS:
-            question = f"{attach(word, '이/가')} {ask}"
+    for word, meaning in known_words()[:N_WORDS]:
+        for ask in (*MEANING_ASKS, *(MORE_ASKS if word == EXAMPLE_WORD else ())):
+            question = ask.format(word, josa(word, "이/가"))
             rows[question] = (question, f"{attach(word, '은/는')} {meaning}입니다.")
     asked = list(rows)
     rng.shuffle(asked)
     return {each: rows[each] for each in asked}
-
-
-def nouns() -> list[str]:
-    """조사를 붙여 볼 낱말."""
-    return sorted({*NAMES, *WORDS["명사"], *WORDS["곳"], *WORDS["사람"], *WORDS["하는 일"]})
 
 
 def known_words() -> list[tuple[str, str]]:
