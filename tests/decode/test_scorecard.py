@@ -121,5 +121,7 @@ def test_standard_error_is_that_of_the_mean():
     expected = math.sqrt(sum((each - mean) ** 2 for each in right) / 99) / 10
     score = Score("x", "시험", 100, {"base": 30}, 1.0)
     assert score.error("base") == pytest.approx(expected) and score.share("base") == 0.3
-    assert score.line() == "시험 100문항(1.0초): 기반 모델 30.0% ±4.6%"
+    assert score.line() == "시험 100문항(1.0초): 30.0% ±4.6%"
+    both = Score("x", "시험", 100, {"base": 30, "tuned": 90}, 1.0)
+    assert both.line() == "시험 100문항(1.0초): 기반 모델 30.0% ±4.6%, 학습한 모델 90.0% ±3.0%"
     assert score.as_dict()["accuracy"] == {"base": 0.3}
