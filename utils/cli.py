@@ -167,7 +167,7 @@ def _nearest(name: str, parameters: Parameters) -> list[str]:
 
 
 def _loose_hint(token: str) -> str:
-    if token[:1] in LONG_DASHES:
+    if token.startswith(tuple(LONG_DASHES)):
         return f"긴 줄표 '{token[0]}'로 시작한다. --{token.lstrip(LONG_DASHES)} 로 적는다"
     return "모든 값은 --이름 값 으로 적고, 빈칸이 든 값은 따옴표로 감싼다"
 

@@ -17,6 +17,7 @@ from utils.model import diskmap, loader
 from utils.model.adapter import load_adapter
 from utils.model.folder import open_model_folder
 from utils.model.tokenizer import load_tokenizer
+from utils.paths import DATA_DEMO
 
 merge = load_script("merge-lora.py").merge
 TARGETS = {"gpt2": ["c_attn", "c_proj"], "bloom": ["query_key_value", "dense"], "neox": ["query_key_value"]}
@@ -206,7 +207,7 @@ def test_proof_says_when_the_data_is_gone(hard, tmp_path, capsys):
     merge(peft_root=str(adapter), output_dir=str(tmp_path / "merged"))
     assert "gone.json" in capsys.readouterr().out
     report = json.loads((tmp_path / "merged/merge-report.json").read_text(encoding="utf-8"))["proof"]
-    assert report["absent_data"].endswith("gone.json") and report["data"].endswith("textonly.json")
+    assert report["absent_data"].endswith("gone.json") and report["data"] == str(DATA_DEMO)
 
 
 def change_keys(source, folder, rename):

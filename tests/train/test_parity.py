@@ -1,5 +1,7 @@
 """학습하는 계산이 모델의 계산과 같음을, 그리고 다르면 시작할 때 드러남을 확인한다."""
 
+import contextlib
+import io
 import itertools
 
 import pytest
@@ -9,6 +11,7 @@ from tiny import build_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from utils import console
 from utils.data.encoder import require_known_ids
 from utils.errors import UsageError
 from utils.model.loss import Head
@@ -108,9 +111,14 @@ def flat(gradients: dict) -> torch.Tensor:
 
 
 def chosen(model, ways=None) -> tuple:
-    """(고른 micro-step, 그동안 한 말)."""
-    said = []
-    return parity.choose_step(ways or autograd_ways(model), model, Blocks(), 4, torch.device("cpu"), said.append), said
+    """(고른 micro-step, 고르지 않은 길마다의 이유). 이유는 --verbose True일 때 보이는 줄이다."""
+    console.show_details(True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as details:
+            step = parity.choose_step(ways or autograd_ways(model), model, Blocks(), 4, torch.device("cpu"), len)
+    finally:
+        console.show_details(False)
+    return step, details.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("name", KINDS)

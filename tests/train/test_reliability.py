@@ -204,7 +204,7 @@ def test_second_signal_ends_at_once_without_half_a_checkpoint(lab, tmp_path):
     assert folders_are_whole(output)
 
 
-@pytest.mark.parametrize("when", ["학습 후 검증 loss", "결과", "검증 질문"])
+@pytest.mark.parametrize("when", ["학습 후 검증 loss", "결과", "검증 질문 7개에"])
 def test_ctrl_c_after_the_last_step_costs_only_the_sample_answers(lab, tmp_path, when):
     output = tmp_path / "run"
     stopped = lab.train(output, answers=True, num_train_epochs=1, signals=[[when, "SIGINT"]])
@@ -262,7 +262,7 @@ def test_break_and_ignored_signals(monkeypatch):
 def test_infinite_loss_stops_before_the_weights_are_touched(lab, tmp_path):
     output = tmp_path / "run"
     stopped = lab.train(output, learning_rate=1e38)
-    assert stopped.code == 2 and "step 3에서" in stopped.error and "학습률" in stopped.error, stopped.text
+    assert stopped.code == 2 and "step 2에서" in stopped.error and "학습률" in stopped.error, stopped.text
     stopped = lab.train(tmp_path / "late", learning_rate=1e30, num_train_epochs=1)
     assert stopped.code == 2 and "NaN이나 inf" in stopped.error, stopped.text
     last = checkpoint.newest_valid(tmp_path / "late")

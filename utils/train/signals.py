@@ -80,8 +80,10 @@ class Interrupt:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         code = torch.tensor(self.code or 0, device=device)
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
-        self.code = int(code) or None
-        return self.code is not None
+        agreed = int(code)
+        if agreed:  # 모으는 동안 온 신호를 0으로 덮지 않는다. 그것은 다음 step에서 함께 정한다
+            self.code = agreed
+        return agreed != 0
 
 
 def silence() -> None:
