@@ -75,9 +75,9 @@ def talk_server(talk_run):
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """페이지의 테스트가 함께 쓰는 브라우저 하나."""
+    """파일 하나의 테스트가 함께 쓰는 브라우저. 열려 있는 동안 이 스레드의 asyncio를 쓰므로 파일마다 닫는다."""
     from playwright.sync_api import Error, sync_playwright
     from serving import launch_browser
 
