@@ -79,12 +79,10 @@ def serve(
 def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
                 exam: str | None, peft_root: tuple[str, ...]) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
-    from pathlib import Path
-
     from utils.talk.guard import exposure_problem
 
     counted = exam is not None and exam.lstrip("-").isdigit()
-    known = exam in (None, "kobest", "skt/kobest_v1") or counted or Path(find_input(exam)).exists()
+    known = exam is None or counted or is_exam(exam)
     problem = exposure_problem(server_name, share, auth)
     cli.check(
         [
@@ -98,6 +96,15 @@ def check_flags(server_name: str, server_port: int, share: bool, auth: str | Non
             (known, f"eval은 질문의 수, kobest, 있는 폴더나 파일 가운데 하나다: {exam}"),
         ]
     )
+
+
+def is_exam(name: str) -> bool:
+    """KoBEST이거나 있는 폴더나 파일인지."""
+    from pathlib import Path
+
+    from utils.data.exams import is_kobest
+
+    return is_kobest(name) or Path(find_input(name)).exists()
 
 
 def find_results(sources, run_dirs: tuple[str, ...], models, cache_dir: str | None):

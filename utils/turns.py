@@ -48,9 +48,15 @@ def fill_placeholder(instruction: str, input: str) -> str:
     return _PLACEHOLDER.sub(lambda _: input, instruction)
 
 
+def find_placeholder(text: str) -> str | None:
+    """질문 안의 첫 `{...}`. 없으면 None이다."""
+    found = _PLACEHOLDER.search(text)
+    return found[0] if found else None
+
+
 def filled(turn: Turn) -> tuple[str, str]:
     """(질문, 딸린 글). 질문에 `{...}` 자리가 있으면 딸린 글을 그 자리에 넣고 비운다."""
-    if turn.input and _PLACEHOLDER.search(turn.text):
+    if turn.input and find_placeholder(turn.text):
         return fill_placeholder(turn.text, turn.input), ""
     return turn.text, turn.input
 

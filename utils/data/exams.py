@@ -1,15 +1,14 @@
 """시험 문항: KoBEST의 다섯 시험과, 사용자가 고른 파일의 행. 어느 시험인지는 열 이름이 정한다."""
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import hub
 from utils.data.dataset import say_row
 from utils.data.forms import read_row, require_form
 from utils.data.readers import READERS, detect_encoding
-from utils.data.rows import read_rows
+from utils.data.rows import fetch, read_rows
 from utils.errors import UsageError
 from utils.turns import Pieces, Turn
 
@@ -87,6 +86,11 @@ TASKS = (
 )
 
 
+def is_kobest(name: str) -> bool:
+    """hub에서 받는 KoBEST의 이름인지."""
+    return name in (KOBEST, KOBEST_HUB)
+
+
 def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
     """`--eval`이나 `--eval_task`에 적힌 시험들.
 
@@ -97,14 +101,15 @@ def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
     Raises:
         UsageError: 없거나, 아는 열이 없거나, 정답이 보기에 없다.
     """
-    if name in (KOBEST, KOBEST_HUB):
-        return [make_exam(task, _hub_rows(task, cache_dir), prompter, KOBEST_HUB) for task in TASKS]
+    if is_kobest(name):
+        return [make_exam(task, fetch(KOBEST_HUB, "test", cache_dir, task.name), prompter, KOBEST_HUB)
+                for task in TASKS]
     if Path(name).is_dir():
         return _from_folder(Path(name), prompter)
     return [_from_file(name, prompter)]
 
 
-def make_exam(task: Task, rows: Sequence[dict], prompter, source: str | Path) -> Exam:
+def make_exam(task: Task, rows: Iterable[dict], prompter, source: str | Path) -> Exam:
     """행들로 만든 시험 하나.
 
     Raises:
@@ -142,16 +147,6 @@ def _number(label: object) -> int:
     """정답의 번호. 참과 거짓은 1과 0이다."""
     text = str(label).strip()
     return 0 if text in FALSE_WORDS else 1 if text in ("True", "true") else int(text)
-
-
-def _hub_rows(task: Task, cache_dir: str | None) -> list[dict]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return list(datasets.load_dataset(KOBEST_HUB, task.name, split="test", cache_dir=cache_dir))
-    except Exception as error:  # hub의 오류는 종류가 많고 모두 사용자가 고칠 일이다
-        raise hub.refusal("데이터를", KOBEST_HUB, error, cache_dir, data=True) from None
 
 
 def _from_folder(folder: Path, prompter) -> list[Exam]:

@@ -60,11 +60,21 @@ def load_hub(name: str, cache_dir: str | None = None):
     Raises:
         UsageError: 없거나, 로그인이 필요하거나, 인터넷이 끊겼거나, 받다가 그쳤다.
     """
+    require_data(name)
+    return fetch(name, "train", cache_dir)
+
+
+def fetch(name: str, split: str, cache_dir: str | None = None, subset: str | None = None):
+    """hub의 데이터에서 한 부분. 이름이 파일인지는 보지 않는다. 오류는 `load_hub`와 같다.
+
+    Args:
+        split: train이나 test.
+        subset: 한 이름에 여러 데이터가 있으면 그 가운데 하나.
+    """
     import datasets
 
-    require_data(name)
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, split="train", cache_dir=cache_dir)
+        return datasets.load_dataset(name, subset, split=split, cache_dir=cache_dir)
     except Exception as error:  # hub의 오류는 종류가 많고 모두 사용자가 고칠 일이다
         raise hub.refusal("데이터를", name, error, cache_dir, data=True) from None

@@ -20,6 +20,7 @@ from utils.model.loader import load_config
 from utils.model.tokenizer import answer_end_id, load_tokenizer
 from utils.paths import DATA_DEMO, find_recorded
 from utils.prompter import make_prompter
+from utils.record import RUN_FILE
 
 N_PROMPTS = 8  # 검산에 쓰는 행의 수
 LOGIT_BYTES = 32 * 2**20  # 모델 하나의 logits에 쓰는 바이트
@@ -215,7 +216,7 @@ def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:
 
 
 def _run_settings(root: Path) -> dict:
-    file = root / "run.json"
+    file = root / RUN_FILE
     if not file.is_file():
         return {}
     try:

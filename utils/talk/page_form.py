@@ -1,6 +1,5 @@
 """한 번 묻기 탭: Instruction과 Input을 적고 답 하나를 받는다. 비교하면 두 모델이 차례로 답한다."""
 
-import re
 from collections.abc import Sequence
 
 import gradio as gr
@@ -11,9 +10,9 @@ from utils.talk import guard
 from utils.talk.answerer import Answer, describe
 from utils.talk.models import Models
 from utils.talk.page_reply import EMPTY, LIVE, alert, compared, submit, title_of, told
-from utils.talk.page_settings import main_sliders, more_settings, read_sampling
+from utils.talk.page_settings import main_sliders, more_settings, read_sampling, status_line
+from utils.turns import find_placeholder
 
-_SLOT = re.compile(r"\{[^{}]*\}")
 NO_INPUT = "Input이 비어 있어 {0} 자리가 글자 그대로 전해졌어요"
 
 
@@ -88,8 +87,8 @@ async def _ask(models: Models, both: bool, values: Sequence, session: str):
     except UsageError as error:
         yield _shown(status=alert(told(error)))
         return
-    slot = _SLOT.search(instruction)
-    note = f"{NO_INPUT.format(slot[0])} · " if slot and not input else ""
+    slot = find_placeholder(instruction)
+    note = f"{NO_INPUT.format(slot)} · " if slot and not input else ""
     titles = [title_of(choice.name) for choice in picked]
     first, last = answers[0], answers[-1]
     async for ahead in picked[0].answerer.follow(*answers):
@@ -115,5 +114,4 @@ def _swap(busy: bool) -> tuple[dict, dict]:
 
 def _output(label: str, output_id: str, status_id: str) -> tuple[gr.Textbox, gr.Textbox]:
     return (gr.Textbox(label=label, lines=11, max_lines=11, interactive=False, buttons=["copy"], elem_id=output_id),
-            gr.Textbox(show_label=False, label="상태", lines=1, max_lines=3, interactive=False, container=False,
-                       elem_id=status_id, elem_classes="status"))
+            status_line(status_id))

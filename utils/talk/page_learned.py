@@ -11,6 +11,7 @@ from utils.record import MODELS
 from utils.talk import scorecards, scores
 from utils.talk.answerer import Answerer, describe
 from utils.talk.page_runs import html_table
+from utils.talk.page_settings import status_line, unchecked
 
 MAX_CHOICES = 200
 MAX_QUESTIONS = 50
@@ -44,22 +45,20 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다."""
     gr.Markdown("학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교해요. "
                 "늘 가장 그럴듯한 토큰을 골라요(Temperature 0).")
-    pick = gr.Dropdown([], label="검증 질문", elem_id="question", interactive=True)
-    pick.preprocess = lambda sent: sent  # 값은 아래에서 다시 본다. Gradio의 영어 오류가 나오지 않게 한다
+    pick = unchecked(gr.Dropdown([], label="검증 질문", elem_id="question", interactive=True))
     ask = gr.Button("두 모델에게 묻기", variant="primary", elem_id="ask-both")
     with gr.Row():
         reference, base, tuned = (
             gr.Textbox(label=label, lines=10, max_lines=10, interactive=False, min_width=220, elem_id=name)
-            for label, name in (("기준 답", "reference"), ("기반 모델", "learned-base"),
-                                ("학습한 모델", "learned-tuned")))
+            for label, name in (("기준 답", "reference"),
+                                *((model.title, f"learned-{model.name}") for model in MODELS)))
     with gr.Row():
         count = gr.Slider(1, MAX_QUESTIONS, value=5, step=1, label="몇 개의 질문으로 잴까요", elem_id="count", scale=3,
                           min_width=240)
         measure = gr.Button("재기", variant="primary", elem_id="measure", scale=1, min_width=100)
         stop = gr.Button("멈추기", variant="stop", elem_id="measure-stop", scale=1, min_width=100)
         export = gr.Button("CSV로 내려받기", elem_id="csv", scale=1, min_width=160)
-    status = gr.Textbox(show_label=False, label="상태", interactive=False, container=False, elem_id="learned-status",
-                        elem_classes="status")
+    status = status_line("learned-status", None)
     table = gr.HTML(elem_id="scores")
     csv = gr.Textbox(visible="hidden", elem_id="csv-text")
 

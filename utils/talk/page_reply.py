@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import gradio as gr
 
 from utils.errors import UsageError
+from utils.record import MODELS
 from utils.sampling import Sampling
 from utils.talk import guard
 from utils.talk.answerer import Answer, TooLong, describe
@@ -26,7 +27,7 @@ LIVE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": 
 
 def title_of(name: str) -> str:
     """사람에게 보일 모델의 이름."""
-    return "기반 모델" if name == BASE else name
+    return MODELS[0].title if name == BASE else name
 
 
 def told(error: UsageError) -> str:

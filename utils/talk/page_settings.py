@@ -1,4 +1,4 @@
-"""답을 고르는 설정의 칸들: 슬라이더와 시드. 대화 탭과 한 번 묻기 탭이 함께 쓴다."""
+"""탭들이 함께 쓰는 칸: 답을 고르는 슬라이더와 시드, 상태 한 줄."""
 
 import secrets
 from collections.abc import Sequence
@@ -57,7 +57,17 @@ def read_sampling(values: Sequence[object]) -> Sampling:
 def _slider(label: str, name: str, step: float, prefix: str, context: int) -> gr.Slider:
     low, high, _ = guard.BOUNDS[name]
     high = min(high, context) if name == "max_new_tokens" else high
-    slider = gr.Slider(low, high, value=min(getattr(Sampling(), name), high), step=step, label=label,
-                       elem_id=prefix + name.replace("_", "-"))
-    slider.preprocess = lambda sent: sent  # 범위는 guard가 본다. Gradio의 영어 오류 대신 한국어 한 줄이 보인다
-    return slider
+    return unchecked(gr.Slider(low, high, value=min(getattr(Sampling(), name), high), step=step, label=label,
+                               elem_id=prefix + name.replace("_", "-")))
+
+
+def unchecked(component: gr.components.Component) -> gr.components.Component:
+    """값을 보낸 그대로 받는 칸. 값은 받는 쪽이 다시 보고, Gradio의 영어 오류 대신 한국어 한 줄을 보인다."""
+    component.preprocess = lambda sent: sent
+    return component
+
+
+def status_line(name: str, max_lines: int | None = 3) -> gr.Textbox:
+    """답이나 학습의 상태를 보이는 한 줄. 길면 `max_lines`줄까지 늘고, None이면 Gradio가 정한다. `name`은 elem_id다."""
+    return gr.Textbox(show_label=False, label="상태", lines=1, max_lines=max_lines, interactive=False,
+                      container=False, elem_id=name, elem_classes="status")

@@ -5,13 +5,14 @@ import gradio as gr
 from utils.console import shown_command
 from utils.errors import UsageError
 from utils.talk.order import Order, base_models, data_files, free_name, short, template_names
+from utils.talk.page_reply import LIVE
+from utils.talk.page_settings import status_line, unchecked
 from utils.talk.runs import Runs
 
 EVERY = 2.0  # 진행을 다시 읽는 간격(초)
 EPOCHS, TEMPLATE = 5, "default"
 INTRO = ("학습은 따로 도는 프로세스예요. 브라우저나 이 페이지를 닫아도 이어져요. "
          "이 페이지가 올린 모델도 VRAM을 쓰므로, 모자라면 페이지를 끄고 아래의 명령을 콘솔에서 실행하세요.")
-QUIET = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def start_tab(runs: Runs, tab: gr.Tab) -> None:
@@ -30,8 +31,7 @@ def start_tab(runs: Runs, tab: gr.Tab) -> None:
         go = gr.Button("학습 시작", variant="primary", elem_id="start-go", min_width=120)
     plan = gr.Textbox(label="데이터의 검사와 계획", lines=3, max_lines=24, interactive=False, elem_id="start-plan")
     run = _picker("따라갈 학습", "start-run")
-    status = gr.Textbox(show_label=False, label="상태", interactive=False, container=False, elem_id="start-status",
-                        elem_classes="status")
+    status = status_line("start-status", None)
     log = gr.Textbox(label="학습의 로그", lines=6, max_lines=20, interactive=False, elem_id="start-log")
     with gr.Row():
         stop = gr.Button("멈추기 (저장하고)", variant="stop", elem_id="start-stop", min_width=120, interactive=False)
@@ -77,16 +77,16 @@ def start_tab(runs: Runs, tab: gr.Tab) -> None:
     def go_on(picked):
         return _said(lambda: runs.resume(picked), "이어 하는 중")
 
-    opened = tab.select(fill, [data, base, run, name], [data, base, run, name, clock], **QUIET)
-    opened.then(preview, asked, command, **QUIET)
+    opened = tab.select(fill, [data, base, run, name], [data, base, run, name, clock], **LIVE)
+    opened.then(preview, asked, command, **LIVE)
     for field in asked:
-        field.change(preview, asked, command, **QUIET)
-    check.click(look, asked, plan, **QUIET)
-    go.click(begin, asked, [run, status, name], **QUIET)
-    stop.click(halt, run, status, **QUIET)
-    resume.click(go_on, run, status, **QUIET)
-    clock.tick(lambda picked: follow(runs, picked), run, followed, **QUIET)
-    run.change(lambda picked: follow(runs, picked), run, followed, **QUIET)
+        field.change(preview, asked, command, **LIVE)
+    check.click(look, asked, plan, **LIVE)
+    go.click(begin, asked, [run, status, name], **LIVE)
+    stop.click(halt, run, status, **LIVE)
+    resume.click(go_on, run, status, **LIVE)
+    clock.tick(lambda picked: follow(runs, picked), run, followed, **LIVE)
+    run.change(lambda picked: follow(runs, picked), run, followed, **LIVE)
 
 
 def follow(runs: Runs, name: object) -> tuple:
@@ -110,7 +110,6 @@ def _said(act, done: str) -> str:
 
 
 def _picker(label: str, name: str, choices: list[str] | None = None, value: str | None = None) -> gr.Dropdown:
-    """고르거나 적는 칸. 값은 `Order`가 다시 보므로 Gradio의 영어 검사는 끈다."""
-    picker = gr.Dropdown(choices or [], value=value, label=label, allow_custom_value=True, elem_id=name, min_width=220)
-    picker.preprocess = lambda sent: sent
-    return picker
+    """고르거나 적는 칸. 값은 `Order`가 다시 본다."""
+    return unchecked(gr.Dropdown(choices or [], value=value, label=label, allow_custom_value=True, elem_id=name,
+                                 min_width=220))

@@ -8,7 +8,7 @@ from utils.talk import guard, scores
 from utils.talk.models import Models
 from utils.talk.page_learned import Results
 from utils.talk.page_reply import ALONE, LIVE, correct, is_answer, mark, reread, say, screen, title_of, waiting
-from utils.talk.page_settings import main_sliders, more_settings
+from utils.talk.page_settings import main_sliders, more_settings, status_line, unchecked
 from utils.talk.page_turns import Talk, plain
 
 HEIGHT = "max(200px, calc(100dvh - 330px))"  # 질문과 보내기가 첫 화면에 함께 보이는 높이
@@ -31,8 +31,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=6, autofocus=True, elem_id="talk-question",
                           max_length=guard.MAX_CHARS, submit_btn="보내기", container=False,
                           placeholder="질문 (Enter 보내기 · Shift+Enter 줄바꿈)")
-    status = gr.Textbox(show_label=False, label="상태", lines=1, max_lines=3, interactive=False, container=False,
-                        elem_id="talk-status", elem_classes="status")
+    status = status_line("talk-status")
     with gr.Accordion("설정", open=False, elem_id="talk-settings"):
         system = gr.Textbox(label="시스템 글", info="대화의 맨 앞에 두고 모델이 늘 따르게 할 말이에요", lines=2,
                             max_lines=6, max_length=guard.MAX_CHARS, elem_id="system")
@@ -113,9 +112,7 @@ def pickers(models: Models) -> tuple[gr.Dropdown, gr.Dropdown]:
                         min_width=150, filterable=False)
     other = gr.Dropdown([("비교하지 않기", ALONE), *named], value=ALONE, label="나란히 비교", elem_id="other",
                         visible=several, min_width=150, filterable=False)
-    for picker in (model, other):
-        picker.preprocess = lambda sent: sent  # 있는 이름인지는 Models가 본다
-    return model, other
+    return unchecked(model), unchecked(other)  # 있는 이름인지는 Models가 본다
 
 
 def _chatbot(name: str, **options) -> gr.Chatbot:

@@ -13,6 +13,7 @@ from utils.data.documents import Documents
 from utils.data.questions import read_question
 from utils.decode import likelihood
 from utils.decode.likelihood import Pair
+from utils.record import MODELS
 
 SHORT_ANSWER = 64  # 이보다 긴 답(토큰, 끝 토큰 포함)이 정답과 똑같기를 바라지 않는다
 MAX_ROWS = 1000
@@ -27,8 +28,8 @@ class ExactMatch:
     tuned: int
 
     def line(self) -> str:
-        counts = [f"{title} {count}개({count / self.rows:.1%})"
-                  for title, count in (("기반 모델", self.base), ("학습한 모델", self.tuned))]
+        found = ((model.title, getattr(self, model.name)) for model in MODELS)
+        counts = [f"{title} {count}개({count / self.rows:.1%})" for title, count in found]
         return f"검증 질문 {self.rows}개 가운데 정답과 똑같은 답: {', '.join(counts)}"
 
     def as_dict(self) -> dict[str, int]:

@@ -18,9 +18,9 @@ from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
 from utils.process import is_first_process, n_processes
+from utils.record import RUN_FILE
 from utils.train.records import Settings
 
-RUN_FILE = "run.json"
 KEEP = 2
 OTHER_BYTES = 20 << 20  # run.json, 그림, 예시 답, 로그
 SAME_FLAGS = ("cutoff_len", "learning_rate", "val_set_size", "train_on_inputs", "seed", "lora_r",
