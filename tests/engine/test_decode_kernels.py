@@ -211,7 +211,7 @@ def test_rows_together_equal_one_at_a_time(name, kind, tmp_path):
     rows.begin(prefill, questions, 8, [[0, 0, 0, 0]] * LINES)
     together = [rows.logits.clone()]
     for _ in range(3):
-        rows.run(adapter_on=True)
+        rows.run(overlap=False)
         together.append(rows.logits.clone())
     for line in (0, 7, 15):
         ids = questions[line] + rows.told[line, :3].tolist()

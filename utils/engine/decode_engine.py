@@ -158,11 +158,12 @@ class FastDecode:
     def _capture_lines(self, rows: DecodeRows) -> torch.cuda.CUDAGraph:
         for cache in rows.caches:
             cache.grow(1)
-        rows.run(self._prefill.adapter_on)
+        overlap = torch.cuda.get_device_capability() >= (9, 0)
+        rows.run(overlap)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            rows.run(self._prefill.adapter_on)
+            rows.run(overlap)
         return graph
 
     def logits(self, input_ids: list[int], answer: list[int]) -> torch.Tensor:

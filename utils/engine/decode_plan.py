@@ -82,6 +82,7 @@ class Plan:
             하나씩이라 둘이 같다.
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
         can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
+        lines_qkv, lines_mlp, lines_out, lines_head: 그 커널들의 블록 수.
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
 
     Raises:
@@ -122,10 +123,17 @@ class Plan:
             self.contract_down = self._grid(hidden // ROWS, space(0, ff * 2 * copies), 1)
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
-        line_slots = min(8, (shared_limit - fixed) // (SLOT * LINES) // 2 * 2)
+        line_fixed = fixed + 3 * rank * LINES * 4 + WARPS * LINES * 8  # decode_rows.cu의 `LineSpace`와 같은 차례다
+        line_slots = min(8, (shared_limit - line_fixed) // (SLOT * LINES) // 2 * 2)
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         line_slots = max(2, line_slots)
-        self.lines_shared = fixed + line_slots * SLOT * LINES
+        self.lines_shared = line_fixed + line_slots * SLOT * LINES
+        most = multiprocessors
+        self.lines_out, self.lines_head = min(most, hidden // ROWS), min(most, ceil(vocab / ROWS))
+        self.lines_qkv, self.lines_mlp = min(most, qkv_tiles), min(most, mlp_tiles)
+        if family.parallel:  # 두 선형층이 블록을 묶음의 수대로 나눈다
+            self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
+            self.lines_mlp = most - self.lines_qkv
         self.choose_shared = 2 * ceil(vocab / 32) * 4
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)

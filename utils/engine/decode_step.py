@@ -10,8 +10,9 @@ from utils.engine.family import Family
 from utils.engine.weights import Adapter, Layer, Linear, Norm, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
-LINES_KERNELS = ["qkv_lines", "mlp_lines", "out_lines", "down_lines", "head_lines", "lora_lines", "norm_lines"]
-PARALLEL_KERNELS, SEQUENTIAL_KERNELS = ["contract"], ["contract_attention", "contract_mlp"]
+LINES_KERNELS = ["project_lines", "head_lines"]
+PARALLEL_KERNELS = ["contract", "contract_lines"]
+SEQUENTIAL_KERNELS = ["contract_attention", "contract_mlp", "contract_attention_lines", "contract_mlp_lines"]
 PARTS = ("qkv", "out", "mlp", "down")
 
 
@@ -232,7 +233,8 @@ class DecodeStep:
 
 
 def kernel_names(family: Family) -> list[str]:
-    return KERNELS + LINES_KERNELS + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+    post = ["post_lines"] if family.post_norm else []
+    return KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:
