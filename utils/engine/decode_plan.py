@@ -23,6 +23,7 @@ SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최
 LINE_SPLITS = 4      # 함께 답할 때의 것. 줄이 많아 블록이 이미 많다
 PAGE = 512           # KV cache 한 쪽의 위치의 수
 LINES = 16           # 함께 답하는 질문의 수
+LINE_AHEAD = 2       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수(1이나 2)
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
@@ -143,7 +144,7 @@ class Plan:
             "VOCAB": vocab, "RANK": rank,
             "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
             "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
-            "LINES": LINES, "LINE_SLOTS": line_slots,
+            "LINES": LINES, "LINE_SLOTS": line_slots, "LINE_AHEAD": LINE_AHEAD,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINE_SPLITS, LINES, SPLITS, THREADS
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINE_SPLITS, LINES, THREADS
 from utils.engine.decode_step import DecodeStep, KvCache, LoraOfActArgument, norm_argument
 from utils.engine.weights import Layer, Norm
 
@@ -14,7 +14,6 @@ class DecodeRows:
         x: 잔차 fp32 [LINES, hidden].
         state: int32 [LINES, 6]. 줄마다 `DecodeStep.state`와 같다.
         told: 고른 토큰 int32 [LINES, 문맥]. 핀 고정된 CPU 메모리.
-        caches: 줄마다의 `KvCache`.
     """
 
     def __init__(self, step: DecodeStep):
@@ -26,7 +25,7 @@ class DecodeRows:
         self._attended = torch.zeros(LINES, 2, family.q_width, dtype=dtype, device=device)
         self._act = torch.zeros(2, LINES, family.ff, dtype=dtype, device=device)
         self._shares = torch.zeros(step.plan.lines_mlp * max(1, self._weights.rank) * LINES, device=device)
-        self._partial = torch.zeros(LINES, family.heads, SPLITS, family.head_dim + 2, device=device)
+        self._partial = torch.zeros(LINES, family.heads, LINE_SPLITS, family.head_dim + 2, device=device)
         self._done = torch.zeros(LINES, family.heads, dtype=torch.int32, device=device)
         self.logits = torch.zeros(LINES, len(step.logits), device=device)
         self.state = torch.zeros(LINES, 6, dtype=torch.int32, device=device)
@@ -35,27 +34,41 @@ class DecodeRows:
         if device.type == "cuda":
             self.told = self.told.pin_memory()
         self._table = torch.zeros(LINES, len(step.cache.table), dtype=torch.int64, device=device)
-        self.caches = [KvCache(family, step.plan, self._weights.rotary, device, row) for row in self._table]
+        self._caches = [KvCache(family, step.plan, self._weights.rotary, device, row) for row in self._table]
 
     def begin(self, prefill, questions: list[list[int]], answer: int, choices: list[list[int]]) -> None:
-        """질문들을 하나씩 읽고 줄마다 첫 토큰을 고른다. 모자라는 줄은 첫 질문으로 채운다.
+        """질문들을 읽고 줄마다 첫 토큰을 고른다. 모자라는 줄은 첫 줄과 같은 것을 같은 자리에 적으며 헛돈다.
 
         Args:
             prefill: `Prefill`.
             answer: 줄마다 만들 수 있어야 하는 토큰의 수.
             choices: 줄마다의 [top_k, n-gram의 크기, 씨앗 둘].
         """
-        table = self._step.cache.table
-        own = table.clone()
-        for line in range(LINES):
-            question = questions[line] if line < len(questions) else questions[0]
-            self.caches[line].grow(len(question) + answer)
-            table.copy_(self.caches[line].table)
-            self.x[line].copy_(prefill(question))
-            choice = choices[line] if line < len(questions) else choices[0]
-            self.state[line].copy_(torch.tensor([len(question) - 1, 0, *choice], dtype=torch.int32))
-        table.copy_(own)
+        for cache, question in zip(self._caches, questions, strict=False):
+            cache.grow(len(question) + answer)
+        self._table[len(questions) :] = self._table[0]
+        lines = list(range(len(questions))) + [0] * (LINES - len(questions))
+        x = prefill.read_lines(questions, self._table)
+        self.x.copy_(x[lines])
+        self.state.copy_(torch.tensor([[len(questions[line]) - 1, 0, *choices[line]] for line in lines]))
         self.choose(overlap=False)
+
+    def release(self) -> None:
+        """답이 끝났다. K, V의 쪽을 돌려준다."""
+        for cache in self._caches:
+            cache.clear()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """토큰 하나의 graph. 쪽은 한 줄씩 답할 때의 것을 빌린다."""
+        overlap = torch.cuda.get_device_capability() >= (9, 0)
+        self._table[:] = self._step.cache.table
+        self.state.zero_()
+        self.run(overlap)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            self.run(overlap)
+        return graph
 
     def run(self, overlap: bool) -> None:
         """모든 줄의 토큰 하나. overlap은 `DecodeStep.run`과 같다."""

@@ -87,6 +87,10 @@ class KvCache:
             self.table[len(self._pages)] = page.data_ptr()
             self._pages.append(page)
 
+    def clear(self) -> None:
+        """모든 쪽을 돌려준다."""
+        self._pages.clear()
+
     def _turns(self, begin: int) -> torch.Tensor:
         """begin부터 PAGE개 위치의 (cos, sin) fp32 [rotary의 종류, PAGE, rotary / 2, 2]. transformers와 같은 수다."""
         positions = torch.arange(begin, begin + PAGE, device=self._device, dtype=torch.float32)[:, None]

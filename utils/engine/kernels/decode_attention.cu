@@ -102,7 +102,7 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
 // CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
 // 아래의 모양은 줄 하나의 것이다.
 //   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], state: [6], out: 16비트 [위, 아래][QDIM]
-//   partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
+//   partial: [HEADS][gridDim.y][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
 extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     let_next_kernel_start();
 // 함께 답하는 줄마다 메모리가 이어져 있다. 줄이 하나면 z는 0이다
     qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
-    partial += blockIdx.z * HEADS * SPLITS * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
+    partial += blockIdx.z * HEADS * gridDim.y * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
 // 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
 // 워프들의 합을 모은다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int h = 0; h < Q; h++) {
         u16* target = out + (first_head + h) * HEAD_DIM;
-        float* mine = partial + ((size_t)(first_head + h) * SPLITS + blockIdx.y) * (HEAD_DIM + 2);
+        float* mine = partial + ((size_t)(first_head + h) * splits + blockIdx.y) * (HEAD_DIM + 2);
         for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
             float whole = 0.f;
             for (int w = 0; w < ATTENDERS / 32; w++) whole += sums[w][h][d];
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     if (tid == 0) done[blockIdx.x] = 0;
     for (int h = 0; h < Q; h++) {
         u16* target = out + (first_head + h) * HEAD_DIM;
-        const float* all = partial + (size_t)(first_head + h) * SPLITS * (HEAD_DIM + 2);
+        const float* all = partial + (size_t)(first_head + h) * splits * (HEAD_DIM + 2);
         float top = -1e30f, whole = 0.f;
         for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
         for (int s = 0; s < active; s++) {

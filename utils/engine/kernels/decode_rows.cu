@@ -299,9 +299,9 @@ template <class S> struct SplitInput {
     }
 };
 
-// 묶음 count개의 가중치를 두 조각씩 앞서 읽으며 곱한다. 합은 partial[묶음][ACROSS][CELLS]에 남는다.
-template <class T, class S, class Where> struct LineProduct {
-    T pieces[2];
+// 묶음 count개의 가중치를 AHEAD조각(1이나 2) 앞서 읽으며 곱한다. 합은 partial[묶음][ACROSS][CELLS]에 남는다.
+template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProduct {
+    T pieces[AHEAD];
     const Matrix* parts;
     int first, count, total, tile, chunk;  // tile, chunk: 다음에 읽을 것
 
@@ -309,11 +309,12 @@ template <class T, class S, class Where> struct LineProduct {
         parts = matrices, first = first_tile, count = tiles, tile = chunk = 0;
         total = (int)(threadIdx.x >> 5) < S::ACROSS ? tiles * S::PER : 0;
         #pragma unroll
-        for (int d = 0; d < 2; d++)
-            if (d < total) load(d);
+        for (int d = 0; d < AHEAD; d++)
+            if (d < total) load(d, d % S::AT_ONCE);
     }
-    __device__ __forceinline__ void load(int d) {
-        int segment = S::segment(chunk, S::AT_ONCE == 2 ? d : 0);
+// 다음 조각을 pieces[d]에 읽는다. s: 함께 쥐는 조각들 가운데 몇째인지.
+    __device__ __forceinline__ void load(int d, int s) {
+        int segment = S::segment(chunk, s);
         if (segment < S::SEGMENTS) {
             int part = Where::part(first + tile);
             Matrix matrix = parts[0];
@@ -322,7 +323,7 @@ template <class T, class S, class Where> struct LineProduct {
             int row = Where::tile(first + tile) * T::HEIGHT + (threadIdx.x >> 2 & 7);
             pieces[d].load(matrix, (u32)row * T::ROW_BYTES + segment * T::STEP_BYTES);
         }
-        if (S::AT_ONCE == 2 && d == 0) return;
+        if (s < S::AT_ONCE - 1) return;
         if (++tile == count) tile = 0, chunk++;
     }
     template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b,
@@ -333,10 +334,10 @@ template <class T, class S, class Where> struct LineProduct {
             #pragma unroll
             for (int d = 0; d < 2; d++) {
                 if (base + d >= total) break;
-                const int s = S::AT_ONCE == 2 ? d : 0;
+                const int s = d % S::AT_ONCE, piece = d % AHEAD;
                 if (!S::ALL_HELD && s == 0 && now == 0) input.fill(b, from);
-                if (S::segment(from, s) < S::SEGMENTS) pieces[d].add(b[s], table, code, sum);
-                if (base + d + 2 < total) load(d);
+                if (S::segment(from, s) < S::SEGMENTS) pieces[piece].add(b[s], table, code, sum);
+                if (base + d + AHEAD < total) load(piece, (d + AHEAD) % S::AT_ONCE);
                 if (s < S::AT_ONCE - 1) continue;
 // 묶음 하나의 제 칸을 다 곱했다
                 float* target = partial + (now * S::ACROSS + warp) * CELLS;
@@ -381,7 +382,7 @@ template <class S, int K, class Input>
 __device__ __forceinline__ void lora_down(const Matrix& a, int part_begin, int part_end, const Input& input,
                                           typename S::Held& b, float adapter, const LineSpace& space) {
     typedef WideLines<ACT_BF16, K, LORA_TILE == 8, S::UNITS, S::SPREAD> T;
-    LineProduct<T, S, OneMatrix> product;
+    LineProduct<T, S, OneMatrix, 1> product;
     for (int begin = part_begin * LORA_TILES; begin < part_end * LORA_TILES; begin += LINE_SLOTS) {
         int count = min(LINE_SLOTS, part_end * LORA_TILES - begin);
         product.begin(&a, begin, count);
