@@ -113,7 +113,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         gx, gy, gz = (*grid, 1, 1)[:3]
         bx, by, bz = (*block, 1, 1)[:3]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
         if overlap:
             config = _LaunchConfig(gx, gy, gz, bx, by, bz, shared, stream, ctypes.pointer(_OVERLAP), 1)
             code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)

@@ -1,5 +1,8 @@
 """질문을 읽는다: 행렬 곱으로 층을 지나며 KV cache를 채운다. 긴 질문은 조각으로 나누고 짧은 질문 여럿은 함께 읽는다."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -31,7 +34,10 @@ class Prefill:
         self._buffer = None if self._weights.kind == WIDE else torch.empty(BUFFER, dtype=self._weights.dtype,
                                                                            device=self._device)
         self._past = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._pool = self._stream = None
+        if self._device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()  # cuBLAS는 stream마다 32 MB를 잡는다. 그래서 모두 이 하나에서 계산한다
         self._graphs: dict[tuple[int, bool], tuple] = {}
 
     @torch.inference_mode()
@@ -48,10 +54,22 @@ class Prefill:
     def _read(self, input_ids: list[int], table: torch.Tensor) -> torch.Tensor:
         """질문 하나를 조각마다 읽은 마지막 토큰의 잔차."""
         ids = torch.tensor([input_ids])
-        for past in range(0, len(input_ids), PIECE):
-            self._past.fill_(past)
-            x = self._piece(ids[:, past : past + PIECE].to(self._device), past, table)
+        with self._aside():
+            for past in range(0, len(input_ids), PIECE):
+                self._past.fill_(past)
+                x = self._piece(ids[:, past : past + PIECE].to(self._device), past, table)
         return x[-1]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """제 stream에서 계산한다. 앞의 일이 끝난 뒤에 시작하고, 뒤의 일은 이것이 끝난 뒤에 시작한다."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     @torch.inference_mode()
     def read_lines(self, questions: list[list[int]], tables: torch.Tensor) -> torch.Tensor:
@@ -65,20 +83,39 @@ class Prefill:
         """
         x = torch.empty(len(questions), self._weights.family.hidden, device=self._device)
         order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
-        while order:  # 긴 것부터. PIECE를 넘는 것은 하나씩 조각으로 읽는다
-            longest = len(questions[order[-1]])
-            count = max(1, TOGETHER // longest) if longest <= PIECE else 1
-            group, order = order[-count:], order[:-count]
-            table = tables[group]  # 골라낸 줄은 이어진 사본이다
-            if longest > PIECE:
-                x[group[0]] = self._read(questions[group[0]], table)
-                continue
-            lengths = torch.tensor([len(questions[index]) for index in group], device=self._device)
-            padded = torch.tensor([questions[index] + [0] * (longest - len(questions[index])) for index in group])
-            self._past.zero_()
-            read = self._piece(padded.to(self._device), 0, table)
-            x[group] = read.view(len(group), longest, -1)[torch.arange(len(group), device=self._device), lengths - 1]
+        small, self._buffer = self._buffer, self._whole_buffer()
+        try:
+            while order:  # 긴 것부터. PIECE를 넘는 것은 하나씩 조각으로 읽는다
+                longest = len(questions[order[-1]])
+                count = max(1, TOGETHER // longest) if longest <= PIECE else 1
+                group, order = order[-count:], order[:-count]
+                chosen, table = [questions[index] for index in group], tables[group]  # 골라낸 줄은 이어진 사본이다
+                x[group] = self._read_group(chosen, table) if count > 1 else self._read(chosen[0], table)
+        finally:
+            self._buffer = small
         return x
+
+    def _read_group(self, questions: list[list[int]], table: torch.Tensor) -> torch.Tensor:
+        """짧은 질문들을 가장 긴 길이로 채워 함께 읽은, 마지막 토큰의 잔차 [질문, hidden].
+
+        채운 토큰은 뒤에 있어서 앞의 토큰이 보지 않고, 그 자리의 K, V는 답의 토큰이 덮는다.
+        """
+        longest = max(map(len, questions))
+        lengths = torch.tensor([len(question) for question in questions])
+        padded = torch.tensor([question + [0] * (longest - len(question)) for question in questions])
+        last = (torch.arange(len(questions)) * longest + lengths - 1).to(self._device)
+        with self._aside():
+            self._past.zero_()
+            return self._piece(padded.to(self._device), 0, table)[last]
+
+    def _whole_buffer(self) -> torch.Tensor | None:
+        """가장 큰 행렬이 통째로 들어가는 자리. 여럿을 읽을 때는 나누어 푸는 것보다 커널을 덜 부르는 쪽이 빠르다."""
+        if self._buffer is None:
+            return None
+        largest = max(rows * columns for layer in self._weights.layers[:1]
+                      for linear in (layer.qkv, layer.out, layer.mlp, layer.down)
+                      for rows, columns in (part.shape for part in linear.parts))
+        return torch.empty(largest, dtype=self._buffer.dtype, device=self._device)
 
     def capture(self, size: int) -> None:
         """길이 `size`의 graph를 미리 만든다."""
@@ -92,12 +129,11 @@ class Prefill:
         key = size, self.adapter_on
         if key not in self._graphs:
             ids, table = torch.zeros(1, size, dtype=torch.long, device=self._device), self._step.cache.table
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
+            with self._aside():
                 self._piece(ids, 0, table)
-            stream.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 x = self._piece(ids, 0, table)
             self._graphs[key] = graph, ids[0], x
         return self._graphs[key]
@@ -202,7 +238,7 @@ class Prefill:
             torch.mm(x, matrix.weight.t(), out=out)
             return
         rows, columns = matrix.shape
-        at_once = max(1, BUFFER // columns)
+        at_once = max(1, len(self._buffer) // columns)
         for begin in range(0, rows, at_once):
             end = min(begin + at_once, rows)
             part = self._buffer[: (end - begin) * columns].view(end - begin, columns)
