@@ -27,7 +27,7 @@ class DecodeRows:
         self._shares = torch.zeros(step.plan.lines_mlp * max(1, self._weights.rank) * LINES, device=device)
         self._partial = torch.zeros(LINES, family.heads, LINE_SPLITS, family.head_dim + 2, device=device)
         self._done = torch.zeros(LINES, family.heads, dtype=torch.int32, device=device)
-        self.logits = torch.zeros(LINES, len(step.logits), device=device)
+        self.logits = torch.zeros(LINES, -(-len(step.logits) // 4) * 4, device=device)[:, : len(step.logits)]
         self.state = torch.zeros(LINES, 6, dtype=torch.int32, device=device)
         self._answer = torch.zeros(LINES, family.context, dtype=torch.int32, device=device)
         self.told = torch.zeros(LINES, family.context, dtype=torch.int32)

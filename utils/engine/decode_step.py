@@ -128,7 +128,7 @@ class DecodeStep:
         self._act = torch.zeros(2, family.ff, dtype=torch.int16, device=device)
         self._partial = torch.zeros(family.heads, SPLITS, family.head_dim + 2, device=device)
         self._done = torch.zeros(family.heads, dtype=torch.int32, device=device)
-        self.logits = torch.zeros(vocab, device=device)
+        self.logits = torch.zeros(-(-vocab // 4) * 4, device=device)[:vocab]  # 커널은 16바이트씩 읽는다
         self.state = torch.zeros(6, dtype=torch.int32, device=device)
         self.settings = torch.zeros(3, device=device)
         self.adapter_on = torch.ones(1, device=device)

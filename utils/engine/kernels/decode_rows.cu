@@ -601,7 +601,7 @@ CONTRACT_LINES(contract_attention_lines, true, false)
 CONTRACT_LINES(contract_mlp_lines, false, true)
 #endif
 
-// logits[LINES][VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
+// logits[LINES][LOGITS] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float* x, Norm norm, Linear linear,
                                                                     float* logits) {
     typedef WideLines<BF16, HIDDEN, false, 1, true> T;
@@ -626,7 +626,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float*
             if (row >= VOCAB) continue;  // 16의 배수까지 채운 행은 적지 않는다
             float logit = S::sum(space.partial, unit, inside, line) * LOGIT_SCALE;
             if (LOGIT_CAP > 0.f) logit = LOGIT_CAP * tanhf(logit * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
-            logits[(size_t)line * VOCAB + row] = logit;
+            logits[(size_t)line * LOGITS + row] = logit;
         }
         __syncthreads();
     }
