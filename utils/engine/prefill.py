@@ -219,7 +219,7 @@ class Prefill:
             self._multiply(x, part, out[:, begin : begin + part.shape[0]])
             begin += part.shape[0]
         if linear.bias is not None:
-            out += linear.bias.to(out.dtype)
+            out += linear.bias  # fp32로 더해 16비트로 적는다
         if linear.adapter is not None and self.adapter_on:
             self._adapt(x, linear.adapter, out)
         return out
