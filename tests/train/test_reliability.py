@@ -315,7 +315,7 @@ def test_nothing_leaves_the_machine(tiny_neox, tiny_data, tmp_path):
 
 
 def grows_little(lab, output: Path, epochs: float, early: int) -> None:
-    done = lab.train(output, num_train_epochs=epochs, val_set_size=0)
+    done = lab.train(output, num_train_epochs=epochs, val_set_size=0, memory=True)
     assert done.code == 0, done.text
     lines = done.text.splitlines()
     memory, step = {}, 0
