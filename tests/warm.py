@@ -6,6 +6,7 @@ torch, transformers, PEFT를 읽는 데만 CPU 8초가 든다. 갈라진 프로�
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -61,18 +62,19 @@ class Warm:
         self.process.stdin.close()
         self.process.wait(60)
 
-    def run(self, script: Path, *flags: str, cwd: Path = HERE.parent, world: int = 1, faults: dict | None = None,
-            seconds: float = 600) -> Outcome:
+    def run(self, script: Path, *flags: str, cwd: Path = HERE.parent, env: dict | None = None, world: int = 1,
+            faults: dict | None = None, seconds: float = 600) -> Outcome:
         """스크립트 하나를 돌리고 끝나기를 기다린다.
 
         Args:
+            env: 더할 환경 변수.
             world: 함께 도는 프로세스의 수. 둘 이상이면 torchrun이 정하는 환경 변수를 준다.
             faults: 갈라진 프로세스가 스크립트에 앞서 일으킬 고장(`faults.arm`).
             seconds: 이만큼 지나면 SIGKILL로 끝낸다.
         """
         out, err = self.folder / "stdout", self.folder / "stderr"
-        trial = {"argv": [str(script), *flags], "cwd": str(cwd), "world": world, "faults": faults, "seconds": seconds,
-                 "out": str(out), "err": str(err)}
+        trial = {"argv": [str(script), *flags], "cwd": str(cwd), "env": env or {}, "world": world, "faults": faults,
+                 "seconds": seconds, "out": str(out), "err": str(err)}
         began = time.perf_counter()
         self.process.stdin.write(json.dumps(trial) + "\n")
         self.process.stdin.flush()
@@ -106,6 +108,7 @@ def serve() -> None:
     from utils.train import fit, results  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # 갈라진 프로세스가 읽어 둔 모듈을 쓰레기로 훑지 않는다
     for line in sys.stdin:
         trial = json.loads(line)
         for name in ("out", "err"):
@@ -147,6 +150,7 @@ def run_trial(trial: dict, rank: int, port: int) -> None:
     """갈라진 프로세스: 표준 입출력을 바꾸고 스크립트를 `__main__`으로 부른 뒤 끝난다."""
     for stream, name in ((0, os.devnull), (1, trial["out"]), (2, trial["err"])):
         os.dup2(os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_APPEND), stream)
+    os.environ |= trial["env"]
     if trial["world"] > 1:
         size = str(trial["world"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,

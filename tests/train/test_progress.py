@@ -76,5 +76,4 @@ def tiny_run_output(tiny_neox, tiny_data, tmp_path):
     from conftest import run_script
 
     return run_script("finetune-lora.py", "--base_model", str(tiny_neox), "--data_path", str(tiny_data), "--output_dir",
-                      str(tmp_path / "run"), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1",
-                      cold=True)
+                      str(tmp_path / "run"), "--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1")

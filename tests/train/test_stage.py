@@ -151,7 +151,8 @@ def test_console_run_ends_with_the_next_commands(tiny_neox, tiny_data, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f'--peft_root "{output}"' in done.stdout and "merge-lora.py" in done.stdout
     assert "학습에 쓴 질문" in done.stdout and "손으로 쓴" not in done.stdout
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr == ""  # 라이브러리를 읽을 때의 경고까지 없다
+    assert not re.search(r"[Ww]arning|\{'", done.stdout)
 
 
 @pytest.mark.parametrize("steps, warmup", [(3, 0), (100, 6), (1, 0), (20, 1)])
