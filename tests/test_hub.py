@@ -128,7 +128,7 @@ def refused(talk_run, tmp_path_factory):
         server.server_close()
 
 
-@pytest.mark.parametrize("name, refusal", zip(NAMES, REFUSALS, strict=True))
+@pytest.mark.parametrize("name, refusal", list(zip(NAMES, REFUSALS, strict=True)))
 def test_every_road_tells_why_the_hub_refused(refused, name, refusal):
     _, _, why, advice = refusal
     one_line_each(refused[name], name, True)

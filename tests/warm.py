@@ -108,6 +108,7 @@ def serve() -> None:
     from utils.train import fit, results  # noqa: F401
 
     torch.set_num_threads(1)
+    warm_up()
     gc.freeze()  # 갈라진 프로세스가 읽어 둔 모듈을 쓰레기로 훑지 않는다
     for line in sys.stdin:
         trial = json.loads(line)
@@ -122,6 +123,19 @@ def serve() -> None:
             children.append(child)
         answers.write(json.dumps(wait(children, trial["seconds"])) + "\n")
         answers.flush()
+
+
+def warm_up() -> None:
+    """작은 모델 하나를 올려 본다. 처음 부를 때만 읽는 모듈과 처음에만 만드는 표(가중치 이름의 정규식)를 마련한다."""
+    from tiny import build_neox
+
+    from utils.model import loader, tokenizer
+
+    with tempfile.TemporaryDirectory() as place:
+        base = build_neox(Path(place))
+        loader.require_base(base)
+        loader.load_base(base, loader.choose_device(), "4bit")
+        tokenizer.load_tokenizer(base)
 
 
 def free_port() -> int:
