@@ -56,12 +56,15 @@ class ReplicatedWeights:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.gradients = torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=device)
+        count = sum(parameter.numel() for parameter in self.parameters)
+        self.gradients = torch.zeros(count, dtype=torch.float32, device=device)
         start = 0
         for parameter in self.parameters:
-            parameter.data = parameter.data.float()  # 16비트로는 작은 갱신이 사라지므로 LoRA 가중치는 fp32로 둔다
-            parameter.grad = self.gradients[start:start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+            # bf16의 눈금은 값의 1/128이라 그보다 훨씬 작은 갱신은 사라진다. 그래서 LoRA 가중치는 fp32로 둔다
+            parameter.data = parameter.data.float()
+            stop = start + parameter.numel()
+            parameter.grad = self.gradients[start:stop].view_as(parameter)  # 복사가 아니라 같은 메모리의 다른 모양이다
+            start = stop
 
     def zero_gradients(self) -> None:
         self.gradients.zero_()
