@@ -79,10 +79,8 @@ def op_errors(cuda, step, dtype: torch.dtype, device, rows: int = 2, block: int 
             return [mine, kept, back, *(adapter.lora_a.grad.clone() for adapter in projection.adapters)]
 
         def weight(ops, copy, projection=projection):
-            empty = torch.full((projection.rows * (projection.columns + projection.tail),), torch.nan, dtype=dtype,
-                               device=device)
-            chunks = projection.forward_chunks + projection.backward_chunks
-            return [ops.weight(projection, chunk, empty).clone() for chunk in chunks]
+            size = projection.rows * (projection.columns + projection.tail)
+            return [ops.weight(projection, torch.full((size,), torch.nan, dtype=dtype, device=device)).clone()]
 
         def through_norm(ops, copy, projection=projection, d=d):
             back, stats = copy(d), torch.zeros(tokens, 2, device=device)

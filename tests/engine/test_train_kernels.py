@@ -7,7 +7,6 @@ import torch
 from test_train_families import FAMILIES, SIZES, add_lora, build, make_batch
 from train_ops_check import op_errors
 
-from utils.engine import train_memory
 from utils.engine.cuda import CompileError, compile_to_cubin
 from utils.engine.families import describe
 from utils.engine.train_kernels import KERNELS, SOURCES, CudaOps, kernel_defines, kernel_source
@@ -23,12 +22,6 @@ def run(step, model, batch) -> tuple[float, dict]:
             parameter.grad.zero_()
     loss = float(step.train(batch))
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """작은 모델의 가중치도 조각으로 나누어 풀게 한다."""
-    monkeypatch.setattr(train_memory, "WEIGHT_CHUNK", 64 * 80)
 
 
 @needs_compiler

@@ -229,22 +229,17 @@ class Forward:
     def _multiply(self, projection: Projection, wide, z, keys, again: bool, out) -> None:
         """out = 선형층(LoRA까지)의 출력 [tokens, rows]. wide는 앞의 columns칸이 채워진 입력이다."""
         self._fill_tail(projection, wide, z, keys, again)
-        for chunk in projection.forward_chunks:
-            weight = self.ops.weight(projection, chunk, self.scratch)
-            source, target = wide[:, chunk.wide], out[:, chunk.rows]
-            if chunk.columns.start:
-                target.addmm_(source, weight.t())
-            elif projection.bias is None:
-                torch.mm(source, weight.t(), out=target)
-            else:
-                torch.addmm(projection.bias, source, weight.t(), out=target)
+        weight = self.ops.weight(projection, self.scratch)
+        if projection.bias is None:
+            torch.mm(wide, weight.t(), out=out)
+        else:
+            torch.addmm(projection.bias, wide, weight.t(), out=out)
 
     def _accumulate(self, projection: Projection, wide, z, keys, again: bool, residual) -> None:
         """잔차 [tokens, hidden]에 배율을 곱한 출력을 더한다. bias는 이미 더해져 있다."""
         self._fill_tail(projection, wide, z, keys, again)
-        for chunk in projection.forward_chunks:
-            weight = self.ops.weight(projection, chunk, self.scratch)
-            residual[:, chunk.rows].addmm_(wide[:, chunk.wide], weight.t(), alpha=self.family.residual_scale)
+        weight = self.ops.weight(projection, self.scratch)
+        residual.addmm_(wide, weight.t(), alpha=self.family.residual_scale)
 
     def _fill_tail(self, projection: Projection, wide, z, keys, again: bool) -> None:
         """입력의 끝에 z를 적는다. 재계산할 때는 forward가 남긴 것을 쓴다."""

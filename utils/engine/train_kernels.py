@@ -132,22 +132,22 @@ class CudaOps(TorchOps):
         self.kernels["reduce_partials"]((-(-rank * columns // 128), count), (256,), partial, loras, tiles, rank,
                                         columns)
 
-    def weight(self, projection, chunk, out) -> torch.Tensor:
+    def weight(self, projection: Projection, out) -> torch.Tensor:
         if any(getattr(linear.weight, "quant_state", None) is None for linear in projection.linears):
-            return super().weight(projection, chunk, out)
-        out = out[:chunk.elements].view(chunk.shape)
-        full, per_row = projection.columns // 8, (chunk.columns.stop - chunk.columns.start) // 8
-        for linear, adapter, inside, place in projection.parts(chunk):
-            state = linear.weight.quant_state
-            rows, nested = inside.stop - inside.start, state.nested
-            count, extra = rows * per_row, rows * chunk.tail // 8
+            return super().weight(projection, out)
+        columns, tail = projection.columns, projection.tail
+        out = out[:projection.rows * (columns + tail)].view(projection.rows, columns + tail)
+        by_row = {adapter.row: adapter for adapter in projection.adapters}
+        row = 0
+        for linear in projection.linears:
+            rows, state, adapter = linear.out_features, linear.weight.quant_state, by_row.get(row)
+            count, extra, nested = rows * columns // 8, rows * tail // 8, state.nested
             self._flat("dequantize", -(-(count + extra) // 4), linear.weight.data, state.absmax if nested else None,
                        state.state2.absmax if nested else state.absmax, state.state2.code if nested else None,
-                       state.offset if nested else None, state.code,
-                       adapter and adapter.lora_b.detach()[inside.start:], out[place.start:], count,
-                       inside.start * full + chunk.columns.start // 8, per_row, full, chunk.shape[1], extra,
-                       chunk.tail, adapter.column if adapter else 0, adapter.rank if adapter else 0,
-                       adapter.scale if adapter else 1.0)
+                       state.offset if nested else None, state.code, adapter and adapter.lora_b.detach(), out[row:],
+                       count, columns, columns + tail, extra, tail, adapter.column if adapter else 0,
+                       adapter.rank if adapter else 0, adapter.scale if adapter else 1.0)
+            row += rows
         return out
 
     def rotate(self, qkv, layer, positions, table, qk) -> tuple:

@@ -1,6 +1,5 @@
 """학습 엔진이 모델에서 읽는 것: 층마다의 가중치와 LoRA, 그리고 CPU 메모리에 두는 입력 embedding."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 
 from utils.engine.families import LayerModules, layer_modules, unwrap
 from utils.engine.family import Family
-from utils.engine.train_memory import Chunk, Tails, pad_rank, weight_chunks
+from utils.engine.train_memory import Tails, pad_rank
 
 SITES = 8  # 한 층에서 dropout을 거는 자리의 수보다 작지 않은 2의 거듭제곱
 
@@ -83,8 +82,6 @@ class Projection:
     Attributes:
         linears: PEFT를 벗긴 층들.
         bias: 쌓은 bias [rows], 모델의 dtype. 하나도 없으면 None.
-        forward_chunks, backward_chunks: 가중치를 나누어 푸는 조각들. bias를 더하는 forward의 행렬 곱은 나누지 않는다:
-            cuBLAS가 bias를 곱과 함께 더하는 것은 출력이 이어져 있을 때뿐이다.
     """
 
     linears: tuple[nn.Module, ...]
@@ -93,19 +90,6 @@ class Projection:
     rows: int
     columns: int
     tail: int
-    forward_chunks: tuple[Chunk, ...]
-    backward_chunks: tuple[Chunk, ...]
-
-    def parts(self, chunk: Chunk) -> Iterator[tuple[nn.Module, Adapter | None, slice, slice]]:
-        """조각에 드는 선형층마다 (선형층, 그 LoRA, 선형층 안의 행, 조각 안의 행)."""
-        adapters = {adapter.row: adapter for adapter in self.adapters}
-        row = 0
-        for linear in self.linears:
-            first, last = max(row, chunk.rows.start), min(row + linear.out_features, chunk.rows.stop)
-            if first < last:
-                inside = slice(first - row, last - row)
-                yield linear, adapters.get(row), inside, slice(first - chunk.rows.start, last - chunk.rows.start)
-            row += linear.out_features
 
 
 @dataclass(frozen=True)
@@ -201,6 +185,4 @@ def _projection(modules: tuple[nn.Module, ...], site: int, dtype: torch.dtype) -
         device = next(linear.bias for linear in linears if linear.bias is not None).device
         bias = torch.cat([torch.zeros(linear.out_features, dtype=dtype, device=device) if linear.bias is None
                           else linear.bias.detach().to(dtype) for linear in linears])
-    columns = linears[0].in_features
-    return Projection(linears, tuple(adapters), bias, row, columns, column,
-                      weight_chunks(row, columns, column, whole=bias is not None), weight_chunks(row, columns, column))
+    return Projection(linears, tuple(adapters), bias, row, linears[0].in_features, column)

@@ -4,14 +4,12 @@
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from utils.engine.family import Family
 from utils.model.loss import HEAD_CHUNK
 
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
 STATS = 8  # 두 norm의 평균과 1/표준편차. fp32 넷을 16비트로 센 것
-WEIGHT_CHUNK = 9 << 20  # 한 번에 푸는 가중치의 원소 수(19 MB). 다음 것이 같은 자리를 덮으므로 L2 캐시를 떠나지 않는다
 TILE_ROWS = 16  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부분합이 잠시 있다
 
 
@@ -91,48 +89,6 @@ def scratch_elements(family: Family, tails: Tails, tokens: int, recompute: int) 
 
 
 def weight_elements(family: Family, tails: Tails) -> int:
-    """NF4 가중치를 푸는 자리의 원소 수: 함께 곱하는 행렬들을 세로로 쌓고 LoRA의 칸을 덧붙인 것 가운데 가장 큰 것.
-
-    bias를 더하는 곱은 조각으로 나누지 않으므로 통째로 센다.
-    """
+    """NF4 가중치를 푸는 자리의 원소 수: 함께 곱하는 행렬들을 세로로 쌓고 LoRA의 칸을 덧붙인 것 가운데 가장 큰 것."""
     return max(family.qkv_width * (family.hidden + tails.qkv), family.hidden * (family.q_width + tails.out),
                family.mlp_width * (family.hidden + tails.mlp), family.hidden * (family.ff + tails.down))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """쌓은 가중치 [rows, columns + tail]의 한 조각. 뒤쪽 열의 조각에는 LoRA의 tail칸이 붙는다."""
-
-    rows: slice
-    columns: slice
-    tail: int
-
-    @property
-    def wide(self) -> slice:
-        """LoRA의 칸까지의 열."""
-        return slice(self.columns.start, self.columns.stop + self.tail)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows.stop - self.rows.start, self.wide.stop - self.wide.start
-
-    @property
-    def elements(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-
-def weight_chunks(rows: int, columns: int, tail: int, whole: bool = False) -> tuple[Chunk, ...]:
-    """긴 쪽을 나누어 저마다 WEIGHT_CHUNK를 크게 넘지 않게 한 조각들. `whole`이면 나누지 않는다."""
-    pieces = 1 if whole else -(-rows * (columns + tail) // WEIGHT_CHUNK)
-    if rows >= columns:
-        ends = _split(rows, pieces)
-        return tuple(Chunk(slice(start, end), slice(0, columns), tail) for start, end in pairwise(ends))
-    ends = _split(columns, pieces)
-    return tuple(Chunk(slice(0, rows), slice(start, end), tail if end == columns else 0)
-                 for start, end in pairwise(ends))
-
-
-def _split(length: int, pieces: int) -> list[int]:
-    """0에서 length까지를 비슷하게 나누는 자리들. absmax 하나가 64칸이므로 64의 배수에서 나눈다."""
-    size = -(-length // (64 * pieces)) * 64
-    return [*range(0, length, size), length]

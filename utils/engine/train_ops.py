@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from utils.engine.family import Family
 from utils.engine.train_layers import Adapter, Norm, Projection
-from utils.engine.train_memory import Chunk
 from utils.model.loss import cross_entropy_
 
 DROP_LEVELS = 1 << 16  # dropout의 난수는 16비트다
@@ -148,16 +147,18 @@ class TorchOps:
             return values
         return values * drop_scale(keys, *values.shape, adapter.site, adapter.dropout)
 
-    def weight(self, projection: Projection, chunk: Chunk, out) -> torch.Tensor:
-        """쌓은 가중치 [rows, columns + tail]의 조각을 `out`에 적어 돌려준다. 끝의 칸에는 `scale * B`가 있다."""
-        out = out[:chunk.elements].view(chunk.shape)
-        columns = chunk.columns.stop - chunk.columns.start
+    def weight(self, projection: Projection, out) -> torch.Tensor:
+        """쌓은 가중치 [rows, columns + tail]을 `out`에 적어 돌려준다. 끝의 칸에는 `scale * B`가 있다."""
+        columns = projection.columns
+        out = out[:projection.rows * (columns + projection.tail)].view(projection.rows, columns + projection.tail)
+        row = 0
+        for linear in projection.linears:
+            out[row:row + linear.out_features, :columns] = self._matrix(linear)
+            row += linear.out_features
         out[:, columns:] = 0
-        for linear, adapter, inside, place in projection.parts(chunk):
-            out[place, :columns] = self._matrix(linear)[inside, chunk.columns]
-            if adapter and chunk.tail:
-                start = columns + adapter.column
-                out[place, start:start + adapter.rank] = adapter.lora_b.detach()[inside] * adapter.scale
+        for part in projection.adapters:
+            start = columns + part.column
+            out[part.row:part.row + part.rows, start:start + part.rank] = part.lora_b.detach() * part.scale
         return out
 
     def _matrix(self, linear) -> torch.Tensor:

@@ -110,14 +110,10 @@ class TrainStep(Forward):
         y = [u | z] [W | sB]^T 이므로 [du | dz] = dy [W | sB], d(sB) = dy^T z다. 여러 선형층을 쌓았으면 dy와 z에서
         저마다의 칸만 곱한다.
         """
-        for chunk in projection.backward_chunks:
-            weight = self.ops.weight(projection, chunk, self.scratch)
-            source, target = dy[:, chunk.rows], wide[:, chunk.wide]
-            if chunk.rows.start:
-                target.addmm_(source, weight, alpha=scale)
-            elif scale == 1.0:
-                torch.mm(source, weight, out=target)
-            else:
-                torch.addmm(target, source, weight, beta=0.0, alpha=scale, out=target)
+        weight = self.ops.weight(projection, self.scratch)
+        if scale == 1.0:
+            torch.mm(dy, weight, out=wide)
+        else:
+            torch.addmm(wide, dy, weight, beta=0.0, alpha=scale, out=wide)
         for adapter in projection.adapters:
             self.ops.lora_up(adapter, dy, z, scale)

@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
         // rank를 넘는 행은 아무것이나 읽고, 합을 적을 때 0으로 바꾼다
         const float* line = lora.a + (size_t)min(first + group, lora.rank - 1) * columns;
         float sum[4] = {};
-#pragma unroll 2
+#pragma unroll 4
         for (int column = warp * 32 + quarter * 8; column - quarter * 8 < columns; column += LORA_THREADS) {
             uint4 u[2] = {};
             Eight a = {};
@@ -223,7 +223,7 @@ __device__ __forceinline__ void lora_backward(const u16* u, u16* wide, const Lor
                                               const int* keys, const float* weight, const float* bias,
                                               const float2* stats, int tokens, int u_stride, int stride, int columns,
                                               int rank, int block_len) {
-    __shared__ float dz[PARTS][TILE_ROWS][SPAN];
+    __shared__ __align__(16) float dz[PARTS][TILE_ROWS][SPAN];
     __shared__ uint2 seeds[PARTS][TILE_ROWS];
     __shared__ float2 norms[TILE_ROWS];
     int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 2, first_row = blockIdx.y * TILE_ROWS;
@@ -282,9 +282,10 @@ __device__ __forceinline__ void lora_backward(const u16* u, u16* wide, const Lor
                     float scale[2], back[2] = {0.f, 0.f};
                     drop_scales<2>(drops[p], seeds[p][start + n], row, columns, column, scale);
                     float first_value = value.x * scale[0], second_value = value.y * scale[1];
+                    Eight each = load_float(dz[p][start + n], 0.f);
 #pragma unroll
                     for (int r = 0; r < SPAN; r++) {
-                        float d = dz[p][start + n][r];
+                        float d = each.v[r];
                         back[0] += d * lines[p][r].x, back[1] += d * lines[p][r].y;
                         sums[p][r].x += d * first_value, sums[p][r].y += d * second_value;
                     }
@@ -345,31 +346,25 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
 
 // ---- 가중치 ----
 
-// NF4 행렬의 한 조각을 16비트로 푼다. 값 = levels[4비트] * absmax이고, 값 64개가 absmax 하나를 함께 쓴다. absmax도 8비트로
-// 양자화되어 있으면(absmax8이 null이 아니면) code[absmax8] * absmax[256개마다 하나] + offset으로 함께 푼다.
-// 여덟 값(4바이트)을 하나로 센다: 조각은 first번째에서 시작하고, 행마다 per_row개이고, 다음 행은 행렬의 폭 full만큼 뒤다.
-// 출력 행의 폭은 stride칸이다. count 뒤의 일은 행의 끝 tail칸에 LoRA의 B [rows, rank]를 scale을 곱해 적는 것이다. 자기의
+// NF4를 16비트로 푼다. 값 = levels[4비트] * absmax이고, 값 64개가 absmax 하나를 함께 쓴다. absmax도 8비트로 양자화되어
+// 있으면(absmax8이 null이 아니면) code[absmax8] * absmax[256개마다 하나] + offset으로 함께 푼다.
+// 출력 행의 폭은 stride이고, count 뒤의 일은 행의 끝 tail칸에 LoRA의 B [rows, rank]를 scale을 곱해 적는 것이다. 자기의
 // 칸은 own부터 rank개이고 나머지는 0이다. 한 thread가 네 곳을 맡아 읽기 넷을 한꺼번에 띄운다.
 extern "C" __global__ void __launch_bounds__(256) dequantize(
     const u8* packed, const u8* absmax8, const float* absmax, const float* code, const float* offset,
-    const float* levels, const float* lora_b, u16* out, int count, int first, int per_row, int full, int stride,
-    int extra, int tail, int own, int rank, float scale) {
+    const float* levels, const float* lora_b, u16* out, int count, int columns, int stride, int extra, int tail, int own,
+    int rank, float scale) {
     __shared__ float table[16];
-    int start = blockIdx.x * 1024 + threadIdx.x;
+    int start = blockIdx.x * 1024 + threadIdx.x, per_row = columns / 8;
     float inverse = 1.f / per_row;
     u32 bytes[4];
-    int at[4];
     float top[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int index = start + i * 256;
         if (index < count) {
-            int row = (int)(index * inverse);  // 정수의 나누기는 느리다. 어림한 행은 많아야 하나 어긋난다
-            row += (row + 1) * per_row <= index;
-            row -= row * per_row > index;
-            int column = index - row * per_row, source = first + row * full + column, block = source / 8;
-            at[i] = row * stride + column * 8;
-            bytes[i] = __ldcs((const u32*)packed + source);  // 한 번만 읽으므로 L2에 남기지 않는다
+            bytes[i] = __ldcs((const u32*)packed + index);  // 한 번만 읽으므로 L2에 남기지 않는다
+            int block = index / 8;
             top[i] = absmax8 ? code[absmax8[block]] * absmax[block / 256] + *offset : absmax[block];
         }
     }
@@ -379,6 +374,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     for (int i = 0; i < 4; i++) {
         int index = start + i * 256;
         Eight value;
+        size_t at = (size_t)index * 8;
         if (index < count) {
             // 앞의 값이 바이트의 위쪽 4비트에 있다. 4비트 수의 네 배가 곧 표에서의 자리(바이트)다
 #pragma unroll
@@ -387,18 +383,22 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
                 value.v[2 * j] = *(const float*)((const char*)table + high) * top[i];
                 value.v[2 * j + 1] = *(const float*)((const char*)table + low) * top[i];
             }
+            int row = (int)(index * inverse);  // 정수의 나누기는 느리다. 어림한 행은 많아야 하나 어긋난다
+            row += (row + 1) * per_row <= index;
+            row -= row * per_row > index;
+            at += (size_t)row * (stride - columns);
         } else if (index < count + extra) {
-            int row = (index - count) / (tail / 8), column = (index - count) % (tail / 8) * 8;
+            int row = (index - count) / (tail / 8), first = (index - count) % (tail / 8) * 8;
 #pragma unroll
             for (int r = 0; r < 8; r++) {
-                int mine = column + r - own;
+                int mine = first + r - own;
                 value.v[r] = mine >= 0 && mine < rank ? lora_b[(size_t)row * rank + mine] * scale : 0.f;
             }
-            at[i] = row * stride + per_row * 8 + column;
+            at = (size_t)row * stride + columns + first;
         } else {
             continue;
         }
-        store(out + at[i], value);
+        store(out + at, value);
     }
 }
 
