@@ -75,6 +75,16 @@ def test_every_form_gives_the_same_tokens_and_learns_only_the_answer(tmp_path, t
         assert (block["labels"].numpy()[learnt] == block["input_ids"].numpy()[learnt]).all()
 
 
+def test_what_the_check_read_is_read_once_and_a_skipped_row_is_still_refused(tmp_path, encoder, monkeypatch):
+    broken = write(tmp_path / "b.jsonl", [FORMS["output"], {**FORMS["output"], "output": ""}])
+    clean = write(tmp_path / "a.jsonl", [FORMS["output"]])
+    assert len(load(broken, encoder, skip_bad=True)) == len(load(clean, encoder, skip_bad=True)) == 1
+    with pytest.raises(UsageError, match="2번째 행"):
+        load(broken, encoder)
+    monkeypatch.setattr(dataset, "_fill_cache", None)
+    assert len(load(clean, encoder)) == len(load(broken, encoder, skip_bad=True)) == 1
+
+
 @given(question=st.text(min_size=1, max_size=40), context=st.text(max_size=20), answer=st.text(max_size=40))
 @settings(max_examples=300, deadline=None, database=None)
 def test_generation_prompt_is_a_prefix_of_the_training_tokens(encoder, question, context, answer):
