@@ -72,7 +72,7 @@ def build(models: Models, title: str, results: Results, runs: Runs | None = None
                     runs_tab(results.runs, record)
             if runs is not None:
                 with gr.Tab("학습하기", id="start") as start:
-                    start_tab(runs, start)
+                    start_tab(runs, start, tabs)
             with gr.Tab("내 기록", id="history") as history:
                 history_tab(history)
         theme.click(None, js="() => lite.theme()", api_visibility="private")
