@@ -38,7 +38,8 @@ def start_tab(runs: Runs, tab: gr.Tab, tabs: gr.Tabs) -> None:
         status = status_line("start-status", None)
         stop = gr.Button("멈추기 (저장하고)", variant="stop", elem_id="start-stop", scale=0, min_width=160,
                          visible=False)
-        resume = gr.Button("이어 하기", variant="primary", elem_id="start-resume", scale=0, min_width=160, visible=False)
+        resume = gr.Button("이어 하기", variant="primary", elem_id="start-resume", scale=0, min_width=160,
+                           visible=False)
     with gr.Column(visible=False) as following:
         with gr.Row(equal_height=True):
             log = gr.Textbox(label="학습의 로그", lines=10, max_lines=SHOWN_LINES, interactive=False,
