@@ -98,7 +98,10 @@ def test_completions_continue_text(client):
     done = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
     asked = client.chat.completions.create(model="run", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
                                            temperature=0)
-    assert done.choices[0].text == asked.choices[0].message.content
+    assert done.choices[0].text.lstrip() == asked.choices[0].message.content
+    told = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
+                                     logprobs=0).choices[0]
+    assert done.choices[0].text == told.text  # 첫머리의 공백까지 그대로다
     chunks = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
                                        stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
