@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import pieces_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ def test_what_the_check_read_is_read_once_and_a_skipped_row_is_still_refused(tmp
 @settings(max_examples=300, deadline=None, database=None)
 def test_generation_prompt_is_a_prefix_of_the_training_tokens(encoder, question, context, answer):
     prompter = Prompter()
-    pieces = prompter.pieces(question, context, answer)
+    pieces = pieces_of(prompter, question, context, answer)
     tokens, _ = encoder.encode_batch([[pieces]])[0]
     asked = encoder.encode_asked(prompter.talk(as_talk(question, context))[0])
     assert tokens[: len(asked)] == asked and tokens[-1] == END and tokens.count(END) == 1

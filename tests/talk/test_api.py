@@ -6,6 +6,7 @@ import time
 import httpx
 import openai
 import pytest
+from conftest import load_answerer
 from serving import PORT, serving
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -16,7 +17,7 @@ from utils.talk import api
 from utils.talk.answerer import Answer
 from utils.talk.api import _before_stop
 from utils.talk.models import Choice, Models
-from utils.talk.source import find_source, load_answerer
+from utils.talk.source import find_source
 
 
 @pytest.fixture(scope="module")

@@ -83,16 +83,13 @@ class Answerer:
     def context(self) -> int:
         return self._decoder.context
 
-    def ask(self, instruction: str, input: str = "", past: list[tuple[str, str]] | None = None) -> list[int]:
+    def ask(self, instruction: str, input: str = "") -> list[int]:
         """질문의 토큰. 학습할 때와 똑같이 만든다.
-
-        Args:
-            past: 앞서 주고받은 (질문, 답)들.
 
         Raises:
             UsageError: 질문이 비었거나, 답할 자리가 남지 않을 만큼 길거나, 모델이 모르는 토큰이 나온다.
         """
-        return self.ask_talk(as_talk(instruction, input, past or ()))
+        return self.ask_talk(as_talk(instruction, input))
 
     def ask_talk(self, turns: Sequence[Turn]) -> list[int]:
         """대화 전체의 토큰. 학습할 때와 똑같이 만든다. 마지막은 user의 질문이다.
