@@ -246,5 +246,4 @@ class Forward:
         if again and projection.tail:
             wide[:, projection.columns:] = z
             return
-        for adapter in projection.adapters:
-            self.ops.lora_down(wide, projection.columns, adapter, keys, z)
+        self.ops.lora_down(wide, projection, keys, z)

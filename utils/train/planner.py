@@ -1,6 +1,7 @@
 """모델을 올리기 전에 config.json만으로 VRAM을 예측하고, 카드에 들어가는 학습 방식을 고른다."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -178,8 +179,11 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     stored = kept + alone * saved + (layers - recompute) * tokens * attention_bytes(family)
     work = saved + 2 * tokens * sum(work_widths(family, tails).values())
     scratch = 2 * scratch_elements(family, tails, tokens, recompute)
-    widest = max((columns for name, (_, columns, _) in linears.items() if name in targets), default=0)
-    partial = 4 * -(-tokens // TILE_ROWS) * rank * widest
+    # A의 gradient의 부분합. 같은 입력을 읽는 LoRA들(q, k, v나 gate, up)의 것이 함께 있다
+    places = Counter()
+    for name, (place, columns, _) in linears.items():
+        places[place] += columns if name in targets else 0
+    partial = 4 * -(-tokens // TILE_ROWS) * rank * max(places.values())
     return {
         "가중치": layers * (quantized + small) + table,
         # fp32 다섯 벌: 값, gradient, Adam의 평균 둘, 메모리가 모자랄 때 되돌릴 gradient의 사본
