@@ -103,8 +103,7 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils.train import planner, results, run_folder, stage, verdict
-    from utils.train.fit import fit
+    from utils.train import stage
     from utils.train.records import Settings
 
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
@@ -113,6 +112,10 @@ def train(
         if check_data:
             say_plan(settings)
         return
+
+    from utils.train import planner, results, run_folder, verdict
+    from utils.train.fit import fit
+
     inputs = stage.prepare(settings, console.say)
     plan = stage.plan(settings, inputs, console.say)
     with run_folder.open_run(settings, inputs, console.say) as run:
