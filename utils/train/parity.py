@@ -139,7 +139,7 @@ def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) ->
         block = {**truth.block, **device_keys(device)}
         short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
         loss = float(step.evaluate(block))
-        one = torch.ones((), device=device)
+        one = torch.ones((), device=device)  # 참값은 합의 gradient이므로 아무것도 곱하지 않는다
         short_loss = float(step.train({**short, "factor": one}))
         gradients = take_gradients(model)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -162,12 +162,13 @@ def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int,
     Raises:
         UsageError: 문서가 서로를 본다. 조용히 틀린 학습이 되므로 시작하지 않는다.
     """
-    cut = block // 2
+    cut = block // 2  # 앞의 cut토큰이 첫 문서, 나머지가 둘째 문서다
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab, (rows, block), generator=generator)  # int64
     labels = tokens.clone()
-    labels[:, :cut + 1] = IGNORE
-    positions = torch.cat([torch.arange(cut), torch.arange(block - cut)]).expand(rows, block).contiguous()
+    labels[:, :cut + 1] = IGNORE  # 둘째 문서의 둘째 토큰부터만 손실에 든다
+    two_documents = torch.cat([torch.arange(cut), torch.arange(block - cut)])
+    positions = two_documents.expand(rows, block).contiguous()
     other_first, other_own = tokens.clone(), tokens.clone()
     other_first[:, :cut] = (other_first[:, :cut] + 1) % vocab
     other_own[:, cut] = (other_own[:, cut] + 1) % vocab
@@ -198,6 +199,7 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     norms = {name: float(value.norm()) for name, value in theirs.items()}
     floor = max(norms.values(), default=0.0) / 100 or 1e-12
     apart = {name: float((ours[name] - value).norm()) / max(norms[name], floor) for name, value in theirs.items()}
+    # NaN은 무엇과 비교해도 거짓이라 max가 지나칠 수 있다. 가장 나쁜 것으로 친다
     name = max(apart, key=lambda key: math.inf if math.isnan(apart[key]) else apart[key])
     return apart[name], name
 

@@ -117,14 +117,14 @@ def make_block(documents: list[torch.Tensor], longest: int, total: int, max_docu
     pieces, room = [], total
     for document in documents[:max(1, max_documents)]:
         piece = document[:min(longest, room)]
-        if len(piece) < 2:
+        if len(piece) < 2:  # 한 토큰뿐이면 예측할 것이 없다
             break
         pieces.append(piece)
         room -= len(piece)
-    labels = torch.cat([torch.cat([piece.new_full((1,), IGNORE), piece[1:]]) for piece in pieces])
-    block = {"input_ids": torch.cat(pieces), "labels": labels,
-             "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])}
-    return {name: value[None].to(device) for name, value in block.items()}
+    labels = [torch.cat([piece.new_full((1,), IGNORE), piece[1:]]) for piece in pieces]
+    positions = [torch.arange(len(piece)) for piece in pieces]
+    block = {"input_ids": torch.cat(pieces), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+    return {name: value[None].to(device) for name, value in block.items()}  # [tokens] -> [1, tokens]
 
 
 def split_documents(block: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
