@@ -12,7 +12,7 @@ IGNORE = -100
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """길이가 `cutoff_len`인 블록들. 블록 안의 문서는 서로를 보지 않는다.
+    """길이가 `cutoff_len`인 블록들. 블록 안의 문서는 서로를 보지 않는다. 선호 쌍의 두 문서는 한 블록에 잇달아 놓인다.
 
     `position_ids`가 문서마다 0부터 다시 시작하는 것이 경계의 표시다. attention_mask는 넘기지 않는다.
 
@@ -26,9 +26,10 @@ class PackedDataset(torch.utils.data.Dataset):
         self._cutoff_len = cutoff_len
         self._end_id = end_id
         self._train_on_inputs = train_on_inputs
-        lengths = documents.lengths()[chosen]
+        units = chosen.reshape(-1, documents.per_row)
+        lengths = unit_lengths(documents, chosen)
         room = room or cutoff_len
-        self.blocks = [chosen[members] for members in pack(np.minimum(lengths, room), room, seed)]
+        self.blocks = [units[members].ravel() for members in pack(np.minimum(lengths, room), room, seed)]
         self.n_tokens = int(lengths.sum())
         self.max_documents = max((len(block) for block in self.blocks), default=0) + 1
 
@@ -65,6 +66,17 @@ def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[n
     if not held_out.any() or held_out.all():  # 행이 몇 안 될 때도 양쪽에 하나는 있게 한다
         held_out = scrambled == scrambled.min()
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def unit_lengths(documents: Documents, members: np.ndarray) -> np.ndarray:
+    """함께 다니는 문서들의 길이의 합(토큰). 선호 쌍이면 [members의 절반], 아니면 문서마다의 길이다."""
+    return documents.lengths()[members].reshape(-1, documents.per_row).sum(1)
+
+
+def fitting_pairs(documents: Documents, members: np.ndarray) -> np.ndarray:
+    """`members`의 선호 쌍 가운데 두 문서가 함께 블록(cutoff_len)에 들어가는 것. 쌍은 자르지 않는다."""
+    pairs = members.reshape(-1, 2)
+    return pairs[documents.full_lengths()[pairs].sum(1) <= documents.cutoff_len].ravel()
 
 
 def with_answers(documents: Documents, members: np.ndarray) -> np.ndarray:

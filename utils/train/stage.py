@@ -12,6 +12,7 @@ from utils.data import blocks, dataset
 from utils.data import check as data_check
 from utils.data.encoder import Encoder
 from utils.data.exams import Exam, load_exams
+from utils.data.rendered import rendered_lines
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -269,7 +270,7 @@ def check_data(settings: Settings, say: Callable[[str], None]) -> None:
     for line in data_check.short_lines(found):
         say(line)
     say("두 행의 보기(⟦ ⟧ 안을 배운다):")
-    for line in data_check.rendered_lines(documents, read.tokenizer, settings.train_on_inputs):
+    for line in rendered_lines(documents, read.tokenizer, settings.train_on_inputs):
         say(line)
     if settings.repair_data is not None:
         done = repair(settings.data_path, settings.repair_data, read.prompter, settings.cache_dir)
