@@ -112,7 +112,10 @@ def read_pair(row: dict, form: Form, number: int, source: str | Path) -> tuple[l
     Raises:
         BadTurns: `read_row`와 같다.
     """
-    return _read_checked(lambda: preferences.join_pair(*(_read_side(row, form, side) for side in SIDES)), number, source)
+    def read() -> tuple[list[Turn], list[Turn]]:
+        return preferences.join_pair(*(_read_side(row, form, side) for side in SIDES))
+
+    return _read_checked(read, number, source)
 
 
 def require_alike(row: dict, form: Form, number: int, source: str | Path) -> None:
@@ -130,8 +133,8 @@ def require_alike(row: dict, form: Form, number: int, source: str | Path) -> Non
     if not mixed:
         return
     kinds = ("선호 쌍", "보통 행") if form.is_preference else ("보통 행", "선호 쌍")
-    raise UsageError(f"{source}에 선호 쌍과 보통 행이 섞여 있다: 앞은 {kinds[0]}인데 {number}번째는 {kinds[1]}이다. 한 번에 "
-                     "하나만 배우므로 두 파일로 나누어 따로 학습한다")
+    raise UsageError(f"{source}에 선호 쌍과 보통 행이 섞여 있다: 앞은 {kinds[0]}인데 {number}번째는 {kinds[1]}이다. 한 "
+                     "번에 하나만 배우므로 두 파일로 나누어 따로 학습한다")
 
 
 def _read_checked(read: Callable[[], tuple], number: int, source: str | Path) -> tuple[list[Turn], ...]:
@@ -261,8 +264,8 @@ def _is_nan(value: object) -> bool:
 
 def _closest(name: str) -> str:
     """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
-    every = {*TALKS, "text", *(each for pair in (*PAIRS, *PREFERENCES) for each in pair), *(each for names in EXTRAS.values()
-                                                                           for each in names)} - {"q", "a"}
+    every = {*TALKS, "text", *(each for names in (*PAIRS, *PREFERENCES, *EXTRAS.values()) for each in names)}
+    every -= {"q", "a"}
     spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
     found = get_close_matches(unicodedata.normalize("NFD", plain(name)), spelled, 1, _CLOSE)
     return spelled[found[0]] if found and spelled[found[0]] != plain(name) else ""

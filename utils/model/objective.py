@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from utils.data.blocks import document_ids
 
 Batch = dict[str, torch.Tensor]
+# 손실과, 선호 쌍에서 함께 재는 것: 보상의 차이, 고른 답의 보상이 더 높은 비율, 고른 답이 더 그럴듯한(lp_c > lp_r) 비율
+FIGURES = ("loss", "reward_margin", "reward_accuracy", "chosen_likelier")
 
 
 def is_preference(batch: Batch) -> bool:
@@ -37,7 +39,7 @@ def objective(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
         nll: 블록의 자리마다의 음의 로그 가능도 [rows * block], fp32. 정답이 없는 자리는 0이다.
 
     Returns:
-        스칼라. 선호 쌍이면 손실, 보상의 차이, 보상이 맞은 수를 쌍마다 더한 [3]이고 첫째만 미분한다.
+        스칼라. 선호 쌍이면 `FIGURES`의 앞의 셋을 쌍마다 더한 [3]이고 손실만 미분한다.
     """
     if not is_preference(batch):
         return nll.sum() * batch["factor"]
@@ -47,6 +49,14 @@ def objective(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
 def measured(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
     """평가할 값: 음의 로그 가능도의 합(스칼라). 선호 쌍이면 쌍마다의 `log_ratios` [rows, pairs]."""
     return log_ratios(nll, batch) if is_preference(batch) else nll.sum()
+
+
+def tally(value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`measured`의 값에서 평균을 낼 합들. 차례는 `FIGURES`와 같다."""
+    if not is_preference(batch):
+        return value[None]
+    likelier = (value + batch["reference"] > 0).sum()
+    return torch.cat([score(value, batch), likelier[None]])
 
 
 def learn(batch: Batch, gradient: torch.Tensor, measure: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -89,8 +89,9 @@ def disagreement(step: Step, model: nn.Module, truth: Truth, device: torch.devic
             if not step.recompute_more():
                 raise UsageError(NO_MEMORY)
     loss_limit, gradient_limit = TOLERANCE[model_dtype(model)]
-    for ours, theirs in ((measured.loss, truth.loss), (measured.short_loss, truth.short_loss)):
-        if not abs(ours - theirs) <= loss_limit * abs(theirs):
+    for ours, theirs, size in ((measured.loss, truth.loss, truth.loss),
+                               (measured.short_loss, truth.short_loss, truth.short_size)):
+        if not abs(ours - theirs) <= loss_limit * size:
             return f"{step.path}: 손실이 모델의 forward에서는 {theirs:.4f}인데 {ours:.4f}다"
     apart, name = furthest(measured.gradients, truth.gradients)
     if not apart <= gradient_limit:
@@ -109,7 +110,7 @@ def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) ->
         short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
         loss = float(step.evaluate(block))
         one = torch.ones((), device=device)
-        short_loss = float(step.train({**short, "factor": one}))
+        short_loss = float(step.train({**short, "factor": one}).flatten()[0])
         gradients = take_gradients(model)
     rows = model.get_input_embeddings().weight.shape[0]
     check_isolation(step, rows, 1, max(8, truth.short["input_ids"].shape[1]), device, device_keys(device))

@@ -78,7 +78,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
         seconds: 답을 만드는 데 쓸 수 있는 시간(초).
     """
     try:
-        samples.exact = exact.measure(model, inputs.documents, inputs.held_out)
+        samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.held_out))
         samples.scores = measure_exams(inputs, model)
         fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
@@ -159,9 +159,10 @@ def answer(decoder: Decoder, inputs: Inputs, group: list[Asked], name: str, unti
 
 def questions_to_ask(settings: Settings, inputs: Inputs) -> list[Asked]:
     """사용자의 검증 질문. 검증하지 않았으면 학습에 쓴 질문 몇 개다. 함께 든 데이터면 페이지의 예시 질문도 앞에 둔다."""
-    asked = row_questions(inputs, inputs.held_out, HELD_OUT)
+    asked = row_questions(inputs, inputs.documents.asked(inputs.held_out), HELD_OUT)
     if not len(inputs.held_out):
-        asked = row_questions(inputs, np.sort(np.concatenate(inputs.train_set.blocks)), TRAINED)[:N_COMPARED]
+        learned = inputs.documents.asked(np.sort(np.concatenate(inputs.train_set.blocks)))
+        asked = row_questions(inputs, learned, TRAINED)[:N_COMPARED]
     return [*(example_questions(inputs) if Path(settings.data_path) == DATA_DEMO else ()), *asked]
 
 
