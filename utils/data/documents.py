@@ -78,18 +78,21 @@ class Documents:
         return int((self.full_lengths() > self.lengths()).sum())
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """문서 하나의 (토큰, 배우는 답인지)."""
+        """문서 하나의 (토큰 [n] int32, 배우는 답인지 [n] bool)."""
         start, end = self.offsets[index], self.offsets[index + 1]
         if self.cutoff_len is None or end - start <= self.cutoff_len:
             return self.tokens[start:end], self.answer[start:end] == 1
-        kept = slice(start, start + self.cutoff_len - 1)
+        kept = slice(start, start + self.cutoff_len - 1)  # 한 자리는 끝 토큰의 것이다
+        tokens = np.append(self.tokens[kept], np.int32(self.end_id))
         learned_end = self.answer[kept.stop] != MUTED
-        return np.append(self.tokens[kept], np.int32(self.end_id)), np.append(self.answer[kept] == 1, learned_end)
+        return tokens, np.append(self.answer[kept] == 1, learned_end)
 
     def muted(self, index: int) -> np.ndarray:
         """질문까지 배울 때에도 배우지 않는 토큰인지. [`document(index)`의 길이] bool."""
         start, end = self.offsets[index], self.offsets[index + 1]
-        return self.answer[start : end if self.cutoff_len is None else min(end, start + self.cutoff_len)] == MUTED
+        if self.cutoff_len is not None:
+            end = min(end, start + self.cutoff_len)
+        return self.answer[start:end] == MUTED
 
 
 class CacheWriter:

@@ -74,7 +74,7 @@ def write(folder: Path, kind: str) -> str:
     tensors = list(_tensors(gguf, model, architecture))
     for tensor in tensors:
         form = _format(gguf, tensor.shape, kind)
-        packed = form.dtype == np.uint8
+        packed = form.dtype == np.uint8  # 묶음으로 적으면 마지막 축의 크기도 바이트로 말한다
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, form.kind) if packed else tensor.shape
         writer.add_tensor_info(tensor.name, shape, np.dtype(form.dtype), form.n_bytes, raw_dtype=form.kind)
     writer.write_header_to_file()
@@ -195,12 +195,20 @@ def _same(values: torch.Tensor) -> torch.Tensor:
 
 
 def _split_qkv(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """attention head마다 섞인 [heads, (q, k, v), head_dim]을 [(q, k, v), heads, head_dim]으로 놓는다."""
+    """attention head마다 섞인 [heads, (q, k, v), head_dim]을 [(q, k, v), heads, head_dim]으로 놓는다.
+
+    GPT-NeoX의 query_key_value는 weight [3 x hidden, hidden]과 bias [3 x hidden]의 행이 q0 k0 v0 q1 k1 v1 ...의 차례다.
+    llama.cpp는 q가 모두 온 다음에 k, v가 온다고 본다.
+    """
     return lambda x: x.view(heads, 3, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
 def _interleave(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """회전하는 짝을 앞뒤 반쪽에서 이웃한 두 줄로 옮긴다. llama.cpp의 rotary가 그렇게 읽는다."""
+    """회전하는 짝을 앞뒤 반쪽에서 이웃한 두 줄로 옮긴다. llama.cpp의 rotary가 그렇게 읽는다.
+
+    rotary는 head_dim의 두 칸을 짝지어 돌린다. transformers의 Llama는 i와 i + head_dim / 2가 짝이고, llama.cpp는 2i와
+    2i + 1이 짝이다. 그래서 행의 차례가 0, d/2, 1, d/2 + 1, ...이 되게 옮긴다. q와 k를 똑같이 옮기므로 q k^T는 그대로다.
+    """
     return lambda x: x.view(heads, 2, -1, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 

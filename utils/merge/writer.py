@@ -118,11 +118,11 @@ def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:
     모델이 읽지 않는 tensor(옛 GPT-NeoX의 mask)는 가중치가 아니므로 값을 따지지도 고치지도 않는다.
     """
     used = job.disk.used
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # dtype -> 바이트
     for entry in job.base.tensors.values():
         if entry.name in used:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
-    halve = max(sizes, key=lambda dtype: sizes[dtype]) == "F32"
+    halve = max(sizes, key=lambda dtype: sizes[dtype]) == "F32"  # 16비트 모델에 섞인 fp32(norm, router)는 그대로 둔다
     planned = []
     for entry in sorted(job.base.tensors.values(), key=lambda entry: (entry.file.name, entry.start)):
         if entry.name not in used:
@@ -159,9 +159,11 @@ def require_finite(chunk: memoryview, dtype: str, entry: TensorEntry) -> None:
     """NaN과 inf가 없는지 본다. 둘은 지수의 비트가 모두 1이라, 비트를 정수로 읽으면 같은 부호의 수 가운데 가장 크다."""
     if dtype not in _LARGEST:
         return
-    kind, largest = _LARGEST[dtype]
+    kind, largest = _LARGEST[dtype]  # 값 하나의 바이트, +inf의 비트를 정수로 읽은 것
+    sign = 2 ** (8 * kind - 1)
     bits = np.frombuffer(chunk, f"i{kind}")
-    if bits.size and (bits.max() >= largest or bits.view(f"u{kind}").max() >= largest + 2 ** (8 * kind - 1)):
+    # 부호 있는 정수의 최댓값은 양수 쪽을, 부호 없는 정수의 최댓값은 부호 비트가 켜진 음수 쪽을 본다
+    if bits.size and (bits.max() >= largest or bits.view(f"u{kind}").max() >= largest + sign):
         raise UsageError(f"{entry.name}에 NaN이나 inf가 있거나 16비트에 담기지 않는다: {entry.file}")
 
 

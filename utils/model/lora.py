@@ -108,6 +108,7 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
         if pair["A"].shape[0] != rank:
             raise UsageError(f"{module}의 rank가 설정과 다르다. 설정 {rank}, 가중치 {pair['A'].shape[0]}")
         alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+        # rank를 키우면 B A의 크기도 커지므로 나누어 맞춘다. rsLoRA는 rank가 클 때 너무 작아지지 않게 제곱근으로 나눈다
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[module] = Update(pair["A"], pair["B"], scale)
     if not any(update.b.any() and update.a.any() for update in updates.values()):

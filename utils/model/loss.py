@@ -42,14 +42,14 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Te
         factor: 손실에 곱하는 스칼라 tensor. None이면 gradient를 구하지 않는다.
     """
     counted = targets != IGNORE
-    index = targets.clamp(min=0)[:, None]
+    index = targets.clamp(min=0)[:, None]  # -100은 없는 칸이므로 0번을 가리키게 두고 나중에 버린다
     scores = logits.float()
     log_sum = scores.logsumexp(-1)
     nll = torch.where(counted, log_sum - scores.gather(1, index)[:, 0], 0.0)
     if factor is not None:
-        gradient = scores.sub_(log_sum[:, None]).exp_()
-        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-        logits.copy_(gradient.mul_((factor * counted)[:, None]))
+        gradient = scores.sub_(log_sum[:, None]).exp_()  # softmax(x) [tokens, vocab], 새로 잡지 않고 scores의 자리에
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))  # 정답의 칸에서 1을 뺀다
+        logits.copy_(gradient.mul_((factor * counted)[:, None]))  # 세지 않는 토큰은 0이 된다
     return nll
 
 
@@ -77,7 +77,7 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     head = head or Head(weight)
     if buffer is None:
         buffer = hidden.new_empty(min(HEAD_CHUNK, tokens) * vocab)
-    chunk = buffer.numel() // vocab
+    chunk = buffer.numel() // vocab  # 한 번에 계산할 토큰의 수
     nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))

@@ -67,9 +67,10 @@ class AutogradStep:
         self.head = None if whole else measure_head(self.causal)
         self.backbone = None if self.head is None else find_backbone(self.causal)
         config = self.causal.config.get_text_config(decoder=True)
-        uniform = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        self.explicit_mask = config._attn_implementation == "sdpa" and uniform and not getattr(
-            config, "sliding_window", None)
+        # 층마다 볼 수 있는 범위가 다르면(창) mask 하나로 말할 수 없으므로, 모델이 position_ids에서 스스로 만들게 둔다
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        sees_all = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+        self.explicit_mask = config._attn_implementation == "sdpa" and sees_all
         self.recompute = False
         if recompute:
             self._enable_recompute()
@@ -152,5 +153,6 @@ def autograd_ways(model: nn.Module, **settings) -> list[Callable[[], AutogradSte
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     separates = (True,) if getattr(causal, "_is_stateful", False) else (False, True)
+    # 차례: 묶어서 조각으로, 묶어서 한 번에, 문서마다 조각으로, 문서마다 한 번에
     return [partial(AutogradStep, model, whole=whole, separate=separate, **settings)
             for separate in separates for whole in (False, True)]

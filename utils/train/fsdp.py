@@ -6,13 +6,12 @@ FSDP의 단위는 층 하나, 그리고 배우는 LoRA 행렬 하나다. 얼어 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft.utils.other import fsdp_auto_wrap_policy
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -24,6 +23,7 @@ from utils.train.autograd_step import recompute_all
 from utils.train.group import Group
 from utils.train.micro_step import Batch
 from utils.train.parity import check_isolation
+from utils.train.weights import write_adapter
 
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 WRAPPED = "_fsdp_wrapped_module."
@@ -114,10 +114,7 @@ class ShardedWeights:
                 state |= {prefix + name: value.detach().float().cpu().clone()
                           for name, value in unit.module.named_parameters()}
         if self.group.is_first:
-            save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            config = copy(self.peft_config)
-            config.inference_mode = True
-            config.save_pretrained(folder)
+            write_adapter(state, self.peft_config, folder)
 
     def load_adapter(self, folder: Path) -> None:
         state = load_file(folder / ADAPTER_WEIGHTS)

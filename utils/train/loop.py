@@ -81,20 +81,21 @@ class Loop:
         with self.speed:
             micro_batches = [read_blocks(self.train_set, rows, pin=self.device.type == "cuda") for rows in indices]
             targets = sum(n_targets(batch) for batch in micro_batches).to(self.device, torch.float32)
-            targets = self.group.add_up(targets).clamp(min=1)
+            targets = self.group.add_up(targets).clamp(min=1)  # T. 채운 블록뿐이어도 0으로 나누지 않는다
 
             self.weights.zero_gradients()
             values = sum(self.micro_step(number, batch, targets) for number, batch in enumerate(micro_batches))
             values = self.group.add_up(values).flatten()
             self.weights.sum_gradients()
 
-            self.weights.scaler.unscale_(self.optimizer)
+            self.weights.scaler.unscale_(self.optimizer)  # fp16이면 키워 둔 gradient를 되돌려야 그 크기를 잴 수 있다
             norm = self.weights.clip_gradients(self.recipe.max_grad_norm)
             rate = self.optimizer.param_groups[0]["lr"]
             self.refuse_divergence(values[0], norm, rate)
             self.update_weights()
         self.state.global_step += 1
         epoch, done = divmod(self.state.global_step, self.batches.steps_per_epoch)
+        # epoch의 마지막 step은 micro batch가 accumulation보다 적을 수 있으므로 step이 아니라 micro batch로 센다
         self.state.epoch = epoch + done * self.recipe.accumulation / self.batches.per_epoch
         measured = dict(zip(FIGURES, values.tolist(), strict=False))
         return {**measured, "grad_norm": float(norm), "learning_rate": rate, **self.speed.figures()}
@@ -107,8 +108,10 @@ class Loop:
             targets: effective batch에서 정답이 있는 토큰, 또는 쌍의 수.
         """
         factor = 1 / targets
-        scale = self.weights.scaler.scale(torch.ones_like(factor))  # fp16이 아니면 1
+        # fp16의 작은 gradient는 0이 되므로 손실을 scale배로 키워 backward하고, 고치기 전에 나눈다. fp16이 아니면 1이다
+        scale = self.weights.scaler.scale(torch.ones_like(factor))
         rows = len(batch["input_ids"])
+        # 여러 프로세스의 블록을 차례로 늘어놓았을 때의 자리. 프로세스의 수를 바꾸어도 같은 블록은 같은 씨앗을 받는다
         keys = self.dropout_keys(rows, first=(number * self.group.world + self.group.rank) * rows)
         return self.step.train({**batch, "keys": keys, "factor": factor * scale}) / scale
 
@@ -150,6 +153,7 @@ class Loop:
 
         손실은 정답이 있는 토큰마다의 음의 로그 가능도의 평균이고, 선호 쌍이면 쌍마다의 `objective.FIGURES`의 평균이다.
         """
+        # 검증 토큰이 수천만이어도 한 자리도 잃지 않게 fp64로 더한다
         totals, count = 0.0, torch.zeros(1, dtype=torch.float64, device=self.device)
         for rows in evaluation_batches(len(self.eval_set), self.step.rows, self.group):
             batch = self.read(self.eval_set, rows)

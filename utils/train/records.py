@@ -37,6 +37,7 @@ class Settings:
     lora_target_modules: tuple[str, ...]
     prompt_template: str
     vram_gb: float | None
+    deterministic: bool
     resume_from_checkpoint: bool | str | None
     check_data: bool
     repair_data: str | None
@@ -74,8 +75,10 @@ class Schedule:
 
     @classmethod
     def from_blocks(cls, n_blocks: int, batch_size: int, epochs: float) -> "Schedule":
-        steps = max(1, math.ceil(math.ceil(n_blocks / batch_size) * epochs))
-        return cls(steps, min(100, round(steps * 0.06)), max(1, steps // 10))
+        """워밍업은 전체의 6%(100 step까지), 평가와 저장은 열 번이다."""
+        per_epoch = math.ceil(n_blocks / batch_size)
+        steps = max(1, math.ceil(per_epoch * epochs))
+        return cls(steps, warmup=min(100, round(steps * 0.06)), interval=max(1, steps // 10))
 
 
 @dataclass(frozen=True)
