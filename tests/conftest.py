@@ -30,6 +30,20 @@ def write_rows(path: Path, n: int = 40) -> Path:
     return path
 
 
+def pieces_of(prompter, question: str, context: str, answer: str) -> tuple[str, str]:
+    """질문 하나와 답 하나를 따로 토큰화할 두 조각."""
+    from utils.turns import Turn, as_talk
+
+    return prompter.talk([*as_talk(question, context), Turn("assistant", answer)])[0][0]
+
+
+def load_answerer(source, *options):
+    """모델 하나를 올린다. `options`는 `load_answerers`의 나머지 인자다."""
+    from utils.talk.source import load_answerers
+
+    return load_answerers([source], *options)[0]
+
+
 def run_script(name: str, *flags: str, cwd: Path = ROOT, env: dict | None = None,
                cold: bool = False) -> subprocess.CompletedProcess:
     """스크립트를 제 프로세스에서 실행한다. 출력은 UTF-8로 읽는다.

@@ -14,7 +14,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef unsigned long long u64;
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct Dim { u32 x, y, z; };
@@ -216,6 +216,7 @@ static void let_next_kernel_start() {}
 static void __syncwarp() { sync_warp(); }
 static void prefetch(const void*) {}
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }
+static uint2 load_weight8(const void* at) { return *(const uint2*)at; }
 template <bool BF> static u16 narrow(float value) {
     u16 bits;
     if (BF) {

@@ -3,17 +3,20 @@
 `python -m utils.report train/lora-e3/b16 train/lora-e5/b16`은 두 학습의 곡선을 그림 하나에 겹친다.
 """
 
-import argparse
 import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from utils import environment
-from utils.errors import UsageError
+from utils import cli, environment
+from utils.console import say
+from utils.errors import UsageError, first_line
+from utils.helptext import asks_help
+from utils.paths import find_input, shown
 from utils.record import CURVES_FILE, FIGURES, read_run
 
 FONT_PACKAGE = "koreanize_matplotlib"
@@ -162,23 +165,42 @@ def _drawable(text: str, fonts: Sequence[Path]) -> str:
     return "".join(char if ord(char) in known else "?" for char in text).replace("$", r"\$")
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(prog="python -m utils.report", description="학습 곡선을 PNG 하나에 겹쳐 그린다.")
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run.json이 든 폴더. finetune-lora.py가 만든다")
-    parser.add_argument("--output", help="쓸 PNG. 기본: 폴더가 하나면 그 안의 curves.png, 여럿이면 ./curves.png")
-    options = parser.parse_args(argv)
-    runs = [(Path(folder).as_posix(), read_run(folder)) for folder in options.run_dirs]
-    default = Path(options.run_dirs[0]) / CURVES_FILE if len(runs) == 1 else Path(CURVES_FILE)
-    return draw_curves(runs, Path(options.output or default))
+def overlay(
+    *,
+    # 그릴 것
+    run_dirs: tuple[str, ...],
+    # 쓸 곳
+    output: str | None = None,
+):
+    """여러 학습의 곡선을 PNG 하나에 겹쳐 그린다.
+
+    Args:
+        run_dirs: run.json이 든 폴더들. finetune-lora.py의 output_dir다. --run_dirs 없이 이어 적어도 된다.
+        output: 쓸 PNG. 적지 않으면 폴더가 하나일 때는 그 안의 curves.png, 여럿일 때는 지금 폴더의 curves.png다.
+
+    Examples:
+        python -m utils.report train/lora-e3 train/lora-e5
+        python -m utils.report train/faq --output faq.png
+    """
+    runs = [(Path(folder).as_posix(), read_run(folder)) for folder in map(find_input, run_dirs)]
+    default = Path(find_input(run_dirs[0])) / CURVES_FILE if len(runs) == 1 else Path(CURVES_FILE)
+    target = Path(output or default)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(runs, target)
+    except (OSError, ValueError) as error:  # matplotlib은 모르는 확장자를 ValueError로 알린다
+        raise UsageError(f"그림을 쓰지 못했다: {target} ({first_line(error)}). --output에 쓸 .png를 적는다") from None
+    say(f"그렸다: {shown(target)}")
+
+
+def named(words: Sequence[str]) -> list[str]:
+    """이름 없이 적은 폴더들을 --run_dirs의 값으로 묶은 명령줄."""
+    folders = [word for before, word in pairwise(["", *words])
+               if not word.startswith("-") and (not before.startswith("-") or "=" in before)]
+    if not folders or asks_help(list(words)):
+        return list(words)
+    return [*(word for word in words if word not in folders), f"--run_dirs={folders!r}"]
 
 
 if __name__ == "__main__":
-    from utils.cli import EXIT_USAGE
-    from utils.console import use_utf8
-
-    use_utf8()
-    try:
-        print(f"그렸다: {main()}")
-    except UsageError as error:
-        print(f"오류: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    cli.run(overlay, argv=named(sys.argv[1:]))

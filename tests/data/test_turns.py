@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import load_answerer
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -155,7 +156,7 @@ def test_the_check_says_which_rows_hold_an_answer_that_is_not_learned(tmp_path, 
 @pytest.fixture(scope="module")
 def client(tiny_neox):
     from utils.talk.models import Choice, Models
-    from utils.talk.source import find_source, load_answerer
+    from utils.talk.source import find_source
 
     source = find_source(str(tiny_neox), None, print)
     answerer = load_answerer(source, None, None, False, "default", print)

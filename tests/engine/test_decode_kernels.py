@@ -11,6 +11,7 @@ from utils.engine.decode_plan import INT8, LINES, NF4, PAGE, WIDE, Plan
 from utils.engine.decode_rows import DecodeRows
 from utils.engine.decode_step import DecodeStep, KvCache, kernel_names
 from utils.engine.families import describe, rotary_frequencies
+from utils.engine.kernel_cache import remembered
 from utils.engine.prefill import Prefill
 from utils.engine.weights import Weights, why_not_weights
 
@@ -102,6 +103,18 @@ def test_kernels_compile(capability, name, sizes, vocab, rank, weight, double, b
         if "NVRTC(" in str(error):
             pytest.skip("NVRTC가 없다")
         raise
+
+
+def test_compiled_kernels_are_kept(tmp_path):
+    """같은 것은 다시 컴파일하지 않고, 손상된 파일은 다시 컴파일하고, 쓸 수 없는 폴더에서도 컴파일한다."""
+    made = iter([b"first", b"second", b"third"])
+    assert [remembered(tmp_path / "kernels", ("a", 1), lambda: next(made)) for _ in range(2)] == [b"first"] * 2
+    assert remembered(tmp_path / "kernels", ("a", 2), lambda: next(made)) == b"second"
+    for file in (tmp_path / "kernels").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    assert remembered(tmp_path / "kernels", ("a", 1), lambda: next(made)) == b"third"
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert remembered(tmp_path / "file" / "kernels", ("a", 1), lambda: b"made") == b"made"
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 20, 46, 132])
@@ -211,7 +224,7 @@ def test_rows_together_equal_one_at_a_time(name, kind, tmp_path):
     rows.begin(prefill, questions, 8, [[0, 0, 0, 0]] * LINES)
     together = [rows.logits.clone()]
     for _ in range(3):
-        rows.run(adapter_on=True)
+        rows.run(overlap=False)
         together.append(rows.logits.clone())
     for line in (0, 7, 15):
         ids = questions[line] + rows.told[line, :3].tolist()

@@ -15,7 +15,7 @@ from utils.turns import Pieces, Turn
 N_EXAMPLES, N_UNUSED = 5, 20
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
 KINDS = {
-    "encoding": "UTF-8로 바꾸어 읽었다",
+    "encoding": "UTF-8이 아니어서 바꾸어 읽은 행",
     "broken": "읽을 수 없는 행",
     "unused": "쓰지 않는 열",
     "missing": "필요한 열이 없거나 글이 아닌 행",
@@ -60,11 +60,12 @@ class Inspector:
     Attributes:
         found: 종류 -> {"count": 행의 수, "rows": 앞의 몇 행의 번호}. 파일 전체에 대한 것이면 "rows"가 비고
             "note"가 있을 수 있다.
+        n_rows, n_skipped: 본 행과, 읽을 수 없거나 쓸 수 없어 건너뛴 행의 수.
     """
 
     def __init__(self, prompter, source: str | Path):
         self.found: dict[str, dict] = {}
-        self.n_rows = 0
+        self.n_rows = self.n_skipped = 0
         self._source, self._is_chat = Path(source), prompter.name == CHAT
         self._head = prompter.template.get("prompt_no_input", "").split("{instruction}")[0].rstrip()
         self._glued = re.compile("^" + re.escape(self._head), re.MULTILINE) if self._head.strip() else None
@@ -99,10 +100,12 @@ class Inspector:
 
     def broken(self, number: int, reason: str) -> None:
         """읽을 수 없는 행 하나를 센다."""
+        self.n_skipped += 1
         self._count("broken", number)
 
     def unusable(self, number: int, error: Exception) -> None:
         """쓸 수 없는 행 하나를 센다. `error.kind`가 그 종류다."""
+        self.n_skipped += 1
         self._count(error.kind, number)
 
     def finish(self) -> dict[str, dict]:
@@ -125,7 +128,7 @@ class Inspector:
                 self.found["ignored_column"] = {"count": self._ignored_longer, "rows": [], "note": names}
         if self._source.is_file() and self._source.suffix.lower() not in BINARY:
             encoding = detect_encoding(self._source)
-            if encoding != "utf-8":
+            if encoding not in ("utf-8", "utf-8-sig"):
                 self.found["encoding"] = {"count": self.n_rows, "rows": [], "note": encoding.upper()}
         return self.found
 

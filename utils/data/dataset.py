@@ -52,12 +52,12 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
         UsageError: 파일이나 행이 잘못되었다. 쓸 수 있는 행이 하나도 없다.
     """
     sha256 = source_sha256(data_path, cache_dir)
-    key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(), str(skip_bad),
+    key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(),
                       Path(data_path).suffix.lower(), _code_sha256(),
                       str(cutoff_len if _holds_talks(data_path, cache_dir) else None))
     folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
     cached = open_cache(folder)
-    if cached is None:
+    if cached is None or (cached[1]["skipped"] and not skip_bad):  # 건너뛴 행이 있으면 다시 읽어 그 행을 말한다
         _fill_cache(folder, data_path, prompter, encoder, cutoff_len, cache_dir, on_row, skip_bad)
         cached = open_cache(folder)
     arrays, meta = cached
@@ -104,7 +104,7 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
                 on_row(inspector.n_rows)
         if not inspector.n_rows:
             raise UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
-        writer.commit({"found": inspector.finish()})
+        writer.commit({"found": inspector.finish(), "skipped": inspector.n_skipped})
     finally:
         writer.discard()
 

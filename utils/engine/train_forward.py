@@ -41,11 +41,12 @@ class Forward:
         model: PEFT로 감싼 causal LM. `describe(model, training=True)`가 `Family`를 주는 것이어야 한다.
         recompute_layers: backward에서 다시 계산할 층의 수. 앞의 층부터 센다.
         max_documents: 블록 하나에 든 문서의 최대 수.
+        exact: GPU에서 두 번 배워도 비트까지 같게 한다. 긴 문서에서는 느려진다.
 
     GPU에서는 출력 행렬과 묶이지 않은 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
     """
 
-    def __init__(self, model: nn.Module, recompute_layers: int = 0, max_documents: int = 1):
+    def __init__(self, model: nn.Module, recompute_layers: int = 0, max_documents: int = 1, exact: bool = False):
         family = describe(model, training=True)
         if isinstance(family, str):
             raise ValueError(family)
@@ -62,7 +63,7 @@ class Forward:
         self.max_documents = max_documents
         self.ops = self._choose_ops()
         self.attention = choose_attention(family.heads, family.kv_heads, family.head_dim, family.attention_scale,
-                                          any(family.windows), self.dtype, self.device)
+                                          any(family.windows), self.dtype, self.device, exact)
         self.release()
 
     @property

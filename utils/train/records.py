@@ -33,6 +33,7 @@ class Settings:
     lora_target_modules: tuple[str, ...]
     prompt_template: str
     vram_gb: float | None
+    deterministic: bool
     resume_from_checkpoint: bool | str | None
     check_data: bool
     repair_data: str | None

@@ -206,10 +206,12 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     batch = inputs.batch
     share = share_of_batch(settings, batch.size)
     schedule = Schedule.from_blocks(len(inputs.train_set), batch.size, settings.num_train_epochs)
+    longest = int(np.minimum(inputs.documents.lengths(), batch.block_len).max())
     memory = planner.make_plan(
         inputs.config, device=inputs.device, cutoff_len=batch.block_len, batch_size=share,
         micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
-        vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents)
+        vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents,
+        exact=settings.deterministic or longest <= planner.EXACT_TOKENS)
     documents, lengths = inputs.documents, inputs.documents.lengths()
     n_train = sum(map(len, inputs.train_set.blocks))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)

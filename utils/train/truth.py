@@ -73,6 +73,34 @@ def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.devi
     return Truth(block, loss, short, short_loss, take_gradients(model))
 
 
+def find_exact(model: nn.Module, dataset, max_documents: int, device: torch.device) -> Truth | None:
+    """`find_truth`를 fp32로 다시 구한 것. 메모리가 모자라면 None."""
+    try:
+        with in_fp32(model):
+            return find_truth(model, dataset, max_documents, device)
+    except (torch.OutOfMemoryError, UsageError):
+        return None
+
+
+@contextlib.contextmanager
+def in_fp32(model: nn.Module) -> Iterator[None]:
+    """모델을 fp32로 계산하게 하고, 끝나면 되돌린다. 4비트 가중치는 16비트로 푼 값 그대로다."""
+    halves = [(parameter, parameter.data) for parameter in model.parameters()
+              if parameter.dtype in (torch.bfloat16, torch.float16) and not hasattr(parameter, "quant_state")]
+    quantized = [(module, module.compute_dtype) for module in model.modules() if hasattr(module, "compute_dtype")]
+    try:
+        for parameter, value in halves:
+            parameter.data = value.float()
+        for module, _ in quantized:
+            module.compute_dtype = torch.float32
+        yield
+    finally:
+        for parameter, value in halves:
+            parameter.data = value
+        for module, dtype in quantized:
+            module.compute_dtype = dtype
+
+
 def take_documents(dataset) -> list[torch.Tensor]:
     """블록 몇 개에 든 문서들. 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다."""
     documents = []

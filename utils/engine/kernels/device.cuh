@@ -67,6 +67,12 @@ __device__ __forceinline__ uint4 load_weight(const void* address) {
     return v;
 }
 
+__device__ __forceinline__ uint2 load_weight8(const void* address) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+}
+
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
