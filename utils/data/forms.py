@@ -59,7 +59,8 @@ def choose_form(names: Iterable[str]) -> Form | None:
     else:
         return None
     for meaning, cousins in EXTRAS.items():
-        found = next((known[name] for name in cousins if name in known and known[name] not in columns.values()), None)
+        present = [known[name] for name in cousins if name in known]
+        found = next((name for name in present if name not in columns.values()), None)
         if found is not None and (pair or meaning == "system"):
             columns[meaning] = found
     return Form(columns)
@@ -186,8 +187,9 @@ def _plain(name: str) -> str:
 
 def _closest(name: str) -> str:
     """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
-    every = {*TALKS, "text", *(each for pair in PAIRS for each in pair), *(each for names in EXTRAS.values()
-                                                                           for each in names)} - {"q", "a"}
+    paired = {name for pair in PAIRS for name in pair}
+    extra = {name for names in EXTRAS.values() for name in names}
+    every = {*TALKS, "text", *paired, *extra} - {"q", "a"}  # 한 글자는 무엇과도 비슷하다
     spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
     found = get_close_matches(unicodedata.normalize("NFD", _plain(name)), spelled, 1, _CLOSE)
     return spelled[found[0]] if found and spelled[found[0]] != _plain(name) else ""

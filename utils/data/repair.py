@@ -57,7 +57,8 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
                 drop(number, str(error))
                 continue
             digest = encoder.content_digest(pieces)
-            if digest in seen or check.is_placeholder(said[-1].text if said[0].role != "text" else pieces[-1][1]):
+            answer = pieces[-1][1] if said[0].role == "text" else said[-1].text
+            if digest in seen or check.is_placeholder(answer):
                 drop(number, "")
                 continue
             seen.add(digest)
