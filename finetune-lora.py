@@ -26,7 +26,8 @@ def train(
     num_train_epochs: float = 5,
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
+    dpo_beta: float | None = None,
     cutoff_len: int = 1024,
     val_set_size: float = 5,
     train_on_inputs: bool = True,
@@ -66,7 +67,8 @@ def train(
         batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다. 적지 않으면 16이고, 데이터가
             적어 50 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
-        learning_rate: 가장 높을 때의 학습률.
+        learning_rate: 가장 높을 때의 학습률. 적지 않으면 1e-3이고, 선호 쌍(prompt, chosen, rejected의 열)이면 1e-4다.
+        dpo_beta: 선호 쌍을 배울 때(DPO) 기반 모델에서 얼마나 멀어져도 되는지. 작을수록 멀리 간다. 적지 않으면 0.1이다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답의 시험(KoBEST SentiNeg)을
@@ -113,10 +115,11 @@ def train(
             say_plan(settings)
         return
 
-    from utils.train import planner, results, run_folder, verdict
+    from utils.train import pairs, planner, results, run_folder, verdict
     from utils.train.fit import fit
 
     inputs = stage.prepare(settings, console.say)
+    settings = pairs.settle(settings, inputs.documents, console.say)
     plan = stage.plan(settings, inputs, console.say)
     with run_folder.open_run(settings, inputs, console.say) as run:
         planner.cap_allocator(plan.memory, inputs.device.device, vram_gb)
@@ -152,7 +155,9 @@ def check_flags(flags: dict) -> None:
              f"micro_batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {micro}"),
             (None in (batch, micro) or micro < 1 or batch < 1 or batch % micro == 0,
              f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
-            (flags["learning_rate"] > 0, f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
+            (flags["learning_rate"] is None or flags["learning_rate"] > 0,
+             f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
+            (flags["dpo_beta"] is None or flags["dpo_beta"] > 0, f"dpo_beta는 0보다 커야 한다: {flags['dpo_beta']}"),
             (8 <= flags["cutoff_len"] <= 1 << 17, f"cutoff_len은 8 이상이어야 한다: {flags['cutoff_len']}"),
             (0 <= flags["val_set_size"] < 100, f"val_set_size는 0 이상 100 미만의 퍼센트다: {flags['val_set_size']}"),
             (flags["lora_r"] >= 1, f"lora_r은 1 이상이어야 한다: {flags['lora_r']}"),

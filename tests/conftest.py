@@ -174,7 +174,7 @@ def train_settings(**changed):
     from utils.train.records import Settings
 
     defaults = inspect.signature(load_script("finetune-lora.py").train).parameters
-    return Settings(**{name: parameter.default for name, parameter in defaults.items()} | changed)
+    return Settings(**{name: parameter.default for name, parameter in defaults.items()} | changed).settled(pairs=False)
 
 
 def pytest_configure(config):

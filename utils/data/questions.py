@@ -50,8 +50,10 @@ def without_special(tokenizer, text: str) -> str:
 
 
 def held_out_members(documents: Documents, percent: float, seed: int) -> np.ndarray:
-    """학습할 때와 똑같이 나눈 검증 문서의 번호. 답이 모두 잘린 문서는 뺀다. [n] int64."""
+    """학습할 때와 똑같이 나눈, 물어볼 검증 문서의 번호. 답이 모두 잘린 문서는 뺀다. [n] int64."""
     _, held_out = blocks.split_by_content(documents, percent, seed)
+    if documents.pairs:
+        return documents.asked(blocks.fitting_pairs(documents, held_out))
     return blocks.with_answers(documents, held_out)
 
 

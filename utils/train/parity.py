@@ -96,8 +96,9 @@ def disagreement(step: Step, model: nn.Module, truth: Truth,
             if not step.recompute_more():
                 raise UsageError(NO_MEMORY)
     loss_limit, gradient_limit = TOLERANCE[model_dtype(model)]
-    for ours, theirs in ((measured.loss, truth.loss), (measured.short_loss, truth.short_loss)):
-        if not abs(ours - theirs) <= loss_limit * abs(theirs):
+    for ours, theirs, size in ((measured.loss, truth.loss, truth.loss),
+                               (measured.short_loss, truth.short_loss, truth.short_size)):
+        if not abs(ours - theirs) <= loss_limit * size:
             return measured, f"{step.path}: 손실이 모델의 forward에서는 {theirs:.4f}인데 {ours:.4f}다"
     apart, name = furthest(measured.gradients, truth.gradients)
     if not apart <= gradient_limit:
@@ -114,9 +115,9 @@ def is_nearer(measured: Measured, truth: Truth, exact: Truth) -> bool:
     if exact.short["input_ids"].shape != truth.short["input_ids"].shape:  # 메모리가 모자라 더 짧은 글로 쟀다
         return False
     limit, gradient_limit = TOLERANCE[torch.bfloat16]
-    for ours, theirs, right in ((measured.loss, truth.loss, exact.loss),
-                                (measured.short_loss, truth.short_loss, exact.short_loss)):
-        if not abs(ours - right) <= max(abs(theirs - right), limit * abs(right)):
+    for ours, theirs, right, size in ((measured.loss, truth.loss, exact.loss, exact.loss),
+                                      (measured.short_loss, truth.short_loss, exact.short_loss, exact.short_size)):
+        if not abs(ours - right) <= max(abs(theirs - right), limit * size):
             return False
     ours, theirs = overall(measured.gradients, exact.gradients), overall(truth.gradients, exact.gradients)
     worst, least = furthest(measured.gradients, exact.gradients), furthest(truth.gradients, exact.gradients)
@@ -142,7 +143,7 @@ def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) ->
         short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
         loss = float(step.evaluate(block))
         one = torch.ones((), device=device)  # 참값은 합의 gradient이므로 아무것도 곱하지 않는다
-        short_loss = float(step.train({**short, "factor": one}))
+        short_loss = float(step.train({**short, "factor": one}).flatten()[0])
         gradients = take_gradients(model)
     rows = model.get_input_embeddings().weight.shape[0]
     check_isolation(step, rows, 1, max(8, truth.short["input_ids"].shape[1]), device, device_keys(device))

@@ -1,12 +1,15 @@
 """학습 단계가 주고받는 기록: 설정(`Settings`), 계획(`Plan`), 루프가 따르는 값(`Recipe`), 결과(`Result`)."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from utils.train.planner import MemoryPlan
 from utils.train.state import TrainState
+
+RATE, PAIR_RATE = 1e-3, 1e-4  # 적지 않았을 때의 가장 높은 학습률. 뒤의 것은 선호 쌍의 것이다
+BETA = 0.1  # DPO의 논문과 TRL이 쓰는 값
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Settings:
     num_train_epochs: float
     batch_size: int | None
     micro_batch_size: int | None
-    learning_rate: float
+    learning_rate: float | None
+    dpo_beta: float | None
     cutoff_len: int
     val_set_size: float
     train_on_inputs: bool
@@ -43,6 +47,12 @@ class Settings:
     wandb_watch: str | None
     wandb_log_model: str | None
     verbose: bool
+
+    def settled(self, pairs: bool) -> "Settings":
+        """적지 않은 값을 데이터의 종류에 맞게 채운 설정. 선호 쌍에만 beta가 있다."""
+        rate = (PAIR_RATE if pairs else RATE) if self.learning_rate is None else self.learning_rate
+        beta = (BETA if self.dpo_beta is None else self.dpo_beta) if pairs else None
+        return replace(self, learning_rate=rate, dpo_beta=beta)
 
     def without_batch(self) -> "Settings":
         """batch를 적지 않고 새로 시작한 설정."""
@@ -132,6 +142,7 @@ class Result:
         sharded: 모델을 여러 카드에 나누어 배웠는지. 나뉜 모델로는 답하지 않는다.
         is_first: 기록을 쓰는 프로세스인지.
         interrupted: 다 배운 뒤 어댑터를 쓰는 동안 멈추라는 신호를 받았는지.
+        started: 학습 전의 검증 값(`Loop.evaluate`).
     """
 
     model: nn.Module
@@ -143,3 +154,10 @@ class Result:
     sharded: bool
     is_first: bool
     interrupted: bool = False
+    started: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> dict[str, float]:
+        """가장 좋은 step의 검증 값. 검증하지 않았으면 비어 있다."""
+        return next((row for row in self.state.log_history
+                     if "eval_loss" in row and row["step"] == self.state.best_global_step), {})
