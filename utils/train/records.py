@@ -20,7 +20,7 @@ class Settings:
     num_train_epochs: float
     batch_size: int | None
     micro_batch_size: int | None
-    learning_rate: float
+    learning_rate: float | None
     cutoff_len: int
     val_set_size: float
     train_on_inputs: bool

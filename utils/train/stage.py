@@ -222,7 +222,7 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     say(f"블록: {len(inputs.train_set):,}개 x {batch.block_len} 토큰(채움 {filled:.1%}). "
         "한 블록의 문서들은 서로 보지 않는다")
     say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
-        f"batch {batch.size} = micro {parts}")
+        f"batch {batch.size} = micro {parts}, 학습률 {settings.learning_rate:g}")
     for line in memory.lines():
         say(line)
     return Plan(schedule, memory, share // memory.micro_batch_size, n_processes())
