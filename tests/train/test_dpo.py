@@ -1,6 +1,7 @@
 """선호 쌍의 학습: 논문의 식과 같은 손실과 gradient, 어느 길로도 같은 값, 비트까지 같은 재개, 끝까지 도는 학습."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.model.adapter import PromptInfo
 from utils.model.objective import learn, measured, objective, score, slopes, tally
-from utils.train import pairs, verdict
+from utils.train import defaults, pairs, verdict
 from utils.train.autograd_step import AutogradStep
 from utils.train.batches import n_targets, read_blocks
 from utils.train.group import ALONE, join_group
@@ -244,18 +245,15 @@ def test_a_run_from_the_file_to_the_report(tiny_neox, pair_file, tmp_path, capsy
 
 @pytest.mark.quick
 def test_values_not_given_follow_the_data():
-    settings = train_settings(learning_rate=None)
-    assert train_settings().learning_rate == 1e-3 and train_settings().dpo_beta is None
-    from dataclasses import replace
-
-    free = replace(settings, learning_rate=None)
-    assert free.settled(pairs=True).learning_rate < free.settled(pairs=False).learning_rate == 1e-3
-    assert free.settled(pairs=True).dpo_beta == 0.1
-    given = replace(free, learning_rate=2e-5, dpo_beta=0.5).settled(pairs=True)
+    free, config = replace(train_settings(), learning_rate=None), {"model_type": "gpt_neox"}
+    ordinary, paired = defaults.fill(free, config), defaults.fill(free, config, pairs=True)
+    assert paired.learning_rate < ordinary.learning_rate and (ordinary.dpo_beta, paired.dpo_beta) == (None, 0.1)
+    given = defaults.fill(replace(free, learning_rate=2e-5, dpo_beta=0.5), config, pairs=True)
     assert (given.learning_rate, given.dpo_beta) == (2e-5, 0.5)
-    lines = []
-    pairs.settle(replace(free, dpo_beta=0.5), Documents(*[np.zeros(0)] * 4), lines.append)
-    assert len(lines) == 1 and "dpo_beta 0.5는 쓰지 않는다" in lines[0]
+    words = Documents(np.zeros(0), np.zeros(0), np.zeros(1), np.zeros(0))
+    assert "dpo_beta 0.5는 쓰지 않는다" in pairs.plan_lines(given, words)[0]
+    assert pairs.plan_lines(ordinary, words) == []
+    assert "beta 0.5" in pairs.plan_lines(given, make_pairs())[1]
 
 
 @pytest.mark.quick
