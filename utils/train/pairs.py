@@ -41,10 +41,10 @@ def lengths_line(documents: Documents) -> str:
 def plan_lines(settings: Settings, documents: Documents) -> list[str]:
     """계획에 더할 줄들: 선호 쌍을 어떻게 배우는지, 아니면 쓰지 않는 beta를 적었다는 말."""
     if documents.pairs:
-        return [lengths_line(documents),
-                f"  고른 답을 버린 답보다 높이 매기도록 배운다(DPO, beta {settings.dpo_beta:g}). 어댑터를 끈 모델이 기준이다"]
+        return [f"{lengths_line(documents)}. 고른 답을 버린 답보다 높이 매기도록 배운다",
+                f"  DPO, beta {settings.dpo_beta:g}. 기준은 어댑터를 끈 모델이다"]
     if settings.dpo_beta is not None:
-        return [f"dpo_beta {settings.dpo_beta:g}는 쓰지 않는다. 선호 쌍(prompt, chosen, rejected의 열)을 배울 때의 값이다"]
+        return [f"dpo_beta {settings.dpo_beta:g}는 쓰지 않는다. 선호 쌍(prompt, chosen, rejected의 열)에만 쓰는 값이다"]
     return []
 
 

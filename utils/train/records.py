@@ -8,6 +8,7 @@ from torch import nn
 from utils.train.planner import MemoryPlan
 from utils.train.state import TrainState
 
+
 @dataclass(frozen=True)
 class Settings:
     """`finetune-lora.py`의 플래그. 뜻과 기본값은 그 서명이 정한다."""
