@@ -49,7 +49,7 @@ def plan_lines(settings: Settings, documents: Documents) -> list[str]:
 
 
 def measure_references(loop: Loop, say: Callable[[str], None]) -> None:
-    """선호 쌍마다 ref_c - ref_r을 재어 블록에 적는다. 선호 쌍이 아니면 할 일이 없다.
+    """선호 쌍의 문서마다 ref를 재어 블록에 적는다. 선호 쌍이 아니면 할 일이 없다.
 
     어댑터를 끈 모델이 reference다. 학습을 시작하거나 체크포인트를 읽기 전의 LoRA는 B가 0이라 꺼져 있는 것과 비트까지
     같으므로, 같은 micro-step으로 잰다. 이어 갈 때 다시 재어도 같은 값이다.
