@@ -67,7 +67,7 @@ def walk(base: Path, folder: Path, *, both_bases: bool = True, **flags) -> Road:
     said = io.StringIO()
     road = Road("pass")
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), hurrying():
             _walk(base, folder, both_bases, flags, road)
     except UsageError as error:
         text = said.getvalue()
@@ -94,6 +94,19 @@ def walk(base: Path, folder: Path, *, both_bases: bool = True, **flags) -> Road:
             road.note = " ".join(lines[at:at + 2])
     road.said += said.getvalue()
     return road
+
+
+@contextlib.contextmanager
+def hurrying():
+    """학습의 끝에 남기는 것을 줄인다: 시험 답은 하나, 곡선은 없다. 답은 `answer_gap`이 따로 참값과 비교한다."""
+    from utils.train import results, samples
+
+    kept = samples.N_COMPARED, results.report.draw_curves
+    samples.N_COMPARED, results.report.draw_curves = 1, lambda *given: None
+    try:
+        yield
+    finally:
+        samples.N_COMPARED, results.report.draw_curves = kept
 
 
 def _walk(base: Path, folder: Path, both_bases: bool, flags: dict, road: Road) -> None:
@@ -233,12 +246,12 @@ def answer_gap(model, **source) -> float:
     """generate.py의 답이 모델의 탐욕적인 답과 갈라지는 자리의 logit 차이. 같은 답이면 0이다."""
     from utils.sampling import Sampling
     from utils.talk.answerer import Answer
-    from utils.talk.source import find_source, load_answerer
+    from utils.talk.source import find_source, load_answerers
 
     quiet = lambda line: None  # noqa: E731
     load_4bit = source.pop("load_4bit")
     found = find_source(source.get("base_model"), source.get("peft_root"), quiet)
-    answerer = load_answerer(found, None, load_4bit, False, None, quiet)
+    answerer = load_answerers([found], None, load_4bit, False, None, quiet)[0]
     worst = 0.0
     for question in QUESTIONS:
         answer = Answer(answerer.ask(question), Sampling(temperature=0.0, max_new_tokens=ANSWER_TOKENS))

@@ -31,6 +31,10 @@ def op_errors(cuda, step, dtype: torch.dtype, device, rows: int = 2, block: int 
             error = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
             errors[f"{name} {index}"] = max(error, errors.get(f"{name} {index}", 0.0))
 
+    def zero(projection) -> None:
+        for adapter in projection.adapters:
+            adapter.lora_a.grad.zero_()
+
     hidden, ff = family.hidden, family.ff
     x, base, y = random(tokens, hidden), random(tokens, hidden), random(tokens, hidden)
     d1, d2 = random(tokens, hidden + 16), random(tokens, hidden + 8)
@@ -68,26 +72,22 @@ def op_errors(cuda, step, dtype: torch.dtype, device, rows: int = 2, block: int 
             d[:, start + adapter.rank:start + pad_rank(adapter.rank)] = 0
 
         def lora(ops, copy, projection=projection, wide=wide, z=z, u=u, d=d):
-            mine, kept, back, found = copy(wide), copy(z), copy(d), []
-            for adapter in projection.adapters:
-                ops.lora_down(mine, projection.columns, adapter, keys, kept)
-                adapter.lora_a.grad.zero_()
-                ops.lora_backward(copy(u), back, projection.columns, adapter, keys)
-                found.append(adapter.lora_a.grad.clone())
-            return [mine, kept, back, *found]
+            mine, kept, back = copy(wide), copy(z), copy(d)
+            ops.lora_down(mine, projection, keys, kept)
+            zero(projection)
+            ops.lora_backward(copy(u), back, projection, keys)
+            return [mine, kept, back, *(adapter.lora_a.grad.clone() for adapter in projection.adapters)]
 
         def weight(ops, copy, projection=projection):
             size = projection.rows * (projection.columns + projection.tail)
             return [ops.weight(projection, torch.full((size,), torch.nan, dtype=dtype, device=device)).clone()]
 
         def through_norm(ops, copy, projection=projection, d=d):
-            back, found, stats = copy(d), [], torch.zeros(tokens, 2, device=device)
+            back, stats = copy(d), torch.zeros(tokens, 2, device=device)
             ops.norm(copy(x), [(norms[0], copy(x))], stats=stats)
-            for adapter in projection.adapters:
-                adapter.lora_a.grad.zero_()
-                ops.lora_backward(copy(x), back, projection.columns, adapter, keys, norms[0], stats)
-                found.append(adapter.lora_a.grad.clone())
-            return [back, *found]
+            zero(projection)
+            ops.lora_backward(copy(x), back, projection, keys, norms[0], stats)
+            return [back, *(adapter.lora_a.grad.clone() for adapter in projection.adapters)]
 
         compare("lora", lora)
         if projection.columns == hidden:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import io
 import math
+import os
 import sys
 import types
 import typing
@@ -23,12 +24,11 @@ import fire
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
 from utils.errors import UsageError
-from utils.helptext import descriptions, examples, help_text
+from utils.helptext import asks_help, descriptions, examples, help_text
 from utils.process import is_first_process
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
 FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
-HELP_WORDS = {"--help", "-h", "-help", "-?"}
 QUOTES = {"''", "“”", "‘’"}  # 여는 것과 닫는 것
 LONG_DASHES = "–—―−"
 EXIT_USAGE = 2
@@ -58,6 +58,9 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # 출력을 읽던 쪽(head, less)이 먼저 닫았다
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -74,7 +77,7 @@ def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | N
     """
     parameters = inspect.signature(stage).parameters
     argv = _drop_retired(argv, retired)
-    if HELP_WORDS & {token.lower() for token in argv} or argv[:1] in (["help"], ["/?"]):
+    if asks_help(argv):
         print(help_text(stage))
         return None
     _refuse_unknown(argv, parameters)

@@ -59,7 +59,8 @@ def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, do
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return (torch.randn(*size, device="cuda", generator=generator) * 0.02).to(dtype)
+        # fp32로 만들어 줄이면 그 큰 자리가 할당기에 틈으로 남아 VRAM이 실제보다 많이 재어진다
+        return torch.empty(*size, dtype=dtype, device="cuda").normal_(0.0, 0.02, generator=generator)
 
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and name != "lm_head":

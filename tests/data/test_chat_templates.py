@@ -290,7 +290,7 @@ def load(path, tokenizer, rows: list[dict], cutoff_len: int = 512, **settings):
 
 def test_texts_written_with_another_template_are_said_with_the_chat_template(tokenizers, tmp_path):
     tokenizer = tokenizers["chatml"]
-    rows = [{"text": Prompter("default").render(*PAIR) + "<|endoftext|>"}, {"text": "그냥 글"}]
+    rows = [{"text": Prompter("default").prompt(*PAIR[:2]) + PAIR[2] + "<|endoftext|>"}, {"text": "그냥 글"}]
     documents = load(tmp_path / "a.jsonl", tokenizer, rows)
     question, context, answer = PAIR
     said = [Turn("user", f"{question}\n\n{context}"), Turn("assistant", answer)]

@@ -124,11 +124,12 @@ def test_same_question_on_both_sides_is_found(tmp_path, encoder, monkeypatch):
     assert check.document_faults(documents, train, held_out)["overlap"]["rows"] == expected
 
 
-@pytest.mark.parametrize("encoding, named", [("cp949", "CP949"), ("utf-16", "UTF-16"), ("utf-8-sig", "UTF-8-SIG")])
+@pytest.mark.parametrize("encoding, named", [("cp949", "CP949"), ("utf-16", "UTF-16"), ("utf-8-sig", None)])
 def test_other_encodings_are_told(tmp_path, encoder, encoding, named):
     path = tmp_path / "a.jsonl"
     path.write_bytes("\n".join(line(f"질문 {n}?", f"{n}번째 답") for n in range(9)).encode(encoding))
-    assert examine(path, encoder, tmp_path) == {"encoding": {"count": 9, "rows": [], "note": named}}
+    told = {"encoding": {"count": 9, "rows": [], "note": named}} if named else {}  # 엑셀이 붙인 BOM은 잘못이 아니다
+    assert examine(path, encoder, tmp_path) == told
 
 
 @pytest.mark.parametrize("kind, row", [
@@ -217,7 +218,7 @@ def test_nothing_usable_leaves_no_repaired_file(tmp_path):
 
 def test_check_data_shows_findings_and_the_loss_mask(capsys, tmp_path, tiny_neox, seeded):
     cli.run(finetune_lora.train, finetune_lora.RETIRED, [
-        "--base_model", str(tiny_neox), "--data_path", str(seeded[0]), "--cutoff_len", "256", "--cache_dir",
+        "--base_model", str(tiny_neox), "--data_path", str(seeded[0]), "--cutoff_len", "128", "--cache_dir",
         str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), "--train_on_inputs", "False",
         "--repair_data", str(tmp_path / "fixed.jsonl")])
     said = capsys.readouterr().out

@@ -101,8 +101,10 @@ def test_talk_of_several_turns(page):
     assert question(page).input_value() == "첫 줄\n둘째 줄"
     set_tokens(page, 60)
     question(page).press("Enter")
-    expect(page.locator("#talk-question .stop-button")).to_be_visible()
-    expect(page.locator("#talk-question .submit-button")).to_be_hidden()
+    page.wait_for_function("""() => {
+        const shown = (name) => document.querySelector(`#talk-question .${name}`)?.offsetParent;
+        return shown("stop-button") && !shown("submit-button");
+    }""")  # 답하는 동안에는 보내기 자리에 멈추기가 선다
     wait_answer(page)
     set_tokens(page, SHORT)
     assert question(page).input_value() == ""

@@ -155,18 +155,26 @@ def _from_folder(folder: Path, prompter) -> list[Exam]:
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() not in (".tsv", *READERS) or "train" in file.stem.lower():
             continue
-        rows = list(_rows(file))
-        task = next((task for task in TASKS if rows and _renamed(task, rows[0]) is not None), None)
-        if task is None:
+        part = read_task(file)
+        if part is None:
             continue
+        task, rows = part
         stem = file.stem.lower()
-        rank = (0 if "test" in stem else 1 if "dev" in stem or "valid" in stem else 2, len(stem), stem)
+        part_of = 0 if "test" in stem else 1 if "dev" in stem or "valid" in stem else 2
+        rank = (part_of, len(stem), stem)  # 작은 것을 고른다: test, 검증, 나머지. 그다음은 짧은 이름
         if task.name not in found or rank < found[task.name][0]:
-            found[task.name] = rank, file, [_renamed(task, row) for row in rows]
+            found[task.name] = rank, file, rows
     if not found:
         raise UsageError(f"KoBEST의 파일이 없는 폴더다: {folder}. .tsv, .jsonl, .parquet이 든 폴더를 적는다")
     chosen = [(task, *found[task.name]) for task in TASKS if task.name in found]
     return [make_exam(task, rows, prompter, file) for task, _, file, rows in chosen]
+
+
+def read_task(file: Path) -> tuple[Task, list[dict]] | None:
+    """KoBEST의 파일이면 (어느 시험인지, hub의 열 이름으로 고친 행들). 다른 파일이면 None."""
+    rows = list(_rows(file))
+    task = next((task for task in TASKS if rows and _renamed(task, rows[0]) is not None), None)
+    return None if task is None else (task, [_renamed(task, row) for row in rows])
 
 
 def _rows(file: Path) -> Iterator[dict]:

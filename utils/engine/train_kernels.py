@@ -1,25 +1,52 @@
 """학습 커널(`kernels/train.cu`)을 부르는 `CudaOps`. 하는 일은 `TorchOps`와 같다."""
 
+import ctypes
 from pathlib import Path
 
 import torch
 
 from utils.engine.cuda import load_kernels
 from utils.engine.family import Family
-from utils.engine.train_layers import Adapter, Projection
+from utils.engine.train_layers import Projection
 from utils.engine.train_memory import TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold
 
 SOURCES = ("device.cuh", "common.cuh", "train.cu")
-KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_backward", "reduce_partials", "dequantize",
+KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_backward_1",
+           "lora_backward_2", "lora_backward_3", "reduce_partials", "dequantize",
            "rotate", "unrotate", "activate", "activate_backward", "cross_entropy", "gather")
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
-LORA_ROWS, LORA_THREADS = 4, 256  # lora_down: 블록 하나가 행 4개
-TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
+LORA_ROWS, LORA_THREADS = 16, 512  # lora_down: 블록 하나가 텐서 코어의 높이인 행 16개
+TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 256개
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
 HEADS_PER_BLOCK = 4  # rotate: 워프 하나가 머리 하나
+
+
+class LoraArgument(ctypes.Structure):
+    """LoRA 하나. train.cu의 `Lora`와 같은 차례다."""
+
+    _fields_ = [("a", ctypes.c_void_p), ("gradient", ctypes.c_void_p), *((name, ctypes.c_int) for name in (
+        "own", "rank", "padded", "site", "threshold")), ("keep_scale", ctypes.c_float)]
+
+
+class LoraArguments(ctypes.Structure):
+    """같은 입력을 읽는 LoRA들. 많아야 q, k, v 셋이다."""
+
+    _fields_ = [("part", LoraArgument * 3)]
+
+    @classmethod
+    def of(cls, projection: Projection, keys) -> "LoraArguments":
+        """keys가 None이면 버리지 않는다."""
+        loras = cls()
+        for place, adapter in enumerate(projection.adapters):
+            dropout = (0, 1.0) if keys is None else drop_threshold(adapter.dropout)
+            gradient = adapter.lora_a.grad
+            loras.part[place] = LoraArgument(adapter.lora_a.data_ptr(), None if gradient is None else
+                                             gradient.data_ptr(), adapter.column, adapter.rank, adapter.padded,
+                                             adapter.site, *dropout)
+        return loras
 
 
 def kernel_source() -> str:
@@ -75,28 +102,35 @@ class CudaOps(TorchOps):
         self._rows("norm_backward", len(x), x, first and first.weight, gradient, gradient.stride(0),
                    second and second.weight, other, 0 if other is None else other.stride(0), base, out)
 
-    def _dropout(self, adapter: Adapter, keys, tokens: int) -> tuple:
-        """커널의 dropout 인자: block_len, site, threshold, keep_scale."""
-        if keys is None:
-            return tokens, adapter.site, 0, 1.0
-        return tokens // len(keys), adapter.site, *drop_threshold(adapter.dropout)
+    def lora_down(self, wide, projection, keys, z) -> None:
+        tokens, count = len(wide), len(projection.adapters)
+        if count:
+            self.kernels["lora_down"](
+                (-(-tokens // LORA_ROWS), count), (LORA_THREADS,), wide, LoraArguments.of(projection, keys), z, keys,
+                tokens, wide.stride(0), projection.columns, z.shape[1], _block_len(keys, tokens))
 
-    def lora_down(self, wide, columns, adapter, keys, z) -> None:
-        tokens = len(wide)
-        self.kernels["lora_down"](
-            (-(-tokens // LORA_ROWS),), (LORA_THREADS,), wide, adapter.lora_a.detach(), z, keys, tokens, wide.stride(0),
-            columns, z.shape[1], adapter.column, adapter.rank, adapter.padded, *self._dropout(adapter, keys, tokens))
+    def lora_up(self, adapter, dy, z, scale) -> None:
+        if not dy.is_cuda:  # CPU에는 이 행렬 곱이 없다
+            super().lora_up(adapter, dy, z, scale)
+            return
+        dy, z = dy[:, adapter.row:adapter.row + adapter.rows], z[:, adapter.column:adapter.column + adapter.rank]
+        gradient = adapter.lora_b.grad
+        # 16비트를 곱해 fp32 gradient에 바로 더한다. 곱을 16비트로 줄였다가 더하지 않아 빠르고 정확하다
+        torch.addmm(gradient, dy.t(), z, out_dtype=torch.float32, alpha=adapter.scale * scale, out=gradient)
 
-    def lora_backward(self, u, wide, columns, adapter, keys, norm=None, stats=None) -> None:
-        tokens = len(u)
-        tiles, count = -(-tokens // TILE_ROWS), adapter.rank * columns
-        partial = torch.empty(tiles * count, dtype=torch.float32, device=u.device)
-        grid = (-(-columns // (4 * TILE_THREADS)), tiles)
-        self.kernels["lora_backward"](
-            grid, (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial, keys, norm and norm.weight,
-            norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns, adapter.column, adapter.rank,
-            *self._dropout(adapter, keys, tokens))
-        self.kernels["reduce_partials"]((-(-count // 128),), (256,), partial, adapter.lora_a.grad, tiles, count)
+    def lora_backward(self, u, wide, projection, keys, norm=None, stats=None) -> None:
+        count = len(projection.adapters)
+        if not count:
+            return
+        tokens, columns, loras = len(u), projection.columns, LoraArguments.of(projection, keys)
+        tiles, rank = -(-tokens // TILE_ROWS), max(adapter.rank for adapter in projection.adapters)
+        partial = torch.empty(count * tiles * rank * columns, dtype=torch.float32, device=u.device)
+        self.kernels[f"lora_backward_{count}"](
+            (-(-columns // (2 * TILE_THREADS)), tiles), (TILE_THREADS,), u, wide, loras, partial, keys,
+            norm and norm.weight, norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns, rank,
+            _block_len(keys, tokens))
+        self.kernels["reduce_partials"]((-(-rank * columns // 128), count), (256,), partial, loras, tiles, rank,
+                                        columns)
 
     def weight(self, projection: Projection, out) -> torch.Tensor:
         if any(getattr(linear.weight, "quant_state", None) is None for linear in projection.linears):
@@ -150,3 +184,7 @@ class CudaOps(TorchOps):
 
     def embed(self, table, ids, out) -> None:
         self._flat("gather", out.numel() // 8, table, ids, out, out.numel() // 8)
+
+
+def _block_len(keys, tokens: int) -> int:
+    return tokens if keys is None else tokens // len(keys)

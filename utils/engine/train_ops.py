@@ -98,24 +98,33 @@ class TorchOps:
         value = self._standardize(x)[0] * norm.weight
         return value if norm.bias is None else value + norm.bias
 
-    def lora_down(self, wide, columns: int, adapter: Adapter, keys, z) -> None:
-        """z = dropout(u) A^T를 입력 끝의 자기 칸과 `z`의 자기 칸에 적는다.
+    def lora_down(self, wide, projection: Projection, keys, z) -> None:
+        """LoRA마다 z = dropout(u) A^T를 입력 끝의 자기 칸과 `z`의 자기 칸에 적는다.
 
         Args:
             wide: [tokens, columns + tail]. 앞의 columns가 선형층의 입력 u다.
             z: [tokens, tail]. backward까지 남는다.
         """
-        span = slice(adapter.column, adapter.column + adapter.rank)
-        padding = slice(adapter.column + adapter.rank, adapter.column + adapter.padded)
-        value = self._drop(adapter, wide[:, :columns].float(), keys) @ adapter.lora_a.detach().t()
-        z[:, padding] = 0
-        z[:, span] = value
-        wide[:, columns:][:, adapter.column:adapter.column + adapter.padded] = \
-            z[:, adapter.column:adapter.column + adapter.padded]
+        u = wide[:, :projection.columns].float()
+        for adapter in projection.adapters:
+            z[:, adapter.column + adapter.rank:adapter.column + adapter.padded] = 0
+            z[:, adapter.column:adapter.column + adapter.rank] = \
+                self._drop(adapter, u, keys) @ adapter.lora_a.detach().t()
+        if projection.adapters:
+            wide[:, projection.columns:] = z
 
-    def lora_backward(self, u, wide, columns: int, adapter: Adapter, keys, norm: Norm | None = None,
-                      stats=None) -> None:
-        """A의 gradient를 더하고, LoRA를 지나온 gradient를 입력의 gradient에 더한다.
+    def lora_up(self, adapter: Adapter, dy, z, scale: float) -> None:
+        """B의 gradient [rows, rank]에 `scale * dy^T z`의 자기 몫을 더한다.
+
+        Args:
+            dy: 쌓은 선형층의 출력의 gradient [tokens, rows].
+            z: [tokens, tail].
+        """
+        dy, z = dy[:, adapter.row:adapter.row + adapter.rows], z[:, adapter.column:adapter.column + adapter.rank]
+        adapter.lora_b.grad.add_(torch.mm(dy.t(), z), alpha=adapter.scale * scale)
+
+    def lora_backward(self, u, wide, projection: Projection, keys, norm: Norm | None = None, stats=None) -> None:
+        """LoRA마다 A의 gradient를 더하고, LoRA를 지나온 gradient를 입력의 gradient에 더한다.
 
         y = W u + scale B z, z = A d, d = dropout(u)라 하면 dz = scale B^T dy이고(행렬 곱이 이미 구해 `wide`의 끝에
         두었다), dA = dz d^T, du += dropout(A^T dz)다. 같은 자리를 버리므로 dropout의 backward는 dropout이다.
@@ -124,13 +133,14 @@ class TorchOps:
             u: 선형층의 입력 [tokens, columns]. `norm`이 있으면 그 norm을 걸기 전의 값이다.
             wide: [tokens, columns + tail]. 앞은 입력의 gradient, 끝은 dz다.
         """
-        start = columns + adapter.column
-        dz = wide[:, start:start + adapter.rank].float()
+        columns = projection.columns
         u = u.float() if norm is None else self._norm(u, norm).to(wide.dtype).float()
-        dropped = self._drop(adapter, u, keys)
-        adapter.lora_a.grad.add_(dz.t() @ dropped)
-        back = self._drop(adapter, dz @ adapter.lora_a.detach(), keys)
-        wide[:, :columns] = wide[:, :columns].float() + back
+        for adapter in projection.adapters:
+            start = columns + adapter.column
+            dz = wide[:, start:start + adapter.rank].float()
+            adapter.lora_a.grad.add_(dz.t() @ self._drop(adapter, u, keys))
+            back = self._drop(adapter, dz @ adapter.lora_a.detach(), keys)
+            wide[:, :columns] = wide[:, :columns].float() + back
 
     def _drop(self, adapter: Adapter, values, keys):
         if keys is None or adapter.dropout == 0:

@@ -12,6 +12,7 @@ from utils.engine.attention import Documents
 from utils.engine.train_forward import Forward
 from utils.engine.train_layers import Layer, Projection
 from utils.model.loss import head_loss
+from utils.model.objective import learn
 
 
 class TrainStep(Forward):
@@ -19,11 +20,11 @@ class TrainStep(Forward):
 
     @torch.no_grad()
     def train(self, batch: dict) -> torch.Tensor:
-        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`을 돌려준다.
+        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`(`objective.objective`)을 돌려준다.
 
         Args:
             batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 씨앗),
-                factor(fp32 스칼라).
+                factor(fp32 스칼라). 선호 쌍이면 reference와 beta도 있다.
         """
         documents, keys = self._begin(batch), batch["keys"]
         for layer in self.layers:
@@ -32,13 +33,14 @@ class TrainStep(Forward):
         gradient = torch.empty_like(self.x[-1])
         hidden = self._wide("t", self.family.hidden)
         self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
-        nll = head_loss(hidden, self.head, targets, batch["factor"], gradient, self.scratch, self.ops.cross_entropy)
+        loss = learn(batch, gradient, lambda factor: head_loss(hidden, self.head, targets, factor, gradient,
+                                                               self.scratch, self.ops.cross_entropy))
         self.ops.norm_backward(self.x[-1], [(self.final_norm, gradient)], gradient)
         for layer in reversed(self.layers):
             if layer.index < self.recompute_layers:
                 self._recompute_layer(layer, documents, keys)
             self._backward_layer(layer, gradient, documents, keys)
-        return nll.sum() * batch["factor"]
+        return loss
 
     def _backward_layer(self, layer: Layer, gradient, documents: Documents, keys) -> None:
         """출력의 `gradient` [tokens, hidden]를 제자리에서 입력의 gradient로 바꾸고 LoRA의 gradient를 더한다."""
@@ -64,12 +66,12 @@ class TrainStep(Forward):
         if layer.down.adapters:
             activated = self._wide("t", family.ff)
             ops.activate(saved.h, activated)
-            self._backward_lora(layer.down, activated, dg, keys)
+            ops.lora_backward(activated, dg, layer.down, keys)
         ops.activate_backward(saved.h, dg)
         n2 = self._wide("n2" if family.parallel else "n1", family.hidden + layer.mlp.tail)
         self._backward_product(layer.mlp, saved.h, 1.0, z["mlp"], n2)
         source, which = (self.x[layer.index], 0) if family.parallel else (saved.mid, 1)
-        self._backward_lora(layer.mlp, source, n2, keys, layer.norm2, self.stats[layer.index, which])
+        ops.lora_backward(source, n2, layer.mlp, keys, layer.norm2, self.stats[layer.index, which])
         return n2
 
     def _backward_attention(self, layer: Layer, gradient, documents: Documents, keys) -> torch.Tensor | None:
@@ -78,7 +80,7 @@ class TrainStep(Forward):
         dy, scale = self._through_post(layer.post1, saved.post1, gradient)
         wide = self._wide("attended", family.q_width + layer.out.tail)
         self._backward_product(layer.out, dy, scale, z["out"], wide)
-        self._backward_lora(layer.out, saved.attended.flatten(1), wide, keys)
+        ops.lora_backward(saved.attended.flatten(1), wide, layer.out, keys)
         if layer.index == 0 and not layer.qkv.adapters:
             saved.drop()
             return None
@@ -93,7 +95,7 @@ class TrainStep(Forward):
         del parts
         n1 = self._wide("n1", family.hidden + layer.qkv.tail)
         self._backward_product(layer.qkv, saved.qkv, 1.0, z["qkv"], n1)
-        self._backward_lora(layer.qkv, self.x[layer.index], n1, keys, layer.norm1, self.stats[layer.index, 0])
+        ops.lora_backward(self.x[layer.index], n1, layer.qkv, keys, layer.norm1, self.stats[layer.index, 0])
         return n1
 
     def _through_post(self, norm, y, gradient) -> tuple[torch.Tensor, float]:
@@ -107,21 +109,13 @@ class TrainStep(Forward):
     def _backward_product(self, projection: Projection, dy, scale: float, z, wide) -> None:
         """B의 gradient를 더하고, 입력의 gradient와 z의 gradient를 `wide` [tokens, columns + tail]에 적는다.
 
-        y = [u | z] [W | sB]^T 이므로 [du | dz] = dy [W | sB], d(sB) = dy^T z다. 여러 선형층을 쌓았으면 dy^T z에서
-        대각선의 덩어리만 쓴다.
+        y = [u | z] [W | sB]^T 이므로 [du | dz] = dy [W | sB], d(sB) = dy^T z다. 여러 선형층을 쌓았으면 dy와 z에서
+        저마다의 칸만 곱한다.
         """
         weight = self.ops.weight(projection, self.scratch)
         if scale == 1.0:
             torch.mm(dy, weight, out=wide)
         else:
             torch.addmm(wide, dy, weight, beta=0.0, alpha=scale, out=wide)
-        if projection.adapters:
-            up = torch.mm(dy.t(), z)  # [rows, tail]
-            for part in projection.adapters:
-                block = up[part.row:part.row + part.rows, part.column:part.column + part.rank]
-                part.lora_b.grad.add_(block, alpha=part.scale * scale)
-
-    def _backward_lora(self, projection: Projection, u, wide, keys, norm=None, stats=None) -> None:
-        """A의 gradient를 더하고 입력의 gradient를 마저 채운다. `norm`이 있으면 u는 그 norm의 앞이다."""
         for adapter in projection.adapters:
-            self.ops.lora_backward(u, wide, projection.columns, adapter, keys, norm, stats)
+            self.ops.lora_up(adapter, dy, z, scale)

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.errors import UsageError
 from utils.model.diskmap import DiskMap
 
-AUTO_TARGETS = {
+ATTENTION_TARGETS = {
     "gpt_neox": ("query_key_value",),
     "gpt2": ("c_attn",),
     "bloom": ("query_key_value",),
@@ -18,12 +18,14 @@ AUTO_TARGETS = {
 }
 TRANSPOSED = ("gpt2", "openai-gpt")  # 가중치를 [in, out]으로 두는 구조(Conv1D)
 COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+COMMON_LINEARS = (*COMMON_TARGETS, "gate_proj", "up_proj", "down_proj")
+AUTO_ALL = False  # auto가 선형층이 모두 흔한 이름인 구조(llama 계열)에서 모든 선형층을 고르는지
 FUSED_TARGETS = (("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("in_proj",))
 
 
 def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] | None = None,
                    attention: Collection[str] = ()) -> tuple[str, ...]:
-    """`auto`면 구조의 attention 층을, `all`이면 출력 행렬을 뺀 모든 선형층을 고른다.
+    """`attention`이면 구조의 attention 층을, `all`이면 출력 행렬을 뺀 모든 선형층을, `auto`면 둘 가운데 하나를 고른다.
 
     기본값도 GPT-NeoX가 아니면 auto와 같다.
 
@@ -32,10 +34,15 @@ def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] 
         attention: attention 안에 있는 층의 이름. 흔한 이름이 하나도 없는 구조에서는 이것을 모두 고른다.
     """
     kind = config["model_type"]
+    if asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon"):
+        asked = ("auto",)
+    if asked == ("auto",):
+        asked = ("all",) if AUTO_ALL and names and set(names) <= set(COMMON_LINEARS) else ("attention",)
     if asked == ("all",):
         return tuple(sorted(names))
-    if asked == ("auto",) or (asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon")):
-        usual = AUTO_TARGETS.get(kind, COMMON_TARGETS)
+    if asked == ("attention",):
+        usual = ATTENTION_TARGETS.get(kind, COMMON_TARGETS)
+        # 모르는 구조면 흔한 이름부터 찾아, 모델에 하나라도 있는 첫 묶음을 고른다
         groups = (usual, COMMON_TARGETS, *FUSED_TARGETS)
         present = (tuple(name for name in group if names is None or name in names) for group in groups)
         return next(filter(None, present), tuple(sorted(attention)) or usual)
@@ -45,8 +52,8 @@ def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] 
 def linear_names(model: nn.Module) -> set[str]:
     """LoRA를 붙일 수 있는 층의 이름. 글을 다루는 부분만 보고, 출력 행렬은 뺀다."""
     body = find_backbone(model) or model
-    return {name.rsplit(".", 1)[-1] for name, module in body.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)} - {"lm_head", "embed_out"}
+    paths = [path for path, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return {path.rsplit(".", 1)[-1] for path in paths} - {"lm_head", "embed_out"}
 
 
 def attention_names(model: nn.Module) -> set[str]:

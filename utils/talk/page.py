@@ -63,7 +63,7 @@ def build(models: Models, title: str, results: Results, runs: Runs | None = None
             with gr.Tab("대화", id="talk"):
                 talk_tab(models, results, page, tabs, model, other)
             with gr.Tab("한 번 묻기", id="form"):
-                form_tab(models, model, other)
+                form_tab(models, results, model, other)
             if results.load is not None and models.default.answerer.can_compare:
                 with gr.Tab("얼마나 배웠나", id="learned") as learned:
                     learned_tab(models.default.answerer, results, learned)
@@ -72,7 +72,7 @@ def build(models: Models, title: str, results: Results, runs: Runs | None = None
                     runs_tab(results.runs, record)
             if runs is not None:
                 with gr.Tab("학습하기", id="start") as start:
-                    start_tab(runs, start)
+                    start_tab(runs, start, tabs)
             with gr.Tab("내 기록", id="history") as history:
                 history_tab(history)
         theme.click(None, js="() => lite.theme()", api_visibility="private")

@@ -155,6 +155,7 @@ def describe(settings: Settings, inputs) -> dict:
         "processes": _fact(n_processes()),
         "batch_size": _batch_fact(inputs.batch, settings.cutoff_len),
         **facts,
+        **({"dpo_beta": _fact(settings.dpo_beta)} if settings.dpo_beta is not None else {}),  # 선호 쌍에만 있다
     }
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.train import run_folder
+from utils.train import pairs, run_folder
 from utils.train.batch_size import FEW_STEPS
 from utils.train.records import Plan, Result, Settings
 
@@ -29,14 +29,15 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     what, before, after = measured(result)
     if before is None:
         return Verdict(True)
-    figures = f"{what} loss {before:.4f} -> {after:.4f}"
+    outcome = pairs.outcome_line(result)
+    figures = f"{what} loss {before:.4f} -> {after:.4f}" + (f", {outcome}" if outcome else "")
     if after >= before:
         return Verdict(False, (f"주의: 학습한 모델이 학습 전보다 나쁘다({figures}, {after / before - 1:.1%} 늘었다).",
                                *advice(settings, plan, worse=True)))
     if 1 - after / before < LEAST_FALL:
         return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
                                *advice(settings, plan, worse=False)))
-    return Verdict(True, tuple(overfitted(result)))
+    return Verdict(True, (*([f"{outcome}."] if outcome else []), *overfitted(result)))
 
 
 def measured(result: Result) -> tuple[str, float | None, float | None]:

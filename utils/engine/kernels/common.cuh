@@ -28,8 +28,16 @@ __device__ __forceinline__ Eight load(const u16* at) {
     return out;
 }
 
+// 이웃한 두 값을 한 워드로. 명령 하나로 둘을 함께 줄인다.
 __device__ __forceinline__ u32 pack_two(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u32 both;
+    if (BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#else
     return (u32)to_bits(low) | ((u32)to_bits(high) << 16);
+#endif
 }
 
 __device__ __forceinline__ void store(u16* at, const Eight& value) {
@@ -37,6 +45,10 @@ __device__ __forceinline__ void store(u16* at, const Eight& value) {
     raw.x = pack_two(value.v[0], value.v[1]), raw.y = pack_two(value.v[2], value.v[3]);
     raw.z = pack_two(value.v[4], value.v[5]), raw.w = pack_two(value.v[6], value.v[7]);
     *(uint4*)at = raw;
+}
+
+__device__ __forceinline__ float2 unpack_two(u32 raw) {
+    return float2{widen<BF16>((u16)(raw & 0xffff)), widen<BF16>((u16)(raw >> 16))};
 }
 
 __device__ __forceinline__ void unpack_four(uint2 raw, float (&value)[4]) {
@@ -106,6 +118,12 @@ __device__ __forceinline__ uint2 drop_seed(const Dropout& drop, int row) {
     return uint2{mix((u32)key[0] ^ ((u32)drop.site * 0x9e3779b9u + 1u)), (u32)key[1]};
 }
 
+// 이웃한 두 값의 16비트 난수를 담은 워드. pair는 블록 안에서 몇째 쌍인지다.
+__device__ __forceinline__ u32 drop_word(uint2 seed, u32 pair) {
+    u32 word = (mix(pair + seed.x) ^ seed.y) * 0x9e3779b1u;
+    return word ^ word >> 16;
+}
+
 // 행 row의 column부터 N개(짝수)의 값에 곱하는 수. columns는 행의 폭.
 template <int N> __device__ __forceinline__ void drop_scales(const Dropout& drop, uint2 seed, int row, int columns,
                                                               int column, float (&scale)[N]) {
@@ -113,10 +131,23 @@ template <int N> __device__ __forceinline__ void drop_scales(const Dropout& drop
     u32 pair = none ? 0u : (u32)(row % drop.block_len) * (u32)(columns / 2) + (u32)(column / 2);
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-        u32 word = none ? ~0u : (mix(pair + i + seed.x) ^ seed.y) * 0x9e3779b1u;
-        word ^= word >> 16;
+        u32 word = none ? ~0u : drop_word(seed, pair + i);
         scale[2 * i] = none ? 1.f : (int)(word & 0xffff) >= drop.threshold ? drop.keep_scale : 0.f;
         scale[2 * i + 1] = none ? 1.f : (int)(word >> 16) >= drop.threshold ? drop.keep_scale : 0.f;
+    }
+}
+
+// 행 row의 column부터 여덟 값(워드 넷)에서 버릴 것을 0으로 만든다. 남는 값의 배율은 나중에 곱한다.
+__device__ __forceinline__ void drop_eight(const Dropout& drop, uint2 seed, int row, int columns, int column,
+                                           uint4& words) {
+    if (drop.keys == nullptr || drop.threshold == 0) return;
+    u32 pair = (u32)(row % drop.block_len) * (u32)(columns / 2) + (u32)(column / 2);
+    u32* each[4] = {&words.x, &words.y, &words.z, &words.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 word = drop_word(seed, pair + i);
+        u32 low = (int)(word & 0xffff) >= drop.threshold ? 0xffffu : 0u;
+        *each[i] &= low | ((int)(word >> 16) >= drop.threshold ? 0xffff0000u : 0u);
     }
 }
 

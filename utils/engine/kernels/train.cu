@@ -136,158 +136,200 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_backward(
 
 // ---- LoRA ----
 
-// LORA_ROWS개의 행: z = dropout(u) A^T. 입력 wide [tokens, stride]의 끝(columns + own부터)과 z [tokens, tail]에 적는다.
-// A [rank, columns]의 조각을 읽어 여러 행에 함께 쓰므로 A를 읽는 양이 행의 수만큼 준다. 반올림한 u를 쓴다.
+// 같은 입력을 읽는 LoRA들(q, k, v나 gate, up). train_kernels.py의 `LoraArgument`와 같은 차례다.
+struct Lora {
+    const float* a;         // [rank, columns]
+    float* gradient;        // A의 gradient. 같은 모양
+    int own, rank, padded;  // 입력 끝의 LoRA 칸에서 첫 칸, r, 8의 배수로 올린 r
+    int site, threshold;    // dropout
+    float keep_scale;
+};
+struct Loras { Lora part[3]; };
+
+__device__ __forceinline__ Lora pick(const Loras& loras, int part) {
+    return part == 0 ? loras.part[0] : part == 1 ? loras.part[1] : loras.part[2];
+}
+
+// A의 이웃한 두 값을 16비트 둘(위, 아래 절반)로 나눈다. 더하면 fp32에 가깝다.
+__device__ __forceinline__ void split_two(float first, float second, u32& high, u32& low) {
+    high = pack_two(first, second);
+    low = pack_two(first - widen<BF16>((u16)(high & 0xffff)), second - widen<BF16>((u16)(high >> 16)));
+}
+
+// LORA_ROWS(16)개의 행: z = dropout(u) A^T. 입력 wide [tokens, stride]의 끝(columns + own부터)과 z [tokens, tail]에 적는다.
+// grid.y가 LoRA 하나씩을 맡는다. 텐서 코어로 곱한다: 행 16개 x 열 16개의 u와, rank 8개 x 열 16개의 A다. 워프마다 열을
+// 32개씩 맡아 더하고 끝에 블록이 합친다. 레인 4g + t는 행 g와 g + 8, 그리고 A의 행 g에서 이웃한 여덟 열 8t..8t + 7을
+// 읽는다. u와 A가 열의 차례를 똑같이 바꾸므로 합은 같다.
 extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
-    u16* wide, const float* a, u16* z, const int* keys, int tokens, int stride, int columns, int tail, int own, int rank,
-    int padded, int block_len, int site, int threshold, float keep_scale) {
+    u16* wide, Loras loras, u16* z, const int* keys, int tokens, int stride, int columns, int tail, int block_len) {
     __shared__ float parts[LORA_THREADS / 32][LORA_ROWS * SPAN];
-    Dropout drop = {keys, block_len, site, threshold, keep_scale};
+    Lora lora = pick(loras, blockIdx.y);
+    Dropout drop = {keys, block_len, lora.site, lora.threshold, lora.keep_scale};
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
     int first_row = blockIdx.x * LORA_ROWS;
-    uint2 seeds[LORA_ROWS];
+    int rows[2] = {min(first_row + group, tokens - 1), min(first_row + group + 8, tokens - 1)};
+    uint2 seeds[2] = {drop_seed(drop, rows[0]), drop_seed(drop, rows[1])};
+    for (int first = 0; first < lora.padded; first += SPAN) {
+        // rank를 넘는 행은 아무것이나 읽고, 합을 적을 때 0으로 바꾼다
+        const float* line = lora.a + (size_t)min(first + group, lora.rank - 1) * columns;
+        float sum[4] = {};
+#pragma unroll 4
+        for (int column = warp * 32 + quarter * 8; column - quarter * 8 < columns; column += LORA_THREADS) {
+            uint4 u[2] = {};
+            Eight a = {};
+            if (column < columns) {
+                a = load_float(line + column, 0.f);
 #pragma unroll
-    for (int n = 0; n < LORA_ROWS; n++) seeds[n] = drop_seed(drop, min(first_row + n, tokens - 1));
-    for (int first = 0; first < padded; first += SPAN) {
-        // dot[n * SPAN + r]은 행 n, rank r의 합이다. thread마다 열의 일부만 더하고 끝에 블록이 합친다
-        float dot[LORA_ROWS * SPAN] = {};
-        for (int column = threadIdx.x * 8; column < columns; column += LORA_THREADS * 8) {
-            Eight u[LORA_ROWS];
-#pragma unroll
-            for (int n = 0; n < LORA_ROWS; n++) {
-                int row = min(first_row + n, tokens - 1);
-                float scale[8];
-                drop_scales<8>(drop, seeds[n], row, columns, column, scale);
-                u[n] = load(wide + (size_t)row * stride + column);
-#pragma unroll
-                for (int i = 0; i < 8; i++) u[n].v[i] *= scale[i];
+                for (int n = 0; n < 2; n++) {
+                    u[n] = *(const uint4*)(wide + (size_t)rows[n] * stride + column);
+                    drop_eight(drop, seeds[n], rows[n], columns, column, u[n]);
+                }
             }
+            u32 high[4], low[4];
 #pragma unroll
-            for (int half = 0; half < SPAN; half += 4) {  // A의 네 행을 한꺼번에 읽어 기다림을 겹친다
-                Eight lines[4];
-#pragma unroll
-                for (int r = 0; r < 4; r++)  // rank를 넘는 행은 아무것이나 읽고, 합을 적을 때 0으로 바꾼다
-                    lines[r] = load_float(a + (size_t)min(first + half + r, rank - 1) * columns + column, 0.f);
-#pragma unroll
-                for (int r = 0; r < 4; r++)
-#pragma unroll
-                    for (int n = 0; n < LORA_ROWS; n++)
-#pragma unroll
-                        for (int i = 0; i < 8; i++) dot[n * SPAN + half + r] += u[n].v[i] * lines[r].v[i];
-            }
+            for (int i = 0; i < 4; i++) split_two(a.v[2 * i], a.v[2 * i + 1], high[i], low[i]);
+            mma<BF16>(sum, u[0].x, u[1].x, u[0].y, u[1].y, high[0], high[1]);
+            mma<BF16>(sum, u[0].z, u[1].z, u[0].w, u[1].w, high[2], high[3]);
+            mma<BF16>(sum, u[0].x, u[1].x, u[0].y, u[1].y, low[0], low[1]);
+            mma<BF16>(sum, u[0].z, u[1].z, u[0].w, u[1].w, low[2], low[3]);
         }
-        // 합치기: 워프 안은 shuffle로, 워프끼리는 공유 메모리로. thread 하나가 (행, rank) 하나를 적는다
-#pragma unroll
-        for (int n = 0; n < LORA_ROWS * SPAN; n++) dot[n] = sum_lanes(dot[n]);
-        if (threadIdx.x % 32 == 0)
-#pragma unroll
-            for (int n = 0; n < LORA_ROWS * SPAN; n++) parts[threadIdx.x / 32][n] = dot[n];
+        // 레인 4g + t의 넷: (행 g, rank 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+        float* mine = parts[warp] + group * SPAN + quarter * 2;
+        mine[0] = sum[0], mine[1] = sum[1], mine[8 * SPAN] = sum[2], mine[8 * SPAN + 1] = sum[3];
         __syncthreads();
         int row = first_row + threadIdx.x / SPAN, r = first + threadIdx.x % SPAN;
         if (threadIdx.x < LORA_ROWS * SPAN && row < tokens) {
             float total = 0.f;
-            for (int warp = 0; warp < LORA_THREADS / 32; warp++) total += parts[warp][threadIdx.x];
-            u16 bits = to_bits(r < rank ? total : 0.f);
-            wide[(size_t)row * stride + columns + own + r] = bits;
-            z[(size_t)row * tail + own + r] = bits;
+#pragma unroll
+            for (int other = 0; other < LORA_THREADS / 32; other++) total += parts[other][threadIdx.x];
+            u16 bits = to_bits(r < lora.rank ? total * lora.keep_scale : 0.f);
+            wide[(size_t)row * stride + columns + lora.own + r] = bits;
+            z[(size_t)row * tail + lora.own + r] = bits;
         }
         __syncthreads();
     }
 }
 
-// TILE_ROWS개의 행과 thread마다 4열: 입력의 gradient에 LoRA를 지나온 것을 더하고, A의 gradient의 부분합을 적는다.
-//   du += dropout(dz A)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
-//   partial[tile][r] = sum_row dz[row][r] dropout(u)[row]      fp32 [tiles, rank, columns]
-// 행의 묶음마다 따로 적고 reduce_partials가 차례대로 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다.
-// weight가 있으면 u는 norm의 앞이고, forward가 남긴 stats로 여기서 norm을 다시 건다. norm의 뒤를 남기지 않아도 된다.
-// 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
+// TILE_ROWS개의 행과 thread마다 두 열: 입력의 gradient에 LoRA들을 지나온 것을 더하고, A의 gradient의 부분합을 적는다.
+//   du += sum_p dropout_p(dz_p A_p)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
+//   partial[p][tile][r] = sum_row dz_p[row][r] dropout_p(u)[row]      fp32 [PARTS, tiles, rank, columns]
+// 같은 u를 읽는 LoRA PARTS개를 함께 하므로 u와 du를 한 번만 읽고 쓴다. 행의 묶음마다 따로 적고 reduce_partials가 차례대로
+// 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다. weight가 있으면 u는 norm의 앞이고, forward가 남긴 stats로 여기서
+// norm을 다시 건다. norm의 뒤를 남기지 않아도 된다. 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
 #define BATCH 4
 
-extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
-    const u16* u, u16* wide, const float* a, float* partial, const int* keys, const float* weight, const float* bias,
-    const float2* stats, int tokens, int u_stride, int stride, int columns, int own, int rank, int block_len, int site,
-    int threshold, float keep_scale) {
-    __shared__ float dz[TILE_ROWS][SPAN];
-    __shared__ uint2 seeds[TILE_ROWS];
+template <int PARTS>
+__device__ __forceinline__ void lora_backward(const u16* u, u16* wide, const Loras& loras, float* partial,
+                                              const int* keys, const float* weight, const float* bias,
+                                              const float2* stats, int tokens, int u_stride, int stride, int columns,
+                                              int rank, int block_len) {
+    __shared__ __align__(16) float dz[PARTS][TILE_ROWS][SPAN];
+    __shared__ uint2 seeds[PARTS][TILE_ROWS];
     __shared__ float2 norms[TILE_ROWS];
-    Dropout drop = {keys, block_len, site, threshold, keep_scale};
-    int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 4, first_row = blockIdx.y * TILE_ROWS;
+    int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 2, first_row = blockIdx.y * TILE_ROWS;
     int rows = min(TILE_ROWS, tokens - first_row);
     bool active = column < columns;
-    if (threadIdx.x < rows) {
-        seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
-        norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
+    Dropout drops[PARTS];
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+        const Lora& lora = loras.part[p];
+        drops[p] = Dropout{keys, block_len, lora.site, lora.threshold, lora.keep_scale};
+        if (threadIdx.x < rows) seeds[p][threadIdx.x] = drop_seed(drops[p], first_row + threadIdx.x);
     }
-    // norm의 weight와 bias의 이 네 열
-    Four gain = {1.f, 1.f, 1.f, 1.f}, shift = {};
-    if (active && weight) gain = *(const Four*)(weight + column);
-    if (active && bias) shift = *(const Four*)(bias + column);
+    if (threadIdx.x < rows) norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
+    // norm의 weight와 bias의 이 두 열
+    float2 gain = {1.f, 1.f}, shift = {0.f, 0.f};
+    if (active && weight) gain = *(const float2*)(weight + column);
+    if (active && bias) shift = *(const float2*)(bias + column);
     for (int first = 0; first < rank; first += SPAN) {
         __syncthreads();
-        for (int i = threadIdx.x; i < rows * SPAN; i += TILE_THREADS) {
-            int r = first + i % SPAN;  // rank를 8의 배수로 올린 칸에는 0이 있다
-            dz[i / SPAN][i % SPAN] = widen<BF16>(wide[(size_t)(first_row + i / SPAN) * stride + columns + own + r]);
+        for (int i = threadIdx.x; i < PARTS * rows * SPAN; i += TILE_THREADS) {
+            int p = i / SPAN / rows, row = i / SPAN % rows, r = first + i % SPAN;
+            Lora lora = pick(loras, p);
+            u16 bits = r < lora.padded ? wide[(size_t)(first_row + row) * stride + columns + lora.own + r] : (u16)0;
+            dz[p][row][i % SPAN] = widen<BF16>(bits);  // rank를 8의 배수로 올린 칸에는 0이 있다
         }
         __syncthreads();
         if (!active) continue;
-        // lines = A의 이 네 열, sums = A의 gradient의 이 네 열. 행을 지나는 동안 레지스터에 머문다
-        Four lines[SPAN], sums[SPAN] = {};
+        // lines = A의 이 두 열, sums = A의 gradient의 이 두 열. 행을 지나는 동안 레지스터에 머문다
+        float2 lines[PARTS][SPAN], sums[PARTS][SPAN] = {};
 #pragma unroll
-        for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
-            lines[r] = *(const Four*)(a + (size_t)min(first + r, rank - 1) * columns + column);
+        for (int p = 0; p < PARTS; p++)
+#pragma unroll
+            for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
+                lines[p][r] = *(const float2*)(loras.part[p].a +
+                                               (size_t)min(first + r, loras.part[p].rank - 1) * columns + column);
         for (int start = 0; start < rows; start += BATCH) {
-            uint2 inputs[BATCH], gradients[BATCH];
+            u32 inputs[BATCH], gradients[BATCH];
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
                 int row = first_row + min(start + n, rows - 1);
-                inputs[n] = *(const uint2*)(u + (size_t)row * u_stride + column);
-                gradients[n] = *(const uint2*)(wide + (size_t)row * stride + column);
+                inputs[n] = *(const u32*)(u + (size_t)row * u_stride + column);
+                gradients[n] = *(const u32*)(wide + (size_t)row * stride + column);
             }
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
                 if (start + n >= rows) break;
                 int row = first_row + start + n;
-                float scale[4], value[4], total[4], back[4] = {0.f, 0.f, 0.f, 0.f};
-                drop_scales<4>(drop, seeds[start + n], row, columns, column, scale);
-                unpack_four(inputs[n], value);
-                unpack_four(gradients[n], total);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float normal = (value[i] - norms[start + n].x) * norms[start + n].y * gain.v[i] + shift.v[i];
-                    value[i] = (weight ? widen<BF16>(to_bits(normal)) : value[i]) * scale[i];
+                float2 value = unpack_two(inputs[n]), total = unpack_two(gradients[n]), norm = norms[start + n];
+                if (weight) {
+                    value.x = (value.x - norm.x) * norm.y * gain.x + shift.x;
+                    value.y = (value.y - norm.x) * norm.y * gain.y + shift.y;
+                    value = unpack_two(pack_two(value.x, value.y));  // forward가 16비트로 적은 값
                 }
 #pragma unroll
-                for (int r = 0; r < SPAN; r++) {
-                    float d = dz[start + n][r];
+                for (int p = 0; p < PARTS; p++) {
+                    float scale[2], back[2] = {0.f, 0.f};
+                    drop_scales<2>(drops[p], seeds[p][start + n], row, columns, column, scale);
+                    float first_value = value.x * scale[0], second_value = value.y * scale[1];
+                    Eight each = load_float(dz[p][start + n], 0.f);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        back[i] += d * lines[r].v[i];
-                        sums[r].v[i] += d * value[i];
+                    for (int r = 0; r < SPAN; r++) {
+                        float d = each.v[r];
+                        back[0] += d * lines[p][r].x, back[1] += d * lines[p][r].y;
+                        sums[p][r].x += d * first_value, sums[p][r].y += d * second_value;
                     }
+                    total.x += back[0] * scale[0], total.y += back[1] * scale[1];
                 }
-#pragma unroll
-                for (int i = 0; i < 4; i++) total[i] += back[i] * scale[i];
-                *(uint2*)(wide + (size_t)row * stride + column) =
-                    uint2{pack_two(total[0], total[1]), pack_two(total[2], total[3])};
+                *(u32*)(wide + (size_t)row * stride + column) = pack_two(total.x, total.y);
             }
         }
 #pragma unroll
-        for (int r = 0; r < SPAN; r++)
-            if (first + r < rank)
-                *(Four*)(partial + ((size_t)blockIdx.y * rank + first + r) * columns + column) = sums[r];
+        for (int p = 0; p < PARTS; p++)
+#pragma unroll
+            for (int r = 0; r < SPAN; r++)
+                if (first + r < loras.part[p].rank)
+                    *(float2*)(partial + (((size_t)p * gridDim.y + blockIdx.y) * rank + first + r) * columns + column) =
+                        sums[p][r];
     }
 }
 
-// gradient [count] += 부분합 [tiles, count]의 합. 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의
-// 순서대로 더한다. 더하는 순서가 늘 같으므로 두 번 계산하면 비트까지 같다.
-extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, float* gradient, int tiles,
-                                                                  int count) {
+#define LORA_BACKWARD(PARTS)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward_##PARTS(                                  \
+        const u16* u, u16* wide, Loras loras, float* partial, const int* keys, const float* weight, const float* bias, \
+        const float2* stats, int tokens, int u_stride, int stride, int columns, int rank, int block_len) {             \
+        lora_backward<PARTS>(u, wide, loras, partial, keys, weight, bias, stats, tokens, u_stride, stride, columns,    \
+                             rank, block_len);                                                                         \
+    }
+LORA_BACKWARD(1)
+LORA_BACKWARD(2)
+LORA_BACKWARD(3)
+
+// LoRA마다(grid.y) gradient [rank, columns] += 부분합 [tiles, most, columns]의 합. most는 LoRA들의 rank의 최댓값이다.
+// 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의 순서대로 더한다. 더하는 순서가 늘 같으므로
+// 두 번 계산하면 비트까지 같다.
+extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, Loras loras, int tiles,
+                                                                  int most, int columns) {
     __shared__ Four parts[8][32];
+    Lora lora = pick(loras, blockIdx.y);
     int lane = threadIdx.x % 32, group = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
+    int count = lora.rank * columns;
+    partial += (size_t)blockIdx.y * tiles * most * columns;
     Four total = {};
     if (at < count) {
 #pragma unroll 8
         for (int tile = group; tile < tiles; tile += 8) {
-            Four part = *(const Four*)(partial + (size_t)tile * count + at);
+            Four part = *(const Four*)(partial + (size_t)tile * most * columns + at);
 #pragma unroll
             for (int i = 0; i < 4; i++) total.v[i] += part.v[i];
         }
@@ -295,11 +337,11 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
     parts[group][lane] = total;
     __syncthreads();
     if (group != 0 || at >= count) return;
-    Four sum = *(const Four*)(gradient + at);
+    Four sum = *(const Four*)(lora.gradient + at);
     for (int other = 0; other < 8; other++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sum.v[i] += parts[other][lane].v[i];
-    *(Four*)(gradient + at) = sum;
+    *(Four*)(lora.gradient + at) = sum;
 }
 
 // ---- 가중치 ----
@@ -313,7 +355,8 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     const float* levels, const float* lora_b, u16* out, int count, int columns, int stride, int extra, int tail, int own,
     int rank, float scale) {
     __shared__ float table[16];
-    int start = blockIdx.x * 1024 + threadIdx.x;
+    int start = blockIdx.x * 1024 + threadIdx.x, per_row = columns / 8;
+    float inverse = 1.f / per_row;
     u32 bytes[4];
     float top[4];
 #pragma unroll
@@ -333,13 +376,17 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
         Eight value;
         size_t at = (size_t)index * 8;
         if (index < count) {
+            // 앞의 값이 바이트의 위쪽 4비트에 있다. 4비트 수의 네 배가 곧 표에서의 자리(바이트)다
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                u32 byte = (bytes[i] >> (8 * j)) & 0xff;  // 앞의 값이 위쪽 4비트에 있다
-                value.v[2 * j] = table[byte >> 4] * top[i];
-                value.v[2 * j + 1] = table[byte & 15] * top[i];
+                u32 high = bytes[i] >> (8 * j + 2) & 60, low = j ? bytes[i] >> (8 * j - 2) & 60 : bytes[i] << 2 & 60;
+                value.v[2 * j] = *(const float*)((const char*)table + high) * top[i];
+                value.v[2 * j + 1] = *(const float*)((const char*)table + low) * top[i];
             }
-            if (stride != columns) at += (size_t)(index / (columns / 8)) * (stride - columns);
+            int row = (int)(index * inverse);  // 정수의 나누기는 느리다. 어림한 행은 많아야 하나 어긋난다
+            row += (row + 1) * per_row <= index;
+            row -= row * per_row > index;
+            at += (size_t)row * (stride - columns);
         } else if (index < count + extra) {
             int row = (index - count) / (tail / 8), first = (index - count) % (tail / 8) * 8;
 #pragma unroll
