@@ -67,8 +67,9 @@ def train(
         batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다. 적지 않으면 16이고, 데이터가
             적어 50 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
-        learning_rate: 가장 높을 때의 학습률. 적지 않으면 1e-3이고, 선호 쌍(prompt, chosen, rejected의 열)이면 1e-4다.
-        dpo_beta: 선호 쌍을 배울 때(DPO) 기반 모델에서 얼마나 멀어져도 되는지. 작을수록 멀리 간다. 적지 않으면 0.1이다.
+        learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot(GPT-NeoX)은 1e-3, 다른 모델은 재어 고른 5e-4다.
+        dpo_beta: 선호 쌍(prompt, chosen, rejected의 열)을 배울 때 기반 모델에서 멀어지는 것을 얼마나 막을지(DPO의
+            beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 1e-4다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답의 시험(KoBEST SentiNeg)을
@@ -80,8 +81,8 @@ def train(
         lora_r: LoRA의 rank.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.
-        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. auto면 attention 층을, all이면
-            모든 선형층을 고른다.
+        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. attention과 all은 그
+            층들 모두이고, auto는 구조에 맞게 둘 가운데 하나를 고른다.
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
         deterministic: True면 512토큰이 넘는 문서가 있어도 GPU에서 두 번 배운 결과가 비트까지 같다. 1,024토큰 문서뿐이면
@@ -105,7 +106,7 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils.train import stage
+    from utils.train import defaults, stage
     from utils.train.records import Settings
 
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
@@ -115,11 +116,11 @@ def train(
             say_plan(settings)
         return
 
-    from utils.train import pairs, planner, results, run_folder, verdict
+    from utils.train import planner, results, run_folder, verdict
     from utils.train.fit import fit
 
     inputs = stage.prepare(settings, console.say)
-    settings = pairs.settle(settings, inputs.documents, console.say)
+    settings = defaults.fill(settings, inputs.config, inputs.documents.pairs)
     plan = stage.plan(settings, inputs, console.say)
     with run_folder.open_run(settings, inputs, console.say) as run:
         planner.cap_allocator(plan.memory, inputs.device.device, vram_gb)
@@ -133,10 +134,11 @@ def train(
 def say_plan(settings) -> None:
     """이대로 시작하면 무엇을 할지 말한다. 시작할 수 없으면 그 이유다."""
     from utils.errors import UsageError
-    from utils.train import stage
+    from utils.train import defaults, stage
 
     try:
-        stage.plan(settings, stage.prepare(settings, lambda line: None), console.say)
+        inputs = stage.prepare(settings, lambda line: None)
+        stage.plan(defaults.fill(settings, inputs.config, inputs.documents.pairs), inputs, console.say)
     except UsageError as error:
         console.say(f"계획: 이대로는 시작할 수 없다. {error}")
 

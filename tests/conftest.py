@@ -174,7 +174,8 @@ def train_settings(**changed):
     from utils.train.records import Settings
 
     defaults = inspect.signature(load_script("finetune-lora.py").train).parameters
-    return Settings(**{name: parameter.default for name, parameter in defaults.items()} | changed).settled(pairs=False)
+    given = {name: parameter.default for name, parameter in defaults.items()} | {"learning_rate": 1e-3}
+    return Settings(**given | changed)
 
 
 def pytest_configure(config):

@@ -131,6 +131,13 @@ def run(script: str, **flags) -> float:
     return time.perf_counter() - began
 
 
+def count_polite(samples: Path, title: str, name: str) -> dict:
+    """samples.md에서 그 모델의 답의 수와, 그 가운데 "-니다."로 끝난 한 줄의 수."""
+    parts = samples.read_text(encoding="utf-8").split(f"**{title}**\n\n> ")[1:]
+    answers = [part.split("\n")[0].strip() for part in parts]
+    return {f"{name}_answers": len(answers), f"{name}_polite": sum(answer.endswith("니다.") for answer in answers)}
+
+
 def run_demo(arguments) -> dict:
     """학습률마다, 씨앗마다 검증 쌍의 값을 잰다."""
     folder = arguments.folder
@@ -147,13 +154,12 @@ def run_demo(arguments) -> dict:
                 run("finetune-lora.py", base_model=base, data_path=pairs, output_dir=output, learning_rate=rate,
                     seed=seed, num_train_epochs=arguments.epochs, val_set_size=20)
             record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-            samples = (output / "samples.md").read_text(encoding="utf-8").split("**학습한 모델**")[1:]
-            answers = [part.split("> ")[1].split("\n")[0].strip() for part in samples if "> " in part]
             names = ("eval_loss_before", "eval_loss_after", "reward_accuracy_after", "reward_margin_after",
-                     "chosen_likelier_before", "chosen_likelier_after", "train_seconds")
+                     "chosen_reward_after", "chosen_likelier_before", "chosen_likelier_after", "train_seconds")
             results.append({"rate": rate, "seed": seed, **{name: record[name] for name in names},
                             "steps": record["plan"]["steps"], "pairs": record["data"]["validation_rows"],
-                            "polite": sum(answer.endswith("니다.") for answer in answers), "answers": len(answers)})
+                            **count_polite(output / "samples.md", "기반 모델", "base"),
+                            **count_polite(output / "samples.md", "학습한 모델", "tuned")})
             print(json.dumps(results[-1]), flush=True)
     return {"results": results}
 

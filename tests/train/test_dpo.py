@@ -1,6 +1,7 @@
 """선호 쌍의 학습: 논문의 식과 같은 손실과 gradient, 어느 길로도 같은 값, 비트까지 같은 재개, 끝까지 도는 학습."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.model.adapter import PromptInfo
 from utils.model.objective import learn, measured, objective, score, slopes, tally
-from utils.train import pairs, verdict
+from utils.train import defaults, pairs, verdict
 from utils.train.autograd_step import AutogradStep
 from utils.train.batches import n_targets, read_blocks
 from utils.train.group import ALONE, join_group
@@ -63,9 +64,9 @@ def log_likelihood(model, documents: Documents, index: int) -> torch.Tensor:
     return own[torch.from_numpy(learned[1:].copy())].sum()
 
 
-def published(model, dataset: PairedDataset) -> tuple[torch.Tensor, list[float]]:
-    """(논문의 손실의 평균, 쌍마다의 보상의 차이): 정책과 어댑터를 끈 모델을 문서마다 부른다."""
-    documents, losses, margins = dataset._documents, [], []
+def published(model, dataset: PairedDataset) -> tuple[torch.Tensor, list[float], float]:
+    """(논문의 손실의 평균, 쌍마다의 보상의 차이, 고른 답의 보상의 평균): 정책과 어댑터를 끈 모델을 문서마다 부른다."""
+    documents, losses, margins, chosen = dataset._documents, [], [], []
     for number in range(len(documents) // 2):
         policy = [log_likelihood(model, documents, 2 * number + side) for side in (0, 1)]
         with model.disable_adapter(), torch.no_grad():
@@ -73,7 +74,8 @@ def published(model, dataset: PairedDataset) -> tuple[torch.Tensor, list[float]]
         margin = BETA * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
         losses.append(-torch.log(torch.sigmoid(margin)))
         margins.append(float(margin.detach()))
-    return torch.stack(losses).mean(), margins
+        chosen.append(float(BETA * (policy[0] - reference[0]).detach()))
+    return torch.stack(losses).mean(), margins, np.mean(chosen)
 
 
 def measure_references(model, dataset: PairedDataset, step) -> None:
@@ -99,7 +101,7 @@ def test_loss_and_gradients_equal_the_published_formula(name, tiny_neox):
     take_gradients(model)
     measure_references(model, dataset, AutogradStep(model))
     with nudged(model):
-        expected, margins = published(model, dataset)
+        expected, margins, chosen = published(model, dataset)
         expected.backward()
         theirs = take_gradients(model)
         step = STEPS[name](model)
@@ -113,7 +115,8 @@ def test_loss_and_gradients_equal_the_published_formula(name, tiny_neox):
     assert values[0] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert values[1] == pytest.approx(np.mean(margins), abs=1e-5)  # 백쯤인 두 합의 차이다
     assert values[2] == pytest.approx(np.mean([margin > 0 for margin in margins]))
-    torch.testing.assert_close(evaluated[:3].float(), values, rtol=1e-5, atol=1e-6)
+    assert values[3] == pytest.approx(float(chosen), abs=1e-5)
+    torch.testing.assert_close(evaluated[:4].float(), values, rtol=1e-5, atol=1e-6)
     assert {key for key, value in theirs.items() if value.abs().max() > 0} == set(theirs)
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=2e-4, atol=1e-6 * float(value.abs().max()) + 1e-8)
@@ -138,9 +141,9 @@ def test_slopes_are_the_derivative_of_the_loss():
 
 @pytest.mark.quick
 def test_a_tie_is_half_right_and_far_margins_stay_finite():
-    batch = {"reference": torch.tensor([[0.0, 0.0, 0.0, torch.nan]]), "beta": torch.ones(1)}
-    loss, margin, right = score(torch.tensor([[0.0, 500.0, -500.0, torch.nan]]), batch).tolist()
-    assert loss == pytest.approx(0.6931472 + 500) and margin == 0 and right == 1.5
+    ratios = torch.tensor([[2.0, 2.0, 400.0, -100.0, -500.0, 0.0, torch.nan, torch.nan]])
+    loss, margin, right, chosen = score(ratios, {"beta": torch.ones(1)}).tolist()
+    assert loss == pytest.approx(0.6931472 + 500) and (margin, right, chosen) == (0, 1.5, -98)
     assert float(F.softplus(torch.tensor(0.0))) == pytest.approx(np.log(2))
 
 
@@ -182,7 +185,8 @@ def test_training_starts_at_log_2_and_does_not_depend_on_the_micro_batch(tiny_ne
     for micro, accumulation in ((1, 4), (2, 2), (4, 1)):
         loop = make_loop(lora_neox(tiny_neox, dropout=0.0), micro, accumulation)
         assert loop.evaluate() == {"eval_loss": pytest.approx(np.log(2), abs=1e-7), "eval_reward_margin": 0.0,
-                                   "eval_reward_accuracy": 0.5, "eval_chosen_likelier": pytest.approx(2 / 3, abs=0.4)}
+                                   "eval_reward_accuracy": 0.5, "eval_chosen_reward": 0.0,
+                                   "eval_chosen_likelier": pytest.approx(2 / 3, abs=0.4)}
         loop.run()
         rows = [row for row in loop.state.log_history if "loss" in row]
         assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and rows[0]["reward_margin"] == 0
@@ -244,18 +248,15 @@ def test_a_run_from_the_file_to_the_report(tiny_neox, pair_file, tmp_path, capsy
 
 @pytest.mark.quick
 def test_values_not_given_follow_the_data():
-    settings = train_settings(learning_rate=None)
-    assert train_settings().learning_rate == 1e-3 and train_settings().dpo_beta is None
-    from dataclasses import replace
-
-    free = replace(settings, learning_rate=None)
-    assert free.settled(pairs=True).learning_rate < free.settled(pairs=False).learning_rate == 1e-3
-    assert free.settled(pairs=True).dpo_beta == 0.1
-    given = replace(free, learning_rate=2e-5, dpo_beta=0.5).settled(pairs=True)
+    free, config = replace(train_settings(), learning_rate=None), {"model_type": "gpt_neox"}
+    ordinary, paired = defaults.fill(free, config), defaults.fill(free, config, pairs=True)
+    assert paired.learning_rate < ordinary.learning_rate and (ordinary.dpo_beta, paired.dpo_beta) == (None, 0.1)
+    given = defaults.fill(replace(free, learning_rate=2e-5, dpo_beta=0.5), config, pairs=True)
     assert (given.learning_rate, given.dpo_beta) == (2e-5, 0.5)
-    lines = []
-    pairs.settle(replace(free, dpo_beta=0.5), Documents(*[np.zeros(0)] * 4), lines.append)
-    assert len(lines) == 1 and "dpo_beta 0.5는 쓰지 않는다" in lines[0]
+    words = Documents(np.zeros(0), np.zeros(0), np.zeros(1), np.zeros(0))
+    assert "dpo_beta 0.5는 쓰지 않는다" in pairs.plan_lines(given, words)[0]
+    assert pairs.plan_lines(ordinary, words) == []
+    assert "beta 0.5" in pairs.plan_lines(given, make_pairs())[1]
 
 
 @pytest.mark.quick
@@ -273,7 +274,8 @@ def test_pairs_that_do_not_fit_are_counted_and_all_is_refused():
 @pytest.mark.quick
 def test_the_verdict_speaks_of_held_out_rewards(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["finetune-lora.py", "--output_dir", str(tmp_path)])
-    before = {"eval_loss": 0.6931, "eval_reward_margin": 0.0, "eval_reward_accuracy": 0.5, "eval_chosen_likelier": 0.25}
+    before = {"eval_loss": 0.6931, "eval_reward_margin": 0.0, "eval_reward_accuracy": 0.5, "eval_chosen_reward": 0.0,
+              "eval_chosen_likelier": 0.25}
 
     def judge(after: float):
         row = {"step": 4, "eval_loss": after, "eval_reward_margin": 1.5, "eval_reward_accuracy": 0.875,

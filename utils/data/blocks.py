@@ -61,24 +61,24 @@ class PairedDataset(PackedDataset):
     """선호 쌍의 블록들. 답만 배우고, 블록마다 쌍의 `reference`와 `beta`(`model/objective.py`)가 있다.
 
     Attributes:
-        references: 블록마다, 쌍마다의 ref_c - ref_r [블록, pairs] fp32. 쌍이 없는 자리는 NaN이고, 재기 전에는 0이다.
+        references: 블록마다, 문서마다의 ref [블록, 2 pairs] fp32. 문서가 없는 자리는 NaN이고, 재기 전에는 0이다.
     """
 
     def __init__(self, documents: Documents, chosen: np.ndarray, cutoff_len: int, end_id: int, beta: float, seed: int,
                  room: int | None = None):
         super().__init__(documents, chosen, cutoff_len, end_id, train_on_inputs=False, seed=seed, room=room)
         self._beta = torch.tensor(beta, dtype=torch.float32)
-        self.references = torch.full((len(self), self.max_documents // 2), torch.nan)
+        self.references = torch.full((len(self), max(map(len, self.blocks), default=0)), torch.nan)
         for row, block in enumerate(self.blocks):
-            self.references[row, :len(block) // 2] = 0
+            self.references[row, :len(block)] = 0
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`PackedDataset`의 것에 `reference` [pairs]와 `beta`(스칼라)를 더한 것."""
+        """`PackedDataset`의 것에 `reference` [2 pairs]와 `beta`(스칼라)를 더한 것."""
         return {**super().__getitem__(index), "reference": self.references[index], "beta": self._beta}
 
 
 def make_even(*datasets: PairedDataset | None) -> None:
-    """블록마다의 쌍의 자리를 같은 수로 늘린다. 학습과 검증의 모양이 같아야 CUDA graph가 입력을 함께 쓴다."""
+    """블록마다의 문서의 자리를 같은 수로 늘린다. 학습과 검증의 모양이 같아야 CUDA graph가 입력을 함께 쓴다."""
     present = [dataset for dataset in datasets if dataset is not None]
     width = max(dataset.references.shape[1] for dataset in present)
     for dataset in present:

@@ -11,7 +11,7 @@ DPO(Rafailov 외, 2023. arXiv:2305.18290)에서 쌍 하나의 손실은
 
 이다. 한 쌍의 두 답은 블록에서 잇달은 두 문서(2k번째와 2k + 1번째)이고, batch에는 보통의 것에 더해 다음이 있다.
 
-    reference: ref_c - ref_r [rows, pairs], fp32. 쌍이 없는 자리는 NaN이다.
+    reference: 문서마다의 ref [rows, 2 pairs], fp32. 고른 답과 버린 답이 번갈아 놓이고, 문서가 없는 자리는 NaN이다.
     beta: [rows], fp32.
 """
 
@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from utils.data.blocks import document_ids
 
 Batch = dict[str, torch.Tensor]
-# 손실과, 선호 쌍에서 함께 재는 것: 보상의 차이, 고른 답의 보상이 더 높은 비율, 고른 답이 더 그럴듯한(lp_c > lp_r) 비율
-FIGURES = ("loss", "reward_margin", "reward_accuracy", "chosen_likelier")
+# 손실과, 선호 쌍에서 함께 재는 것: 보상의 차이, 고른 답의 보상이 더 높은 비율, 고른 답의 보상 beta (lp_c - ref_c), 고른
+# 답이 더 그럴듯한(lp_c > lp_r) 비율. 고른 답의 보상이 크게 내려가면 두 답 모두 말하지 않게 된 것이다
+FIGURES = ("loss", "reward_margin", "reward_accuracy", "chosen_reward", "chosen_likelier")
 
 
 def is_preference(batch: Batch) -> bool:
@@ -39,7 +40,7 @@ def objective(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
         nll: 블록의 자리마다의 음의 로그 가능도 [rows * block], fp32. 정답이 없는 자리는 0이다.
 
     Returns:
-        스칼라. 선호 쌍이면 `FIGURES`의 앞의 셋을 쌍마다 더한 [3]이고 손실만 미분한다.
+        스칼라. 선호 쌍이면 `FIGURES`의 앞의 넷을 쌍마다 더한 [4]이고 손실만 미분한다.
     """
     if not is_preference(batch):
         return nll.sum() * batch["factor"]
@@ -47,7 +48,7 @@ def objective(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def measured(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """평가할 값: 음의 로그 가능도의 합(스칼라). 선호 쌍이면 쌍마다의 `log_ratios` [rows, pairs]."""
+    """평가할 값: 음의 로그 가능도의 합(스칼라). 선호 쌍이면 문서마다의 `log_ratios` [rows, 2 pairs]."""
     return log_ratios(nll, batch) if is_preference(batch) else nll.sum()
 
 
@@ -55,7 +56,8 @@ def tally(value: torch.Tensor, batch: Batch) -> torch.Tensor:
     """`measured`의 값에서 평균을 낼 합들. 차례는 `FIGURES`와 같다."""
     if not is_preference(batch):
         return value[None]
-    likelier = (value + batch["reference"] > 0).sum()
+    policy = value + batch["reference"]  # lp
+    likelier = (policy[:, 0::2] > policy[:, 1::2]).sum()
     return torch.cat([score(value, batch), likelier[None]])
 
 
@@ -77,32 +79,33 @@ def learn(batch: Batch, gradient: torch.Tensor, measure: Callable[[torch.Tensor]
 
 
 def log_ratios(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """쌍마다의 (lp_c - ref_c) - (lp_r - ref_r) [rows, pairs]. 쌍이 없는 자리는 NaN이다."""
+    """문서마다의 lp - ref [rows, 2 pairs]. 문서가 없는 자리는 NaN이다."""
     rows, block = batch["position_ids"].shape
-    slots = torch.arange(2 * batch["reference"].shape[1], device=nll.device)
+    slots = torch.arange(batch["reference"].shape[1], device=nll.device)
     inside = _documents(batch)[:, None] == slots[:, None]  # [rows, 2 pairs, block]
     sums = (nll.view(rows, 1, block) * inside).sum(-1)  # 더하는 순서가 정해져 있어 다시 계산해도 비트까지 같다
-    return sums[:, 1::2] - sums[:, 0::2] - batch["reference"]
+    return -sums - batch["reference"]
 
 
 def score(ratios: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[손실의 합, 보상의 차이의 합, 보상이 맞은 쌍의 수]. 보상이 같은 쌍은 반만 맞은 것으로 센다."""
-    real, margins = ~ratios.isnan(), _margins(ratios, batch)
+    """`FIGURES`의 앞의 넷의 합 [4]. 두 답의 보상이 같은 쌍은 반만 맞은 것으로 센다."""
+    rewards = _rewards(ratios, batch)
+    real, margins = ~ratios[:, 0::2].isnan(), rewards[:, 0::2] - rewards[:, 1::2]
     loss = torch.where(real, F.softplus(-margins), 0.0).sum()  # -log sigmoid(m) = log(1 + e^-m)
     right = torch.where(real, (margins.sign() + 1) / 2, 0.0)
-    return torch.stack([loss, margins.sum().detach(), right.sum().detach()])
+    return torch.stack([loss, *(value.sum().detach() for value in (margins, right, rewards[:, 0::2]))])
 
 
 def slopes(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
     """자리마다의 factor * dL/dnll [rows, block]. 정답이 없는 자리의 값은 뜻이 없다."""
-    ratios = log_ratios(nll, batch)
-    slope = batch["factor"] * batch["beta"][:, None] * torch.sigmoid(-_margins(ratios, batch))
+    rewards = _rewards(log_ratios(nll, batch), batch)
+    slope = batch["factor"] * batch["beta"][:, None] * torch.sigmoid(rewards[:, 1::2] - rewards[:, 0::2])
     slope = torch.stack([slope, -slope], -1).flatten(1)  # [rows, 2 pairs]
     return slope.gather(1, _documents(batch).clamp(max=slope.shape[1] - 1))
 
 
-def _margins(ratios: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """보상의 차이 m [rows, pairs]. 쌍이 없는 자리는 0이다."""
+def _rewards(ratios: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """문서마다의 보상 beta (lp - ref) [rows, 2 pairs]. 문서가 없는 자리는 0이다."""
     return torch.where(ratios.isnan(), 0.0, batch["beta"][:, None] * ratios)
 
 

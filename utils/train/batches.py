@@ -81,7 +81,7 @@ def read_blocks(dataset, indices: list[int], pin: bool = False) -> Batch:
 def n_targets(batch: Batch) -> torch.Tensor:
     """손실을 이 수로 나눈다(int64 스칼라): 정답이 있는 토큰, 선호 쌍이면 쌍. 블록의 첫 토큰은 아무도 맞히지 않는다."""
     if is_preference(batch):
-        return (~batch["reference"].isnan()).sum()
+        return (~batch["reference"][:, 0::2].isnan()).sum()
     return (batch["labels"][:, 1:] != IGNORE).sum()
 
 

@@ -1,4 +1,4 @@
-"""선호 쌍의 학습에만 있는 단계: 긴 쌍을 빼고, beta와 학습률을 정하고, 기준이 되는 가능도를 재고, 결과를 말한다."""
+"""선호 쌍의 학습에만 있는 단계: 긴 쌍을 빼고, 계획을 말하고, 기준이 되는 가능도를 재고, 결과를 말한다."""
 
 from collections.abc import Callable
 
@@ -38,22 +38,18 @@ def lengths_line(documents: Documents) -> str:
     return f"선호 쌍: 답의 평균 길이는 고른 답 {chosen:.0f}, 버린 답 {rejected:.0f} 토큰"
 
 
-def settle(settings: Settings, documents: Documents, say: Callable[[str], None]) -> Settings:
-    """적지 않은 값을 데이터의 종류에 맞게 정하고, 선호 쌍이면 어떻게 배울지 말한다."""
-    settled = settings.settled(documents.pairs)
+def plan_lines(settings: Settings, documents: Documents) -> list[str]:
+    """계획에 더할 줄들: 선호 쌍을 어떻게 배우는지, 아니면 쓰지 않는 beta를 적었다는 말."""
     if documents.pairs:
-        say(lengths_line(documents))
-        say(f"고른 답을 버린 답보다 높이 매기도록 배운다(DPO, beta {settled.dpo_beta:g}). 기준은 어댑터를 끈 "
-            "모델이다")
-        if settings.learning_rate is None:
-            say(f"학습률 {settled.learning_rate:g}: 쌍을 배울 때는 보통의 답을 배울 때보다 낮게 잡는다")
-    elif settings.dpo_beta is not None:
-        say(f"dpo_beta {settings.dpo_beta:g}는 쓰지 않는다. 선호 쌍(prompt, chosen, rejected의 열)을 배울 때의 값이다")
-    return settled
+        return [f"{lengths_line(documents)}. 고른 답을 버린 답보다 높이 매기도록 배운다",
+                f"  DPO, beta {settings.dpo_beta:g}. 기준은 어댑터를 끈 모델이다"]
+    if settings.dpo_beta is not None:
+        return [f"dpo_beta {settings.dpo_beta:g}는 쓰지 않는다. 선호 쌍(prompt, chosen, rejected의 열)에만 쓰는 값이다"]
+    return []
 
 
 def measure_references(loop: Loop, say: Callable[[str], None]) -> None:
-    """선호 쌍마다 ref_c - ref_r을 재어 블록에 적는다. 선호 쌍이 아니면 할 일이 없다.
+    """선호 쌍의 문서마다 ref를 재어 블록에 적는다. 선호 쌍이 아니면 할 일이 없다.
 
     어댑터를 끈 모델이 reference다. 학습을 시작하거나 체크포인트를 읽기 전의 LoRA는 B가 0이라 꺼져 있는 것과 비트까지
     같으므로, 같은 micro-step으로 잰다. 이어 갈 때 다시 재어도 같은 값이다.

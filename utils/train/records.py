@@ -8,9 +8,6 @@ from torch import nn
 from utils.train.planner import MemoryPlan
 from utils.train.state import TrainState
 
-RATE, PAIR_RATE = 1e-3, 1e-4  # 적지 않았을 때의 가장 높은 학습률. 뒤의 것은 선호 쌍의 것이다
-BETA = 0.1  # DPO의 논문과 TRL이 쓰는 값
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -47,12 +44,6 @@ class Settings:
     wandb_watch: str | None
     wandb_log_model: str | None
     verbose: bool
-
-    def settled(self, pairs: bool) -> "Settings":
-        """적지 않은 값을 데이터의 종류에 맞게 채운 설정. 선호 쌍에만 beta가 있다."""
-        rate = (PAIR_RATE if pairs else RATE) if self.learning_rate is None else self.learning_rate
-        beta = (BETA if self.dpo_beta is None else self.dpo_beta) if pairs else None
-        return replace(self, learning_rate=rate, dpo_beta=beta)
 
     def without_batch(self) -> "Settings":
         """batch를 적지 않고 새로 시작한 설정."""

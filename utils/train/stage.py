@@ -33,7 +33,7 @@ from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.paths import find_input
 from utils.process import n_processes
 from utils.prompter import make_prompter
-from utils.train import pairs, planner, tracking
+from utils.train import defaults, pairs, planner, tracking
 from utils.train.batch_size import BatchSize, batch_lines, choose_batch, share_of_batch
 from utils.train.records import Plan, Schedule, Settings
 
@@ -105,7 +105,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     def packed(members: np.ndarray, train_on_inputs: bool) -> blocks.PackedDataset:
         if documents.pairs:
             return blocks.PairedDataset(documents, members, batch.block_len, read.end_id,
-                                        settings.settled(pairs=True).dpo_beta, settings.seed, batch.room)
+                                        defaults.fill(settings, config, pairs=True).dpo_beta, settings.seed, batch.room)
         return blocks.PackedDataset(documents, members, batch.block_len, read.end_id, train_on_inputs, settings.seed,
                                      batch.room)
 
@@ -214,8 +214,8 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     say(f"블록: {len(inputs.train_set):,}개 x {batch.block_len} 토큰(채움 {filled:.1%}). "
         "한 블록의 문서들은 서로 보지 않는다")
     say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
-        f"batch {batch.size} = micro {parts}")
-    for line in memory.lines():
+        f"batch {batch.size} = micro {parts}, 학습률 {settings.learning_rate:g}")
+    for line in [*pairs.plan_lines(settings, documents), *memory.lines()]:
         say(line)
     return Plan(schedule, memory, share // memory.micro_batch_size, n_processes())
 

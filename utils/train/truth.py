@@ -141,7 +141,8 @@ def pair_up(block: dict[str, torch.Tensor], beta: torch.Tensor) -> dict[str, tor
     if len(starts) % 2:
         labels[:, starts[-1]:] = IGNORE
     device = labels.device
-    reference = torch.linspace(0.5, -0.5, len(starts) // 2, device=device)[None]  # 값을 빠뜨리면 손실이 달라진다
+    count = len(starts) // 2 * 2
+    reference = torch.linspace(0.5, -0.5, count, device=device)[None]  # 값을 빠뜨리면 손실이 달라진다
     return {**block, "labels": labels, "reference": reference, "beta": beta[None].to(device)}
 
 
@@ -191,13 +192,13 @@ def plain_backward(model: nn.Module, block: dict[str, torch.Tensor]) -> tuple[fl
 
 
 def plain_preference(model: nn.Module, block: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """선호 쌍마다 -log sigmoid(beta ((lp_c - lp_r) - reference))의 (합, beta * 음의 로그 가능도의 합)."""
+    """선호 쌍마다 -log sigmoid(beta ((lp_c - ref_c) - (lp_r - ref_r)))의 (합, beta * 음의 로그 가능도의 합)."""
     documents = list(split_documents({name: block[name] for name in ("input_ids", "labels", "position_ids")}))
     beta, total, size = block["beta"][0], 0.0, 0.0
     with torch.enable_grad():
-        for number, reference in enumerate(block["reference"][0]):
+        for number, (ref_chosen, ref_rejected) in enumerate(block["reference"].view(-1, 2)):
             chosen, rejected = (plain_loss(model, document) for document in documents[2 * number:2 * number + 2])
-            loss = -nn.functional.logsigmoid(beta * ((rejected - chosen) - reference))
+            loss = -nn.functional.logsigmoid(beta * ((-chosen - ref_chosen) - (-rejected - ref_rejected)))
             loss.backward()
             total += float(loss.detach())
             size += float(beta * (chosen + rejected).detach())
