@@ -57,7 +57,7 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
         return attempt(settings.batch_size, whole, whole)
     earlier = run_folder.earlier_batch(settings)
     if earlier is not None:
-        return attempt(*earlier)
+        return attempt(earlier.size, earlier.block_len, earlier.room)
 
     # 차례로 줄인다: batch(16블록에서 절반씩), 블록의 길이(가장 긴 행까지), 블록에 담는 양(64토큰까지)
     unit = world * (settings.micro_batch_size or 1)  # batch의 가장 작은 단위
