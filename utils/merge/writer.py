@@ -139,6 +139,7 @@ def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:
 
 
 def _copied(entry: TensorEntry) -> Iterator[memoryview]:
+    """바이트 그대로. 값이 유한한지만 본다."""
     for chunk in shards.raw_chunks(entry):
         require_finite(chunk, entry.dtype, entry)
         yield chunk
@@ -146,7 +147,10 @@ def _copied(entry: TensorEntry) -> Iterator[memoryview]:
 
 def _merged(job: Job, entry: TensorEntry, update: lora.Update | None, dtype: str,
             quantised: dict[str, bool]) -> Iterator[memoryview]:
-    """fp32로 더하고 `dtype`으로 한 번만 반올림한다."""
+    """W + scale B A를 fp32 [행의 조각, in]로 더하고 `dtype`으로 한 번만 반올림한다.
+
+    16비트에서 더하면 갱신이 먼저 반올림되고 합이 또 반올림되어, W의 눈금보다 작은 갱신이 사라진다.
+    """
     rows = job.base_rows(entry, quantised)
     for start, stop in shards.row_spans(entry.shape):
         values = rows(start, stop)
