@@ -233,8 +233,9 @@ def _newest(folder: Path, say: Callable[[str], None]) -> Path:
                 say(f"경고: 손상된 체크포인트를 건너뛴다. {line}")
             return candidate
         reasons.append(f"{candidate}: {reason}")
-    detail = f" 손상된 것: {' / '.join(reasons)}" if reasons else ""
-    raise UsageError(f"이어 갈 온전한 체크포인트가 없다: {folder}.{detail}")
+    detail = f"손상된 것: {' / '.join(reasons)}. " if reasons else ""
+    raise UsageError(f"이어 갈 온전한 체크포인트가 없다: {folder}. {detail}--output_dir를 보거나, 처음부터 배우려면 "
+                     "--resume_from_checkpoint를 뺀다")
 
 
 def _named(folder: Path, asked: Path) -> Path:
