@@ -126,11 +126,9 @@ def lab(tmp_path_factory, tiny_neox, tiny_data):
 
     if not warm.CAN_FORK:
         pytest.skip("프로세스를 가를 수 있는 Linux에서만 고장을 일으킨다")
-    lab = faults.Lab(tmp_path_factory.mktemp("lab"), {
+    return faults.Lab(tmp_path_factory.mktemp("lab"), {
         "base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4, "num_train_epochs": 2,
         "val_set_size": 20})
-    yield lab
-    lab.stop()
 
 
 def refuse(capsys, stage, *flags: str, retired: dict | None = None) -> str:
@@ -181,6 +179,7 @@ def train_settings(**changed):
 
 
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # 파일을 놓인 차례로 나눈다. 오래 걸리는 파일이 끝에 몰리지 않는다
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다
             signal.signal(number, lambda *_: None)

@@ -187,9 +187,11 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
     whole = "\x1e".join(raw)
     answers = [answer.strip() for _, answer in pieces]
     inside = any(END_TOKEN in prompt or END_TOKEN in answer for prompt, answer in pieces)
+    # 답이 질문에 들어 있고, 템플릿의 글자를 빼면 질문에 다른 글이 없다
+    copied = any(answer in prompt and len(prompt) - len(answer) <= frame
+                 for (prompt, _), answer in zip(pieces, answers, strict=True))
     return [kind for kind, wrong in (
-        ("copied", any(answer in prompt and len(prompt) - len(answer) <= frame for (prompt, _), answer
-                       in zip(pieces, answers, strict=True))),
+        ("copied", copied),
         ("placeholder", any(map(is_placeholder, answers))),
         ("end_inside", inside),
         ("foreign_end", any(FOREIGN_END.search(answer[-20:]) for answer in answers)),

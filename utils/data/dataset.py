@@ -62,6 +62,7 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
         _fill_cache(folder, data_path, prompter, encoder, cutoff_len, cache_dir, on_row, skip_bad)
         cached = open_cache(folder)
     arrays, meta = cached
+    # 길이 [3, 2, 4] -> 자리 [0, 3, 5, 9]: 문서 i는 자리 i부터 자리 i + 1의 앞까지다
     offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])]).astype(np.int64)
     return Documents(arrays["tokens"], arrays["answer"], offsets, arrays["digests"], arrays["questions"],
                      arrays["numbers"], cutoff_len, end_id, sha256, meta["found"], meta["pairs"])

@@ -76,7 +76,8 @@ def choose_form(names: Iterable[str]) -> Form | None:
     else:
         return None
     for meaning, cousins in EXTRAS.items():
-        found = next((known[name] for name in cousins if name in known and known[name] not in columns.values()), None)
+        present = [known[name] for name in cousins if name in known]
+        found = next((name for name in present if name not in columns.values()), None)
         if found is not None and (pair or meaning == "system"):
             columns[meaning] = found
     return Form(columns)
@@ -264,8 +265,8 @@ def _is_nan(value: object) -> bool:
 
 def _closest(name: str) -> str:
     """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
-    every = {*TALKS, "text", *(each for names in (*PAIRS, *PREFERENCES, *EXTRAS.values()) for each in names)}
-    every -= {"q", "a"}
+    named = {name for names in (*PAIRS, *PREFERENCES, *EXTRAS.values()) for name in names}
+    every = {*TALKS, "text", *named} - {"q", "a"}  # 한 글자는 무엇과도 비슷하다
     spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
     found = get_close_matches(unicodedata.normalize("NFD", plain(name)), spelled, 1, _CLOSE)
     return spelled[found[0]] if found and spelled[found[0]] != plain(name) else ""

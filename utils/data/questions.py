@@ -59,8 +59,9 @@ def held_out_members(documents: Documents, percent: float, seed: int) -> np.ndar
 
 def read_question(documents: Documents, member: int) -> Question:
     """문서 하나의 질문. `blocks.with_answers`를 지난 문서여야 한다."""
-    tokens, learned = documents.document(member)
-    start = int(np.argmax(learned))
-    stops = np.flatnonzero((tokens[start:] == documents.end_id) | ~np.append(learned[start + 1 :], False))
-    end = start + int(stops[0]) + 1
+    tokens, learned = documents.document(member)  # [n] int32, [n] bool
+    start = int(np.argmax(learned))  # 배우는 첫 토큰. argmax는 첫 True의 자리다
+    is_end = tokens[start:] == documents.end_id
+    is_last = ~np.append(learned[start + 1 :], False)  # 다음 토큰을 배우지 않으면 답의 마지막이다
+    end = start + int(np.flatnonzero(is_end | is_last)[0]) + 1
     return Question(tokens[:start], tokens[start:end])

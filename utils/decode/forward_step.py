@@ -85,7 +85,8 @@ class CapturedStep:
     def read(self, questions: list[list[int]]) -> torch.Tensor:
         """질문들을 읽고 다음 토큰의 로짓 [질문의 수, vocab]을 준다. 모자라는 줄은 첫 질문으로 채운다."""
         self._count = len(questions)
-        ids, mask, positions = pad_left(questions + questions[:1] * (self.rows - len(questions)), self._device)
+        spare = self.rows - len(questions)
+        ids, mask, positions = pad_left(questions + questions[:1] * spare, self._device)
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
         self._positions.copy_(positions[:, -1:])

@@ -129,7 +129,8 @@ class FastDecode:
 
     def _lines_fit(self, questions: list[list[int]], most: int) -> bool:
         needed = max(map(len, questions)) + most + PAGE
-        return self._step.plan.can_answer_together and self._step.cache.fits(self._free_bytes()) >= len(questions) * needed
+        fits = self._step.cache.fits(self._free_bytes())
+        return self._step.plan.can_answer_together and fits >= len(questions) * needed
 
     @torch.inference_mode()
     def _answer_lines(self, questions: list[list[int]], settings: Sampling, limits: list[int], end_ids: Sequence[int],

@@ -143,8 +143,9 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
     needed = {name for sources in source.disk.built.values() for name in sources}
     if not needed:
         return {}
-    state = {name: read_whole(entry).to(source.dtype).float() if name in needed else torch.zeros(()).expand(entry.shape)
-             for name, entry in source.folder.tensors.items() if name in source.disk.used}
+    used = {name: entry for name, entry in source.folder.tensors.items() if name in source.disk.used}
+    state = {name: torch.zeros(()).expand(entry.shape) for name, entry in used.items()}  # 값 하나를 되풀이해 가리킨다
+    state |= {name: read_whole(used[name]).to(source.dtype).float() for name in needed}
     loaded = diskmap.load_labelled(source.folder.path, state, "cpu").state_dict()
     return {name: nf4.round_trip(loaded[name], source.dtype).float() if name in source.rounded else loaded[name]
             for name in source.disk.built}

@@ -69,9 +69,11 @@ def parse_size(text: str) -> int:
         UsageError: 크기로 읽을 수 없거나 1바이트보다 작다.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    size = 0 if unit is None else float(match[1]) * unit
+    if size < 1:
         raise UsageError(f"max_shard_size를 읽을 수 없다: '{text}'. 1GB나 500MB처럼 적는다")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(size)
 
 
 def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
@@ -228,7 +230,8 @@ def render(job: Job, output: Path) -> str:
     """합친 폴더의 모델 카드(README.md)."""
     targets = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in job.updates})
     base = str(job.config.get("base_model_name_or_path") or job.base.path.name).replace("\\", "/").rstrip("/")
-    name = output.name
-    return _CARD.format(base=base.rsplit("/", 1)[-1] if Path(base).exists() else base, name=name,
+    if Path(base).exists():  # 이 컴퓨터의 폴더면 다른 사람에게 뜻이 없는 앞의 경로를 뺀다. hub id면 그대로 둔다
+        base = base.rsplit("/", 1)[-1]
+    return _CARD.format(base=base, name=output.name,
                         kind=job.base.config["model_type"], rank=job.config["r"], alpha=job.config["lora_alpha"],
                         targets=", ".join(targets), onto=_ONTO[job.onto])

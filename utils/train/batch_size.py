@@ -59,7 +59,8 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
     if earlier is not None:
         return attempt(*earlier)
 
-    unit = world * (settings.micro_batch_size or 1)
+    # 차례로 줄인다: batch(16블록에서 절반씩), 블록의 길이(가장 긴 행까지), 블록에 담는 양(64토큰까지)
+    unit = world * (settings.micro_batch_size or 1)  # batch의 가장 작은 단위
     times = max(1, DEFAULT_BATCH // unit)
     chosen = attempt(unit * times, whole, whole)
     while chosen.steps < ENOUGH_STEPS and times > 1:

@@ -113,4 +113,5 @@ def count_documents(dataset) -> int:
         return 1
     if hasattr(dataset, "max_documents"):
         return dataset.max_documents
-    return max(int((dataset[index]["position_ids"] == 0).sum()) for index in range(len(dataset)))
+    positions = (dataset[index]["position_ids"] for index in range(len(dataset)))
+    return max(int((each == 0).sum()) for each in positions)  # 문서마다 0이 하나 있다

@@ -126,8 +126,10 @@ def is_nearer(measured: Measured, truth: Truth, exact: Truth) -> bool:
 
 def overall(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """gradient를 모두 이은 벡터의 차이의 비율."""
-    apart = math.sqrt(sum(float((ours[name] - value).norm()) ** 2 for name, value in theirs.items()))
-    return apart / max(math.sqrt(sum(float(value.norm()) ** 2 for value in theirs.values())), 1e-12)
+    # 이은 벡터의 크기 |v|^2은 조각마다의 |v_i|^2의 합이다
+    apart = sum(float((ours[name] - value).norm()) ** 2 for name, value in theirs.items())
+    size = sum(float(value.norm()) ** 2 for value in theirs.values())
+    return math.sqrt(apart) / max(math.sqrt(size), 1e-12)
 
 
 def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) -> Measured:
@@ -177,11 +179,13 @@ def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int,
     for variant in (tokens, other_first, other_own):
         batch = {"input_ids": variant, "labels": labels, "position_ids": positions, **extra}
         losses.append(float(step.evaluate({name: value.to(device) for name, value in batch.items()})))
+    plain, first_changed, own_changed = losses
     # 가려진 글은 0을 더할 뿐이므로 같은 모양의 계산은 거의 비트까지 같다
-    if abs(losses[1] - losses[0]) > SAME_LOSS * abs(losses[0]) or losses[2] == losses[0]:
+    leaks = abs(first_changed - plain) > SAME_LOSS * abs(plain)
+    if leaks or own_changed == plain:
         raise UsageError(f"이 모델({step.path})은 한 블록에 든 문서들을 떼어 놓지 못해 묶어서 학습할 수 없다: "
-                         f"앞 문서를 바꾸자 손실이 {losses[0]:.4f}에서 {losses[1]:.4f}로, 제 첫 토큰을 바꾸자 "
-                         f"{losses[2]:.4f}로 바뀌었다")
+                         f"앞 문서를 바꾸자 손실이 {plain:.4f}에서 {first_changed:.4f}로, 제 첫 토큰을 바꾸자 "
+                         f"{own_changed:.4f}로 바뀌었다")
 
 
 def forget_comparison(device: torch.device) -> None:
@@ -199,7 +203,8 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     """(가장 많이 다른 tensor의 차이의 비율, 그 이름). 아주 작은 gradient는 가장 큰 것의 1%를 기준으로 잰다."""
     norms = {name: float(value.norm()) for name, value in theirs.items()}
     floor = max(norms.values(), default=0.0) / 100 or 1e-12
-    apart = {name: float((ours[name] - value).norm()) / max(norms[name], floor) for name, value in theirs.items()}
+    gaps = {name: float((ours[name] - value).norm()) for name, value in theirs.items()}
+    apart = {name: gap / max(norms[name], floor) for name, gap in gaps.items()}
     # NaN은 무엇과 비교해도 거짓이라 max가 지나칠 수 있다. 가장 나쁜 것으로 친다
     name = max(apart, key=lambda key: math.inf if math.isnan(apart[key]) else apart[key])
     return apart[name], name

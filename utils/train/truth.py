@@ -155,9 +155,11 @@ def split_documents(block: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.
 
 def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
     """마지막 토큰을 바꾸어도 앞의 logits가 그대로인지 본다. 뒤의 글을 보는 모델(BERT)은 답을 베끼게 된다."""
+    rows = model.get_input_embeddings().weight.shape[0]
     other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
-    ours, theirs = (model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (ids, other))
+    other[0, -1] = (other[0, -1] + 1) % rows
+    logits = [model(input_ids=each, use_cache=False).logits for each in (ids, other)]  # [1, tokens, vocab]
+    ours, theirs = (each[0, :-1].float() for each in logits)
     if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
         raise UsageError("이 모델은 뒤의 글을 보고 앞을 맞힌다. 글을 잇는 모델(causal LM)이 아니라 학습하지 않는다")
 

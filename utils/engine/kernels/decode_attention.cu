@@ -255,6 +255,10 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     }
     __syncthreads();
 
+    auto give = [&](int head, int d, float value_) {
+        u16* target = out + (gridDim.z > 1 ? line_place(head * HEAD_DIM + d) : head * HEAD_DIM + d);
+        store_split<ACT_BF16>(target, target + QDIM, value_ * IN_SCALE);
+    };
 // 워프들을 합친다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int h = 0; h < Q; h++) {
         float top = -1e30f, whole = 0.f, shrink[WARPS_HERE];
@@ -263,13 +267,12 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         #pragma unroll
         for (int w = 0; w < WARPS_HERE; w++)
             shrink[w] = expf(peaks[w][h].x - top), whole += peaks[w][h].y * shrink[w];
-        u16* target = out + (first_head + h) * HEAD_DIM;
         float* mine = partial + ((size_t)(first_head + h) * splits + blockIdx.y) * (HEAD_DIM + 2);
         for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
             float merged = 0.f;
             #pragma unroll
             for (int w = 0; w < WARPS_HERE; w++) merged += sums[w][h][d] * shrink[w];
-            if (active == 1) store_split<ACT_BF16>(target + d, target + QDIM + d, merged / whole * IN_SCALE);
+            if (active == 1) give(first_head + h, d, merged / whole);
             else mine[d] = merged;
         }
         if (active > 1 && tid == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = whole;
@@ -284,7 +287,6 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __threadfence();
     if (tid == 0) done[blockIdx.x] = 0;
     for (int h = 0; h < Q; h++) {
-        u16* target = out + (first_head + h) * HEAD_DIM;
         const float* all = partial + (size_t)(first_head + h) * splits * (HEAD_DIM + 2);
         float top = -1e30f, whole = 0.f;
         for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
@@ -298,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
                 const float* one = all + s * (HEAD_DIM + 2);
                 merged += __ldcg(one + d) * expf(__ldcg(one + HEAD_DIM) - top);
             }
-            store_split<ACT_BF16>(target + d, target + QDIM + d, merged / whole * IN_SCALE);
+            give(first_head + h, d, merged / whole);
         }
     }
 }
