@@ -69,7 +69,7 @@ def train(
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
         learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot(GPT-NeoX)은 1e-3, 다른 모델은 재어 고른 5e-4다.
         dpo_beta: 선호 쌍(prompt, chosen, rejected의 열)을 배울 때 기반 모델에서 멀어지는 것을 얼마나 막을지(DPO의
-            beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 1e-4다.
+            beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 1e-5다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답의 시험(KoBEST SentiNeg)을

@@ -157,6 +157,11 @@ def test_the_data_check_knows_pairs(load, tiny_neox):
     assert "고른 답" in lines[0] and any("버린 답" in line for line in lines) and "⟦ 0입니다." in "".join(lines)
 
 
+def test_a_file_of_equal_answers_has_nothing_to_learn(load):
+    with pytest.raises(UsageError, match="고른 답과 버린 답이 같아"):
+        load([{**row, "rejected": row["chosen"]} for row in PAIRS[:3]])
+
+
 def test_repair_keeps_usable_pairs(tmp_path):
     rows = [PAIRS[1], {**PAIRS[2], "chosen": "\ufeff" + PAIRS[2]["chosen"] + "</s>"}, PAIRS[1],
             {**PAIRS[3], "rejected": ""}, {**PAIRS[4], "rejected": PAIRS[4]["chosen"]}]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_script, train_settings
+from made_pairs import BETA, BLOCK, make_blocks, make_pairs
 from tiny import build_tokenizer, lora_neox
 from torch.nn import functional as F
 
@@ -32,28 +33,6 @@ from utils.train.step import open_step
 from utils.train.weights import ReplicatedWeights
 
 CPU = torch.device("cpu")
-BLOCK, BETA = 48, 0.3
-
-
-def make_pairs(n: int = 8, seed: int = 0) -> Documents:
-    """질문을 함께 쓰는 두 문서 n쌍. 문서의 길이는 제각각이다."""
-    generator = np.random.default_rng(seed)
-    tokens, answer, lengths = [], [], []
-    for _ in range(n):
-        prompt = generator.integers(3, 300, generator.integers(2, 6))
-        for _ in range(2):
-            said = generator.integers(3, 300, generator.integers(2, 9))
-            tokens += [*prompt, *said, 2]
-            answer += [0] * len(prompt) + [1] * (len(said) + 1)
-            lengths.append(len(prompt) + len(said) + 1)
-    rows = np.repeat(np.arange(n), 2)
-    return Documents(np.asarray(tokens, np.int32), np.asarray(answer, np.int8), np.cumsum([0, *lengths]),
-                     rows.astype(np.uint64), rows.astype(np.uint64), rows + 1, BLOCK, 2, pairs=True)
-
-
-def make_blocks(n: int = 8, seed: int = 0) -> PairedDataset:
-    documents = make_pairs(n, seed)
-    return PairedDataset(documents, np.arange(2 * n), BLOCK, 2, BETA, seed=1)
 
 
 def log_likelihood(model, documents: Documents, index: int) -> torch.Tensor:
@@ -277,15 +256,19 @@ def test_the_verdict_speaks_of_held_out_rewards(monkeypatch, tmp_path):
     before = {"eval_loss": 0.6931, "eval_reward_margin": 0.0, "eval_reward_accuracy": 0.5, "eval_chosen_reward": 0.0,
               "eval_chosen_likelier": 0.25}
 
-    def judge(after: float):
+    def judge(after: float, chosen: float = 0.1):
         row = {"step": 4, "eval_loss": after, "eval_reward_margin": 1.5, "eval_reward_accuracy": 0.875,
-               "eval_chosen_likelier": 0.75}
+               "eval_chosen_reward": chosen, "eval_chosen_likelier": 0.75}
         state = TrainState(8, 8, best_metric=after, best_global_step=4, log_history=[row])
         result = Result(None, state, "", 0.6931, after, 1.0, False, True, started=before)
         plan = Plan(Schedule(60, 3, 6), MemoryPlan(1), 1, 1)
-        return verdict.judge(train_settings(output_dir=str(tmp_path)), plan, result)
+        settings = train_settings(output_dir=str(tmp_path), learning_rate=3e-5, dpo_beta=0.1)
+        return verdict.judge(settings, plan, result)
 
     for found in (judge(0.4), judge(0.69)):
         assert "50.0% -> 87.5%" in found.lines[0] and "0.000 -> 1.500" in found.lines[0]
         assert "25.0% -> 75.0%" in found.lines[0]
-    assert judge(0.4).learned and not judge(0.69).learned
+    assert judge(0.4).learned and len(judge(0.4).lines) == 1
+    assert not judge(0.69).learned and "--learning_rate 9e-05" in judge(0.69).lines[-1]
+    broken = judge(0.2, chosen=-0.5)
+    assert "고른 답의 보상도 내려갔다(-0.500)" in broken.lines[1] and "--learning_rate 1e-05" in broken.lines[-1]

@@ -14,17 +14,18 @@ class PairCheck:
     """선호 쌍을 하나씩 본다.
 
     Attributes:
-        count: 지금까지 본 쌍의 수.
+        count, n_same: 지금까지 본 쌍의 수와, 그 가운데 두 답이 같은 것의 수.
     """
 
     def __init__(self):
-        self.count = 0
+        self.count = self.n_same = 0
         self._characters = np.zeros(2)  # 고른 답과 버린 답의 글자의 수
         self._seen: set[int] = set()
 
     def look(self, pair: Pair) -> list[str]:
         """쌍 하나에서 보이는 잘못의 종류."""
         self.count += 1
+        self.n_same += pair.is_same
         self._characters += len(pair.better[-1].text), len(pair.worse[-1].text)
         swapped = hash((tuple(pair.rejected), tuple(pair.chosen))) in self._seen
         self._seen.add(hash((tuple(pair.chosen), tuple(pair.rejected))))
