@@ -26,7 +26,8 @@ def train(
     num_train_epochs: float = 5,
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
+    dpo_beta: float | None = None,
     cutoff_len: int = 1024,
     val_set_size: float = 5,
     train_on_inputs: bool = True,
@@ -41,6 +42,7 @@ def train(
     # 템플릿, 메모리, 재개
     prompt_template: str = "default",
     vram_gb: float | None = None,
+    deterministic: bool = False,
     resume_from_checkpoint: bool | str | None = None,
     check_data: bool = False,
     repair_data: str | None = None,
@@ -65,7 +67,9 @@ def train(
         batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다. 적지 않으면 16이고, 데이터가
             적어 50 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
-        learning_rate: 가장 높을 때의 학습률.
+        learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot(GPT-NeoX)은 1e-3, 다른 모델은 재어 고른 5e-4다.
+        dpo_beta: 선호 쌍(prompt, chosen, rejected의 열)을 배울 때 기반 모델에서 멀어지는 것을 얼마나 막을지(DPO의
+            beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 1e-5다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답의 시험(KoBEST SentiNeg)을
@@ -77,10 +81,12 @@ def train(
         lora_r: LoRA의 rank.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.
-        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. auto면 attention 층을, all이면
-            모든 선형층을 고른다.
+        lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. attention과 all은 그
+            층들 모두이고, auto는 구조에 맞게 둘 가운데 하나를 고른다.
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
+        deterministic: True면 512토큰이 넘는 문서가 있어도 GPU에서 두 번 배운 결과가 비트까지 같다. 1,024토큰 문서뿐이면
+            1.3b가 30% 느려진다. 문서가 모두 512토큰 이하면 적지 않아도 같다.
         resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.
         check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리와, 시작하면 무엇을 할지의 계획을 보인다.
         repair_data: 데이터를 검사하고, 고친 데이터를 쓸 .jsonl 파일. 입력 파일은 그대로 둔다.
@@ -100,7 +106,7 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils.train import stage
+    from utils.train import defaults, stage
     from utils.train.records import Settings
 
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
@@ -114,6 +120,7 @@ def train(
     from utils.train.fit import fit
 
     inputs = stage.prepare(settings, console.say)
+    settings = defaults.fill(settings, inputs.config, inputs.documents.pairs)
     plan = stage.plan(settings, inputs, console.say)
     with run_folder.open_run(settings, inputs, console.say) as run:
         planner.cap_allocator(plan.memory, inputs.device.device, vram_gb)
@@ -127,10 +134,11 @@ def train(
 def say_plan(settings) -> None:
     """이대로 시작하면 무엇을 할지 말한다. 시작할 수 없으면 그 이유다."""
     from utils.errors import UsageError
-    from utils.train import stage
+    from utils.train import defaults, stage
 
     try:
-        stage.plan(settings, stage.prepare(settings, lambda line: None), console.say)
+        inputs = stage.prepare(settings, lambda line: None)
+        stage.plan(defaults.fill(settings, inputs.config, inputs.documents.pairs), inputs, console.say)
     except UsageError as error:
         console.say(f"계획: 이대로는 시작할 수 없다. {error}")
 
@@ -149,7 +157,9 @@ def check_flags(flags: dict) -> None:
              f"micro_batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {micro}"),
             (None in (batch, micro) or micro < 1 or batch < 1 or batch % micro == 0,
              f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
-            (flags["learning_rate"] > 0, f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
+            (flags["learning_rate"] is None or flags["learning_rate"] > 0,
+             f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
+            (flags["dpo_beta"] is None or flags["dpo_beta"] > 0, f"dpo_beta는 0보다 커야 한다: {flags['dpo_beta']}"),
             (8 <= flags["cutoff_len"] <= 1 << 17, f"cutoff_len은 8 이상이어야 한다: {flags['cutoff_len']}"),
             (0 <= flags["val_set_size"] < 100, f"val_set_size는 0 이상 100 미만의 퍼센트다: {flags['val_set_size']}"),
             (flags["lora_r"] >= 1, f"lora_r은 1 이상이어야 한다: {flags['lora_r']}"),

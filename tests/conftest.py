@@ -1,5 +1,6 @@
 """테스트가 함께 쓰는 fixture와 실행하는 법: 작은 모델의 폴더, 끝까지 학습한 작은 실행, 열린 페이지, 고장의 실험실."""
 
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # 일꾼마다 코어 하나. 서로의 스레드를 기다리지 않는다
 
 import pytest
+import warm
 from tiny import build_neox
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,15 +44,26 @@ def load_answerer(source, *options):
     return load_answerers([source], *options)[0]
 
 
-def run_script(name: str, *flags: str, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
-    """스크립트를 새 프로세스로 실행한다. 출력은 UTF-8로 읽는다."""
+def run_script(name: str, *flags: str, cwd: Path = ROOT, env: dict | None = None,
+               cold: bool = False) -> subprocess.CompletedProcess:
+    """스크립트를 제 프로세스에서 실행한다. 출력은 UTF-8로 읽는다.
+
+    Args:
+        env: 더할 환경 변수.
+        cold: 라이브러리를 읽어 둔 프로세스(`warm`)에서 가르지 않고 새로 시작한다. 라이브러리가 읽을 때 보는 환경 변수를
+            바꾸거나, 시작하는 것을 볼 때 쓴다.
+    """
+    if warm.CAN_FORK and not cold:
+        done = warm.shared().run(ROOT / name, *flags, cwd=cwd, env=env or {})
+        return subprocess.CompletedProcess([name, *flags], done.codes[0], done.stdout, done.stderr)
     return subprocess.run([sys.executable, str(ROOT / name), *flags], cwd=cwd, capture_output=True, encoding="utf-8",
                           env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}, timeout=600)
 
 
 @pytest.fixture(scope="session")
 def tiny_neox(tmp_path_factory) -> Path:
-    return build_neox(tmp_path_factory.mktemp("models") / "tiny-neox")
+    """문맥이 짧아, 멈출 줄 모르는 무작위 답도 곧 끝난다."""
+    return build_neox(tmp_path_factory.mktemp("models") / "tiny-neox", context=128)
 
 
 @pytest.fixture(scope="session")
@@ -111,13 +124,11 @@ def lab(tmp_path_factory, tiny_neox, tiny_data):
     """40개의 행을 한 epoch에 9 step씩 배우는 실험실."""
     import faults
 
-    if not faults.CAN_FORK:
+    if not warm.CAN_FORK:
         pytest.skip("프로세스를 가를 수 있는 Linux에서만 고장을 일으킨다")
-    lab = faults.Lab(tmp_path_factory.mktemp("lab"), {
+    return faults.Lab(tmp_path_factory.mktemp("lab"), {
         "base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4, "num_train_epochs": 2,
         "val_set_size": 20})
-    yield lab.start()
-    lab.stop()
 
 
 def refuse(capsys, stage, *flags: str, retired: dict | None = None) -> str:
@@ -163,16 +174,24 @@ def train_settings(**changed):
     from utils.train.records import Settings
 
     defaults = inspect.signature(load_script("finetune-lora.py").train).parameters
-    return Settings(**{name: parameter.default for name, parameter in defaults.items()} | changed)
+    given = {name: parameter.default for name, parameter in defaults.items()} | {"learning_rate": 1e-3}
+    return Settings(**given | changed)
 
 
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # 파일을 놓인 차례로 나눈다. 오래 걸리는 파일이 끝에 몰리지 않는다
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다
             signal.signal(number, lambda *_: None)
     config.addinivalue_line("markers", "quick: 모델을 학습하지 않는 가벼운 테스트")
     config.addinivalue_line("markers", "gpu: CUDA GPU가 있어야 도는 테스트")
     config.addinivalue_line("markers", "slow: 오래 걸려 `-m slow`로 청할 때만 도는 테스트")
+
+
+def pytest_collection_finish():
+    """지금까지 읽은 모듈은 끝까지 쓴다. 쓰레기 수집이 그것을 되풀이해 훑지 않게 한다."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

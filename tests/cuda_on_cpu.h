@@ -14,7 +14,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 typedef unsigned long long u64;
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct Dim { u32 x, y, z; };
@@ -29,7 +29,8 @@ struct Dim { u32 x, y, z; };
 
 enum State { RUNNING, AT_BARRIER, DONE };
 struct Fiber { void* stack_pointer; State state; u32 id; };
-struct Warp { u64 slot[32]; u32 a[32][4], b[32][2]; int arrived = 0, live = 0; u32 generation = 0; };
+// 주고받는 자리가 둘이라 한 번만 기다린다: 다음 교환은 다른 자리에 적고, 그다음 교환은 모두가 읽은 뒤에야 시작한다.
+struct Warp { u64 slot[2][32]; float a[2][16][16], b[2][8][16]; int arrived = 0, live = 0; u32 generation = 0; };
 struct Block {
     Dim index, size, grid;
     std::vector<Fiber> fibers;
@@ -178,12 +179,11 @@ template <class... A> static void launch(void (*kernel)(A...), const u32* sizes,
 
 template <class T> static T exchange(T value, int source) {
     Warp& own = warp();
-    u64 bits = 0;
+    u64 bits = 0, *slot = own.slot[own.generation % 2];
     memcpy(&bits, &value, sizeof(T));
-    own.slot[fiber->id % 32] = bits;
+    slot[fiber->id % 32] = bits;
     sync_warp();
-    bits = own.slot[source];
-    sync_warp();
+    bits = slot[source];
     memcpy(&value, &bits, sizeof(T));
     return value;
 }
@@ -216,6 +216,7 @@ static void let_next_kernel_start() {}
 static void __syncwarp() { sync_warp(); }
 static void prefetch(const void*) {}
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }
+static uint2 load_weight8(const void* at) { return *(const uint2*)at; }
 template <bool BF> static u16 narrow(float value) {
     u16 bits;
     if (BF) {
@@ -232,6 +233,11 @@ template <bool BF> static float widen(u16 bits) {
     memcpy(&half, &bits, 2);
     return half;
 }
+template <bool BF> static void split_pair(float first, float second, u32& high, u32& low) {
+    u16 top[2] = {narrow<BF>(first), narrow<BF>(second)};
+    high = top[0] | (u32)top[1] << 16;
+    low = narrow<BF>(first - widen<BF>(top[0])) | (u32)narrow<BF>(second - widen<BF>(top[1])) << 16;
+}
 static uint2 int8_to_fp16(u32 word) {
     u16 half[4];
     for (int i = 0; i < 4; i++) half[i] = narrow<false>((float)(signed char)(word >> i * 8));
@@ -241,19 +247,19 @@ static uint2 int8_to_fp16(u32 word) {
 template <bool BF> static void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     Warp& own = warp();
     int lane = fiber->id % 32;
-    u32 a[4] = {a0, a1, a2, a3};
-    memcpy(own.a[lane], a, 16);
-    own.b[lane][0] = b0, own.b[lane][1] = b1;
+    auto& left = own.a[own.generation % 2];   // [16 행, 16 k]
+    auto& right = own.b[own.generation % 2];  // [8 열, 16 k]
+    u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    for (int half = 0; half < 2; half++) {
+        int k = lane % 4 * 2 + half;
+        for (int i = 0; i < 4; i++) left[lane / 4 + i % 2 * 8][k + i / 2 * 8] = widen<BF>(a[i] >> half * 16);
+        for (int i = 0; i < 2; i++) right[lane / 4][k + i * 8] = widen<BF>(b[i] >> half * 16);
+    }
     sync_warp();
     for (int i = 0; i < 4; i++) {
         int row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0.f;
-        for (int k = 0; k < 16; k++) {
-            u32 left = own.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-            u32 right = own.b[column * 4 + k % 8 / 2][k / 8];
-            sum += widen<BF>(left >> k % 2 * 16) * widen<BF>(right >> k % 2 * 16);
-        }
+        for (int k = 0; k < 16; k++) sum += left[row][k] * right[column][k];
         c[i] += sum;
     }
-    sync_warp();
 }

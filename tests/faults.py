@@ -1,4 +1,4 @@
-"""고장을 일으키며 학습하는 도구. 라이브러리를 한 번만 읽고, 시도마다 프로세스를 갈라(fork) 실제 스크립트를 돌린다.
+"""고장을 일으키며 학습하는 도구. 시도마다 갈라진 프로세스(`warm`)에 고장을 걸고 실제 스크립트를 돌린다.
 
 일으키는 고장: n번째 쓰기에서 디스크가 참(full), n번째 쓰기나 이름 바꾸기에서 SIGKILL(kill), 정한 step의 신호(signals),
 정한 micro-step에서 메모리 부족(oom), 정한 시간 뒤 SIGKILL(seconds).
@@ -7,17 +7,14 @@
 import ctypes
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from warm import shared
 
 HERE = Path(__file__).resolve().parent
 MODES = {"count": 0, "full": 1, "kill": 2}
-CAN_FORK = hasattr(os, "fork") and sys.platform == "linux"
 
 
 @dataclass
@@ -35,45 +32,38 @@ class Outcome:
         return lines[-1] if lines else ""
 
 
-@dataclass
 class Lab:
-    """갈라 쓸 프로세스를 띄워 두고 시도를 하나씩 맡긴다."""
+    """고장을 걸며 학습하는 실험실.
 
-    folder: Path
-    base_flags: dict
-    process: subprocess.Popen | None = field(default=None)
+    Args:
+        folder: 쓴 횟수를 적을 폴더.
+        base_flags: 시도마다 줄 플래그.
+    """
 
-    def start(self) -> "Lab":
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
-        shim = self.folder / "faults.so"
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler:
-            subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(shim), str(HERE / "faults.c"), "-ldl"],
-                           check=True)
-            env["LD_PRELOAD"] = str(shim)
-        self.can_count = compiler is not None
-        self.process = subprocess.Popen([sys.executable, str(HERE / "faults.py")], stdin=subprocess.PIPE, env=env,
-                                        stdout=subprocess.PIPE, encoding="utf-8")
-        return self
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+    def __init__(self, folder: Path, base_flags: dict):
+        self.base_flags, self.counted, self.warm = base_flags, folder / "writes", shared()
+        self.can_count = self.warm.can_count
 
     def train(self, output: Path, *, fault: tuple[str, int] | None = None, signals: list | None = None,
-              oom: int | None = None, seconds: float | None = None, answers: bool = False, **flags) -> Outcome:
+              oom: int | None = None, seconds: float = 1200, answers: bool = False, memory: bool = False,
+              world: int = 1, through: tuple[Path, ...] = (), **flags) -> Outcome:
         """`output`에 학습한다. 플래그의 값이 None이면 그 플래그를 뺀다.
 
         Args:
             answers: 예시 답과 곡선까지 쓴다. 오래 걸리므로 보통은 어댑터까지만 쓴다.
+            memory: 진행을 알리는 줄마다 쓰는 RAM(바이트)을 `[RAM]`으로 적는다.
+            world: 함께 배우는 프로세스의 수. 신호는 마지막 프로세스에만 보낸다.
+            through: 학습 스크립트를 대신 시작해 줄 스크립트와 그 인자.
         """
         merged = {**self.base_flags, **flags, "output_dir": str(output)}
-        argv = [word for name, value in merged.items() if value is not None for word in (f"--{name}", str(value))]
-        trial = {"argv": argv, "fault": fault, "signals": signals or [], "oom": oom, "seconds": seconds,
-                 "answers": answers, "folder": str(output), "log": str(self.folder / "trial.log")}
-        self.process.stdin.write(json.dumps(trial) + "\n")
-        self.process.stdin.flush()
-        return Outcome(**json.loads(self.process.stdout.readline()))
+        words = [word for name, value in merged.items() if value is not None for word in (f"--{name}", str(value))]
+        script, *rest = (*through, HERE.parent / "finetune-lora.py")
+        faults = {"fault": fault, "signals": signals or [], "oom": oom, "answers": answers, "memory": memory,
+                  "folder": str(output), "counted": str(self.counted)}
+        self.counted.write_text("-1", encoding="utf-8")
+        done = self.warm.run(script, *map(str, rest), *words, world=world, faults=faults, seconds=seconds)
+        code = next((code for code in done.codes if code), 0)
+        return Outcome(code, done.stdout + done.stderr, int(self.counted.read_text(encoding="utf-8")), done.seconds)
 
     def resume(self, output: Path, **options) -> Outcome:
         return self.train(output, resume_from_checkpoint="True", **options)
@@ -104,110 +94,72 @@ def same(left, right) -> bool:
     return left == right
 
 
-def serve() -> None:
-    """표준 입력의 시도마다 프로세스를 갈라 실행하고 결과를 표준 출력에 적는다."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    import bitsandbytes  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
+def arm(faults: dict, rank: int, world: int) -> None:
+    """갈라진 프로세스에 고장을 건다. 스크립트를 부르기 전이다."""
+    if world == 1:
+        follow_lines(faults["signals"], faults["memory"])
+    elif rank == world - 1:
+        follow_steps(faults["signals"])
+    if not faults["answers"]:
+        from utils.train import results
 
-    from utils.train import (  # noqa: F401
-        fit,
-        progress,
-        results,
-        stage,
-    )
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        trial = json.loads(line)
-        began = time.perf_counter()
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            run_trial(trial, writer)
-        os.close(writer)
-        code = wait(child, trial["seconds"])
-        with os.fdopen(reader, "rb") as stream:
-            writes = int(stream.read() or b"-1")
-        text = Path(trial["log"]).read_text(encoding="utf-8", errors="replace")
-        seconds = time.perf_counter() - began
-        answers.write(json.dumps({"code": code, "text": text, "writes": writes, "seconds": seconds}) + "\n")
-        answers.flush()
+        results.write = lambda *everything: None
+    if faults["oom"] is not None:
+        run_out_of_memory(faults["oom"])
+    shim = ctypes.CDLL(None)
+    if hasattr(shim, "fault_arm"):
+        mode, at = faults["fault"] or ("count", -1)
+        shim.fault_arm(faults["folder"].encode(), MODES[mode], ctypes.c_long(at))
 
 
-def wait(child: int, seconds: float | None) -> int:
-    deadline = time.perf_counter() + (seconds if seconds is not None else 1200)
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.perf_counter() > deadline:
-            os.kill(child, signal.SIGKILL)
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        time.sleep(0.005)
+def disarm(faults: dict) -> None:
+    """쓴 횟수를 적는다."""
+    shim = ctypes.CDLL(None)
+    if hasattr(shim, "fault_count"):
+        Path(faults["counted"]).write_text(str(shim.fault_count()), encoding="utf-8")
 
 
-def run_trial(trial: dict, writer: int) -> None:
-    """갈라진 프로세스: 고장을 걸고 스크립트의 단계를 부른 뒤 끝난다."""
-    log = os.open(trial["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code, shim = 1, ctypes.CDLL(None)
-    try:
-        from conftest import load_script
-
-        from utils import cli, console
-
-        script = load_script("finetune-lora.py")
-        sys.argv = ["finetune-lora.py", *trial["argv"]]
-        raise_signals(console, trial["signals"])
-        if not trial["answers"]:
-            from utils.train import results
-
-            results.write = lambda *everything: None
-        if trial["oom"] is not None:
-            run_out_of_memory(trial["oom"])
-        if hasattr(shim, "fault_arm"):
-            mode, at = trial["fault"] or ("count", -1)
-            shim.fault_arm(trial["folder"].encode(), MODES[mode], ctypes.c_long(at))
-        cli.run(script.train, script.RETIRED)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(writer, str(shim.fault_count() if hasattr(shim, "fault_count") else -1).encode())
-        os._exit(code)
-
-
-def raise_signals(console, signals: list) -> None:
-    """진행을 알리는 줄에 정한 step이 나오면 자신에게 신호를 보낸다. [step, 신호의 이름, ...] RAM도 함께 적는다.
+def follow_lines(signals: list, memory: bool) -> None:
+    """진행을 알리는 줄에 정한 step이 나오면 자신에게 신호를 보낸다. [step, 신호의 이름, ...]
 
     step은 그 줄이 시작하는 글이어도 된다.
     """
     import psutil
 
-    say, memory = console.say, psutil.Process().memory_info
+    from utils import console
 
-    def heard(text: str = "") -> None:
+    say, process = console.say, psutil.Process()
+
+    def say_and_send(text: str = "") -> None:
         say(text)
-        if "/" in text.strip().split(" ")[0]:
-            say(f"[RAM] {memory().rss}")
+        if memory and "/" in text.strip().split(" ")[0]:
+            say(f"[RAM] {process.memory_info().rss}")
         for step, *names in signals:
             if text.strip().startswith(f"{step}/" if isinstance(step, int) else step):
-                for name in names:
-                    os.kill(os.getpid(), getattr(signal, name))
+                send(names)
 
-    console.say = heard
+    console.say = say_and_send
+
+
+def follow_steps(signals: list) -> None:
+    """말하지 않는 프로세스에서 같은 일을 한다: 정한 step의 줄을 적을 때 자신에게 신호를 보낸다."""
+    from utils.train.loop import Loop
+
+    log = Loop.log
+
+    def log_and_send(self, row: dict[str, float]) -> None:
+        log(self, row)
+        for step, *names in signals:
+            if "loss" in row and self.state.global_step == step:
+                send(names)
+
+    Loop.log = log_and_send
+
+
+def send(names: list[str]) -> None:
+    """이름으로 적은 신호들을 자신에게 보낸다."""
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
 
 
 def run_out_of_memory(at: int) -> None:
@@ -225,7 +177,3 @@ def run_out_of_memory(at: int) -> None:
         return train(self, batch)
 
     CapturedStep.train = short_of_memory
-
-
-if __name__ == "__main__":
-    serve()

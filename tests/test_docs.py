@@ -157,7 +157,7 @@ def test_readme_names_every_top_level_file():
 @pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
 @pytest.mark.parametrize("script", STAGES)
 def test_help_and_a_typo_import_nothing_heavy(script, flag):
-    done = run_script(script, flag, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    done = run_script(script, flag, env={"PYTHONPROFILEIMPORTTIME": "1"}, cold=True)
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "fire" in imported
     assert not imported & {"torch", "transformers", "peft", "datasets", "gradio", "numpy", "matplotlib"}

@@ -59,7 +59,8 @@ def test_failure_is_one_line_and_leaves_the_old_file(tmp_path, source, named):
     output.write_text("옛 파일", encoding="utf-8")
     before = sorted(file.name for file in tmp_path.iterdir())
     named_source = () if source is None else ("--source", source if "/" in source else str(tmp_path / source))
-    done = run_script(SCRIPT, *named_source, "--output", str(output), env={"HF_HOME": str(tmp_path.parent / "hf")})
+    done = run_script(SCRIPT, *named_source, "--output", str(output), cold=True,
+                      env={"HF_HOME": str(tmp_path.parent / "hf")})
     assert done.returncode == 2
     assert done.stderr.startswith("오류: ") and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == before

@@ -22,7 +22,7 @@ from utils.model.adapter import read_adapter_config
 from utils.talk.source import find_source
 
 NAME = "someone/no-such-thing"
-# 한 프로세스에서 모든 길을 지나며 거절의 말을 모은다. 무엇을 받지 못했는지는 길마다 다르다.
+# 한 프로세스에서 이름마다 모든 길을 지나며 거절의 말을 모은다. 무엇을 받지 못했는지는 길마다 다르다.
 ROADS = """
 import json, sys
 from pathlib import Path
@@ -33,33 +33,43 @@ from utils.merge import job
 from utils.model import loader, tokenizer
 from utils.talk import source
 console.hush_libraries()
-name, adapter, with_data = sys.argv[1], sys.argv[2], sys.argv[3] == "data"
+adapters, with_data = json.loads(sys.argv[1]), sys.argv[2] == "data"
 cpu = loader.choose_device()
 roads = {
-    "config": lambda: loader.load_config(name),
-    "tokenizer": lambda: tokenizer.load_tokenizer(name),
-    "base": lambda: loader.load_base(name, cpu),
-    "merge": lambda: job.find_base(name, {}, {}, None),
-    "serve": lambda: source.find_source(name, None, print),
-    "serve adapter": lambda: source.find_source(None, adapter, print),
+    "config": lambda name: loader.load_config(name),
+    "tokenizer": lambda name: tokenizer.load_tokenizer(name),
+    "base": lambda name: loader.load_base(name, cpu),
+    "merge": lambda name: job.find_base(name, {}, {}, None),
+    "serve": lambda name: source.find_source(name, None, print),
+    "serve adapter": lambda name: source.find_source(None, adapters[name], print),
 }
 if with_data:
-    roads["data"] = lambda: rows.load_hub(name)
-said = {}
-for road, go in roads.items():
-    try:
-        go()
-    except UsageError as error:
-        said[road] = str(error)
+    roads["data"] = lambda name: rows.load_hub(name)
+said = {name: {} for name in adapters}
+for name in adapters:
+    for road, go in roads.items():
+        try:
+            go(name)
+        except UsageError as error:
+            said[name][road] = str(error)
 print("SAID" + json.dumps(said))
 """
+REFUSALS = [  # 상태, hub의 오류 이름, 이유, 할 일
+    (401, "", "로그인", "hf auth login"),
+    (401, "RepoNotFound", "없는 이름이거나 비공개다", "hf auth login"),  # hub는 없는 이름에도 401로 답한다
+    (404, "RepoNotFound", "없는 이름이거나 비공개다", "hf auth login"),
+    (403, "GatedRepo", "허락이 필요하다", "에서 동의"),
+    (403, "Access to this resource is disabled.", "막아 두었다", "다른 것"),
+    (404, "RevisionNotFound", "버전(revision)이 없다", "이름"),
+]
+NAMES = [f"{NAME}-{number}" for number in range(len(REFUSALS))]
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """늘 같은 상태와 hub의 오류 이름으로 답한다."""
+    """물은 이름에 정해 둔 상태와 hub의 오류 이름으로 답한다."""
 
     def do_GET(self):
-        status, code = self.server.reply
+        status, code = next(refusal[:2] for name, refusal in zip(NAMES, REFUSALS, strict=True) if name in self.path)
         self.send_response(status)
         if code:
             self.send_header("X-Error-Message" if " " in code else "X-Error-Code", code)
@@ -72,61 +82,57 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def refusing():
-    """(상태, 오류 이름) -> 그렇게 거절하는 hub의 주소."""
-    servers = []
-
-    def open_server(status: int, code: str) -> str:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-        server.reply = status, code
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield open_server
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def adapter(talk_run, tmp_path):
+def write_adapter(talk_run, folder, name: str):
     """닿을 수 없는 hub id를 기반 모델이라 말하는 어댑터."""
-    folder = shutil.copytree(talk_run, tmp_path / "adapter")
+    shutil.copytree(talk_run, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": NAME}),
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}),
                                                 encoding="utf-8")
     return folder
 
 
-def walk(tmp_path, adapter, data: bool, **env: str) -> dict[str, str]:
-    """길마다 나온 한 줄."""
+@pytest.fixture
+def adapter(talk_run, tmp_path):
+    return write_adapter(talk_run, tmp_path / "adapter", NAME)
+
+
+def walk(folder, talk_run, names: list[str], data: bool, **env: str) -> dict[str, dict[str, str]]:
+    """이름마다, 길마다 나온 한 줄."""
+    adapters = {name: str(write_adapter(talk_run, folder / name.split("/")[1], name)) for name in names}
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    done = subprocess.run([sys.executable, "-c", ROADS, NAME, str(adapter), "data" if data else "model"], cwd=ROOT,
-                          env={**clean, "HF_HOME": str(tmp_path / "hf"), "PYTHONIOENCODING": "utf-8", **env},
+    done = subprocess.run([sys.executable, "-c", ROADS, json.dumps(adapters), "data" if data else "model"], cwd=ROOT,
+                          env={**clean, "HF_HOME": str(folder / "hf"), "PYTHONIOENCODING": "utf-8", **env},
                           capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.split("SAID")[1])
+    return json.loads(done.stdout.split("SAID")[1])
+
+
+def one_line_each(said: dict[str, str], name: str, data: bool) -> None:
     assert list(said) == ["config", "tokenizer", "base", "merge", "serve", "serve adapter", *(["data"] if data else [])]
     for road, line in said.items():
-        assert "\n" not in line and NAME in line and "hub에서 " in line, (road, line)
+        assert "\n" not in line and name in line and "hub에서 " in line, (road, line)
         assert "--peft_root" not in line
     assert "--base_model" in said["serve adapter"]
-    return said
 
 
-@pytest.mark.parametrize("status, code, why, advice", [
-    (401, "", "로그인", "hf auth login"),
-    (401, "RepoNotFound", "없는 이름이거나 비공개다", "hf auth login"),  # hub는 없는 이름에도 401로 답한다
-    (404, "RepoNotFound", "없는 이름이거나 비공개다", "hf auth login"),
-    (403, "GatedRepo", "허락이 필요하다", f"{NAME}에서 동의"),
-    (403, "Access to this resource is disabled.", "막아 두었다", "다른 것"),
-    (404, "RevisionNotFound", "버전(revision)이 없다", "이름"),
-])
-def test_every_road_tells_why_the_hub_refused(tmp_path, adapter, refusing, status, code, why, advice):
-    said = walk(tmp_path, adapter, True, HF_ENDPOINT=refusing(status, code))
-    for road, line in said.items():
+@pytest.fixture(scope="module")
+def refused(talk_run, tmp_path_factory):
+    """`REFUSALS`대로 거절하는 hub에 닿아 본 모든 길의 말."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        return walk(tmp_path_factory.mktemp("refused"), talk_run, NAMES, True,
+                    HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("name, refusal", list(zip(NAMES, REFUSALS, strict=True)))
+def test_every_road_tells_why_the_hub_refused(refused, name, refusal):
+    _, _, why, advice = refusal
+    one_line_each(refused[name], name, True)
+    for road, line in refused[name].items():
         assert why in line and advice in line, (road, line)
 
 
@@ -135,8 +141,10 @@ def test_every_road_tells_why_the_hub_refused(tmp_path, adapter, refusing, statu
     (False, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "인터넷에 닿지 않"),
     (False, {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}, "인터넷에 닿지 않"),
 ])
-def test_every_road_says_that_the_internet_is_out_of_reach(tmp_path, adapter, data, env, why):
-    for road, line in walk(tmp_path, adapter, data, **env).items():
+def test_every_road_says_that_the_internet_is_out_of_reach(tmp_path, talk_run, data, env, why):
+    said = walk(tmp_path, talk_run, [NAME], data, **env)[NAME]
+    one_line_each(said, NAME, data)
+    for road, line in said.items():
         assert why in line and f"hf download {NAME}" in line, (road, line)
         assert ("--repo-type dataset" in line) if road == "data" else ('--exclude "*.bin"' in line)
 
@@ -181,8 +189,7 @@ def test_a_folder_is_itself(tiny_neox):
 ])
 def test_scripts_end_with_one_line_and_leave_nothing(tmp_path, tiny_data, script, flags):
     places = {"DATA": str(tiny_data), "OUT": str(tmp_path / "out")}
-    done = run_script(script, *(places.get(flag, flag) for flag in flags),
-                      env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+    done = run_script(script, *(places.get(flag, flag) for flag in flags))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("오류: hub에서 ") and NAME in done.stderr and not (tmp_path / "out").exists()
 

@@ -40,6 +40,9 @@ PANELS = (
     Panel("learning_rate", "학습률"),
     Panel("grad_norm", "기울기 크기", log=True),
 )
+# 선호 쌍의 학습이 있으면 그 자리에 대신 그릴 곡선
+PAIR_PANELS = {"eval_loss": Panel("eval_loss", "검증 loss (쌍의 평균)"),
+               "learning_rate": Panel("eval_reward_accuracy", "검증 쌍에서 고른 답의 보상이 더 높은 비율")}
 
 
 def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> Path | BinaryIO:
@@ -65,10 +68,12 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> 
         figure = Figure(figsize=(15, 8), dpi=110, layout="constrained")
         axes = figure.subplot_mosaic(PLACES, width_ratios=(1, 1, 0.9))
         names = [_drawable(name, files) for name, _ in runs]
-        for panel in PANELS:
-            axes[panel.key].set_title(panel.title, fontsize=14)
-            axes[panel.key].set_xlabel("step")
-            _draw_panel(axes[panel.key], panel, [_with_start(run) for _, run in runs])
+        instead = PAIR_PANELS if any("reward_accuracy_after" in run for _, run in runs) else {}
+        for place in PANELS:
+            panel, axis = instead.get(place.key, place), axes[place.key]
+            axis.set_title(panel.title, fontsize=14)
+            axis.set_xlabel("step")
+            _draw_panel(axis, panel, [_with_start(run) for _, run in runs])
         _draw_figures(axes["figures"], names, [run for _, run in runs])
         if len(runs) > 1:
             figure.legend(axes["loss"].get_lines()[: len(runs)], names, loc="outside lower center",
@@ -100,8 +105,9 @@ def points(history: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def _with_start(run: dict) -> list[dict]:
-    """학습하기 전의 검증 loss를 0번째 step으로 앞에 붙인 history."""
-    return [{"step": 0, "eval_loss": run.get("eval_loss_before")}, *run["history"]]
+    """학습하기 전의 검증 값을 0번째 step으로 앞에 붙인 history."""
+    start = {"eval_loss": run.get("eval_loss_before"), "eval_reward_accuracy": run.get("reward_accuracy_before")}
+    return [{"step": 0, **start}, *run["history"]]
 
 
 def _draw_panel(axis, panel: Panel, histories: list[list[dict]]) -> None:

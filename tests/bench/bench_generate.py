@@ -1,8 +1,12 @@
 """답을 만드는 속도를 잰다: 흔한 방법(4비트 + 어댑터 + generate)과 이 도구를 한 번의 실행에서.
 
 사용법: python tests/bench/bench_generate.py [모양:어댑터:가중치,...] [긴 질문의 토큰 수]
+        python tests/bench/bench_generate.py check [모양:어댑터:가중치,...]
     모양은 modern.py의 이름, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8, wide(16비트)다.
-사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다.
+    check는 속도 대신 답을 본다: 탐욕적인 답이 generate와 갈라지는 곳과 그 로짓의 차이, 함께 답한 것이 하나씩 답한 것과
+    갈라지는 곳, 뽑기의 카이제곱.
+사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫 토큰까지 넣은 128토큰의
+속도이고 "이어서"는 첫 토큰 뒤의 속도다.
 """
 
 import gc
@@ -19,13 +23,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from modern import add_lora, build  # noqa: E402
 
 from utils.decode.decoder import Decoder  # noqa: E402
-from utils.sampling import Sampling  # noqa: E402
+from utils.sampling import Sampling, penalize, probabilities  # noqa: E402
 
 PROMPT, ANSWER, REPEATS, LONG, BATCH = 64, 128, 3, 1920, 16
 DEFAULT = ("qwen3-1.7b:all:nf4,llama-1.5b:all:nf4,gemma3-270m:all:nf4,gemma3-270m:all:wide,polyglot-ko-1.3b:qkv:nf4,"
            "polyglot-ko-1.3b:all:nf4,qwen3-1.7b:none:wide,qwen3-1.7b:all:int8")
 QKV = {"polyglot-ko-1.3b": ["query_key_value"]}
 PLAIN, OURS = "흔한 방법", "이 도구"
+QUESTIONS, DRAWS = 20, 20_000
+SAMPLED = (Sampling(0.9, 1.0, 0), Sampling(0.7, 0.9, 40), Sampling(1.2, 0.8, 0, repetition_penalty=1.3),
+           Sampling(1.0, 0.95, 400, no_repeat_ngram_size=3))
 
 
 def copy_bandwidth() -> float:
@@ -120,16 +127,104 @@ def measure_decoder(model, long: int) -> dict:
     return result
 
 
-def measure(case: str, long: int) -> dict:
+def built(case: str):
     shape, adapter, kind = case.split(":")
     model = build(shape, kind)
-    if adapter != "none":
-        model = add_lora(model, QKV.get(shape, ["q_proj", "k_proj", "v_proj"]) if adapter == "qkv" else "all-linear")
+    if adapter == "none":
+        return model
+    return add_lora(model, QKV.get(shape, ["q_proj", "k_proj", "v_proj"]) if adapter == "qkv" else "all-linear")
+
+
+def measure(case: str, long: int) -> dict:
+    model = built(case)
     result = {PLAIN: measure_generate(model)}
     return result | {OURS: measure_decoder(model, long) | {"read_bytes": read_bytes(model)}}
 
 
+def parted(left: list[int], right: list[int]) -> int | None:
+    """두 답이 처음으로 갈라지는 자리. 같으면 None."""
+    return next((place for place, (one, other) in enumerate(zip(left, right, strict=True)) if one != other), None)
+
+
+@torch.no_grad()
+def check_greedy(model, decoder: Decoder) -> dict:
+    """질문 QUESTIONS개의 탐욕적인 답을 generate와, 함께 답한 것을 하나씩 답한 것과 비교한다.
+
+    갈라진 자리마다 (자리, transformers가 두 토큰에 준 로짓의 차이, 그 자리에서 두 로짓의 가장 큰 차이)를 준다.
+    """
+    generator, top = torch.Generator().manual_seed(7), model.config.vocab_size
+    questions = [torch.randint(100, top, (PROMPT,), generator=generator).tolist() for _ in range(QUESTIONS)]
+    settings, partings = Sampling(0.0, 1.0, 0, ANSWER), []
+    alone = [list(decoder.stream(question, settings)) for question in questions]
+    for question, ours in zip(questions, alone, strict=True):
+        ids = torch.tensor([question], device="cuda")
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+                                do_sample=False, pad_token_id=2)[0, PROMPT:].tolist()
+        place = parted(ours, theirs)
+        if place is None:
+            continue
+        read = torch.tensor([question + theirs[:place]], device="cuda")
+        logits = model(read).logits[0, -1].float()
+        mine = decoder._engine.logits(question, ours[: place + 1])[-1]
+        partings.append((place, float(logits[theirs[place]] - logits[ours[place]]),
+                         float((logits[: len(mine)] - mine).abs().max())))
+    together = [reply.ids for reply in decoder.answer_many(questions, settings)]
+    rows = [place for one, other in zip(alone, together, strict=True) if (place := parted(one, other)) is not None]
+    return {"parted_from_generate": partings, "rows_parted_from_single": rows}
+
+
+def check_sampling(decoder: Decoder, question: list[int]) -> list[dict]:
+    """질문 하나의 로짓에서 DRAWS번 뽑은 도수의 카이제곱. 자유도와 나란히 준다. z는 정규 근사의 값이다."""
+    engine, answer, results = decoder._engine, [5, 6, 7, 5, 6, 9], []
+    step = engine._step
+    truth = engine.logits(question, [0])[0].clone()
+    for settings in SAMPLED:
+        step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
+        step.answer[: len(answer)] = torch.tensor(answer, dtype=torch.int32)
+        first = [0, len(answer), settings.top_k, settings.no_repeat_ngram_size]
+        states = torch.tensor([[*first, seed, 77] for seed in range(DRAWS)], dtype=torch.int32, device="cuda")
+        drawn = torch.empty(DRAWS, dtype=torch.int32, device="cuda")
+        for index in range(DRAWS):
+            step.state.copy_(states[index])
+            step.logits.copy_(truth)
+            step.pick()
+            drawn[index] = step.answer[len(answer)]
+        expected = probabilities(penalize(truth, answer, settings), settings) * DRAWS
+        counts = torch.bincount(drawn.long(), minlength=len(expected)).float()
+        big = expected >= 5
+        seen, wanted = (torch.cat((side[big], side[~big].sum()[None])) for side in (counts, expected))
+        keep = wanted >= 5
+        freedom = int(keep.sum()) - 1
+        statistic = float(((seen - wanted) ** 2 / wanted)[keep].sum())
+        results.append({"settings": str(settings), "impossible": int(counts[expected == 0].sum()), "chi": statistic,
+                        "freedom": freedom, "z": (statistic - freedom) / (2 * max(1, freedom)) ** 0.5})
+    return results
+
+
+def check(cases: str) -> None:
+    results = {}
+    for case in cases.split(","):
+        model = built(case)
+        decoder = Decoder(model, range(model.config.vocab_size), (-1,))
+        found = check_greedy(model, decoder) | {"sampling": check_sampling(decoder, prompt_of(model, PROMPT))}
+        results[case] = found | {"path": decoder.path}
+        gaps = ", ".join(f"{place}번째(차이 {gap:.3g}, 로짓의 오차 {error:.3g})"
+                         for place, gap, error in found["parted_from_generate"]) or "없다"
+        rows = ", ".join(map(str, found["rows_parted_from_single"])) or "없다"
+        print(f"{case}: 질문 {QUESTIONS}개 x {ANSWER}토큰. generate와 갈라진 곳: {gaps}. 함께 답해 갈라진 곳: {rows}")
+        for one in found["sampling"]:
+            print(f"    카이제곱 {one['chi']:.0f}, 자유도 {one['freedom']}(z {one['z']:+.1f}), "
+                  f"나올 수 없는 것 {one['impossible']}번: {one['settings']}", flush=True)
+        del model, decoder
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "check": results}, ensure_ascii=False))
+
+
 def main(cases: str = DEFAULT, long: str = "0") -> None:
+    if cases == "check":
+        check(DEFAULT if long == "0" else long)
+        return
     bandwidth, results = copy_bandwidth(), {}
     for case in cases.split(","):
         torch.cuda.empty_cache()
@@ -138,16 +233,20 @@ def main(cases: str = DEFAULT, long: str = "0") -> None:
         gc.collect()
 
     print(f"{torch.cuda.get_device_name()}, 복사 {bandwidth / 1e12:.2f} TB/s, 질문 {PROMPT}토큰, 답 {ANSWER}토큰, "
-          f"{REPEATS}번의 중앙값")
-    print("| 모델 | generate | 이 도구 | 배 | 대역폭 한계의 | 첫 토큰 ms | 뽑기 | 16개 함께 | 2,048토큰의 VRAM MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+          f"{REPEATS}번의 중앙값. 속도는 토큰/초")
+    print("| 모델 | generate 전체 | 이 도구 전체 | 배 | 이어서 | 대역폭 한계의 | 첫 토큰 ms | 뽑기 전체 | "
+          f"{BATCH}개 함께 전체 | 하나씩의 | 2,048토큰의 VRAM MB |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name, sides in results.items():
         ours, plain = sides[OURS], sides[PLAIN]
         ours["bound_share"] = ours["steady_tokens_per_second"] * ours["read_bytes"] / bandwidth
+        ours["batch_gain"] = ours["batch_tokens_per_second"] / ours["tokens_per_second"]
         print(f"| {name} | {plain['tokens_per_second']:.0f} | {ours['tokens_per_second']:.0f} | "
-              f"{ours['tokens_per_second'] / plain['tokens_per_second']:.1f} | {ours['bound_share']:.0%} | "
+              f"{ours['tokens_per_second'] / plain['tokens_per_second']:.1f} | "
+              f"{ours['steady_tokens_per_second']:.0f} | {ours['bound_share']:.0%} | "
               f"{ours['first_token_ms']:.1f} | {ours['sampled_tokens_per_second']:.0f} | "
-              f"{ours['batch_tokens_per_second']:.0f} | {ours['peak_mb_over_weights']:.0f} |")
+              f"{ours['batch_tokens_per_second']:.0f} | {ours['batch_gain']:.1f}배 | "
+              f"{ours['peak_mb_over_weights']:.0f} |")
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "bandwidth": bandwidth, "results": results},
                      ensure_ascii=False))
 

@@ -78,7 +78,7 @@ FIRST = [
     Question("배우기 전", [(task, case(task, rows=30, extra={"base": True})) for task in EPOCHS], SEEDS[:1]),
     SENTINEG, KOALPACA,
     Question("BoolQ: 층과 학습률", grid("boolq", rates=(2e-4, 5e-4, 1e-3, 2e-3)), SEEDS[:2]),
-    Question("COPA: 층과 학습률", grid("copa", rates=(2e-4, 1e-3, 2e-3)), SEEDS[:2]),
+    Question("COPA: 층과 학습률", grid("copa", rates=(2e-4, 5e-4, 1e-3, 2e-3)), SEEDS[:2]),
 ]
 
 
@@ -110,9 +110,9 @@ def questions(results: Results) -> list[Question]:
              for rows in (30, 60, 100, 200, 400) for n in (3, 10) for each in (third, rate)]
     faq = [(f"{rows}행, {n} epoch, {each:g}", case("koalpaca", targets, each, rows, num_train_epochs=n))
            for rows in (30, 60, 100, 200) for n in (3, 10) for each in (third, rate)]
-    return [*FIRST, Question("rank", rank), Question("질문도 배우기", inputs), Question("epoch", epochs),
-            Question(f"다른 방법({targets}, {rate:g})", others), Question("batch", batches),
-            Question("적은 행: SentiNeg", small), Question("적은 행: KoAlpaca", faq, SEEDS[:2])]
+    return [*FIRST, Question("질문도 배우기", inputs), Question(f"다른 방법({targets}, {rate:g})", others),
+            Question("epoch", epochs), Question("적은 행: SentiNeg", small), Question("rank", rank),
+            Question("batch", batches), Question("적은 행: KoAlpaca", faq, SEEDS[:2])]
 
 
 def best(results: Results) -> tuple[str, float]:

@@ -1,7 +1,8 @@
 """학습 하나를 이 프로세스 안에서 끝까지 하고 시험 문항으로 재는 `Lab`. `bench_settings.py`의 일꾼이 쓴다.
 
-학습은 `finetune-lora.py`와 같은 단계(prepare, plan, build_model, 학습 루프)를 지난다. 다른 것은 셋이다: 토크나이저와
-읽은 데이터를 다음 학습이 다시 쓰고, 가장 좋은 때의 가중치를 디스크가 아니라 메모리에 두고, 시험 답을 만들지 않는다.
+학습은 `finetune-lora.py`와 같은 단계(prepare, plan, build_model, 학습 루프)를 지난다. 다른 것은 넷이다: 토크나이저와
+읽은 데이터를 다음 학습이 다시 쓰고, 빠른 길을 모델의 forward와 비교하지 않고(카드를 함께 쓰면 비교가 학습보다 오래
+걸린다), 가장 좋은 때의 가중치를 디스크가 아니라 메모리에 두고, 시험 답을 만들지 않는다.
 """
 
 import functools
@@ -24,7 +25,7 @@ from utils.decode import likelihood, scorecard
 from utils.engine import cuda
 from utils.model import loader
 from utils.model.targets import find_backbone
-from utils.train import stage
+from utils.train import stage, step
 from utils.train.autograd_step import AutogradStep
 from utils.train.batch_size import BLOCK_UNIT, BatchSize
 from utils.train.fit import place
@@ -122,6 +123,7 @@ class Lab:
             return compiled[key]
 
         cuda.compile_to_cubin = compile_once
+        step.choose_step = lambda candidates, *others, **more: candidates[0]()
         if torch.cuda.is_available():
             likelihood.LOGIT_BYTES, likelihood.ROW_TOKENS = 1 << 30, 16384
 
@@ -240,14 +242,14 @@ def train(settings: Settings, inputs: stage.Inputs, plan, model, extra: dict) ->
     torch.manual_seed(settings.seed)
     schedule, memory = plan.schedule, plan.memory
     if extra.get("neftune"):
-        weights, step = noisy_step(model, inputs, memory)
+        weights, micro_step = noisy_step(model, inputs, memory)
     else:
         placed = place(model, inputs, plan, ALONE, silent)
-        weights, step = placed.weights, placed.step
+        weights, micro_step = placed.weights, placed.step
     recipe = Recipe(schedule.steps, schedule.warmup, schedule.interval, memory.micro_batch_size, plan.accumulation,
                     settings.learning_rate, settings.seed)
     kept = Kept()
-    loop = ProbedLoop(step, weights, recipe, inputs.train_set, inputs.eval_set, group=ALONE,
+    loop = ProbedLoop(micro_step, weights, recipe, inputs.train_set, inputs.eval_set, group=ALONE,
                       device=inputs.device.device, checkpoints=kept)
     loop.probe = max(1, math.ceil(PROBE * schedule.steps))
     if extra.get("lora_plus"):
@@ -273,9 +275,9 @@ def noisy_step(model, inputs: stage.Inputs, memory) -> tuple[ReplicatedWeights, 
         return output + torch.empty_like(output).uniform_(-size, size)
 
     find_backbone(model.get_base_model()).get_input_embeddings().register_forward_hook(disturb)
-    step = CapturedStep(AutogradStep(model), inputs.device.device)
-    step.enabled = False  # 찍다가 실패하면 난수가 찍던 상태로 남는다
-    return weights, SplittingStep(step, model, memory.micro_batch_size, weights.gradients, silent)
+    captured = CapturedStep(AutogradStep(model), inputs.device.device)
+    captured.enabled = False  # 찍다가 실패하면 난수가 찍던 상태로 남는다
+    return weights, SplittingStep(captured, model, memory.micro_batch_size, weights.gradients, silent)
 
 
 def unpacked(settings: Settings, inputs: stage.Inputs) -> stage.Inputs:

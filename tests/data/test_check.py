@@ -218,7 +218,7 @@ def test_nothing_usable_leaves_no_repaired_file(tmp_path):
 
 def test_check_data_shows_findings_and_the_loss_mask(capsys, tmp_path, tiny_neox, seeded):
     cli.run(finetune_lora.train, finetune_lora.RETIRED, [
-        "--base_model", str(tiny_neox), "--data_path", str(seeded[0]), "--cutoff_len", "256", "--cache_dir",
+        "--base_model", str(tiny_neox), "--data_path", str(seeded[0]), "--cutoff_len", "128", "--cache_dir",
         str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), "--train_on_inputs", "False",
         "--repair_data", str(tmp_path / "fixed.jsonl")])
     said = capsys.readouterr().out

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from utils.data import blocks, check, dataset, repair
 from utils.data.encoder import Encoder
 from utils.data.forms import choose_form, read_row
+from utils.data.rendered import rendered_lines
 from utils.errors import UsageError
 from utils.model import tokenizer
 from utils.prompter import Prompter
@@ -149,7 +150,7 @@ def test_the_check_says_which_rows_hold_an_answer_that_is_not_learned(tmp_path, 
     muted = [say("user", "가?"), say("assistant", "나", weight=0), say("user", "다?"), say("assistant", "라")]
     _, documents = load(tmp_path, encoder, [GOOD, muted])
     assert documents.found["unlearned"] == {"count": 1, "rows": [2]}
-    lines = "\n".join(check.rendered_lines(documents, tokenizer.load_tokenizer(tiny_neox), train_on_inputs=True))
+    lines = "\n".join(rendered_lines(documents, tokenizer.load_tokenizer(tiny_neox), train_on_inputs=True))
     assert "나<|endoftext|>⟦" in lines and "라<|endoftext|>⟧" in lines
 
 

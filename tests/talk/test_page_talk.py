@@ -262,7 +262,9 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     file.write_bytes(Path(download.value.path()).read_bytes())
     with page.expect_download() as download:
         page.locator("#history-pairs").click()
-    pair = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    pair_file = tmp_path / "pairs.jsonl"
+    pair_file.write_bytes(Path(download.value.path()).read_bytes())
+    pair = json.loads(pair_file.read_text(encoding="utf-8"))
     page.get_by_role("button", name="이어서 대화하기").last.click()
     expect(page.locator("#chat [data-testid=bot]").last).to_have_text("사람이 고친 답")
 
@@ -280,3 +282,7 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     assert len(documents) == 2
     tokens, learned = documents.document(0)
     assert tokenizer.decode(tokens[learned]).removesuffix("<|endoftext|>").strip() == "사람이 고친 답"
+    pairs = load_documents(str(pair_file), prompter, encoder, 256, tokenizer.eos_token_id)
+    chosen, rejected = (tokenizer.decode(ids[marked]).removesuffix("<|endoftext|>").split()
+                        for ids, marked in map(pairs.document, range(2)))
+    assert pairs.pairs and chosen == "사람이 고친 답".split() and rejected == original.split()

@@ -31,7 +31,7 @@ GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배�
 def lab(tmp_path_factory):
     """데이터 하나와 기반 모델 하나가 있는 지금 폴더."""
     folder = tmp_path_factory.mktemp("start")
-    build_neox(folder / "resources" / "tiny", context=1024)
+    build_neox(folder / "resources" / "tiny", context=1024, brief=True)
     write_rows(folder / "rows.json")
     return folder
 

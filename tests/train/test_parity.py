@@ -15,7 +15,7 @@ from utils import console
 from utils.data.encoder import require_known_ids
 from utils.errors import UsageError
 from utils.model.loss import Head
-from utils.train import parity
+from utils.train import parity, truth
 from utils.train.autograd_step import AutogradStep, autograd_ways
 
 VOCAB, BLOCK = 320, 64
@@ -190,6 +190,36 @@ def test_a_wrong_gradient_is_caught_and_without_another_way_refused():
     with pytest.raises(UsageError, match="gradient") as refused:
         chosen(model, [lambda: Halved(model)])
     assert "\n" not in str(refused.value)
+
+
+class Precise(AutogradStep):
+    """16비트 모델을 fp32로 계산하는 micro-step. 모델의 forward보다 참값에 가깝다."""
+
+    def train(self, batch):
+        with truth.in_fp32(self.model):
+            return super().train(batch)
+
+    def evaluate(self, batch):
+        with truth.in_fp32(self.model):
+            return super().evaluate(batch)
+
+
+class PreciseHalved(Halved, Precise):
+    """그런데 gradient가 절반인 것."""
+
+
+def test_a_step_nearer_to_fp32_than_the_model_itself_is_taken():
+    """attention이 날카로운 모델은 bf16의 forward가 제 gradient를 크게 틀린다. 그때도 틀린 길은 가려낸다."""
+    model = build("llama", {"num_hidden_layers": 6}, ATTENTION)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            parameter.data = (parameter.data * (16 if "_proj" in name else 1)).to(torch.bfloat16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    step, said = chosen(model, [lambda: Precise(model, whole=True), lambda: AutogradStep(model)])
+    assert type(step) is Precise and "fp32" in said[0]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    step, said = chosen(model, [lambda: PreciseHalved(model, whole=True), lambda: AutogradStep(model)])
+    assert type(step) is AutogradStep and "gradient" in said[0]
 
 
 def test_a_model_that_sees_the_future_is_refused():

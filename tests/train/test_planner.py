@@ -71,8 +71,17 @@ def test_impossible_budgets_name_what_would_fit():
 def test_cpu_needs_no_plan():
     device = Device(torch.device("cpu"), torch.float32, "")
     chosen = make_plan(config_of("1.3b"), device=device, cutoff_len=64, batch_size=4, micro_batch_size=2, lora_r=8,
-                       targets=TARGETS, vram_gb=None, max_documents=3)
+                       targets=TARGETS, vram_gb=None, max_documents=3, exact=False)
     assert (chosen.micro_batch_size, chosen.lines()) == (2, [])
+
+
+def test_exact_attention_needs_a_copy_of_dq_for_every_part_of_the_card():
+    config, documents = config_of("1.3b"), 2
+    plain, exact = (predict(config, 1024, 1, 0, 8, TARGETS, documents, processors)["작업 공간"]
+                    for processors in (0, 132))
+    copies = -(-132 // (documents * config["num_attention_heads"]))
+    assert exact - plain == pytest.approx((copies - 1) * 4 * (1024 + 128 * documents) * 2048, rel=0.03)
+    assert predict(config, 1024, 1, 0, 8, TARGETS, documents, 28)["작업 공간"] == plain  # RTX 3060
 
 
 def test_the_parts_are_said():

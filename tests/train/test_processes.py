@@ -13,32 +13,33 @@ from conftest import ROOT
 from gather_too import compare
 from safetensors.torch import load_file
 
-FLAGS = ["--cutoff_len", "64", "--batch_size", "8", "--num_train_epochs", "1", "--val_set_size", "20",
-         "--lora_dropout", "0"]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+HERE = ROOT / "tests"
+SETTINGS = {"batch_size": 8, "num_train_epochs": 1, "answers": True}
+not_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows의 gloo는 따로 설정해야 한다")
 
 
 def launch(launcher: list[str], base, data, output, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, str(ROOT / "finetune-lora.py"), "--base_model", str(base), "--data_path",
-               str(data), "--output_dir", str(output), *FLAGS, *flags]
+    """사용자가 적는 명령 그대로 두 프로세스를 시작한다."""
+    words = ["--base_model", base, "--data_path", data, "--output_dir", output, "--cutoff_len", 64, "--batch_size", 8,
+             "--num_train_epochs", 1, "--val_set_size", 20, *flags]
+    command = [sys.executable, "-m", *launcher, str(ROOT / "finetune-lora.py"), *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600,
                           env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"})
 
 
-def torchrun(*extra: str) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *extra]
+def accelerate() -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
 
 
 @pytest.fixture(scope="module")
-def single(tiny_neox, tiny_data, tmp_path_factory):
+def single(lab, tmp_path_factory):
     output = tmp_path_factory.mktemp("single") / "run"
-    done = launch([], tiny_neox, tiny_data, output)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = lab.train(output, **SETTINGS)
+    assert done.code == 0, done.text
     return output
 
 
@@ -54,38 +55,33 @@ def same_adapter(left, right) -> None:
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
-@pytest.mark.parametrize("launcher", [
-    torchrun(), ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]],
-    ids=["torchrun", "accelerate"])
-def test_two_processes_learn_what_one_learns(launcher, single, tiny_neox, tiny_data, tmp_path):
-    launcher = [free_port() if word == "0" else word for word in launcher]
-    done = launch(launcher, tiny_neox, tiny_data, tmp_path / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_two_processes_learn_what_one_learns(lab, single, tmp_path):
+    """dropout의 씨앗은 프로세스가 아니라 블록이 정하므로, dropout을 켜도 같다."""
+    done = lab.train(tmp_path / "run", world=2, **SETTINGS)
+    assert done.code == 0, done.text
     same_adapter(tmp_path / "run", single)
     single, run = read_run(single), read_run(tmp_path / "run")
     assert (single["plan"]["processes"], run["plan"]["processes"]) == (1, 2)
     assert run["plan"]["steps"] == single["plan"]["steps"]
-    assert done.stdout.count("학습 후 검증 loss") == 2  # 끝에 한 번, 표에 한 번
-    assert done.stdout.count("장치:") == 1
+    assert done.text.count("학습 후 검증 loss") == 2  # 끝에 한 번, 표에 한 번
+    assert done.text.count("장치:") == 1
     for key in ("eval_loss_before", "eval_loss_after"):
         assert run[key] == pytest.approx(single[key], rel=1e-4)
     losses = [[row["loss"] for row in each["history"] if "loss" in row] for each in (single, run)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
-def test_a_sharded_model_learns_the_same_and_resumes_exactly(single, tiny_neox, tiny_data, tmp_path):
-    gathered = tmp_path / "gathered.safetensors"
-    fsdp = torchrun(str(ROOT / "tests/fsdp_on_cpu.py"), str(ROOT / "tests/gather_too.py"), str(gathered))
-    output = tmp_path / "run"
-    done = launch(fsdp, tiny_neox, tiny_data, output)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_sharded_model_learns_the_same_and_resumes_exactly(lab, tmp_path):
+    gathered, output, alone = tmp_path / "gathered.safetensors", tmp_path / "run", tmp_path / "alone"
+    sharded = {**SETTINGS, "lora_dropout": 0, "world": 2,  # 자동미분의 dropout은 프로세스마다 다르다
+               "through": (HERE / "fsdp_on_cpu.py", HERE / "gather_too.py", gathered)}
+    assert lab.train(alone, **SETTINGS, lora_dropout=0).code == 0
+    done = lab.train(output, **sharded)
+    assert done.code == 0, done.text
     found = compare(output / "adapter_model.safetensors", gathered)
     assert found == {"tensors": 4, "values": 4096, "zeros": 0, "different": 0}
-    same_adapter(output, single)
-    single, run = read_run(single), read_run(output)
+    same_adapter(output, alone)
+    single, run = read_run(alone), read_run(output)
     assert "나눈다" in run["path"]
     assert run["eval_loss_before"] == pytest.approx(single["eval_loss_before"], rel=1e-4)
     for key in ("loss", "eval_loss"):
@@ -96,16 +92,26 @@ def test_a_sharded_model_learns_the_same_and_resumes_exactly(single, tiny_neox, 
     last = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     for gone in (last, *(output / name for name in ("adapter_model.safetensors", "manifest.json", "run.json"))):
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    done = launch(fsdp, tiny_neox, tiny_data, output, "--resume_from_checkpoint", "True")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = lab.resume(output, **sharded)
+    assert done.code == 0, done.text
     resumed = load_file(output / "adapter_model.safetensors")
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows의 torch에는 libuv 없는 gloo가 기본이라 따로 설정해야 한다")
-def test_a_batch_that_cannot_be_shared_is_refused_once(tiny_neox, tiny_data, tmp_path):
-    done = launch(torchrun(), tiny_neox, tiny_data, tmp_path / "run", "--micro_batch_size", "8")
+@not_windows
+def test_accelerate_starts_two_processes_that_learn_together(tiny_neox, tiny_data, tmp_path):
+    done = launch(accelerate(), tiny_neox, tiny_data, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read_run(tmp_path / "run")
+    assert run["plan"]["processes"] == 2 and run["eval_loss_after"] < run["eval_loss_before"]
+    assert done.stdout.count("장치:") == 1
+
+
+@not_windows
+def test_torchrun_starts_two_processes_and_a_batch_they_cannot_share_is_refused_once(tiny_neox, tiny_data, tmp_path):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = launch(torchrun, tiny_neox, tiny_data, tmp_path / "run", "--micro_batch_size", "8")
     assert done.returncode != 0
     assert done.stderr.count("오류: batch_size 8는 프로세스 2개") == 1
     assert not (tmp_path / "run").exists()

@@ -1,16 +1,18 @@
 """학습은 어디서 끊기고 무엇이 망가져도 잃는 것이 마지막 저장 뒤의 몇 step뿐이다. 고장을 실제로 일으켜 보인다."""
 
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT
 from faults import same, state_of
 from safetensors.torch import load_file
 
@@ -276,7 +278,7 @@ def test_second_run_in_one_folder_is_refused(lab, tmp_path):
     with files.locked(output):
         refused = lab.train(output)
         assert refused.code == 2 and "다른 실행이 쓰는 중" in refused.error, refused.text
-    assert lab.train(output, seconds=1.5).code == -signal.SIGKILL
+    assert lab.train(output, signals=[[3, "SIGKILL"]]).code == -signal.SIGKILL
     assert go_on(lab, output, num_train_epochs=2).code == 0
 
 
@@ -299,23 +301,34 @@ socket.getaddrinfo = lambda host, *rest, **more: (
 '''
 
 
+STAGES = '''
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+'''
+
+
 def test_nothing_leaves_the_machine(tiny_neox, tiny_data, tmp_path):
+    """세 단계를 이어서, 이 컴퓨터 밖으로 나가는 길을 막아 둔 프로세스에서 지난다."""
     (tmp_path / "sitecustomize.py").write_text(BLOCKED, encoding="utf-8")
-    env = {"PYTHONPATH": str(tmp_path), "BLOCKED_LOG": str(tmp_path / "log"), "HF_HUB_OFFLINE": "0"}
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "BLOCKED_LOG": str(tmp_path / "log"), "HF_HUB_OFFLINE": "0",
+           "PYTHONIOENCODING": "utf-8"}
     output, merged = str(tmp_path / "run"), str(tmp_path / "merged")
     steps = [("finetune-lora.py", "--base_model", str(tiny_neox), "--data_path", str(tiny_data), "--output_dir", output,
               "--cutoff_len", "64", "--num_train_epochs", "1"),
              ("merge-lora.py", "--peft_root", output, "--output_dir", merged),
              ("generate.py", "--base_model", str(tiny_neox), "--peft_root", output, "--ask", "1 더하기 1는?")]
-    for name, *flags in steps:
-        if (ROOT / name).exists():
-            done = run_script(name, *flags, env=env, cwd=tmp_path)
-            assert done.returncode == 0, done.stdout + done.stderr
+    words = json.dumps([[str(ROOT / name), *flags] for name, *flags in steps])
+    done = subprocess.run([sys.executable, "-c", STAGES, words], cwd=tmp_path, env={**os.environ, **env},
+                          capture_output=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "학습 후 검증 loss" in done.stdout and "가중치: " in done.stdout and (tmp_path / "merged").exists()
     assert not (tmp_path / "log").exists(), (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def grows_little(lab, output: Path, epochs: float, early: int) -> None:
-    done = lab.train(output, num_train_epochs=epochs, val_set_size=0)
+    done = lab.train(output, num_train_epochs=epochs, val_set_size=0, memory=True)
     assert done.code == 0, done.text
     lines = done.text.splitlines()
     memory, step = {}, 0

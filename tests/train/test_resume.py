@@ -1,15 +1,10 @@
 """이어서 배운 것은 한 번에 배운 것과 한 비트도 다르지 않고, 조건이 바뀌면 이어 가지 않는다."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import ROOT, write_rows
+from conftest import write_rows
 from faults import same, state_of
 
 from utils import files
@@ -171,33 +166,14 @@ def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):
     assert learned == pytest.approx(run["data"]["train_tokens"] * run["settings"]["num_train_epochs"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo와 torchrun은 Linux에서 본다")
-def test_two_processes_resume_exactly(tiny_neox, tiny_data, tmp_path):
+def test_two_processes_resume_exactly(lab, tmp_path):
     """한 프로세스에만 신호를 보내도 둘이 같은 step에서 멈추고, 이어서 배운 것이 한 번에 배운 것과 같다."""
-    def launch(output: Path, *more: str) -> subprocess.Popen:
-        flags = {"base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4,
-                 "num_train_epochs": 4, "val_set_size": 20, "output_dir": output}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                 str(ROOT / "finetune-lora.py"), *words, *more], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    whole, output = tmp_path / "whole", tmp_path / "cut"
-    first = launch(output)
-    lines = []
-    for line in first.stdout:
-        lines.append(line)
-        if line.strip().startswith("2/"):
-            workers = psutil.Process(first.pid).children()
-            next(worker for worker in workers if worker.environ().get("RANK") == "1").send_signal(signal.SIGTERM)
-    first.wait(120)
-    text = "".join(lines)
-    newest = checkpoint.newest_valid(output)
-    assert newest is not None and 2 < checkpoint.step_of(newest) < 36 and "저장하고 멈추었다" in text, text
-    assert (newest / "rng_state_1.pth").is_file()
-    for process in (launch(output, "--resume_from_checkpoint"), launch(whole)):
-        text = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, text
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    cut = lab.train(output, world=2, signals=[[5, "SIGTERM"]])
+    assert cut.code == 143 and "checkpoint-6에 저장하고 멈추었다" in cut.text, cut.text
+    assert (output / "checkpoint-6" / "rng_state_1.pth").is_file()
+    for done in (lab.resume(output, world=2), lab.train(whole, world=2)):
+        assert done.code == 0, done.text
     last = checkpoint.newest_valid(whole)
     assert same(state_of(output / last.name), state_of(last))
     assert files.read_manifest(last)["run"]["processes"]["id"] == 2

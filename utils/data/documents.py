@@ -36,6 +36,7 @@ class Documents:
         end_id: 끝 토큰의 번호.
         sha256: 데이터 파일의 해시.
         found: 읽으면서 본 것들(`check.Inspector.found`).
+        pairs: 선호 쌍인가. 그러면 2k번째와 2k + 1번째 문서가 한 질문의 고른 답과 버린 답이다.
     """
 
     tokens: np.ndarray
@@ -48,6 +49,16 @@ class Documents:
     end_id: int = 0
     sha256: str = ""
     found: dict = field(default_factory=dict)
+    pairs: bool = False
+
+    @property
+    def per_row(self) -> int:
+        """함께 다니는 문서의 수: 선호 쌍이면 2, 아니면 1."""
+        return 2 if self.pairs else 1
+
+    def asked(self, members: np.ndarray) -> np.ndarray:
+        """`members` 가운데 물어볼 것. 선호 쌍이면 고른 답의 문서만이다."""
+        return members[::self.per_row]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -67,18 +78,21 @@ class Documents:
         return int((self.full_lengths() > self.lengths()).sum())
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """문서 하나의 (토큰, 배우는 답인지)."""
+        """문서 하나의 (토큰 [n] int32, 배우는 답인지 [n] bool)."""
         start, end = self.offsets[index], self.offsets[index + 1]
         if self.cutoff_len is None or end - start <= self.cutoff_len:
             return self.tokens[start:end], self.answer[start:end] == 1
-        kept = slice(start, start + self.cutoff_len - 1)
+        kept = slice(start, start + self.cutoff_len - 1)  # 한 자리는 끝 토큰의 것이다
+        tokens = np.append(self.tokens[kept], np.int32(self.end_id))
         learned_end = self.answer[kept.stop] != MUTED
-        return np.append(self.tokens[kept], np.int32(self.end_id)), np.append(self.answer[kept] == 1, learned_end)
+        return tokens, np.append(self.answer[kept] == 1, learned_end)
 
     def muted(self, index: int) -> np.ndarray:
         """질문까지 배울 때에도 배우지 않는 토큰인지. [`document(index)`의 길이] bool."""
         start, end = self.offsets[index], self.offsets[index + 1]
-        return self.answer[start : end if self.cutoff_len is None else min(end, start + self.cutoff_len)] == MUTED
+        if self.cutoff_len is not None:
+            end = min(end, start + self.cutoff_len)
+        return self.answer[start:end] == MUTED
 
 
 class CacheWriter:

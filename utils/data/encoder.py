@@ -85,7 +85,7 @@ class Encoder:
         """조각을 따로 토큰화하고 답마다 끝 토큰을 붙인다."""
         prompts = self._encode([prompt for pieces in batch for prompt, _ in pieces])
         answers = self._encode([answer for pieces in batch for _, answer in pieces])
-        encoded, at = [], 0
+        encoded, at = [], 0  # at: 모든 문서의 조각을 한 줄로 이었을 때의 번호
         for pieces in batch:
             tokens: list[int] = []
             marks: list[int] = []
@@ -105,12 +105,13 @@ class Encoder:
         """
         texts = ["".join(prompt + answer for prompt, answer in pieces) for pieces in batch]
         wholes = self._encode_guarded(texts)
+        # 문서마다의 경계(글자의 자리): 프롬프트의 끝, 답의 끝, 다음 프롬프트의 끝, ...
         every_edge = [np.cumsum([len(part) for piece in pieces for part in piece]).tolist() for pieces in batch]
         heads = [self._heads(*each) for each in zip(texts, wholes, every_edge, strict=True)]
         known = self._encode_known({text for head in heads for text, _ in head.values()})
         encoded = []
         for pieces, text, tokens, edges, head in zip(batch, texts, wholes, every_edge, heads, strict=True):
-            ends = {edge: base + len(known[start]) for edge, (start, base) in head.items()}
+            ends = {edge: base + len(known[start]) for edge, (start, base) in head.items()}  # 경계 -> 토큰의 자리
             # 프롬프트 없이 읽기만 하는 조각의 끝은 묻는 자리가 아니라 나누지 않는다
             soft = {edge for piece, edge in zip(pieces, edges[1::2], strict=True)
                     if not piece[0] and isinstance(piece, Unlearned)}
@@ -119,7 +120,7 @@ class Encoder:
             if loose:
                 tokens, ends = self._encode_in_parts(text, edges, sorted(loose))
             ends |= {0: 0, len(text): len(tokens)}
-            marks: list[int] = []
+            marks: list[int] = []  # 조각을 차례로 지나며 그 끝까지 채운다
             for piece, prompt_end, answer_end in zip(pieces, edges[::2], edges[1::2], strict=True):
                 marks += [0] * (ends[prompt_end] - len(marks))
                 marks += [_mark(piece)] * (ends[answer_end] - len(marks))

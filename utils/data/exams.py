@@ -162,7 +162,8 @@ def _from_folder(folder: Path, prompter) -> list[Exam]:
             continue
         task, rows = part
         stem = file.stem.lower()
-        rank = (0 if "test" in stem else 1 if "dev" in stem or "valid" in stem else 2, len(stem), stem)
+        part_of = 0 if "test" in stem else 1 if "dev" in stem or "valid" in stem else 2
+        rank = (part_of, len(stem), stem)  # 작은 것을 고른다: test, 검증, 나머지. 그다음은 짧은 이름
         if task.name not in found or rank < found[task.name][0]:
             found[task.name] = rank, file, rows
     if not found:

@@ -207,7 +207,7 @@ class Decoder:
                 self.finish_reason, self.end_token = "stop", token
                 return
             first = first or now
-            speed = (count - 1) / (now - first) if count > 1 else 0.0
+            speed = (count - 1) / (now - first) if count > 1 else 0.0  # 첫 토큰의 시간은 질문을 읽는 시간이라 뺀다
             self.stats = Stats(count, first - started, speed)
             self.finish_reason = "length" if count == limit else "cancelled"
             yield token

@@ -18,10 +18,10 @@ class EagerStep:
     def read(self, questions: list[list[int]]) -> torch.Tensor:
         """질문들을 읽고 다음 토큰의 로짓 [rows, vocab]을 준다."""
         ids, mask, positions = pad_left(questions, self._device)
-        padded = bool((mask == 0).any())
+        padded = bool((mask == 0).any())  # 채운 자리가 없으면 mask를 주지 않는다. 더 빠른 attention을 쓸 수 있다
         for begin in range(0, ids.shape[1], PREFILL):
             part = slice(begin, begin + PREFILL)
-            seen = mask[:, : begin + PREFILL]
+            seen = mask[:, : begin + PREFILL]  # cache에 든 것과 이번 조각: [rows, 지금까지]
             logits = self._forward(ids[:, part], positions[:, part], seen if padded else None, self._cache)
         self._mask, self._position = mask if padded else None, positions[:, -1:]
         return logits
@@ -30,8 +30,8 @@ class EagerStep:
         """줄마다 토큰 하나를 먹이고 그다음의 로짓 [rows, vocab]을 준다."""
         self._position = self._position + 1
         if self._mask is not None:
-            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        ids = torch.tensor(tokens, device=self._device)[:, None]
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)  # 새 토큰은 모든 줄에서 진짜다
+        ids = torch.tensor(tokens, device=self._device)[:, None]  # [rows] -> [rows, 1]
         return self._forward(ids, self._position, self._mask, self._cache)
 
 
@@ -52,12 +52,18 @@ class FreshStep:
         return self._again()
 
     def _again(self) -> torch.Tensor:
-        ids = torch.tensor([self._ids], device=self._device)
-        return self._forward(ids, torch.arange(ids.shape[1], device=self._device)[None], None, None)
+        """지금까지의 글 전체의 forward. 마지막 토큰의 로짓 [1, vocab]."""
+        ids = torch.tensor([self._ids], device=self._device)  # [1, 지금까지]
+        positions = torch.arange(ids.shape[1], device=self._device)[None]
+        return self._forward(ids, positions, None, None)
 
 
 class CapturedStep:
     """크기를 정해 둔 StaticCache와, 토큰 하나의 forward를 캡처한 CUDA graph.
+
+    graph는 캡처할 때의 주소를 읽고 쓰므로 토큰 [rows, 1], 위치 [rows, 1], mask [rows, capacity], cache의 자리가 모두
+    처음부터 끝까지 그대로다. mask는 아직 쓰지 않은 뒤쪽 자리까지 1이다: 지금 위치보다 뒤의 자리는 transformers가
+    가린다.
 
     Attributes:
         rows, capacity: cache가 담는 줄과 토큰의 수.
@@ -80,7 +86,8 @@ class CapturedStep:
     def read(self, questions: list[list[int]]) -> torch.Tensor:
         """질문들을 읽고 다음 토큰의 로짓 [질문의 수, vocab]을 준다. 모자라는 줄은 첫 질문으로 채운다."""
         self._count = len(questions)
-        ids, mask, positions = pad_left(questions + questions[:1] * (self.rows - len(questions)), self._device)
+        spare = self.rows - len(questions)
+        ids, mask, positions = pad_left(questions + questions[:1] * spare, self._device)
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
         self._positions.copy_(positions[:, -1:])
@@ -101,7 +108,7 @@ class CapturedStep:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
+            for _ in range(2):  # cuBLAS의 작업 공간처럼 처음 부를 때만 잡는 것을 캡처하기 전에 잡는다
                 self._forward(self._ids, self._positions, self._mask, self._cache)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
@@ -112,7 +119,8 @@ class CapturedStep:
 def pad_left(questions: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """질문들의 왼쪽을 채운 (토큰, mask, 위치), 모두 [질문의 수, 가장 긴 질문]."""
     longest = max(map(len, questions))
-    ids = torch.tensor([[0] * (longest - len(question)) + question for question in questions])
-    mask = torch.tensor([[0] * (longest - len(question)) + [1] * len(question) for question in questions])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padding = [longest - len(question) for question in questions]
+    ids = torch.tensor([[0] * empty + question for empty, question in zip(padding, questions, strict=True)])
+    mask = torch.tensor([[0] * empty + [1] * (longest - empty) for empty in padding])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # 진짜 토큰만 0부터 센다. mask 0 0 1 1 1 -> 0 0 0 1 2
     return ids.to(device), mask.to(device), positions.to(device)

@@ -50,7 +50,8 @@ def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
     """
     results: dict[int, Likelihood] = {}
     vocab = model.get_output_embeddings().weight.shape[0]
-    order = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]) + len(pairs[index][1]), index))
+    lengths = [len(context) + len(tokens) for context, tokens in pairs]
+    order = sorted(range(len(pairs)), key=lambda index: lengths[index])  # 길이가 같으면 `pairs`의 차례 그대로다
     for batch in _batches([(index, *pairs[index]) for index in order], vocab):
         for (index, _, _), value in zip(batch, _measure_batch(model, batch, top), strict=True):
             results[index] = value
@@ -63,8 +64,9 @@ def _batches(rows: list[tuple[int, Sequence[int], Sequence[int]]], vocab: int) -
     for row in rows:
         together = [*batch, row]
         length, kept = _shape(together)
-        logits = len(together) * kept * vocab * 4
-        if batch and (len(together) * length > ROW_TOKENS or logits > LOGIT_BYTES):
+        tokens = len(together) * length
+        logit_bytes = 4 * len(together) * kept * vocab
+        if batch and (tokens > ROW_TOKENS or logit_bytes > LOGIT_BYTES):
             yield batch
             batch = []
         batch.append(row)
@@ -94,11 +96,12 @@ def _measure_batch(model, batch: list, top: int) -> list[Likelihood]:
     first = _first(batch)
     values = []
     for row, (_, context, tokens) in enumerate(batch):
+        # 문맥의 마지막 토큰의 로짓이 이어지는 글의 첫 토큰을 예측한다. `logits`는 first번째 자리부터다
         begin = len(context) - 1 - first
         scores = logits[row, begin : begin + len(tokens)].float().log_softmax(-1)  # [n, vocab]
         targets = torch.tensor(tokens, device=scores.device)
-        chosen = scores.gather(-1, targets[:, None])[:, 0]
-        best, ids = scores.topk(top, -1)
+        chosen = scores.gather(-1, targets[:, None])[:, 0]  # [n]: 자리마다 실제 토큰의 로그 확률
+        best, ids = scores.topk(top, -1)  # [n, top]
         greedy = bool((scores.argmax(-1) == targets).all())
         values.append(Likelihood(chosen.cpu().numpy(), ids.cpu().numpy(), best.cpu().numpy(), greedy))
     return values

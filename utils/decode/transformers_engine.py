@@ -103,6 +103,7 @@ class ForwardDecode:
         answers: list[list[int]] = [[] for _ in questions]
         if time.perf_counter() > until:
             return answers
+        # 줄마다 제 난수를 쓴다. 씨앗을 정했으면 함께 물은 답이 혼자 물은 답과 같다
         generators = [torch.Generator(self._device).manual_seed(settings.seed_number()) for _ in questions]
         plain = (settings.temperature, settings.repetition_penalty, settings.no_repeat_ngram_size) == (0, 1, 0)
         step = self._start(questions, max(map(len, questions)) + max(limits))
@@ -115,6 +116,7 @@ class ForwardDecode:
             done = all(_finished(answer, limits[row], end_ids) for row, answer in enumerate(answers))
             if done or time.perf_counter() > until:
                 return answers
+            # 먼저 끝난 줄에도 마지막 토큰을 다시 먹인다. 모양 [rows, 1]을 지키려는 것이고, 그 줄의 로짓은 버린다
             logits = step.next([answer[-1] for answer in answers])
 
     def _rows_that_fit(self, questions: list[list[int]], limit: int) -> int:
@@ -142,7 +144,9 @@ class ForwardDecode:
         except Exception:  # 제 cache만 받거나, 부르는 모양이 다른 구조다
             return False
         limit = AGREE.get(whole.dtype, AGREE[torch.float32])
-        return float(apart.norm()) <= limit * float((whole - whole.mean()).norm())
+        # 로짓에 같은 수를 더해도 확률은 같으므로, 평균을 뺀 크기에 비해 얼마나 다른지 잰다
+        spread = float((whole - whole.mean()).norm())
+        return float(apart.norm()) <= limit * spread
 
     def _new_cache(self) -> DynamicCache:
         """빈 KV cache. 미끄러지는 창이 있어도 K와 V를 버리지 않는다: 설정에만 창이 있고 mask에는 없는 구조가 있다."""
@@ -161,7 +165,7 @@ class ForwardDecode:
 
     def _static_step(self, rows: int, tokens: int) -> CapturedStep | None:
         """`rows`줄, `tokens`토큰을 담는 캡처된 단계. 지금 것이 작으면 버리고 새로 만든다. 캡처할 수 없으면 None."""
-        capacity = min(self._context, -(-tokens // GROW) * GROW)
+        capacity = min(self._context, -(-tokens // GROW) * GROW)  # GROW의 배수로 올린다. 조금 긴 다음 답도 다시 쓴다
         window = _smallest_window(self._config)
         if window and capacity > window:  # 창을 넘긴 StaticCache는 토큰마다 다른 일을 하므로 캡처할 수 없다
             return None
@@ -195,9 +199,10 @@ class ForwardDecode:
     def _free_bytes(self) -> float:
         if self._device.type != "cuda":
             return psutil.virtual_memory().available
-        held = self._step.rows * self._step.capacity * self._token_bytes if self._step else 0
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info(self._device)[0] + unused + held - SPARE
+        held = self._step.rows * self._step.capacity * self._token_bytes if self._step else 0  # 새로 잡을 때 돌려준다
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # 할당기가 쥐고 있는 빈 것
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + unused + held - SPARE
 
 
 def kv_bytes(config, dtype: torch.dtype) -> int:
@@ -207,7 +212,8 @@ def kv_bytes(config, dtype: torch.dtype) -> int:
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        return 2 * text.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+        per_layer = 2 * kv_heads * head_dim  # K와 V
+        return text.num_hidden_layers * per_layer * dtype.itemsize
     except (AttributeError, RuntimeError):  # 그런 값이 없거나, 층마다 달라 하나로 답하지 못한다
         return 0
 

@@ -5,6 +5,8 @@ flash(문서마다의 계산만 한다), memory-efficient(같은 일을 하고 T
 그것을 문서마다 하는 것(CPU).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -58,12 +60,15 @@ class Attention(Protocol):
 
 
 class FlashAttention:
-    """FlashAttention-2의 가변 길이 커널. 여러 q의 머리가 함께 읽는 k와 v, 창을 그대로 안다."""
+    """FlashAttention-2의 가변 길이 커널. 여러 q의 머리가 함께 읽는 k와 v, 창을 그대로 안다.
 
-    name = "flash"
+    backward는 dq를 키의 묶음마다 atomic으로 더해, 긴 문서에서는 더하는 차례가 그때그때 다르다. `exact`면 묶음마다 따로
+    적어 두고 차례대로 더하는 라이브러리의 방식을 쓴다.
+    """
 
-    def __init__(self, scale: float):
-        self.scale = scale
+    def __init__(self, scale: float, exact: bool = False):
+        self.scale, self.exact = scale, exact
+        self.name = "비트까지 같은 flash" if exact else "flash"
 
     def forward(self, q, k, v, documents: Documents, window: int = 0):
         offsets, longest = documents.offsets, documents.longest
@@ -74,9 +79,10 @@ class FlashAttention:
     def backward(self, gradient, q, k, v, out, saved, documents: Documents, window: int = 0):
         log_sum, state, unused = saved
         offsets, longest = documents.offsets, documents.longest
-        return torch.ops.aten._flash_attention_backward(
-            gradient, q, k, v, out, log_sum, offsets, offsets, longest, longest, 0.0, True, state, unused,
-            scale=self.scale, **self._window(window))
+        with _deterministic(self.exact):
+            return torch.ops.aten._flash_attention_backward(
+                gradient, q, k, v, out, log_sum, offsets, offsets, longest, longest, 0.0, True, state, unused,
+                scale=self.scale, **self._window(window))
 
     def _window(self, window: int) -> dict:
         return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
@@ -179,12 +185,29 @@ class DocumentAttention:
             yield slice(start, end), Documents(positions[None, start:end], documents.offsets)
 
 
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """라이브러리가 atomic 없이 계산하게 한다. 새로 잡은 메모리를 NaN으로 채우는 일은 시간만 들어 하지 않는다."""
+    if not on:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 def choose_attention(heads: int, kv_heads: int, head_dim: int, scale: float, windowed: bool, dtype: torch.dtype,
-                     device: torch.device) -> Attention:
+                     device: torch.device, exact: bool = False) -> Attention:
     """이 장치에서 돌고 torch 식과 같은 답(forward와 backward)을 내는 가장 빠른 구현을 고른다.
 
     Args:
         windowed: 창이 있는 층이 있는지. 있으면 창을 걸어서도 해 본다.
+        exact: 두 번 계산해도 비트까지 같은 backward를 쓴다.
     """
     if device.type == "cpu":
         return DocumentAttention(scale)
@@ -206,7 +229,7 @@ def choose_attention(heads: int, kv_heads: int, head_dim: int, scale: float, win
         return answers
 
     wanted = run(formula)
-    for attention in (FlashAttention(scale), EfficientAttention(scale)):
+    for attention in (FlashAttention(scale, exact), EfficientAttention(scale)):
         try:
             got = run(attention)
             torch.cuda.synchronize()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from utils.engine.kernel_cache import cache_folder, remembered
+
 
 class CompileError(RuntimeError):
     """커널을 컴파일하거나 올리지 못했다. 부르는 쪽은 torch 연산으로 된 길로 물러난다."""
@@ -37,6 +39,12 @@ def _nvrtc() -> ctypes.CDLL:
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
 
 
 def compile_to_cubin(source: str, capability: tuple[int, int], defines: dict[str, int | float | str]) -> bytes:
@@ -113,7 +121,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
         gx, gy, gz = (*grid, 1, 1)[:3]
         bx, by, bz = (*block, 1, 1)[:3]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
         if overlap:
             config = _LaunchConfig(gx, gy, gz, bx, by, bz, shared, stream, ctypes.pointer(_OVERLAP), 1)
             code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
@@ -129,7 +137,9 @@ def load_kernels(source: str, names: list[str], defines: dict[str, int | float |
         CompileError: 컴파일하거나 올리지 못했다.
     """
     torch.cuda.current_stream().synchronize()  # CUDA context가 만들어진 뒤에야 모듈을 올릴 수 있다
-    cubin = compile_to_cubin(source, torch.cuda.get_device_capability(), defines)
+    capability = torch.cuda.get_device_capability()
+    facts = source, capability, sorted(defines.items()), torch.version.cuda, _nvrtc_version()
+    cubin = remembered(cache_folder(), facts, lambda: compile_to_cubin(source, capability, defines))
     module = ctypes.c_void_p()
     code = _driver().cuModuleLoadData(ctypes.byref(module), cubin)
     if code:

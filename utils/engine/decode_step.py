@@ -10,8 +10,9 @@ from utils.engine.family import Family
 from utils.engine.weights import Adapter, Layer, Linear, Norm, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
-LINES_KERNELS = ["qkv_lines", "mlp_lines", "out_lines", "down_lines", "head_lines", "lora_lines", "norm_lines"]
-PARALLEL_KERNELS, SEQUENTIAL_KERNELS = ["contract"], ["contract_attention", "contract_mlp"]
+LINES_KERNELS = ["project_lines", "head_lines"]
+PARALLEL_KERNELS = ["contract", "contract_lines"]
+SEQUENTIAL_KERNELS = ["contract_attention", "contract_mlp", "contract_attention_lines", "contract_mlp_lines"]
 PARTS = ("qkv", "out", "mlp", "down")
 
 
@@ -86,6 +87,10 @@ class KvCache:
             self.table[len(self._pages)] = page.data_ptr()
             self._pages.append(page)
 
+    def clear(self) -> None:
+        """모든 쪽을 돌려준다."""
+        self._pages.clear()
+
     def _turns(self, begin: int) -> torch.Tensor:
         """begin부터 PAGE개 위치의 (cos, sin) fp32 [rotary의 종류, PAGE, rotary / 2, 2]. transformers와 같은 수다."""
         positions = torch.arange(begin, begin + PAGE, device=self._device, dtype=torch.float32)[:, None]
@@ -123,7 +128,7 @@ class DecodeStep:
         self._act = torch.zeros(2, family.ff, dtype=torch.int16, device=device)
         self._partial = torch.zeros(family.heads, SPLITS, family.head_dim + 2, device=device)
         self._done = torch.zeros(family.heads, dtype=torch.int32, device=device)
-        self.logits = torch.zeros(vocab, device=device)
+        self.logits = torch.zeros(-(-vocab // 4) * 4, device=device)[:vocab]  # 커널은 16바이트씩 읽는다
         self.state = torch.zeros(6, dtype=torch.int32, device=device)
         self.settings = torch.zeros(3, device=device)
         self.adapter_on = torch.ones(1, device=device)
@@ -232,7 +237,8 @@ class DecodeStep:
 
 
 def kernel_names(family: Family) -> list[str]:
-    return KERNELS + LINES_KERNELS + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+    post = ["post_lines"] if family.post_norm else []
+    return KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:

@@ -15,6 +15,7 @@ from utils.engine.train_layers import Layer, Projection, largest_tails, move_emb
 from utils.engine.train_memory import kept_widths, saved_widths, scratch_elements, work_widths
 from utils.engine.train_ops import TorchOps
 from utils.model.loss import head_loss
+from utils.model.objective import measured
 
 
 @dataclass
@@ -41,11 +42,12 @@ class Forward:
         model: PEFT로 감싼 causal LM. `describe(model, training=True)`가 `Family`를 주는 것이어야 한다.
         recompute_layers: backward에서 다시 계산할 층의 수. 앞의 층부터 센다.
         max_documents: 블록 하나에 든 문서의 최대 수.
+        exact: GPU에서 두 번 배워도 비트까지 같게 한다. 긴 문서에서는 느려진다.
 
     GPU에서는 출력 행렬과 묶이지 않은 입력 embedding을 `HostEmbedding`으로 바꾸어 VRAM에서 내린다.
     """
 
-    def __init__(self, model: nn.Module, recompute_layers: int = 0, max_documents: int = 1):
+    def __init__(self, model: nn.Module, recompute_layers: int = 0, max_documents: int = 1, exact: bool = False):
         family = describe(model, training=True)
         if isinstance(family, str):
             raise ValueError(family)
@@ -62,7 +64,7 @@ class Forward:
         self.max_documents = max_documents
         self.ops = self._choose_ops()
         self.attention = choose_attention(family.heads, family.kv_heads, family.head_dim, family.attention_scale,
-                                          any(family.windows), self.dtype, self.device)
+                                          any(family.windows), self.dtype, self.device, exact)
         self.release()
 
     @property
@@ -143,7 +145,7 @@ class Forward:
 
     @torch.no_grad()
     def evaluate(self, batch: dict) -> torch.Tensor:
-        """dropout 없이 구한 음의 로그 가능도의 합."""
+        """dropout 없이 구한 음의 로그 가능도의 합. 선호 쌍이면 쌍마다의 값(`objective.measured`)이다."""
         documents = self._begin(batch)
         for layer in self.layers:
             self._forward_layer(layer, documents, None)
@@ -151,7 +153,7 @@ class Forward:
         hidden = self._wide("t", self.family.hidden)
         self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
         targets = shifted_targets(batch["labels"]).flatten()
-        return head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy).sum()
+        return measured(head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy), batch)
 
     def _begin(self, batch: dict) -> Documents:
         rows, block = batch["input_ids"].shape

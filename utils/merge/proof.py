@@ -96,7 +96,8 @@ def read_windows(job: Job) -> Windows:
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     config = load_config(job.base.path)
     # fp32 logits [토큰, vocab]이 LOGIT_BYTES를 넘지 않는 토큰의 수. 64에서 512 사이에서 행들이 나누어 가진다
-    budget = min(512, max(64, LOGIT_BYTES // (4 * config["vocab_size"])))
+    row_bytes = 4 * config["vocab_size"]
+    budget = min(512, max(64, LOGIT_BYTES // row_bytes))
     longest = int(documents.lengths()[chosen].max())
     limit = config.get("max_position_embeddings") or longest  # 자리의 표(learned, ALiBi) 밖을 읽지 않는다
     length = min(budget // len(chosen), longest, limit)
@@ -104,9 +105,10 @@ def read_windows(job: Job) -> Windows:
     real, answer = np.zeros((2, len(chosen), length), bool)
     for row, member in enumerate(chosen):
         asked = read_question(documents, member)
-        begin = max(0, len(asked.prompt) - length // 3)
+        begin = max(0, len(asked.prompt) - length // 3)  # 긴 질문은 끝의 1/3만 남겨, 답이 창의 2/3를 갖는다
         tokens = np.concatenate([asked.prompt, asked.answer])[begin : begin + length]
-        ids[row, : len(tokens)], real[row, : len(tokens)] = tokens, True
+        ids[row, : len(tokens)] = tokens
+        real[row, : len(tokens)] = True
         answer[row, len(asked.prompt) - begin : len(tokens)] = True
     return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
 
@@ -119,7 +121,9 @@ def prove(job: Job, merged: Path) -> Proof:
     quantised, rounded = writer.quantised_entries(job), writer.quantised_built(job)
 
     def logits(kind: str, updates: dict) -> torch.Tensor:
-        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit."""
+        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit
+        [실제 토큰의 수, vocab].
+        """
         trained = kind == "quantized"
         source = streamed.Source(job.base, job.disk, lambda entry: job.base_rows(entry, quantised if trained else {}),
                                  updates, job.trained_dtype if trained else torch.float32,
@@ -135,9 +139,10 @@ def prove(job: Job, merged: Path) -> Proof:
     del asked, actual, trained
     base_loss = _answer_loss(logits("quantized", {}), windows)
     gain = base_loss - trained_loss
-    return Proof(len(windows.ids), int(windows.real[:, 1:].sum()), windows.source, windows.absent, job.onto, **compared,
-                 base_loss=base_loss, trained_loss=trained_loss, merged_loss=merged_loss,
-                 retained=(base_loss - merged_loss) / gain if gain >= MIN_GAIN else None)
+    retained = (base_loss - merged_loss) / gain if gain >= MIN_GAIN else None
+    n_tokens = int(windows.real[:, 1:].sum())  # 행마다 첫 토큰은 예측하지 않는다
+    return Proof(len(windows.ids), n_tokens, windows.source, windows.absent, job.onto, **compared, base_loss=base_loss,
+                 trained_loss=trained_loss, merged_loss=merged_loss, retained=retained)
 
 
 def judge(proof: Proof) -> None:
@@ -183,9 +188,11 @@ def describe(proof: Proof) -> str:
 def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> torch.Tensor:
     """[실제 토큰의 수, vocab]의 logit(fp32, CPU). 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
     model = streamed.build(source, device)
-    positions = torch.arange(windows.ids.shape[1], device=device).expand(windows.ids.shape)
-    logits = model(input_ids=windows.ids.to(device), position_ids=positions, use_cache=False).logits[:, :-1]
-    return logits[windows.real[:, 1:].to(device)].cpu()
+    ids = windows.ids.to(device)  # [n, length]
+    positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    # 자리 t의 logit이 토큰 t + 1을 예측하므로, 마지막 자리를 버리고 한 칸 당긴 `real`로 고른다
+    return logits[:, :-1][windows.real[:, 1:].to(device)].cpu()
 
 
 def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
@@ -197,21 +204,24 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
     same, gap, kls = 0, 0.0, []
     for one, other in zip(expected.split(ROWS), actual.split(ROWS), strict=True):
         same += int((one.argmax(-1) == other.argmax(-1)).sum())
-        kls.append(F.kl_div(F.log_softmax(other.double(), -1), F.log_softmax(one.double(), -1), log_target=True,
-                            reduction="none").sum(-1))
+        # KL이 1e-6이면 log p - log q는 fp32가 잃는 자리다. fp64로 계산한다
+        log_p, log_q = (F.log_softmax(logits.double(), -1) for logits in (one, other))  # [ROWS, vocab]
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
         gap = max(gap, (one - other).abs().max().item())
         if not torch.isfinite(other).all():
             raise UsageError("합친 모델의 logit에 NaN이나 inf가 있다. 기반 모델과 어댑터를 살핀다")
-    kl = torch.cat(kls).sort().values
-    most = kl[:len(kl) - len(kl) // 10 - 1] if len(kl) > 1 else kl
-    return {"top1": same / len(expected), "kl": max(0.0, kl.mean().item()), "kl_most": max(0.0, most.mean().item()),
-            "largest_gap": gap}
+    kl = torch.cat(kls).sort().values  # [토큰], 작은 것부터
+    dropped = len(kl) // 10 + 1 if len(kl) > 1 else 0
+    most = kl[:len(kl) - dropped]
+    mean, mean_of_most = (max(0.0, each.mean().item()) for each in (kl, most))  # 반올림으로 -1e-17이 되기도 한다
+    return {"top1": same / len(expected), "kl": mean, "kl_most": mean_of_most, "largest_gap": gap}
 
 
 def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:
     """답의 토큰마다의 평균 음의 로그 가능도(nat). logits는 [실제 토큰의 수, vocab]이다."""
-    goal = windows.ids[:, 1:][windows.real[:, 1:]]
-    scored = windows.answer[:, 1:][windows.real[:, 1:]]
+    real = windows.real[:, 1:]
+    goal = windows.ids[:, 1:][real]  # [실제 토큰의 수]: logits의 자리마다 맞혀야 할 토큰
+    scored = windows.answer[:, 1:][real]  # 그 토큰이 답인지
     return F.cross_entropy(logits[scored], goal[scored]).item()
 
 

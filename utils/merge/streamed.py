@@ -59,32 +59,37 @@ class StreamedWeight(torch.Tensor):
             return args[1].multiply(*args[:1], *args[2:], **kwargs)
         if func is F.embedding and isinstance(args[1], cls):
             return args[1].look_up(args[0])
-        if getattr(func, "__name__", "") == "__get__" or func in _SHAPES:
+        if getattr(func, "__name__", "") == "__get__" or func in _SHAPES:  # 속성과 모양은 값을 읽지 않고 답한다
             found = super().__torch_function__(func, types, args, kwargs)
             return func(args[0].whole()) if isinstance(found, torch.Tensor) else found  # `.T`처럼 값이 든 속성
-        args, kwargs = ([part.whole() if isinstance(part, cls) else part for part in args],
-                        {name: part.whole() if isinstance(part, cls) else part for name, part in kwargs.items()})
-        return func(*args, **kwargs)
+        def read(part):
+            return part.whole() if isinstance(part, cls) else part
+
+        return func(*map(read, args), **{name: read(part) for name, part in kwargs.items()})
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out]. 합치지 않고 y = x W^T + b + scale (x A^T) B^T로 더해 B A를 만들지 않는다."""
-        out = torch.empty(*x.shape[:-1], self.entry.shape[0], device=x.device)
+        rows, _ = self.entry.shape
+        out = torch.empty(*x.shape[:-1], rows, device=x.device)
         for start, stop in row_spans(self.entry.shape):
-            out[..., start:stop] = x @ self.read(start, stop).to(x.device).T
+            part = self.read(start, stop).to(x.device)  # [stop - start, in]
+            out[..., start:stop] = x @ part.T
         if bias is not None:
             out += bias
         if self.update is not None:
+            # B A는 [out, in]이라 W만큼 크다. 좁은 쪽을 먼저 지나면 [..., r]만 생긴다
             a, b = self.update.a.to(x.device), self.update.b.to(x.device)
             out += (x @ a.T) @ b.T * self.update.scale
         return out
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] -> [..., 폭]. 나온 토큰마다 한 행씩만 읽는다. embedding에는 얹을 갱신이 없다."""
-        unique, where = ids.unique(return_inverse=True)
-        return torch.cat([self.read(i, i + 1) for i in unique.tolist()]).to(self.place)[where]
+        unique, where = ids.unique(return_inverse=True)  # where [...]: 토큰마다 unique의 몇 번째인지
+        rows = torch.cat([self.read(i, i + 1) for i in unique.tolist()])  # [나온 토큰의 종류, 폭]
+        return rows.to(self.place)[where]
 
     def whole(self) -> torch.Tensor:
-        """갱신까지 더한 온전한 행렬, fp32."""
+        """갱신까지 더한 온전한 행렬 [out, in], fp32."""
         values = torch.cat([self.read(start, stop) for start, stop in row_spans(self.entry.shape)])
         if self.update is not None:
             values += self.update.rows(0, self.entry.shape[0])
@@ -138,13 +143,14 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
     needed = {name for sources in source.disk.built.values() for name in sources}
     if not needed:
         return {}
-    state = {name: read_whole(entry).to(source.dtype).float() if name in needed else torch.zeros(()).expand(entry.shape)
-             for name, entry in source.folder.tensors.items() if name in source.disk.used}
+    used = {name: entry for name, entry in source.folder.tensors.items() if name in source.disk.used}
+    state = {name: torch.zeros(()).expand(entry.shape) for name, entry in used.items()}  # 값 하나를 되풀이해 가리킨다
+    state |= {name: read_whole(used[name]).to(source.dtype).float() for name in needed}
     loaded = diskmap.load_labelled(source.folder.path, state, "cpu").state_dict()
     return {name: nf4.round_trip(loaded[name], source.dtype).float() if name in source.rounded else loaded[name]
             for name in source.disk.built}
 
 
 def read_plain(entry: TensorEntry) -> Rows:
-    """파일에 적힌 값 그대로를 fp32로 읽는 함수."""
+    """파일에 적힌 값 그대로를 fp32로 읽는 함수. (start, stop) -> [stop - start, 폭]."""
     return lambda start, stop: read_rows(entry, start, stop).float()

@@ -70,9 +70,11 @@ def parse_size(text: str) -> int:
         UsageError: 크기로 읽을 수 없거나, 파일이 수없이 나뉠 만큼 작다.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < SMALLEST_SHARD:
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    size = 0 if unit is None else float(match[1]) * unit
+    if size < SMALLEST_SHARD:
         raise UsageError(f"max_shard_size를 읽을 수 없다: '{text}'. 1GB나 500MB처럼 단위를 붙여 1KB 이상으로 적는다")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(size)
 
 
 def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
@@ -119,11 +121,11 @@ def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:
     모델이 읽지 않는 tensor(옛 GPT-NeoX의 mask)는 가중치가 아니므로 값을 따지지도 고치지도 않는다.
     """
     used = job.disk.used
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # dtype -> 바이트
     for entry in job.base.tensors.values():
         if entry.name in used:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
-    halve = max(sizes, key=lambda dtype: sizes[dtype]) == "F32"
+    halve = max(sizes, key=lambda dtype: sizes[dtype]) == "F32"  # 16비트 모델에 섞인 fp32(norm, router)는 그대로 둔다
     planned = []
     for entry in sorted(job.base.tensors.values(), key=lambda entry: (entry.file.name, entry.start)):
         if entry.name not in used:
@@ -138,6 +140,7 @@ def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:
 
 
 def _copied(entry: TensorEntry) -> Iterator[memoryview]:
+    """바이트 그대로. 값이 유한한지만 본다."""
     for chunk in shards.raw_chunks(entry):
         require_finite(chunk, entry.dtype, entry)
         yield chunk
@@ -145,7 +148,10 @@ def _copied(entry: TensorEntry) -> Iterator[memoryview]:
 
 def _merged(job: Job, entry: TensorEntry, update: lora.Update | None, dtype: str,
             quantised: dict[str, bool]) -> Iterator[memoryview]:
-    """fp32로 더하고 `dtype`으로 한 번만 반올림한다."""
+    """W + scale B A를 fp32 [행의 조각, in]로 더하고 `dtype`으로 한 번만 반올림한다.
+
+    16비트에서 더하면 갱신이 먼저 반올림되고 합이 또 반올림되어, W의 눈금보다 작은 갱신이 사라진다.
+    """
     rows = job.base_rows(entry, quantised)
     for start, stop in shards.row_spans(entry.shape):
         values = rows(start, stop)
@@ -160,9 +166,11 @@ def require_finite(chunk: memoryview, dtype: str, entry: TensorEntry) -> None:
     """NaN과 inf가 없는지 본다. 둘은 지수의 비트가 모두 1이라, 비트를 정수로 읽으면 같은 부호의 수 가운데 가장 크다."""
     if dtype not in _LARGEST:
         return
-    kind, largest = _LARGEST[dtype]
+    kind, largest = _LARGEST[dtype]  # 값 하나의 바이트, +inf의 비트를 정수로 읽은 것
+    sign = 2 ** (8 * kind - 1)
     bits = np.frombuffer(chunk, f"i{kind}")
-    if bits.size and (bits.max() >= largest or bits.view(f"u{kind}").max() >= largest + 2 ** (8 * kind - 1)):
+    # 부호 있는 정수의 최댓값은 양수 쪽을, 부호 없는 정수의 최댓값은 부호 비트가 켜진 음수 쪽을 본다
+    if bits.size and (bits.max() >= largest or bits.view(f"u{kind}").max() >= largest + sign):
         raise UsageError(f"{entry.name}에 NaN이나 inf가 있거나 16비트에 담기지 않는다: {entry.file}")
 
 
@@ -227,7 +235,8 @@ def render(job: Job, output: Path) -> str:
     """합친 폴더의 모델 카드(README.md)."""
     targets = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in job.updates})
     base = str(job.config.get("base_model_name_or_path") or job.base.path.name).replace("\\", "/").rstrip("/")
-    name = output.name
-    return _CARD.format(base=base.rsplit("/", 1)[-1] if Path(base).exists() else base, name=name,
+    if Path(base).exists():  # 이 컴퓨터의 폴더면 다른 사람에게 뜻이 없는 앞의 경로를 뺀다. hub id면 그대로 둔다
+        base = base.rsplit("/", 1)[-1]
+    return _CARD.format(base=base, name=output.name,
                         kind=job.base.config["model_type"], rank=job.config["r"], alpha=job.config["lora_alpha"],
                         targets=", ".join(targets), onto=_ONTO[job.onto])

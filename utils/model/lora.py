@@ -102,12 +102,13 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
         pairs.setdefault(match["module"], {})[match["side"]] = values
     updates = {}
     for module, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:  # A [r, in], B [out, r]
             raise UsageError(f"{file}에서 {module}의 lora_A와 lora_B가 짝이 맞지 않는다")
         rank = _by_pattern(config, "rank_pattern", module, config["r"])
         if pair["A"].shape[0] != rank:
             raise UsageError(f"{module}의 rank가 설정과 다르다. 설정 {rank}, 가중치 {pair['A'].shape[0]}")
         alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+        # rank를 키우면 B A의 크기도 커지므로 나누어 맞춘다. rsLoRA는 rank가 클 때 너무 작아지지 않게 제곱근으로 나눈다
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[module] = Update(pair["A"], pair["B"], scale)
     if not any(update.b.any() and update.a.any() for update in updates.values()):
@@ -168,8 +169,13 @@ def _is_named(module: str, targets: list[str] | str | None) -> bool:
 
 
 def _same(one: TensorEntry, other: TensorEntry) -> bool:
-    return one.shape == other.shape and all(
-        torch.equal(read_rows(one, *span).float(), read_rows(other, *span).float()) for span in row_spans(one.shape))
+    if one.shape != other.shape:
+        return False
+    for span in row_spans(one.shape):
+        left, right = (read_rows(entry, *span).float() for entry in (one, other))
+        if not torch.equal(left, right):
+            return False
+    return True
 
 
 def _by_pattern(config: dict, field: str, module: str, otherwise: float) -> float:

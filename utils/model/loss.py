@@ -42,14 +42,14 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Te
         factor: 손실에 곱하는 스칼라 tensor. None이면 gradient를 구하지 않는다.
     """
     counted = targets != IGNORE
-    index = targets.clamp(min=0)[:, None]
+    index = targets.clamp(min=0)[:, None]  # -100은 없는 칸이므로 0번을 가리키게 두고 나중에 버린다
     scores = logits.float()
     log_sum = scores.logsumexp(-1)
     nll = torch.where(counted, log_sum - scores.gather(1, index)[:, 0], 0.0)
     if factor is not None:
-        gradient = scores.sub_(log_sum[:, None]).exp_()
-        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-        logits.copy_(gradient.mul_((factor * counted)[:, None]))
+        gradient = scores.sub_(log_sum[:, None]).exp_()  # softmax(x) [tokens, vocab], 새로 잡지 않고 scores의 자리에
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))  # 정답의 칸에서 1을 뺀다
+        logits.copy_(gradient.mul_((factor * counted)[:, None]))  # 세지 않는 토큰은 0이 된다
     return nll
 
 
@@ -77,7 +77,7 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     head = head or Head(weight)
     if buffer is None:
         buffer = hidden.new_empty(min(HEAD_CHUNK, tokens) * vocab)
-    chunk = buffer.numel() // vocab
+    chunk = buffer.numel() // vocab  # 한 번에 계산할 토큰의 수
     nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
@@ -121,7 +121,8 @@ def measure_head(causal: nn.Module) -> Head | None:
     try:
         with torch.no_grad():
             rows = causal.get_input_embeddings().weight.shape[0]
-            ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] * max(1, rows // PROBE_TOKENS) % rows
+            apart = max(1, rows // PROBE_TOKENS)  # 어휘에서 고르게 떨어진 토큰들 [1, PROBE_TOKENS]
+            ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] * apart % rows
             final = causal(input_ids=ids, use_cache=False).logits.double()
     except torch.OutOfMemoryError:
         raise
@@ -142,7 +143,11 @@ def measure_head(causal: nn.Module) -> Head | None:
 
 
 def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, config) -> list[tuple[float, float]]:
-    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다."""
+    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다.
+
+    Args:
+        raw, final: 출력 행렬이 낸 것과 모델이 내놓은 logits. [1, PROBE_TOKENS, vocab] fp64.
+    """
     straight = final
     if cap is not None:
         inside = final.abs() < cap / 2  # 한계에 가까우면 되돌린 값이 거칠다
@@ -152,7 +157,7 @@ def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, co
     if not size > 0:
         return []
     measured = float((raw * straight).sum() / size)
-    rough = float((straight - measured * raw).square().sum().sqrt() / straight.square().sum().sqrt())
+    rough = float((straight - measured * raw).norm() / straight.norm())
     numbers = [value for value in config.to_dict().values() if type(value) in (int, float) and value]
     known = [1.0, *map(float, numbers), *(1 / value for value in numbers)]
     nearest = min(known, key=lambda value: abs(measured / value - 1))

@@ -30,6 +30,7 @@ class NF4Rows:
         if transposed or (entry.shape[1] % BLOCK and len(self.spans) > 1):  # 블록이 행을 걸치면 조각으로 나눌 수 없다
             self._whole = round_trip(read_whole(entry), dtype, transposed)
             return
+        # [원소의 수 / 64], fp32
         absmax = torch.cat([self._quantize(read_rows(entry, *span))[1].absmax for span in self.spans])
         offset = absmax.mean()
         codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=OFFSET_BLOCK)
@@ -42,11 +43,12 @@ class NF4Rows:
         if self._whole is not None:
             return self._whole[start:stop].float()
         codes, state = self._quantize(read_rows(self._entry, start, stop))
-        first = start * self._entry.shape[1] // BLOCK
-        state.absmax = self._absmax[first : first + len(state.absmax)]
+        first = start * self._entry.shape[1] // BLOCK  # start행의 첫 원소가 든 블록의 번호
+        state.absmax = self._absmax[first : first + len(state.absmax)]  # 이중 양자화를 다녀온 값으로 바꾼다
         return bnb.dequantize_4bit(codes, state).to(self._dtype).float()
 
     def _quantize(self, values: torch.Tensor):
+        """(4비트 값 [원소 / 2] uint8, absmax가 든 `QuantState`). 이중 양자화는 하지 않는다."""
         from bitsandbytes import functional as bnb
 
         values = values.to(self._dtype).float()

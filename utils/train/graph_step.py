@@ -10,8 +10,12 @@ from utils.train.micro_step import Batch, Step
 class CapturedStep:
     """micro-step을 CUDA graph로 찍어 되풀이한다. 찍을 수 없으면 그대로 실행하고 이유를 `path`에 남긴다.
 
-    입력은 늘 같은 자리(static tensor)에 복사되고, 첫 번째는 그대로 실행해 워밍업으로 삼는다. 학습과 평가를 따로
-    찍지만 메모리 풀은 함께 쓴다.
+    작은 모델의 micro-step은 커널 수천 개이고, GPU가 계산하는 시간보다 Python이 하나씩 시작하는 시간이 길다. 찍어 둔
+    graph는 한 번의 호출로 모두 시작한다. 대신 커널이 읽고 쓰는 주소가 찍을 때의 것으로 굳는다. 그래서 입력은 늘 같은
+    자리(static tensor)에 복사하고, gradient는 `weights`가 잡아 둔 같은 `.grad`에 더하고, 결과는 베껴서 돌려준다.
+
+    첫 번째는 그대로 실행해 워밍업으로 삼는다. 학습과 평가를 따로 찍지만 메모리 풀은 함께 쓴다: 둘은 번갈아 돌 뿐
+    겹치지 않으므로 중간값의 자리를 함께 쓸 수 있다.
     """
 
     def __init__(self, step: Step, device: torch.device):
@@ -60,12 +64,12 @@ class CapturedStep:
             if not self._capture(kind, function, batch):
                 return function(batch)  # 찍다가 그만둔 것은 실행되지 않았다
         self._graphs[kind].replay()
-        return self._outputs[kind].clone()
+        return self._outputs[kind].clone()  # 다음 replay가 같은 자리를 덮어쓴다
 
     def _copy_inputs(self, batch: Batch) -> Batch:
         """입력을 static tensor에 복사한다. CPU의 입력도 그대로 받는다."""
-        same = all(self._inputs[name].shape == value.shape for name, value in batch.items() if name in self._inputs)
-        if not same:
+        known = [name for name in batch if name in self._inputs]
+        if any(self._inputs[name].shape != batch[name].shape for name in known):
             self.release()
         for name, value in batch.items():
             if name not in self._inputs:
@@ -77,7 +81,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # 찍는 동안에는 다른 stream의 일이 끼어들 수 없다
         torch.cuda.empty_cache()  # 워밍업이 쓰던 메모리를 graph의 풀이 쓸 수 있게 한다
         try:
             with torch.cuda.graph(graph, pool=self._pool):

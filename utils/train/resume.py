@@ -63,12 +63,12 @@ class Checkpoints:
             staging = files.staging_of(final)
             if self.group.is_first:
                 files.stage(final)
-            self.group.wait()
+            self.group.wait()  # 0번이 폴더를 만든 다음에 모두가 제 것을 쓴다
             loop.weights.save_adapter(staging)
             if loop.weights.writes_optimizer():
                 torch.save(loop.optimizer.state_dict(), loop.weights.optimizer_file(staging))
             torch.save(random_state(), self.random_file(staging))
-            self.group.wait()
+            self.group.wait()  # 모두가 쓴 다음에 0번이 봉한다. 봉한 뒤에 온 파일은 손상으로 보인다
             if self.group.is_first:
                 torch.save(loop.schedule.state_dict(), staging / SCHEDULE)
                 torch.save(loop.weights.scaler.state_dict(), staging / SCALER)
@@ -98,6 +98,7 @@ class Checkpoints:
             loop.state = TrainState.read(folder, loop.state.max_steps)
             loop.weights.load_adapter(folder)
             loop.optimizer.load_state_dict(self.read_optimizer(loop.weights.optimizer_file(folder)))
+            # epoch을 늘려 이어 가면 저장된 학습률의 곡선은 옛 길이의 것이다. 고친 횟수만 이어받고 곡선은 새로 그린다
             loop.follow_schedule(read_tensors(folder / SCHEDULE)["last_epoch"])
             loop.weights.scaler.load_state_dict(read_tensors(folder / SCALER))
             set_random_state(read_tensors(self.random_file(folder)))
@@ -144,7 +145,7 @@ class Checkpoints:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """자동미분 길의 dropout이 쓰는 난수의 상태."""
+    """자동미분 길의 dropout이 쓰는 난수의 상태. 장치마다 uint8 [상태의 바이트]."""
     on_gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **on_gpu}
 

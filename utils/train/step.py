@@ -32,7 +32,7 @@ def open_step(model: nn.Module, plan: MemoryPlan, train_set, eval_set, device: t
     documents = max(2, *(count_documents(data) for data in (train_set, eval_set)))
     candidates = autograd_ways(model, recompute=plan.recompute_layers > 0, reason=reason or "")
     if reason is None:
-        candidates.insert(0, lambda: TrainStep(model, plan.recompute_layers, documents))
+        candidates.insert(0, lambda: TrainStep(model, plan.recompute_layers, documents, plan.exact))
     else:
         say("이 모델에는 빠른 계산을 쓸 수 없어 자동미분으로 배운다. 결과는 같고 더 느리다(이유: --verbose True)")
     step = choose_step(candidates, model, train_set, documents, device, say, reject=lambda: restore_embedding(model))

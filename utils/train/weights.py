@@ -1,11 +1,12 @@
 """배우는 가중치(LoRA)와 그 gradient: 지우기, 프로세스들의 합, 크기 줄이기, 파일에 쓰고 읽기."""
 
+from copy import copy
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.model.folder import ADAPTER_WEIGHTS
@@ -55,12 +56,15 @@ class ReplicatedWeights:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.gradients = torch.zeros(sum(parameter.numel() for parameter in self.parameters), device=device)
+        count = sum(parameter.numel() for parameter in self.parameters)
+        self.gradients = torch.zeros(count, dtype=torch.float32, device=device)
         start = 0
         for parameter in self.parameters:
-            parameter.data = parameter.data.float()  # 16비트로는 작은 갱신이 사라지므로 LoRA 가중치는 fp32로 둔다
-            parameter.grad = self.gradients[start:start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+            # bf16의 눈금은 값의 1/128이라 그보다 훨씬 작은 갱신은 사라진다. 그래서 LoRA 가중치는 fp32로 둔다
+            parameter.data = parameter.data.float()
+            stop = start + parameter.numel()
+            parameter.grad = self.gradients[start:stop].view_as(parameter)  # 복사가 아니라 같은 메모리의 다른 모양이다
+            start = stop
 
     def zero_gradients(self) -> None:
         self.gradients.zero_()
@@ -76,8 +80,7 @@ class ReplicatedWeights:
 
     def save_adapter(self, folder: Path) -> None:
         if self.group.is_first:
-            self.model.save_pretrained(folder)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT가 쓴 빈 영어 양식이다. results가 제 것을 쓴다
+            write_adapter(get_peft_model_state_dict(self.model), self.model.peft_config["default"], folder)
 
     def load_adapter(self, folder: Path) -> None:
         set_peft_model_state_dict(self.model, load_file(folder / ADAPTER_WEIGHTS))
@@ -87,3 +90,17 @@ class ReplicatedWeights:
 
     def writes_optimizer(self) -> bool:
         return self.group.is_first
+
+
+def write_adapter(state: dict[str, torch.Tensor], config: PeftConfig, folder: Path) -> None:
+    """PEFT가 읽는 두 파일(가중치와 설정)을 쓴다.
+
+    `save_pretrained`를 부르지 않는 이유: 저장할 때마다 영어 양식의 README.md를 함께 만들며 시간의 대부분을 쓴다.
+
+    Args:
+        state: PEFT가 파일에 적는 이름 -> LoRA의 A [r, 입력]나 B [출력, r], fp32.
+    """
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    for_inference = copy(config)
+    for_inference.inference_mode = True  # 읽는 쪽은 답하려고 읽는다. 배우던 설정은 그대로 둔다
+    for_inference.save_pretrained(folder)

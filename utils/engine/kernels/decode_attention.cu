@@ -98,43 +98,45 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
 }
 
 // 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
-// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 SPLITS로 나눈 한 토막을 맡는다. 토막은
-// CHUNK개씩 돌며 softmax를 이어 간다. 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
+// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 나눈 한 토막을 맡는다.
+// 레인 SPAN개가 위치 하나를 맡고, 저마다 제 위치들의 softmax를 이어 가다가 끝에 한 번 합친다. 그래서 도는 동안 동기화가
+// 없다. 토막이 여럿이면 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
 // 아래의 모양은 줄 하나의 것이다.
 //   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], state: [6], out: 16비트 [위, 아래][QDIM]
-//   partial: [HEADS][SPLITS][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
+//   partial: [HEADS][gridDim.y][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
 extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
-           AT_ONCE = ATTENDERS / SPAN, STEPS = (CHUNK + AT_ONCE - 1) / AT_ONCE, Q = HEADS_PER_BLOCK,
-           KEY = Q, VALUE = Q + 1 };
-    __shared__ float raw[Q + 2][HEAD_DIM], query[Q][HEAD_DIM], scores[Q][CHUNK], sums[ATTENDERS / 32][Q][HEAD_DIM];
+           AT_ONCE = ATTENDERS / SPAN, STEPS = 4, Q = HEADS_PER_BLOCK, KEY = Q, WARPS_HERE = ATTENDERS / 32,
+           PER_LANE = (HEAD_DIM + 31) / 32 };
+    __shared__ float raw[Q + 2][HEAD_DIM], query[Q][HEAD_DIM], sums[WARPS_HERE][Q][HEAD_DIM];
+    __shared__ float2 peaks[WARPS_HERE][Q];  // 워프마다의 (최댓값, 지수의 합)
     __shared__ __align__(16) signed char fresh[2][HEAD_DIM];
     __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
     __shared__ bool last;
     let_next_kernel_start();
 // 함께 답하는 줄마다 메모리가 이어져 있다. 줄이 하나면 z는 0이다
     qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
-    partial += blockIdx.z * HEADS * SPLITS * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
+    partial += blockIdx.z * HEADS * gridDim.y * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
-// 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
+// 볼 위치는 oldest부터 position까지. ALONE개를 넘으면 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
     int seen = position + 1 - oldest, splits = gridDim.y;
-    int per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
+    int per = seen <= ALONE ? ALONE : ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 
-// 위치 하나의 K는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 위치 STEPS개를 맡는다
+// 위치 하나의 K는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 한 번에 위치 STEPS개를 맡는다
     uint4 key[STEPS], value[STEPS];
     u16 key_scale[STEPS], value_scale[STEPS];
-    bool present[STEPS];
     auto load = [&](int from) {
         #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             int row = from + sub + s * AT_ONCE;
-            present[s] = part < LANES && row < end && sub + s * AT_ONCE < CHUNK;
-            if (!present[s] || row == position) continue;
+            key[s] = value[s] = {0, 0, 0, 0};
+            key_scale[s] = value_scale[s] = 0;
+            if (part >= LANES || row >= end || row == position) continue;
             Page page(pages, row);
             key[s] = __ldcg((const uint4*)page.values(0, layer, kv) + part);
             value[s] = __ldcg((const uint4*)page.values(1, layer, kv) + part);
@@ -143,24 +145,27 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         }
     };
     load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
-    static_assert(HEAD_DIM <= ATTENDERS, "스레드 하나가 머리의 칸 하나를 맡는다");
     Page here(pages, position);
-    float2 turn = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), tid);
+    float2 turn[PER_LANE];
+    #pragma unroll
+    for (int i = 0; i < PER_LANE; i++)
+        turn[i] = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), lane + i * 32);
     wait_for_previous_kernel();
 
-// q, k, v 머리를 워프가 하나씩 옮기며 norm한다
-    bool is_last = end == position + 1;  // 새 토큰의 위치를 맡은 블록
-    for (int v = warp; v < Q + 2; v += ATTENDERS / 32) {
+// q, k, v 머리를 워프가 하나씩 옮기며 norm하고 돌린다. 새 토큰의 위치를 맡은 블록만 k와 v를 쓴다
+    bool is_last = end == position + 1;
+    for (int v = warp; v < (is_last ? Q + 2 : Q); v += WARPS_HERE) {
         if (v < Q) copy_head(qkv + query_at(first_head + v), raw[v], attention.q_norm);
         else if (v == KEY) copy_head(qkv + key_at(kv), raw[v], attention.k_norm);
         else copy_head(qkv + value_at(kv), raw[v], 0);
-    }
-    __syncthreads();
-    if (tid < HEAD_DIM) {
-        for (int h = 0; h < Q; h++) query[h][tid] = rotate(raw[h], turn, tid) * ATTENTION_SCALE;
-        if (is_last) {
-            store_int8(fresh[0], fresh_scales[0], tid, rotate(raw[KEY], turn, tid));
-            store_int8(fresh[1], fresh_scales[1], tid, raw[VALUE][tid]);
+        __syncwarp();
+        #pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            int d = lane + i * 32;
+            if (d >= HEAD_DIM) continue;
+            float turned = v <= KEY ? rotate(raw[v], turn[i], d) : raw[v][d];
+            if (v < Q) query[v][d] = turned * ATTENTION_SCALE;
+            else store_int8(fresh[v - Q], fresh_scales[v - Q], d, turned);
         }
     }
     __syncthreads();
@@ -171,81 +176,106 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         here.scales(kind, layer, kv)[i * LANE / GROUP] = fresh_scales[kind][i * LANE / GROUP];
     }
 
-// 이어 가는 softmax: 지금까지의 최댓값, 지수의 합, 지수를 곱한 V의 합
+// 이어 가는 softmax: 지금까지의 최댓값, 지수의 합, 지수를 곱한 V의 합. 위치 하나를 맡은 레인들이 같은 값을 쥔다
     float largest[Q], total[Q], sum[Q][LANE];
     #pragma unroll
     for (int h = 0; h < Q; h++) {
         largest[h] = -1e30f, total[h] = 0.f;
         for (int j = 0; j < LANE; j++) sum[h][j] = 0.f;
     }
-    for (int from = begin; from < end; from += CHUNK) {
-        if (from > begin) {
-            __syncthreads();
-            load(from);
-        }
+    for (int from = begin; from < end; from += AT_ONCE * STEPS) {
+        if (from > begin) load(from);
         #pragma unroll
-// 점수 = q k. 새 토큰의 K, V는 방금 만든 것을 쓴다
-        for (int s = 0; s < STEPS; s++) {
-            int row = from + sub + s * AT_ONCE;
-            if (present[s] && row == position) {
+        for (int s = 0; s < STEPS; s++)
+            if (part < LANES && from + sub + s * AT_ONCE == position) {  // 새 토큰의 것은 방금 만든 것을 쓴다
                 key[s] = ((const uint4*)fresh[0])[part], value[s] = ((const uint4*)fresh[1])[part];
                 key_scale[s] = fresh_scales[0][part * LANE / GROUP];
                 value_scale[s] = fresh_scales[1][part * LANE / GROUP];
             }
+// 점수 = q k. int8을 푼 값은 블록의 q 머리들이 함께 쓴다
+        float score[STEPS][Q];
+        #pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            float dot[Q] = {};
+            #pragma unroll
+            for (int j = 0; j < LANE; j++) {
+                float one = int8_at(key[s], j);
+                #pragma unroll
+                for (int h = 0; h < Q; h++) dot[h] += part < LANES ? query[h][part * LANE + j] * one : 0.f;
+            }
             #pragma unroll
             for (int h = 0; h < Q; h++) {
-                float dot = 0.f;
-                if (present[s]) {
-                    #pragma unroll
-                    for (int j = 0; j < LANE; j++) dot += query[h][part * LANE + j] * int8_at(key[s], j);
-                    dot *= widen<false>(key_scale[s]);
-                }
-                for (int step = SPAN / 2; step; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
-                if (part == 0 && sub + s * AT_ONCE < CHUNK)
-                    scores[h][sub + s * AT_ONCE] = row < end ? dot : -1e30f;
+                dot[h] *= widen<false>(key_scale[s]);
+                for (int step = SPAN / 2; step; step >>= 1) dot[h] += __shfl_xor_sync(~0u, dot[h], step);
+                score[s][h] = from + sub + s * AT_ONCE < end ? dot[h] : -1e30f;
             }
         }
-        __syncthreads();
         #pragma unroll
         for (int h = 0; h < Q; h++) {
-// 워프마다 같은 점수를 읽어 같은 최댓값을 얻으므로 블록의 동기화가 필요 없다
-            float most = largest[h], more = 0.f;
-            for (int i = lane; i < CHUNK; i += 32) most = fmaxf(most, scores[h][i]);
-            for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-            for (int i = lane; i < CHUNK; i += 32) more += expf(scores[h][i] - most);
+            float most = largest[h];
+            #pragma unroll
+            for (int s = 0; s < STEPS; s++) most = fmaxf(most, score[s][h]);
             float shrink = expf(largest[h] - most);
-            total[h] = total[h] * shrink + warp_sum(more), largest[h] = most;
+            total[h] *= shrink, largest[h] = most;
             #pragma unroll
             for (int j = 0; j < LANE; j++) sum[h][j] *= shrink;
+        }
+        #pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            if (from + sub + s * AT_ONCE >= end) continue;
+            float weight[Q];
             #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                if (!present[s]) continue;
-                float weight = expf(scores[h][sub + s * AT_ONCE] - most) * widen<false>(value_scale[s]);
+            for (int h = 0; h < Q; h++) {
+                weight[h] = expf(score[s][h] - largest[h]);
+                total[h] += weight[h], weight[h] *= widen<false>(value_scale[s]);
+            }
+            #pragma unroll
+            for (int j = 0; j < LANE; j++) {
+                float one = int8_at(value[s], j);
                 #pragma unroll
-                for (int j = 0; j < LANE; j++) sum[h][j] += weight * int8_at(value[s], j);
+                for (int h = 0; h < Q; h++) sum[h][j] += weight[h] * one;
             }
         }
     }
+// 워프 안의 위치들을 합친다: 최댓값을 맞추고 더한다
     #pragma unroll
-    for (int h = 0; h < Q; h++)
+    for (int h = 0; h < Q; h++) {
+        float top = largest[h];
+        for (int step = SPAN; step < 32; step <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        float shrink = expf(largest[h] - top);
+        total[h] *= shrink;
+        for (int step = SPAN; step < 32; step <<= 1) total[h] += __shfl_xor_sync(~0u, total[h], step);
         #pragma unroll
         for (int j = 0; j < LANE; j++) {
+            sum[h][j] *= shrink;
             for (int step = SPAN; step < 32; step <<= 1) sum[h][j] += __shfl_xor_sync(~0u, sum[h][j], step);
             if (lane < LANES) sums[warp][h][lane * LANE + j] = sum[h][j];
         }
+        if (lane == 0) peaks[warp][h] = {top, total[h]};
+    }
     __syncthreads();
 
-// 워프들의 합을 모은다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
+    auto give = [&](int head, int d, float value_) {
+        u16* target = out + (gridDim.z > 1 ? line_place(head * HEAD_DIM + d) : head * HEAD_DIM + d);
+        store_split<ACT_BF16>(target, target + QDIM, value_ * IN_SCALE);
+    };
+// 워프들을 합친다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int h = 0; h < Q; h++) {
-        u16* target = out + (first_head + h) * HEAD_DIM;
-        float* mine = partial + ((size_t)(first_head + h) * SPLITS + blockIdx.y) * (HEAD_DIM + 2);
+        float top = -1e30f, whole = 0.f, shrink[WARPS_HERE];
+        #pragma unroll
+        for (int w = 0; w < WARPS_HERE; w++) top = fmaxf(top, peaks[w][h].x);
+        #pragma unroll
+        for (int w = 0; w < WARPS_HERE; w++)
+            shrink[w] = expf(peaks[w][h].x - top), whole += peaks[w][h].y * shrink[w];
+        float* mine = partial + ((size_t)(first_head + h) * splits + blockIdx.y) * (HEAD_DIM + 2);
         for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-            float whole = 0.f;
-            for (int w = 0; w < ATTENDERS / 32; w++) whole += sums[w][h][d];
-            if (active == 1) store_split<ACT_BF16>(target + d, target + QDIM + d, whole / total[h] * IN_SCALE);
-            else mine[d] = whole;
+            float merged = 0.f;
+            #pragma unroll
+            for (int w = 0; w < WARPS_HERE; w++) merged += sums[w][h][d] * shrink[w];
+            if (active == 1) give(first_head + h, d, merged / whole);
+            else mine[d] = merged;
         }
-        if (active > 1 && tid == 0) mine[HEAD_DIM] = largest[h], mine[HEAD_DIM + 1] = total[h];
+        if (active > 1 && tid == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = whole;
     }
     if (active == 1) return;
 // 마지막에 끝난 블록이 토막들을 합친다: 최댓값을 맞추어 지수의 합으로 나눈다
@@ -257,8 +287,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __threadfence();
     if (tid == 0) done[blockIdx.x] = 0;
     for (int h = 0; h < Q; h++) {
-        u16* target = out + (first_head + h) * HEAD_DIM;
-        const float* all = partial + (size_t)(first_head + h) * SPLITS * (HEAD_DIM + 2);
+        const float* all = partial + (size_t)(first_head + h) * splits * (HEAD_DIM + 2);
         float top = -1e30f, whole = 0.f;
         for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
         for (int s = 0; s < active; s++) {
@@ -271,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
                 const float* one = all + s * (HEAD_DIM + 2);
                 merged += __ldcg(one + d) * expf(__ldcg(one + HEAD_DIM) - top);
             }
-            store_split<ACT_BF16>(target + d, target + QDIM + d, merged / whole * IN_SCALE);
+            give(first_head + h, d, merged / whole);
         }
     }
 }

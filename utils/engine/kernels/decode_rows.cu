@@ -1,281 +1,746 @@
 // 질문 LINES개에 함께 답하는 커널. 가중치를 한 번 읽어 모든 줄에 곱한다. 텐서 코어의 열 여덟이 줄 여덟이다.
-// 줄이 하나일 때와 달리 norm과 LoRA의 아래쪽 곱은 따로 된 커널이 한 번만 센다. 활성값을 위와 아래 절반으로 나누는 것은 같아서
-// 줄마다의 답이 하나씩 답한 것과 같다.
+// 한 줄씩 답하는 커널(decode.cu)과 차례도 활성값을 위와 아래 절반으로 나누는 것도 같아서, 로짓의 차이는 더하는 차례뿐이다.
 //   x, y: 잔차와 아직 더하지 않은 출력 fp32 [LINES][HIDDEN]
-//   in: 선형층의 입력 16비트 [LINES][칸], 줄의 간격은 stride칸. IN_SCALE을 곱해 둔 것이다. 아래 절반은 low칸 뒤에 있다
-//       (low가 0이면 없다)
-//   d: LoRA의 아래쪽 곱 fp32 [LINES][part의 수 * RANK]. 어댑터가 꺼져 있으면 널
+//   attended: 16비트 [LINES][위, 아래][QDIM]. act: 16비트 [위, 아래][LINES][FF]. IN_SCALE을 곱해 두었고, 칸의 자리는
+//       `line_place`로 섞여 있다
+//
+// 워프가 칸을 나눈다: 워프 w는 조각 w, w + WARPS, ...를 맡아 제 칸의 활성값을 레지스터에 쥐고, 블록이 맡은 묶음(행 16개)을
+// 차례로 지나며 가중치만 읽는다. 워프마다의 합은 공유 메모리에서 더한다.
 
-#define SETS (LINES / 8)
+#define SETS (LINES / 8)  // 텐서 코어의 열이 여덟이라 줄을 여덟씩 나눈다
+#define CELLS (ROWS * LINES)
+#define LINE_TILES(units) ((int)((u64)(units) * blockIdx.x / gridDim.x))
 
-// 조각 하나(행 16개 x STEP칸)를 모든 줄과 곱해 sum에 더한다.
-// sum[s]의 넷: (행 g, 줄 8s + 2t), (g, 8s + 2t + 1), (g + 8, 8s + 2t), (g + 8, 8s + 2t + 1). g = 레인 / 4, t = 레인 % 4.
-template <bool BF, int K, bool HALF>
-__device__ __forceinline__ void add_lines(const WidePiece<BF, K, HALF>& piece, const u16* in, int stride, int low,
-                                          int segment, const u32*, const float*, float (&sum)[SETS][4]) {
-// 텐서 코어의 열은 줄이고, 레인은 제 열의 활성값 네 조각 가운데 하나를 읽는다
-    int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
-    #pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        const u16* source = in + (size_t)(s * 8 + line) * stride + segment * WIDE_K + quarter * 8;
-        #pragma unroll 1
-        for (int half = 0; half < (low ? 2 : 1); half++)
-            #pragma unroll
-            for (int u = 0; u < 2; u++) {
-                uint4 b = *(const uint4*)(source + half * low + u * 32);
-                mma<BF>(sum[s], piece.top[u].x, piece.low[u].x, piece.top[u].y, piece.low[u].y, b.x, b.y);
-                mma<BF>(sum[s], piece.top[u].z, piece.low[u].z, piece.top[u].w, piece.low[u].w, b.z, b.w);
-            }
-    }
+static_assert(LINES == 16, "cell의 섞는 법이 줄 16개에 맞춘 것이다");
+
+// 묶음 하나의 합 [ROWS][LINES]에서 (행, 줄)의 자리. 줄의 번호를 행에 따라 섞어 은행 충돌 없이 줄로도 행으로도 읽는다.
+__device__ __forceinline__ int cell(int row, int line) {
+    int r = row >> 1;
+    return row * LINES + (line ^ ((r & 1) << 3 | (r & 6)));
 }
 
-template <int K>
-__device__ __forceinline__ void add_lines(const Int8Piece<K>& piece, const u16* in, int stride, int low, int segment,
-                                          const u32*, const float*, float (&sum)[SETS][4]) {
-    int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
-    u32 a[4] = {piece.top.x, piece.top.y, piece.top.z, piece.top.w};
-    u32 d[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
-    #pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        const u16* source = in + (size_t)(s * 8 + line) * stride + segment * INT8_K + quarter * 16;
+// 단위는 칸 64개다. 레인 4g + t는 줄 g와 g + 8의 16칸을 8칸짜리 둘로 쥔다. column_of는 h번째 8칸이 시작하는 칸이다.
+// 16비트 가중치는 이웃한 레인 넷이 이어진 64바이트를 읽도록 8칸씩 번갈아 놓는다(SPREAD).
+template <bool SPREAD> __device__ __forceinline__ int column_of(int h) {
+    int t = threadIdx.x & 3;
+    return SPREAD ? h * 32 + t * 8 : t * 16 + h * 8;
+}
+
+// 단위 하나의 활성값: 16비트 16칸을 두 칸씩. HALVES가 2면 위와 아래 절반이다.
+template <int HALVES> struct Unit { u32 v[SETS][HALVES][8]; };
+
+// 가중치의 조각(행 16개 x 칸 64 * UNITS개). 레인은 행 g와 g + 8의 칸을 맡는다.
+// sum[s]의 넷: (행 g, 줄 8s + 2t), (g, 8s + 2t + 1), (g + 8, 8s + 2t), (g + 8, 8s + 2t + 1).
+template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
+    enum { UNITS = U, SPREAD = SPREAD_, ROW_BYTES = K * 2, STEP_BYTES = UNITS * 128, HEIGHT = HALF ? 8 : ROWS,
+           SCALED = 0 };
+    uint4 top[UNITS][2], low[HALF ? 1 : UNITS][2];
+
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        #pragma unroll
+        for (int i = 0; i < UNITS * 2; i++) {
+            const u8* source = m.weight + at + (i / 2 * 64 + column_of<SPREAD>(i % 2)) * 2;
+            top[i / 2][i % 2] = load_weight(source);
+            if (!HALF) low[HALF ? 0 : i / 2][i % 2] = load_weight(source + 8 * ROW_BYTES);
+        }
+    }
+    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32*, const float*,
+                                                              float (&sum)[SETS][4]) const {
+        #pragma unroll
+        for (int i = 0; i < UNITS * 2; i++) {
+            int u = i / 2, h = i % 2;
+            const uint4& a = top[u][h];
+            uint4 d = {0, 0, 0, 0};
+            if (!HALF) d = low[HALF ? 0 : u][h];
+            #pragma unroll
+            for (int j = 0; j < SETS * HALVES; j++) {
+                const u32* in = b[u].v[j / HALVES][j % HALVES] + h * 4;
+                mma<BF>(sum[j / HALVES], a.x, d.x, a.y, d.y, in[0], in[1]);
+                mma<BF>(sum[j / HALVES], a.z, d.z, a.w, d.w, in[2], in[3]);
+            }
+        }
+    }
+};
+
+// NF4: 단위가 절댓값 블록 하나라서, 단위의 합에 절댓값을 한 번만 곱한다.
+template <int K> struct Nf4Lines {
+    enum { UNITS = K % (128 * WARPS) ? 1 : 2, SPREAD = 0, ROW_BYTES = K / 2, STEP_BYTES = UNITS * 32, HEIGHT = ROWS,
+           SCALED = DOUBLE_QUANT ? 1 : 4 };  // SCALED: 절댓값 하나의 바이트
+    uint2 top[UNITS], low[UNITS];
+    u32 top_scale[2], low_scale[2];  // 이중 양자화면 8비트 절댓값들과 그 묶음의 절댓값, 아니면 단위마다의 절댓값
+    float offset;
+
+    __device__ __forceinline__ static void load_scale(const Matrix& m, u32 at, u32 (&scale)[2]) {
+#if DOUBLE_QUANT
+        const u8* codes = (const u8*)m.scale + (at >> 5);
+        scale[0] = UNITS == 2 ? __ldg((const u16*)codes) : __ldg(codes);
+        scale[1] = __float_as_uint(__ldg(m.group + (at >> 13)));
+#else
+        #pragma unroll
+        for (int u = 0; u < UNITS; u++) scale[u] = __float_as_uint(__ldg((const float*)m.scale + (at >> 5) + u));
+#endif
+    }
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        const u8* source = m.weight + at + (threadIdx.x & 3) * 8;
+        #pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            top[u] = load_weight8(source + u * 32);
+            low[u] = load_weight8(source + 8 * ROW_BYTES + u * 32);
+        }
+        offset = m.offset;
+        load_scale(m, at, top_scale);
+        load_scale(m, at + 8 * ROW_BYTES, low_scale);
+    }
+    __device__ __forceinline__ float decode(const u32 (&scale)[2], int u, const float* code) const {
+#if DOUBLE_QUANT
+        return code[scale[0] >> u * 8 & 255] * __uint_as_float(scale[1]) + offset;
+#else
+        return __uint_as_float(scale[u]);
+#endif
+    }
+    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32* table,
+                                                              const float* code, float (&sum)[SETS][4]) const {
+        u32 lane_bits = (threadIdx.x & 31) * 4;
+        #define PAIR(moved) (*(const u32*)((const char*)table + ((moved) & 0x7f80 | lane_bits)))
+        #pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            float c[SETS][4] = {};
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+// 표에서 꺼낸 가중치는 모든 줄이 함께 쓴다. 한 줄일 때와 달리 꺼내는 값이 거의 들지 않는다
+                u32 a = h ? top[u].y : top[u].x, d = h ? low[u].y : low[u].x;
+                u32 w[8] = {PAIR(a << 7), PAIR(d << 7), PAIR(a >> 1),  PAIR(d >> 1),
+                            PAIR(a >> 9), PAIR(d >> 9), PAIR(a >> 17), PAIR(d >> 17)};
+                #pragma unroll
+                for (int j = 0; j < SETS * HALVES; j++) {
+                    const u32* in = b[u].v[j / HALVES][j % HALVES] + h * 4;
+                    mma<false>(c[j / HALVES], w[0], w[1], w[2], w[3], in[0], in[1]);
+                    mma<false>(c[j / HALVES], w[4], w[5], w[6], w[7], in[2], in[3]);
+                }
+            }
+            float above = decode(top_scale, u, code), below = decode(low_scale, u, code);
+            #pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                sum[s][0] += c[s][0] * above, sum[s][1] += c[s][1] * above;
+                sum[s][2] += c[s][2] * below, sum[s][3] += c[s][3] * below;
+            }
+        }
+        #undef PAIR
+    }
+};
+
+// int8: 행마다의 배율은 다 더한 뒤에 곱한다.
+template <int K> struct Int8Lines {
+    enum { UNITS = 1, SPREAD = 0, ROW_BYTES = K, STEP_BYTES = 64, HEIGHT = ROWS, SCALED = 0 };
+    uint4 top, low;
+
+    __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        const u8* source = m.weight + at + (threadIdx.x & 3) * 16;
+        top = load_weight(source);
+        low = load_weight(source + 8 * ROW_BYTES);
+    }
+    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32*, const float*,
+                                                              float (&sum)[SETS][4]) const {
+        u32 a[4] = {top.x, top.y, top.z, top.w}, d[4] = {low.x, low.y, low.z, low.w};
         #pragma unroll
         for (int q = 0; q < 4; q++) {
             uint2 above = int8_to_fp16(a[q]), below = int8_to_fp16(d[q]);
-            #pragma unroll 1
-            for (int half = 0; half < (low ? 2 : 1); half++) {
-                uint2 b = *(const uint2*)(source + half * low + q * 4);
-                mma<false>(sum[s], above.x, below.x, above.y, below.y, b.x, b.y);
+            #pragma unroll
+            for (int j = 0; j < SETS * HALVES; j++) {
+                const u32* in = b[0].v[j / HALVES][j % HALVES] + q * 2;
+                mma<false>(sum[j / HALVES], above.x, below.x, above.y, below.y, in[0], in[1]);
             }
         }
     }
-}
+};
 
-// 절댓값 블록 둘을 따로 더해야 하므로 블록마다 다른 블록을 맡은 레인의 활성값을 0으로 두고 곱한다.
-template <int K>
-__device__ __forceinline__ void add_lines(const Nf4Piece<K>& piece, const u16* in, int stride, int low, int segment,
-                                          const u32* table, const float* code, float (&sum)[SETS][4]) {
-    int line = threadIdx.x >> 2 & 7, quarter = threadIdx.x & 3;
-    u32 lane_bits = (threadIdx.x & 31) * 4;
-    u32 a[4] = {piece.top.x, piece.top.y, piece.top.z, piece.top.w};
-    u32 d[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
-    float2 above = Nf4Piece<K>::decode(piece.top_scale, code, piece.offset);
-    float2 below = Nf4Piece<K>::decode(piece.low_scale, code, piece.offset);
-// c[묶음 여덟 줄][절댓값 블록]: 블록마다 따로 더해야 절댓값을 합에 한 번만 곱한다
-    float c[SETS][2][4] = {};
-    #define PAIR(moved) (*(const u32*)((const char*)table + ((moved) & 0x7f80 | lane_bits)))
-    #pragma unroll
-    for (int q = 0; q < 4; q++) {
-// 표에서 꺼낸 가중치는 모든 줄이 함께 쓴다. 줄이 하나일 때와 달리 꺼내는 값이 거의 들지 않는다
-        u32 w[8] = {PAIR(a[q] << 7), PAIR(d[q] << 7), PAIR(a[q] >> 1), PAIR(d[q] >> 1),
-                    PAIR(a[q] >> 9), PAIR(d[q] >> 9), PAIR(a[q] >> 17), PAIR(d[q] >> 17)};
+#if WEIGHT == NF4_WEIGHT
+template <int K> using LinePiece = Nf4Lines<K>;
+#elif WEIGHT == INT8_WEIGHT
+template <int K> using LinePiece = Int8Lines<K>;
+#else
+template <int K> using LinePiece = WideLines<BF16, K, false, 1, true>;
+#endif
+
+// 칸 K개를 워프들이 나누는 법. 워프는 조각 PER개(마지막은 없을 수 있다)를 CHUNKS번에 AT_ONCE개씩 쥔다.
+//   MOST: 활성값을 쥐는 데 쓰는 레지스터의 수.
+//   ALL_HELD: 제 칸의 활성값을 모두 쥐고 있을 수 있는지. 아니면 CHUNKS번 나누어 쥐고 합을 공유 메모리에 더해 간다.
+template <class T, int K, int HALVES_, int MOST = 64> struct Share {
+    enum { HALVES = HALVES_, UNITS = T::UNITS, SPREAD = T::SPREAD, STEP = UNITS * 64, SEGMENTS = K / STEP,
+           ACROSS = SEGMENTS < WARPS ? SEGMENTS : WARPS, PER = (SEGMENTS + WARPS - 1) / WARPS,
+           REGISTERS = UNITS * SETS * HALVES * 8, AT_ONCE = PER % 2 == 0 && 2 * REGISTERS <= MOST ? 2 : 1,
+           CHUNKS = PER / AT_ONCE, ALL_HELD = CHUNKS == 1 };
+    typedef Unit<HALVES> Held[AT_ONCE][UNITS];
+
+    // chunk번째로 쥐는 것 가운데 s번째 조각.
+    __device__ __forceinline__ static int segment(int chunk, int s) {
+        return (chunk * AT_ONCE + s) * WARPS + (threadIdx.x >> 5);
+    }
+    // 묶음 tile의 (행, 줄)의 합. 더하는 차례가 정해져 있어 답은 늘 같다.
+    __device__ __forceinline__ static float sum(const float* partial, int tile, int row, int line) {
+        const float* source = partial + tile * ACROSS * CELLS + cell(row, line);
+        float whole = 0.f;
         #pragma unroll
-        for (int s = 0; s < SETS; s++) {
-            const u16* source = in + (size_t)(s * 8 + line) * stride + segment * NF4_K + quarter * 32;
-            #pragma unroll 1
-            for (int half = 0; half < (low ? 2 : 1); half++) {
-                uint4 b = *(const uint4*)(source + half * low + q * 8);
-                #pragma unroll
-                for (int block = 0; block < 2; block++) {
-                    bool mine = quarter >> 1 == block;
-                    mma<false>(c[s][block], w[0], w[1], w[2], w[3], mine ? b.x : 0, mine ? b.y : 0);
-                    mma<false>(c[s][block], w[4], w[5], w[6], w[7], mine ? b.z : 0, mine ? b.w : 0);
+        for (int a = 0; a < ACROSS; a++) whole += source[a * CELLS];
+        return whole;
+    }
+};
+
+// 잔차에 norm을 건 입력. 블록마다 똑같이 센다: 따로 된 커널이 세고 모두가 다시 읽는 것보다 빠르다.
+template <class S, int K, bool BF, bool NORMED> struct NormedInput {
+    const float* x;
+    Norm norm;
+    float scale;
+    float2 moment[SETS];  // 레인의 두 줄의 (평균, 표준편차의 역수)
+
+    __device__ __forceinline__ static int line(int s) { return s * 8 + (threadIdx.x >> 2 & 7); }
+
+    // 단위 하나의 두 줄. x는 앞 커널이 적은 것이지만 기다린 뒤라서 L1을 거쳐 읽어도 된다. 한 섹터를 두 번에 나누어 읽는다.
+    __device__ __forceinline__ void read(int segment, int u, float (&v)[SETS][16]) const {
+        #pragma unroll
+        for (int i = 0; i < SETS * 4; i++) {
+            int s = i / 4, q = i % 4;
+            uint4 raw = *(const uint4*)(x + (size_t)line(s) * K + segment * S::STEP + u * 64 +
+                                        column_of<S::SPREAD>(q / 2) + q % 2 * 4);
+            v[s][q * 4] = __uint_as_float(raw.x), v[s][q * 4 + 1] = __uint_as_float(raw.y);
+            v[s][q * 4 + 2] = __uint_as_float(raw.z), v[s][q * 4 + 3] = __uint_as_float(raw.w);
+        }
+    }
+    __device__ __forceinline__ static void constant(const float* at, float (&v)[4]) {
+        uint4 raw = __ldg((const uint4*)at);
+        v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
+        v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
+    }
+    __device__ __forceinline__ void pack(int segment, int u, const float (&v)[SETS][16], Unit<2>& b) const {
+        #pragma unroll
+        for (int q = 0; q < 4; q++) {
+            int column = segment * S::STEP + u * 64 + column_of<S::SPREAD>(q / 2) + q % 2 * 4;
+            float weight[4], bias[4] = {};
+            if (NORMED) constant(norm.weight + column, weight);
+            if (NORMED && !RMS && norm.bias) constant(norm.bias + column, bias);
+            #pragma unroll
+            for (int i = 0; i < SETS * 2; i++) {
+                int s = i / 2, j = i % 2 * 2;
+                float pair[2] = {v[s][q * 4 + j], v[s][q * 4 + j + 1]};
+                if (NORMED) {
+                    pair[0] = (pair[0] - moment[s].x) * moment[s].y * weight[j] + bias[j];
+                    pair[1] = (pair[1] - moment[s].x) * moment[s].y * weight[j + 1] + bias[j + 1];
                 }
+                split_pair<BF>(pair[0] * scale, pair[1] * scale, b.v[s][0][q * 2 + j / 2], b.v[s][1][q * 2 + j / 2]);
             }
         }
     }
-    #undef PAIR
-    #pragma unroll
-    for (int s = 0; s < SETS; s++) {
-        sum[s][0] += c[s][0][0] * above.x + c[s][1][0] * above.y;
-        sum[s][1] += c[s][0][1] * above.x + c[s][1][1] * above.y;
-        sum[s][2] += c[s][0][2] * below.x + c[s][1][2] * below.y;
-        sum[s][3] += c[s][0][3] * below.x + c[s][1][3] * below.y;
-    }
-}
-
-// 블록이 맡은 묶음 count개를 모든 줄과 곱해 partial[묶음][ACROSS][ROWS][LINES]에 적는다. 묶음마다 모든 워프가 칸을 나눈다.
-template <class T, int K, class Where>
-__device__ __forceinline__ void multiply_tiles(const Matrix* parts, int first, int count, const u16* in, int stride,
-                                               int low, const u32* table, const float* code, float* partial) {
-    enum { AHEAD = 2 };  // 더 미리 읽으면 레지스터가 모자라 느려진다
-    typedef Product<T, K, AHEAD, Where> Tiles;
-    enum { PER = Tiles::PER, ACROSS = Tiles::ACROSS };
-    Tiles product(parts, first, count);
-    product.prime();
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, step = 0, segment = warp % ACROSS * PER;
-// 워프마다의 합 [ROWS][LINES]를 적는 자리
-    float* out = partial + (size_t)warp * ROWS * LINES;
-    float sum[SETS][4] = {};
-    for (int base = 0; base < product.count; base += AHEAD) {
+    // 줄마다의 moment를 센다. 쥐고 있을 수 있으면 한 번 읽은 것으로 b까지 채운다. scratch: [WARPS][LINES].
+    __device__ __forceinline__ void prepare(typename S::Held& b, float2* scratch) {
+        float v[S::ALL_HELD ? S::AT_ONCE * S::UNITS : 1][SETS][16];
+        float2 total[SETS] = {};
         #pragma unroll
-        for (int d = 0; d < AHEAD; d++) {
-            if (base + d >= product.count) break;
-            add_lines(product.pieces[d], in, stride, low, segment + step, table, code, sum);
-            if (base + d + AHEAD < product.count) product.load(d);
-// 묶음 하나를 다 읽었다
-            if (++step != PER) continue;
-            step = 0;
+        for (int p = 0; p < S::PER; p++) {
+            int segment = S::segment(p / S::AT_ONCE, p % S::AT_ONCE);
+            if (segment >= S::SEGMENTS || (!S::ALL_HELD && !NORMED)) continue;
+            #pragma unroll
+            for (int u = 0; u < S::UNITS; u++) {
+                float(&now)[SETS][16] = v[S::ALL_HELD ? p * S::UNITS + u : 0];
+                read(segment, u, now);
+                #pragma unroll
+                for (int i = 0; i < SETS * 16; i++)
+                    total[i / 16].x += now[i / 16][i % 16],
+                    total[i / 16].y += now[i / 16][i % 16] * now[i / 16][i % 16];
+            }
+        }
+        if (NORMED) {
             #pragma unroll
             for (int s = 0; s < SETS; s++) {
-                float* target = out + (lane >> 2) * LINES + s * 8 + (lane & 3) * 2;
-                target[0] = sum[s][0], target[1] = sum[s][1];
-                target[8 * LINES] = sum[s][2], target[8 * LINES + 1] = sum[s][3];
-                for (int i = 0; i < 4; i++) sum[s][i] = 0.f;
+                for (int step = 1; step < 4; step <<= 1)
+                    total[s].x += __shfl_xor_sync(~0u, total[s].x, step),
+                    total[s].y += __shfl_xor_sync(~0u, total[s].y, step);
+                if ((threadIdx.x & 3) == 0) scratch[(threadIdx.x >> 5) * LINES + line(s)] = total[s];
             }
-            out += WARPS * ROWS * LINES;
-        }
-    }
-}
-
-enum Use { TO_QKV, TO_ACT, TO_RESIDUAL, TO_LOGITS };
-
-// 선형층 하나를 모든 줄에 곱하고 쓰임에 맞게 적는다. 블록은 묶음 LINE_SLOTS개씩 돈다.
-template <Use USE, class T, int K, class Where, int PAIR>
-__device__ __forceinline__ void multiply(const Linear& linear, const u16* in, int stride, int low, const float* d,
-                                         int parts, int units, const float* code, void* out) {
-    u32* table = (u32*)shared;
-    float* codes = (float*)(shared + TABLE_BYTES);
-    float* partial = codes + 256;
-    if (USE != TO_LOGITS && WEIGHT == NF4_WEIGHT) build_table(table);
-    if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
-    __syncthreads();
-// 워프 ACROSS개가 묶음 하나를 나누고, 한 번에 AT_ONCE단위의 합을 공유 메모리에 둔다
-    enum { ACROSS = Product<T, K, 2, Where>::ACROSS, GROUPS = WARPS / ACROSS, AT_ONCE = LINE_SLOTS / PAIR };
-// 단위는 출력 ROWS행이다. gate와 up은 두 묶음이 한 단위다
-    int first = (int)((u64)units * blockIdx.x / gridDim.x), last = (int)((u64)units * (blockIdx.x + 1) / gridDim.x);
-    for (int begin = first; begin < last; begin += AT_ONCE) {
-        int count = min(AT_ONCE, last - begin);
-        multiply_tiles<T, K, Where>(linear.part, begin * PAIR, count * PAIR, in, stride, low, table, codes, partial);
-        __syncthreads();
-// 스레드 하나가 (행, 줄) 하나를 마무리한다. 이웃한 스레드는 이웃한 줄이라 partial을 이어서 읽는다
-        for (int e = threadIdx.x; e < count * ROWS * LINES; e += THREADS) {
-            int line = e % LINES, inside = e / LINES % ROWS, unit = e / LINES / ROWS;
-            int row = (begin + unit) * ROWS + inside;
-            float value[PAIR];
+            __syncthreads();
             #pragma unroll
-            for (int p = 0; p < PAIR; p++) {
-// whole: 나란한 행렬들을 이어 붙였을 때의 행. bias와 LoRA의 B가 그 차례로 놓여 있다
-                int tile = unit * PAIR + p, whole = p * FF + row;
-                float sum = 0.f;
-                // 워프 ACROSS개가 묶음 하나를 나누고, 묶음 GROUPS개가 나란히 간다
-                const float* source = partial + (tile / GROUPS * WARPS + tile % GROUPS * ACROSS) * ROWS * LINES;
-                for (int a = 0; a < ACROSS; a++) sum += source[(a * ROWS + inside) * LINES + line];
-                if (USE != TO_LOGITS) sum *= 1.f / IN_SCALE;
-                if (USE != TO_LOGITS && WEIGHT == INT8_WEIGHT) sum *= __ldg(linear.row_scale + whole);
-                if (linear.bias) sum += __ldg(linear.bias + whole);
-                int part = PAIR == 2 ? p : Where::part(row / ROWS);
-                const float *up = linear.lora_b + (size_t)whole * RANK, *down = d + (line * parts + part) * RANK;
-                if (d)
-                    for (int r = 0; r < RANK; r++) sum += __ldg(up + r) * down[r];
-                value[p] = sum;
+            for (int s = 0; s < SETS; s++) {
+                float2 sum = {0.f, 0.f};
+                #pragma unroll
+                for (int w = 0; w < S::ACROSS; w++) {
+                    float2 one = scratch[w * LINES + line(s)];
+                    sum.x += one.x, sum.y += one.y;
+                }
+                float mean = RMS ? 0.f : sum.x / K;
+                moment[s] = {mean, rsqrtf(fmaxf(sum.y / K - mean * mean, 0.f) + EPS)};
             }
-// 쓰임은 컴파일할 때 정해진다
-            if (USE == TO_QKV) ((float*)out)[(size_t)line * (QDIM + 2 * KVDIM) + row] = value[0];
-            if (USE == TO_ACT) {
-                u16* high = (u16*)out + (size_t)line * FF + row;
-                float gated = activate(value[0]) * (PAIR == 2 ? value[PAIR - 1] : 1.f);
-                store_split<ACT_BF16>(high, high + (size_t)LINES * FF, gated * IN_SCALE);
+        }
+        if (!S::ALL_HELD) return;
+        #pragma unroll
+        for (int p = 0; p < S::AT_ONCE; p++) {
+            if (S::segment(0, p) >= S::SEGMENTS) continue;
+            #pragma unroll
+            for (int u = 0; u < S::UNITS; u++)
+                pack(S::segment(0, p), u, v[S::ALL_HELD ? p * S::UNITS + u : 0], b[p][u]);
+        }
+    }
+    __device__ __forceinline__ void fill(typename S::Held& b, int chunk) const {
+        #pragma unroll
+        for (int p = 0; p < S::AT_ONCE; p++) {
+            int segment = S::segment(chunk, p);
+            if (segment >= S::SEGMENTS) continue;
+            #pragma unroll
+            for (int u = 0; u < S::UNITS; u++) {
+                float v[SETS][16];
+                read(segment, u, v);
+                pack(segment, u, v, b[p][u]);
             }
-// 줄과 행마다 스레드가 하나라 제자리에서 더한다
-            if (USE == TO_RESIDUAL) {
-                float* target = (float*)out + (size_t)line * HIDDEN + row;
-                *target = POST_NORM ? value[0] : *target + value[0] * RESIDUAL_SCALE;
+        }
+    }
+};
+
+// 앞 커널이 16비트로 적어 둔 입력. 줄의 간격은 stride칸이고 아래 절반은 low칸 뒤에 있다. 적는 쪽이 `line_place`로 자리를
+// 섞어 두어서, 이웃한 레인 넷이 이어진 64바이트를 읽으면 저마다 제 칸을 얻는다.
+template <class S> struct SplitInput {
+    const u16* in;
+    int stride, low;
+
+    __device__ __forceinline__ void fill(typename S::Held& b, int chunk) const {
+        #pragma unroll
+        for (int p = 0; p < S::AT_ONCE; p++) {
+            int segment = S::segment(chunk, p);
+            if (segment >= S::SEGMENTS) continue;
+            #pragma unroll
+            for (int i = 0; i < S::UNITS * SETS * S::HALVES * 2; i++) {
+                int h = i % 2, half = i / 2 % S::HALVES, s = i / 2 / S::HALVES % SETS, u = i / 2 / S::HALVES / SETS;
+                const u16* source = in + (size_t)(s * 8 + (threadIdx.x >> 2 & 7)) * stride + half * low +
+                                    segment * S::STEP + u * 64 + column_of<true>(h);
+                uint4 raw = __ldcg((const uint4*)source);
+                u32* to = b[p][u].v[s][half] + h * 4;
+                to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
             }
-// 16의 배수까지 채운 행은 적지 않는다
-            if (USE == TO_LOGITS && row < VOCAB) {
-                float logit = value[0] * LOGIT_SCALE;
-                if (LOGIT_CAP > 0.f) logit = LOGIT_CAP * tanhf(logit * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
-                ((float*)out)[(size_t)line * VOCAB + row] = logit;
+        }
+    }
+};
+
+// 묶음 count개의 가중치를 AHEAD조각(1이나 2) 앞서 읽으며 곱한다. 합은 partial[묶음][ACROSS][CELLS]에 남는다.
+template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProduct {
+    T pieces[AHEAD];
+    const Matrix* parts;
+    int first, count, total, tile, chunk;  // tile, chunk: 다음에 읽을 것
+
+    __device__ __forceinline__ void set(const Matrix* matrices, int first_tile, int tiles) {
+        parts = matrices, first = first_tile, count = tiles;
+    }
+    __device__ __forceinline__ Matrix find(int part) const {
+        Matrix matrix = parts[0];
+        if (part == 1) matrix = parts[1];
+        if (part == 2) matrix = parts[2];
+        return matrix;
+    }
+    __device__ __forceinline__ void begin(const Matrix* matrices, int first_tile, int tiles) {
+        set(matrices, first_tile, tiles), tile = chunk = 0;
+        total = (int)(threadIdx.x >> 5) < S::ACROSS ? tiles * S::PER : 0;
+        #pragma unroll
+        for (int d = 0; d < AHEAD; d++)
+            if (d < total) load(d, d % S::AT_ONCE);
+    }
+    // 맡은 묶음 모두를 L2로 당긴다. 묶음 하나의 행 HEIGHT개는 메모리에 이어져 있다. 앞 커널을 기다리는 동안 DRAM이 쉬지 않는다.
+    __device__ __forceinline__ void prefetch_all() const {
+        enum { BYTES = T::HEIGHT * T::ROW_BYTES, TAKES = BYTES / 128, SCALE_BYTES = BYTES / 32 * T::SCALED };
+        for (int i = threadIdx.x; i < count * TAKES; i += THREADS) {
+            int now = first + i / TAKES;
+            const Matrix matrix = find(Where::part(now));
+            prefetch(matrix.weight + (size_t)Where::tile(now) * BYTES + i % TAKES * 128);
+            if (SCALE_BYTES && i % TAKES * 128 < SCALE_BYTES)
+                prefetch((const u8*)matrix.scale + (size_t)Where::tile(now) * SCALE_BYTES + i % TAKES * 128);
+        }
+    }
+// 다음 조각을 pieces[d]에 읽는다. s: 함께 쥐는 조각들 가운데 몇째인지.
+    __device__ __forceinline__ void load(int d, int s) {
+        int segment = S::segment(chunk, s);
+        if (segment < S::SEGMENTS) {
+            const Matrix matrix = find(Where::part(first + tile));
+            int row = Where::tile(first + tile) * T::HEIGHT + (threadIdx.x >> 2 & 7);
+            pieces[d].load(matrix, (u32)row * T::ROW_BYTES + segment * T::STEP_BYTES);
+        }
+        if (s < S::AT_ONCE - 1) return;
+        if (++tile == count) tile = 0, chunk++;
+    }
+    template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b,
+                                                               const u32* table, const float* code, float* partial) {
+        int now = 0, from = 0, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        float sum[SETS][4] = {};
+        for (int base = 0; base < total; base += 2) {
+            #pragma unroll
+            for (int d = 0; d < 2; d++) {
+                if (base + d >= total) break;
+                const int s = d % S::AT_ONCE, piece = d % AHEAD;
+                if (!S::ALL_HELD && s == 0 && now == 0) input.fill(b, from);
+                if (S::segment(from, s) < S::SEGMENTS) pieces[piece].add(b[s], table, code, sum);
+                if (base + d + AHEAD < total) load(piece, (d + AHEAD) % S::AT_ONCE);
+                if (s < S::AT_ONCE - 1) continue;
+// 묶음 하나의 제 칸을 다 곱했다
+                float* target = partial + (now * S::ACROSS + warp) * CELLS;
+                #pragma unroll
+                for (int i = 0; i < SETS * 2; i++) {
+                    float2* at = (float2*)(target + cell((lane >> 2) + i % 2 * 8, i / 2 * 8 + (lane & 3) * 2));
+                    float2 value = {sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]};
+                    if (from) value.x += at->x, value.y += at->y;
+                    *at = value;
+                    sum[i / 2][i % 2 * 2] = sum[i / 2][i % 2 * 2 + 1] = 0.f;
+                }
+                if (++now == count) now = 0, from++;
             }
+        }
+    }
+};
+
+// 공유 메모리: 표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK][LINES] | norm의 [WARPS][LINES] float2 | 합의 자리
+// [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. decode_plan.py의 `lines_shared`가 같은 차례로 센다.
+struct LineSpace {
+    u32* table;
+    float* codes;
+    float* down;
+    float2* scratch;
+    float* partial;
+    float* ends;
+
+    __device__ __forceinline__ LineSpace() {
+        table = (u32*)shared;
+        codes = (float*)(shared + TABLE_BYTES);
+        down = codes + 256;
+        scratch = (float2*)(down + 3 * RANK * LINES);
+        partial = (float*)(scratch + WARPS * LINES);
+        ends = partial + LINE_SLOTS * WARPS * CELLS;
+    }
+    __device__ __forceinline__ void fill(const float* code) const {
+        if (WEIGHT == NF4_WEIGHT) build_table(table);
+        if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+    }
+};
+
+// LoRA의 아래쪽 곱 d[part][RANK][LINES] = A in. 블록마다 제 행이 쓰는 part만 스스로 센다. 합의 자리를 먼저 빌려 쓴다.
+template <class S, int K> struct LineLora {
+    typedef WideLines<ACT_BF16, K, LORA_TILE == 8, S::UNITS, S::SPREAD> T;
+    LineProduct<T, S, OneMatrix, 1> product;
+    const Matrix* a;
+    int begin, end;  // 묶음의 번호
+
+    // 기다리기 전에 부른다: A를 L2로 당긴다. 레지스터에 쥐고 기다리면 활성값의 자리가 모자란다.
+    __device__ __forceinline__ void prime(const Matrix* matrix, int part_begin, int part_end) {
+        a = matrix, begin = part_begin * LORA_TILES, end = part_end * LORA_TILES;
+        product.set(a, begin, end - begin);
+        product.prefetch_all();
+    }
+    template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b, float adapter,
+                                                               const LineSpace& space) {
+        for (int from = begin; from < end; from += LINE_SLOTS) {
+            int count = min(LINE_SLOTS, end - from);
+            product.begin(a, from, count);
+            product.run(input, b, space.table, space.codes, space.partial);
+            __syncthreads();
+            for (int e = threadIdx.x; e < count * LORA_TILE * LINES; e += THREADS) {
+                int row = e % LORA_TILE, line = e / LORA_TILE % LINES, tile = e / LORA_TILE / LINES;
+                int r = (from + tile) % LORA_TILES * LORA_TILE + row, part = (from + tile) / LORA_TILES;
+                if (r < RANK)
+                    space.down[(part * RANK + r) * LINES + line] =
+                        S::sum(space.partial, tile, row, line) * adapter * (1.f / IN_SCALE);
+            }
+            __syncthreads();
+        }
+    }
+};
+
+// 출력 행들의 마무리에 쓸 bias와 LoRA의 B를 공유 메모리에 옮긴다. 기다리기 전에 불러 끝에서 기다리지 않는다.
+//   ends: [행][1 + RANK], 행은 first부터 rows개.
+__device__ __forceinline__ void load_ends(const Linear& linear, int first, int rows, float* ends) {
+    for (int i = threadIdx.x; i < rows; i += THREADS)
+        ends[i * (1 + RANK)] = linear.bias ? __ldg(linear.bias + first + i) : 0.f;
+    if (!RANK || !linear.lora_b) return;
+    for (int i = threadIdx.x; i < rows * RANK; i += THREADS)
+        ends[i / RANK * (1 + RANK) + 1 + i % RANK] = __ldg(linear.lora_b + (size_t)first * RANK + i);
+}
+
+// 출력 하나의 마무리: 배율, bias, LoRA의 위쪽 곱. end: 이 행의 [1 + RANK]. down: 이 행이 든 행렬의 d [RANK][LINES],
+// 어댑터가 없으면 널. row: 선형층 전체에서의 행.
+__device__ __forceinline__ float finish_line(const Linear& linear, float sum, const float* end, const float* down,
+                                             int row, int line) {
+    float value = sum * (1.f / IN_SCALE);
+    if (WEIGHT == INT8_WEIGHT) value *= __ldg(linear.row_scale + row);
+    value += end[0];
+    if (!down) return value;
+    #pragma unroll 8
+    for (int r = 0; r < RANK; r++) value += end[1 + r] * down[r * LINES + line];
+    return value;
+}
+
+// MLP의 뒤쪽 행렬에 붙은 LoRA의 몫: act의 행 [first, first + rows)와 A의 곱을 partial[block][RANK][LINES]에 적는다.
+// 이어서 도는 블록은 더해 간다. act는 합의 자리에 남겨 둔 fp32다. 묶음 하나의 자리는 stride칸 떨어져 있다.
+__device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* act, int stride, int first, int rows,
+                                           int block, bool again) {
+    int lane = threadIdx.x & 31;
+    for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
+        float sum[LINES] = {};
+        for (int i = lane; i < rows; i += 32) {
+            float weight = __ldg(lora.a + (size_t)r * FF + first + i);
+            #pragma unroll
+            for (int line = 0; line < LINES; line++)
+                sum[line] += weight * act[i / ROWS * stride + cell(i % ROWS, line)];
+        }
+        float* target = lora.partial + ((size_t)block * RANK + r) * LINES;
+        #pragma unroll
+        for (int line = 0; line < LINES; line++) {
+            float whole = warp_sum(sum[line]);
+            if (lane == line) target[line] = again ? target[line] + whole : whole;
+        }
+    }
+}
+
+// 블록들의 몫을 차례로 더해 d [RANK][LINES]를 얻는다. 읽기(load)와 모으기(take)를 나누어 그 사이의 일과 겹친다.
+struct LineTaker {
+    enum { OUTPUTS = (RANK ? RANK : 1) * LINES, SHARES = OUTPUTS < THREADS ? THREADS / OUTPUTS : 1,
+           MINE = (OUTPUTS + THREADS - 1) / THREADS };
+    float held[MINE];
+
+    __device__ __forceinline__ void load(const float* partial, int blocks) {
+        #pragma unroll
+        for (int m = 0; m < MINE; m++) {
+            int e = threadIdx.x + m * THREADS;
+            float sum = 0.f;
+            #pragma unroll 16
+            for (int b = e / OUTPUTS; b < blocks && e < OUTPUTS * SHARES; b += SHARES)
+                sum += __ldcg(partial + b * OUTPUTS + e % OUTPUTS);
+            held[m] = sum;
+        }
+    }
+    // 앞뒤로 동기화한다. scratch: [THREADS].
+    __device__ __forceinline__ void take(float adapter, float* scratch, float* down) const {
+        if (SHARES > 1 && threadIdx.x < OUTPUTS * SHARES) scratch[threadIdx.x] = held[0];
+        __syncthreads();
+        #pragma unroll
+        for (int m = 0; m < MINE; m++) {
+            int e = threadIdx.x + m * THREADS;
+            if (e >= OUTPUTS) break;
+            float sum = SHARES > 1 ? 0.f : held[m];
+            for (int share = 0; share < SHARES && SHARES > 1; share++) sum += scratch[share * OUTPUTS + e];
+            down[e] = sum * adapter;
+        }
+        __syncthreads();
+    }
+};
+
+// 잔차를 읽어 norm하고 선형층 하나(또는 나란한 여럿)를 곱한다. `project_job`과 같은 것을 모든 줄에 한다.
+template <bool MLP>
+__device__ __forceinline__ void project_lines_job(const float* x, const Norm& norm, const Linear& linear,
+                                                  const LoraOfAct& next_lora, const float* code, float adapter,
+                                                  int block, int blocks, float* out, u16* act) {
+    enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS, AT_ONCE = LINE_SLOTS / PAIR,
+           UNITS = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
+    typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
+    typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
+    typedef LinePiece<HIDDEN> T;
+    typedef Share<T, HIDDEN, 2> S;
+// 1. 기다리기 전: 가중치와 LoRA의 A와 B를 미리 읽고 표를 만든다
+    int first = UNITS * block / blocks, last = UNITS * (block + 1) / blocks, count = min(AT_ONCE, last - first);
+    LineProduct<T, S, Where> product;
+    product.begin(linear.part, first * PAIR, count * PAIR);
+    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f && first < last;
+    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    LineLora<S, HIDDEN> lora;
+    if (adapted) lora.prime(&linear.lora_a, MLP ? 0 : Where::part(first), MLP ? PARTS : Where::part(last - 1) + 1);
+    LineSpace space;
+    float* up_ends = space.ends + AT_ONCE * ROWS * (1 + RANK);
+    product.prefetch_all();
+    load_ends(linear, first * ROWS, count * ROWS, space.ends);
+    if (PAIR == 2) load_ends(linear, FF + first * ROWS, count * ROWS, up_ends);
+    space.fill(code);
+// 2. 잔차를 읽어 norm한다. LoRA의 아래쪽 곱도 여기서 센다
+    wait_for_previous_kernel();
+    NormedInput<S, HIDDEN, ACT_BF16, PRE_NORM> input = {x, norm, IN_SCALE};
+    typename S::Held b;
+    input.prepare(b, space.scratch);
+    __syncthreads();  // 표가 다 만들어졌다
+    if (adapted) lora.run(input, b, adapter, space);
+    const float* down = adapted ? space.down : 0;
+    for (int begin = first; begin < last; begin += AT_ONCE) {
+        count = min(AT_ONCE, last - begin);
+// 3. 곱한다
+        product.run(input, b, space.table, space.codes, space.partial);
+        __syncthreads();
+        if (begin + count < last)
+            product.begin(linear.part, (begin + count) * PAIR, min(AT_ONCE, last - begin - count) * PAIR);
+// 4. 스레드 하나가 (행, 줄) 하나를 마무리한다. 이웃한 스레드는 이웃한 행이라 이어서 적는다
+        for (int e = threadIdx.x; e < count * CELLS; e += THREADS) {
+            int inside = e % ROWS, line = e / ROWS % LINES, unit = e / CELLS, row = (begin + unit) * ROWS + inside;
+            const float* end = space.ends + (unit * ROWS + inside) * (1 + RANK);
+            float value = S::sum(space.partial, unit * PAIR, inside, line);
+            if (!MLP) {
+                const float* mine = down ? down + Where::part(begin + unit) * RANK * LINES : 0;
+                out[(size_t)line * (QDIM + 2 * KVDIM) + row] = finish_line(linear, value, end, mine, row, line);
+                continue;
+            }
+            value = activate(finish_line(linear, value, end, down, row, line));
+            if (PAIR == 2)
+                value *= finish_line(linear, S::sum(space.partial, unit * 2 + 1, inside, line),
+                                     up_ends + (unit * ROWS + inside) * (1 + RANK), down ? down + RANK * LINES : 0,
+                                     FF + row, line);
+            u16* high = act + (size_t)line * FF + line_place(row);
+            store_split<ACT_BF16>(high, high + (size_t)LINES * FF, value * IN_SCALE);
+// 이 자리는 이 스레드만 읽었다. 다음 커널의 LoRA가 쓸 몫을 세려고 남긴다
+            if (gives) space.partial[unit * PAIR * S::ACROSS * CELLS + cell(inside, line)] = value;
+        }
+        __syncthreads();
+        if (gives) {
+            give_lines(next_lora, space.partial, PAIR * S::ACROSS * CELLS, begin * ROWS, count * ROWS, block,
+                       begin > first);
+            __syncthreads();
+        }
+        if (begin + count >= last) break;
+        int more = min(AT_ONCE, last - begin - count);
+        load_ends(linear, (begin + count) * ROWS, more * ROWS, space.ends);
+        if (PAIR == 2) load_ends(linear, FF + (begin + count) * ROWS, more * ROWS, up_ends);
+    }
+}
+
+// qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project_lines(
+    const float* x, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
+    const float* adapter, int qkv_blocks, float* out, u16* act) {
+    let_next_kernel_start();
+    if ((int)blockIdx.x < qkv_blocks)
+        project_lines_job<false>(x, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, out, act);
+    else
+        project_lines_job<true>(x, norm2, mlp, down_lora, code, *adapter, blockIdx.x - qkv_blocks,
+                                gridDim.x - qkv_blocks, out, act);
+}
+
+// 잔차에 더하는 선형층. `contract_job`과 같은 것을 모든 줄에 한다. 병렬 잔차면 두 선형층을 함께 한다.
+//   mlp_blocks: act를 만든 블록의 수. POST_NORM이면 더하지 않고 y에 적는다.
+template <bool OUT, bool DOWN>
+__device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16* attended, const u16* act,
+                                                   const float* code, float adapter, const Linear& out,
+                                                   const Linear& down, const LoraOfAct& down_lora, int mlp_blocks) {
+    enum { HALVES = WEIGHT == WIDE_WEIGHT ? 2 : 1, AT_ONCE = LINE_SLOTS / (OUT + DOWN), UNITS = HIDDEN / ROWS };
+    typedef Share<LinePiece<QDIM>, QDIM, HALVES> OutShare;
+    typedef Share<LinePiece<FF>, FF, HALVES, LINE_REGISTERS> DownShare;
+// 1. 기다리기 전: 두 선형층의 가중치와 LoRA의 A와 B를 미리 읽는다
+    int first = LINE_TILES(UNITS), last = (int)((u64)UNITS * (blockIdx.x + 1) / gridDim.x);
+    int count = min(AT_ONCE, last - first);
+    LineProduct<LinePiece<QDIM>, OutShare, OneMatrix> out_product;
+    LineProduct<LinePiece<FF>, DownShare, OneMatrix> down_product;
+    if (DOWN) down_product.begin(down.part, first, count);
+    if (OUT) out_product.begin(out.part, first, count);
+    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f && first < last;
+    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    LineLora<OutShare, QDIM> lora;
+    if (out_adapted) lora.prime(&out.lora_a, 0, 1);
+    LineSpace space;
+    float *down_d = space.down + RANK * LINES, *down_ends = space.ends + (OUT ? AT_ONCE * ROWS * (1 + RANK) : 0);
+    if (OUT) out_product.prefetch_all(), load_ends(out, first * ROWS, count * ROWS, space.ends);
+    if (DOWN) down_product.prefetch_all(), load_ends(down, first * ROWS, count * ROWS, down_ends);
+    space.fill(code);
+    wait_for_previous_kernel();
+    SplitInput<OutShare> out_input = {attended, 2 * QDIM, QDIM};
+    SplitInput<DownShare> down_input = {act, FF, LINES * FF};
+    float* down_partial = space.partial + (OUT ? AT_ONCE * OutShare::ACROSS * CELLS : 0);
+    LineTaker taker;
+    if (down_adapted) taker.load(down_lora.partial, mlp_blocks);
+    __syncthreads();
+    for (int begin = first; begin < last; begin += AT_ONCE) {
+        count = min(AT_ONCE, last - begin);
+// 2. 곱한다
+        if (OUT) {
+            typename OutShare::Held b;
+            if (OutShare::ALL_HELD) out_input.fill(b, 0);
+            if (out_adapted && begin == first) lora.run(out_input, b, adapter, space);
+            if (begin > first) out_product.begin(out.part, begin, count);
+            out_product.run(out_input, b, space.table, space.codes, space.partial);
+        }
+        if (DOWN) {
+            typename DownShare::Held b;
+            if (DownShare::ALL_HELD) down_input.fill(b, 0);
+            if (begin > first) down_product.begin(down.part, begin, count);
+            down_product.run(down_input, b, space.table, space.codes, down_partial);
+        }
+        if (down_adapted && begin == first) taker.take(adapter, (float*)space.scratch, down_d);
+        __syncthreads();
+// 3. 줄과 행마다 스레드가 하나라 제자리에서 더한다
+        for (int e = threadIdx.x; e < count * CELLS; e += THREADS) {
+            int inside = e % ROWS, line = e / ROWS % LINES, unit = e / CELLS, row = (begin + unit) * ROWS + inside;
+            int end = (unit * ROWS + inside) * (1 + RANK);
+            float* target = (POST_NORM ? y : x) + (size_t)line * HIDDEN + row;
+            float before = POST_NORM ? 0.f : __ldcg(target), sum = 0.f;
+            if (OUT)
+                sum += finish_line(out, OutShare::sum(space.partial, unit, inside, line), space.ends + end,
+                                   out_adapted ? space.down : 0, row, line);
+            if (DOWN)
+                sum += finish_line(down, DownShare::sum(down_partial, unit, inside, line), down_ends + end,
+                                   down_adapted ? down_d : 0, row, line);
+            *target = POST_NORM ? sum : before + sum * RESIDUAL_SCALE;
+        }
+        __syncthreads();
+        if (begin + count >= last) break;
+        int more = min(AT_ONCE, last - begin - count);
+        if (OUT) load_ends(out, (begin + count) * ROWS, more * ROWS, space.ends);
+        if (DOWN) load_ends(down, (begin + count) * ROWS, more * ROWS, down_ends);
+    }
+}
+
+#define CONTRACT_LINES(NAME, OUT, DOWN)                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                                     \
+        float* x, float* y, const u16* attended, const u16* act, const float* code, const float* adapter, Linear out,  \
+        Linear down, LoraOfAct down_lora, int mlp_blocks) {                                                            \
+        let_next_kernel_start();                                                                                       \
+        contract_lines_job<OUT, DOWN>(x, y, attended, act, code, *adapter, out, down, down_lora, mlp_blocks);          \
+    }
+#if PARALLEL
+CONTRACT_LINES(contract_lines, true, true)
+#else
+CONTRACT_LINES(contract_attention_lines, true, false)
+CONTRACT_LINES(contract_mlp_lines, false, true)
+#endif
+
+// logits[LINES][LOGITS] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float* x, Norm norm, Linear linear,
+                                                                    float* logits) {
+    typedef WideLines<BF16, HIDDEN, false, 1, true> T;
+    typedef Share<T, HIDDEN, 2> S;
+    enum { UNITS = (VOCAB + ROWS - 1) / ROWS };
+    let_next_kernel_start();
+    int first = LINE_TILES(UNITS), last = (int)((u64)UNITS * (blockIdx.x + 1) / gridDim.x);
+    LineProduct<T, S, OneMatrix> product;
+    product.begin(linear.part, first, min(LINE_SLOTS, last - first));
+    LineSpace space;
+    wait_for_previous_kernel();
+    NormedInput<S, HIDDEN, BF16, true> input = {x, norm, 1.f};
+    typename S::Held b;
+    input.prepare(b, space.scratch);
+    for (int begin = first; begin < last; begin += LINE_SLOTS) {
+        int count = min(LINE_SLOTS, last - begin);
+        product.run(input, b, 0, 0, space.partial);
+        __syncthreads();
+        if (begin + count < last) product.begin(linear.part, begin + count, min(LINE_SLOTS, last - begin - count));
+        for (int e = threadIdx.x; e < count * CELLS; e += THREADS) {
+            int inside = e % ROWS, line = e / ROWS % LINES, unit = e / CELLS, row = (begin + unit) * ROWS + inside;
+            if (row >= VOCAB) continue;  // 16의 배수까지 채운 행은 적지 않는다
+            float logit = S::sum(space.partial, unit, inside, line) * LOGIT_SCALE;
+            if (LOGIT_CAP > 0.f) logit = LOGIT_CAP * tanhf(logit * (1.f / (LOGIT_CAP > 0.f ? LOGIT_CAP : 1.f)));
+            logits[(size_t)line * LOGITS + row] = logit;
         }
         __syncthreads();
     }
 }
 
-#define LINES_KERNEL(NAME, USE, T, K, WHERE, PAIR, UNITS)                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Linear linear, const u16* in, int stride, int low,   \
-                                                                  const float* d, int parts, const float* code,        \
-                                                                  void* out) {                                         \
-        multiply<USE, T, K, WHERE, PAIR>(linear, in, stride, low, d, parts, UNITS, code, out);                         \
-    }
-#if QKV_PARTS == 3
-LINES_KERNEL(qkv_lines, TO_QKV, Piece<HIDDEN>, HIDDEN, QkvMatrices, 1, (QDIM + 2 * KVDIM) / ROWS)
-#else
-LINES_KERNEL(qkv_lines, TO_QKV, Piece<HIDDEN>, HIDDEN, OneMatrix, 1, (QDIM + 2 * KVDIM) / ROWS)
-#endif
-#if GATED
-LINES_KERNEL(mlp_lines, TO_ACT, Piece<HIDDEN>, HIDDEN, GateAndUp, 2, FF / ROWS)
-#else
-LINES_KERNEL(mlp_lines, TO_ACT, Piece<HIDDEN>, HIDDEN, OneMatrix, 1, FF / ROWS)
-#endif
-LINES_KERNEL(out_lines, TO_RESIDUAL, Piece<QDIM>, QDIM, OneMatrix, 1, HIDDEN / ROWS)
-LINES_KERNEL(down_lines, TO_RESIDUAL, Piece<FF>, FF, OneMatrix, 1, HIDDEN / ROWS)
-typedef WidePiece<BF16, HIDDEN> HeadPiece;
-LINES_KERNEL(head_lines, TO_LOGITS, HeadPiece, HIDDEN, OneMatrix, 1, (VOCAB + ROWS - 1) / ROWS)
-
-// LoRA의 아래쪽 곱 d = A in. grid (part의 수 * RANK), 블록 256. a: fp32 [grid.x][columns]. 스레드 하나가 8칸씩 맡는다.
-extern "C" __global__ void __launch_bounds__(256) lora_lines(const float* a, const u16* in, int stride, int low,
-                                                             int columns, float* d) {
-    __shared__ float sums[8][LINES];
-    float sum[LINES] = {};
-// A의 한 행과 모든 줄의 곱을 함께 센다. A를 한 번만 읽는다
-    for (int i = threadIdx.x * 8; i < columns; i += 256 * 8) {
-        float weight[8];
-        for (int j = 0; j < 8; j++) weight[j] = __ldg(a + (size_t)blockIdx.x * columns + i + j);
-        #pragma unroll
-        for (int line = 0; line < LINES; line++)
-            #pragma unroll 1
-            for (int half = 0; half < (low ? 2 : 1); half++) {
-                uint4 packed = *(const uint4*)(in + (size_t)line * stride + half * low + i);
-                u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
-                #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    sum[line] += weight[2 * j] * widen<ACT_BF16>((u16)words[j]) +
-                                 weight[2 * j + 1] * widen<ACT_BF16>((u16)(words[j] >> 16));
-            }
-    }
-    #pragma unroll
-    for (int line = 0; line < LINES; line++) {
-        float whole = warp_sum(sum[line]);
-        if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5][line] = whole;
-    }
-    __syncthreads();
-// d의 모양은 [LINES][part의 수 * RANK]다
-    if (threadIdx.x >= LINES) return;
-    float whole = 0.f;
-    for (int w = 0; w < 8; w++) whole += sums[w][threadIdx.x];
-    d[threadIdx.x * gridDim.x + blockIdx.x] = whole * (1.f / IN_SCALE);
-}
-
-// 줄마다의 norm. grid (LINES). 아직 더하지 않은 출력 y가 있으면 그 norm을 걸어 x에 더한 뒤에 한다.
-//   out: 16비트 [위, 아래][LINES][HIDDEN]. to_head면 출력 행렬의 입력이라 dtype이 모델의 것이고 배율을 곱하지 않는다.
-extern "C" __global__ void __launch_bounds__(THREADS) norm_lines(float* x, const float* y, const float* post, Norm norm,
-                                                                 int to_head, u16* out) {
-// 두 norm이 scratch의 다른 절반을 쓴다
-    __shared__ float2 scratch[2 * WARPS];
+#if POST_NORM
+// 앞 선형층의 출력 y에 norm을 걸어 잔차 x에 더한다. grid (LINES).
+extern "C" __global__ void __launch_bounds__(THREADS) post_lines(float* x, const float* y, const float* post) {
+    __shared__ float2 scratch[WARPS];
+    let_next_kernel_start();
     size_t at = (size_t)blockIdx.x * HIDDEN;
-    Row row;
-    row.load(x + at);
-// 앞 선형층의 출력에 거는 norm. 줄마다 블록이 하나라 x를 제자리에서 고쳐도 된다
-    if (y) {
-        Row more, weight;
-        more.load(y + at), weight.load_constant(post);
-        float factor = moments(more, scratch).y;
-        for (int j = 0; j < PER_THREAD; j++) {
-            int i = threadIdx.x + j * THREADS;
-            row.v[j] += more.v[j] * factor * weight.v[j];
-            if (i < HIDDEN) x[at + i] = row.v[j];
-        }
-    }
-// norm이 없는 구조(출력에만 거는 EXAONE 4)는 잔차를 그대로 입력으로 쓴다
-    float2 moment = norm.weight ? moments(row, scratch + WARPS) : float2{0.f, 1.f};
+    Row row, more, weight;
+    weight.load_constant(post);
+    wait_for_previous_kernel();
+    row.load(x + at), more.load(y + at);
+    float factor = moments(more, scratch).y;
+    #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
-        if (i >= HIDDEN) continue;
-        float value = norm.weight ? (row.v[j] - moment.x) * moment.y * __ldg(norm.weight + i) : row.v[j];
-        if (norm.bias) value += __ldg(norm.bias + i);
-        u16 *high = out + at + i, *low = high + LINES * HIDDEN;
-        if (to_head) store_split<BF16>(high, low, value);
-        else store_split<ACT_BF16>(high, low, value * IN_SCALE);
+        if (i < HIDDEN) x[at + i] = row.v[j] + more.v[j] * factor * weight.v[j];
     }
 }
+#endif

@@ -7,6 +7,7 @@
 #define HELD ((VOCAB + CHOOSERS - 1) / CHOOSERS)
 #define WORDS ((VOCAB + 31) / 32)
 #define IN_REGISTERS (HELD <= 40)
+#define LOGITS ((VOCAB + 3) / 4 * 4)  // 로짓 한 줄의 폭. 16바이트씩 읽는다
 
 // 스레드 하나가 맡은 로짓 HELD개: 번호 threadIdx.x + j * CHOOSERS.
 struct Values {
@@ -179,11 +180,11 @@ __device__ __forceinline__ void choose_many(Values& value, int top_k, float top_
 }
 
 // 다음 토큰을 고르고 그 embedding을 잔차 x에 적는다. 줄마다 블록 하나다. used, banned: 어휘마다 한 비트. 답에 나온 토큰과 막을 토큰이다.
-//   told: 핀 고정된 CPU 메모리.
+//   logits: fp32 [줄][LOGITS], LOGITS는 VOCAB를 4의 배수로 올린 것. told: 핀 고정된 CPU 메모리.
 extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     float* logits, int* state, const float* settings, int* answer, int* told, const u16* embedding, float* x) {
     int line = blockIdx.x;  // 함께 답하는 줄의 번호
-    logits += (size_t)line * VOCAB, state += line * 6, answer += (size_t)line * CONTEXT, told += (size_t)line * CONTEXT;
+    logits += (size_t)line * LOGITS, state += line * 6, answer += (size_t)line * CONTEXT, told += (size_t)line * CONTEXT;
     x += (size_t)line * HIDDEN;
     u32* used = (u32*)shared;
     u32* banned = used + WORDS;
@@ -210,19 +211,45 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     Values value;
     value.memory = logits;
     u64 mine = 0;
+// i번째 로짓 v에 벌점을 매겨 순위에 넣는다. punished, never: used와 banned에서 i의 비트가 든 워드
+    auto rank = [&](int i, float& v, u32 punished, u32 never) {
+        if (punished >> i % 32 & 1) v = v < 0.f ? v * penalty : v / penalty;
+        if (never >> i % 32 & 1) v = NEVER;
+        u64 mark = (u64)order_key(v) << 32 | (u32)~i;  // 같으면 앞의 번호
+        mine = mark > mine ? mark : mine;
+    };
+#if IN_REGISTERS
     FOR_EACH {
         int i = tid + j * CHOOSERS;
         float v = i < VOCAB ? __ldcg(logits + i) : NEVER;
-        if (i < VOCAB) {
-            bool punished = used[i / 32] >> i % 32 & 1, never = banned[i / 32] >> i % 32 & 1;
-            if (punished) v = v < 0.f ? v * penalty : v / penalty;
-            if (never) v = NEVER;
-            if (!IN_REGISTERS && (punished || never)) value.set(j, v);
-            u64 rank = (u64)order_key(v) << 32 | (u32)~i;  // 같으면 앞의 번호
-            mine = rank > mine ? rank : mine;
-        }
-        if (IN_REGISTERS) value.set(j, v);
+        if (i < VOCAB) rank(i, v, used[i / 32], banned[i / 32]);
+        value.set(j, v);
     }
+#else
+// 16바이트씩 AT_ONCE개를 먼저 읽고 나서 다룬다. 하나씩 읽고 적으면 읽기가 겹치지 않는다
+    enum { AT_ONCE = 4 };
+    bool marked = penalty != 1.f || size > 0;
+    for (int base = tid; base < LOGITS / 4; base += CHOOSERS * AT_ONCE) {
+        uint4 raw[AT_ONCE];
+        #pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            if (base + k * CHOOSERS < LOGITS / 4) raw[k] = __ldcg((const uint4*)logits + base + k * CHOOSERS);
+        #pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            int i = (base + k * CHOOSERS) * 4;
+            if (i >= LOGITS) break;
+            u32 words[4] = {raw[k].x, raw[k].y, raw[k].z, raw[k].w};
+            u32 punished = marked ? used[i / 32] : 0, never = marked ? banned[i / 32] : 0;
+            #pragma unroll
+            for (int w = 0; w < 4; w++) {
+                if (i + w >= VOCAB) break;
+                float v = __uint_as_float(words[w]);
+                rank(i + w, v, punished, never);
+                if ((punished | never) >> (i + w) % 32 & 1) logits[i + w] = v;
+            }
+        }
+    }
+#endif
     for (int step = 16; step; step >>= 1) {
         u64 other = __shfl_xor_sync(~0u, mine, step);
         mine = other > mine ? other : mine;
