@@ -285,4 +285,4 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     pairs = load_documents(str(pair_file), prompter, encoder, 256, tokenizer.eos_token_id)
     chosen, rejected = (tokenizer.decode(ids[marked]).removesuffix("<|endoftext|>").split()
                         for ids, marked in map(pairs.document, range(2)))
-    assert pairs.pairs and chosen == "사람이 고친 답".split() and rejected == original.split()
+    assert pairs.pairs and chosen == ["사람이", "고친", "답"] and rejected == original.split()

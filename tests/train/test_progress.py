@@ -29,7 +29,7 @@ def play(steps: int) -> list[str]:
 def test_one_line_a_step_with_loss_speed_and_time_left():
     said = play(20)
     assert len(said) == 23 and said.pop(0) == "학습 전 검증 loss 9.0000"
-    form = r"   1/20  loss 3\.0000  기울기 0\.500  학습률 1\.00e-03  [\d,]+ 토큰/초  남은 시간 \d+:\d\d"
+    form = r"   1/20  loss 3\.000  기울기 0\.50  학습률 1\.0e-03  [\d,]+ 토큰/초  \d+:\d\d 남음"
     assert re.fullmatch(form, said[0])
     assert [line for line in said if "검증" in line] == ["  검증 loss -7.0000 (가장 좋다)", "  검증 loss 3.0000"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.console import printable
 
 LOG_BYTES = 1 << 20  # 로그의 끝에서 읽는 바이트. 학습 한 번은 수십 KB를 적는다
-_STEP = re.compile(r"\s*(\d+)/(\d+)  loss (\S+).*남은 시간 (\S+)")
+_STEP = re.compile(r"\s*(\d+)/(\d+)  loss (\S+).*  (\S+) 남음")
 _EVAL = re.compile(r"(학습 전 |학습 후 |  )검증 loss ([\d.]+)(?: |\(|$)")
 _BLOCKS = re.compile(r"블록: ([\d,]+)개 x (\d+) 토큰\(채움 ([\d.]+)%\)")
 

@@ -90,11 +90,12 @@ class Progress:
         return f"  검증 loss {loss:.4f}{note}"
 
     def _line(self, row: dict[str, float], state: TrainState) -> str:
+        # 80칸의 터미널에서 한 줄에 들어간다
         left = self.speed.seconds_left(state.max_steps - state.global_step)
         width = len(str(state.max_steps))
-        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {row['loss']:.4f}{pair_note(row)}  "
-                f"기울기 {row['grad_norm']:.3f}  학습률 {row['learning_rate']:.2e}  "
-                f"{row['tokens_per_second']:,.0f} 토큰/초  남은 시간 {clock(left)}")
+        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {row['loss']:.3f}{pair_note(row)}  "
+                f"기울기 {row['grad_norm']:.2f}  학습률 {row['learning_rate']:.1e}  "
+                f"{row['tokens_per_second']:,.0f} 토큰/초  {clock(left)} 남음")
 
     def _write(self, line: str) -> None:
         self.bar.clear()
