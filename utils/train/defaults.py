@@ -6,7 +6,7 @@ from dataclasses import replace
 from utils.train.records import Settings
 
 RATES = {"gpt_neox": 1e-3}  # polyglot
-OTHER_RATE = 1e-3
+OTHER_RATE = 5e-4  # auto가 고르는 층에 맞다
 
 
 def fill(settings: Settings, config: Mapping) -> Settings:
