@@ -30,6 +30,20 @@ def write_rows(path: Path, n: int = 40) -> Path:
     return path
 
 
+def pieces_of(prompter, question: str, context: str, answer: str) -> tuple[str, str]:
+    """질문 하나와 답 하나를 따로 토큰화할 두 조각."""
+    from utils.turns import Turn, as_talk
+
+    return prompter.talk([*as_talk(question, context), Turn("assistant", answer)])[0][0]
+
+
+def load_answerer(source, *options):
+    """모델 하나를 올린다. `options`는 `load_answerers`의 나머지 인자다."""
+    from utils.talk.source import load_answerers
+
+    return load_answerers([source], *options)[0]
+
+
 def run_script(name: str, *flags: str, cwd: Path = ROOT, env: dict | None = None,
                cold: bool = False) -> subprocess.CompletedProcess:
     """스크립트를 제 프로세스에서 실행한다. 출력은 UTF-8로 읽는다.
@@ -112,11 +126,9 @@ def lab(tmp_path_factory, tiny_neox, tiny_data):
 
     if not warm.CAN_FORK:
         pytest.skip("프로세스를 가를 수 있는 Linux에서만 고장을 일으킨다")
-    lab = faults.Lab(tmp_path_factory.mktemp("lab"), {
+    return faults.Lab(tmp_path_factory.mktemp("lab"), {
         "base_model": tiny_neox, "data_path": tiny_data, "cutoff_len": 64, "batch_size": 4, "num_train_epochs": 2,
         "val_set_size": 20})
-    yield lab
-    lab.stop()
 
 
 def refuse(capsys, stage, *flags: str, retired: dict | None = None) -> str:
@@ -167,6 +179,7 @@ def train_settings(**changed):
 
 
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # 파일을 놓인 차례로 나눈다. 오래 걸리는 파일이 끝에 몰리지 않는다
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다
             signal.signal(number, lambda *_: None)

@@ -233,6 +233,11 @@ template <bool BF> static float widen(u16 bits) {
     memcpy(&half, &bits, 2);
     return half;
 }
+template <bool BF> static void split_pair(float first, float second, u32& high, u32& low) {
+    u16 top[2] = {narrow<BF>(first), narrow<BF>(second)};
+    high = top[0] | (u32)top[1] << 16;
+    low = narrow<BF>(first - widen<BF>(top[0])) | (u32)narrow<BF>(second - widen<BF>(top[1])) << 16;
+}
 static uint2 int8_to_fp16(u32 word) {
     u16 half[4];
     for (int i = 0; i < 4; i++) half[i] = narrow<false>((float)(signed char)(word >> i * 8));

@@ -7,13 +7,11 @@
 import ctypes
 import json
 import os
-import shutil
 import signal
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from warm import Warm
+from warm import shared
 
 HERE = Path(__file__).resolve().parent
 MODES = {"count": 0, "full": 1, "kill": 2}
@@ -38,23 +36,13 @@ class Lab:
     """고장을 걸며 학습하는 실험실.
 
     Args:
-        folder: 시도의 출력과 C로 쓴 고장을 둘 폴더.
+        folder: 쓴 횟수를 적을 폴더.
         base_flags: 시도마다 줄 플래그.
     """
 
     def __init__(self, folder: Path, base_flags: dict):
-        self.base_flags, self.counted = base_flags, folder / "writes"
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        self.can_count = compiler is not None
-        env = {}
-        if compiler:
-            env["LD_PRELOAD"] = str(folder / "faults.so")
-            subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", env["LD_PRELOAD"], str(HERE / "faults.c"),
-                            "-ldl"], check=True)
-        self.warm = Warm(folder, env)
-
-    def stop(self) -> None:
-        self.warm.stop()
+        self.base_flags, self.counted, self.warm = base_flags, folder / "writes", shared()
+        self.can_count = self.warm.can_count
 
     def train(self, output: Path, *, fault: tuple[str, int] | None = None, signals: list | None = None,
               oom: int | None = None, seconds: float = 1200, answers: bool = False, memory: bool = False,

@@ -246,12 +246,12 @@ def answer_gap(model, **source) -> float:
     """generate.py의 답이 모델의 탐욕적인 답과 갈라지는 자리의 logit 차이. 같은 답이면 0이다."""
     from utils.sampling import Sampling
     from utils.talk.answerer import Answer
-    from utils.talk.source import find_source, load_answerer
+    from utils.talk.source import find_source, load_answerers
 
     quiet = lambda line: None  # noqa: E731
     load_4bit = source.pop("load_4bit")
     found = find_source(source.get("base_model"), source.get("peft_root"), quiet)
-    answerer = load_answerer(found, None, load_4bit, False, None, quiet)
+    answerer = load_answerers([found], None, load_4bit, False, None, quiet)[0]
     worst = 0.0
     for question in QUESTIONS:
         answer = Answer(answerer.ask(question), Sampling(temperature=0.0, max_new_tokens=ANSWER_TOKENS))

@@ -180,6 +180,7 @@ def write_talk_run(folder: Path, base: Path, data: Path, name: str = "run") -> P
                 "grad_norm": 1 / step} for step in range(1, 9)]
     settings = {"base_model": str(base), "data_path": str(data), "cutoff_len": 64, "val_set_size": 20, "seed": 42,
                 "num_train_epochs": 3, "batch_size": 16, "lora_r": 4}
-    record.write_run(run, {"settings": settings, "data": {"rows": 40}, "eval_loss_before": 4.5, "history": history,
+    asked = {"rows": 40, "questions": ["3 더하기 3은?", "4 더하기 4는?"]}
+    record.write_run(run, {"settings": settings, "data": asked, "eval_loss_before": 4.5, "history": history,
                            "eval_loss_after": 0.5, "tokens_per_second": 1000.0, "peak_vram_gb": 1.27})
     return run

@@ -4,6 +4,7 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +163,14 @@ def test_help_and_a_typo_import_nothing_heavy(script, flag):
     assert not imported & {"torch", "transformers", "peft", "datasets", "gradio", "numpy", "matplotlib"}
     assert done.returncode == (0 if flag == "--help" else 2)
     assert ("쓰는 법" if flag == "--help" else "no_such_flag") in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", ["utils.report", "utils.doctor"])
+def test_the_modules_answer_help_as_fast(module):
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", module, "--help"], cwd=ROOT, capture_output=True,
+                          encoding="utf-8")
+    assert done.returncode == 0 and f"쓰는 법: python -m {module}" in done.stdout and "보기" in done.stdout
+    assert not {"torch", "numpy", "matplotlib"} & {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
 
 
 def test_data_check_of_the_readme_runs():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_script
+from conftest import pieces_of, run_script
 
 from utils.data import forms, rows
 from utils.data.texts import END_TOKEN
@@ -36,9 +36,9 @@ def test_received_file_becomes_the_text_that_training_reads(tmp_path, suffix):
     written = list(rows.read_rows(output))
     prompter = Prompter()
     assert [row["text"] for _, row in written] == [
-        prompter.render(row["instruction"], "", row["output"]) + END_TOKEN for row in ROWS]
+        prompter.prompt(row["instruction"], "") + row["output"] + END_TOKEN for row in ROWS]
     read_back = [prompter.talk(forms.read_row(row, forms.choose_form(row), number, output)) for number, row in written]
-    assert read_back == [[[prompter.pieces(row["instruction"], "", row["output"])]] for row in ROWS]
+    assert read_back == [[[pieces_of(prompter, row["instruction"], "", row["output"])]] for row in ROWS]
     assert [file.name for file in output.parent.iterdir()] == ["out.json"]
 
 

@@ -13,13 +13,13 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, load_script, refuse, run_script
+from conftest import ROOT, load_answerer, load_script, refuse, run_script
 from datasets.exceptions import DataFilesNotFoundError
 
 from utils import hub
 from utils.errors import UsageError
 from utils.model.adapter import read_adapter_config
-from utils.talk.source import find_source, load_answerer
+from utils.talk.source import find_source
 
 NAME = "someone/no-such-thing"
 # 한 프로세스에서 이름마다 모든 길을 지나며 거절의 말을 모은다. 무엇을 받지 못했는지는 길마다 다르다.

@@ -66,7 +66,7 @@ def test_enough_rows(rows):
 
 def test_both_files_hold_the_same_rows_through_the_prompter(rows, texts):
     prompter = Prompter("default")
-    rendered = [prompter.render(row["instruction"], row["input"], row["output"]) + END_TOKEN for row in rows]
+    rendered = [prompter.prompt(row["instruction"], row["input"]) + row["output"] + END_TOKEN for row in rows]
     assert texts == rendered
 
 

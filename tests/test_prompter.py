@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, pieces_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -44,8 +44,8 @@ def test_default_template_renders_the_shipped_text_form():
                (ROOT / "ko-datasets" / "polyglot-ko-lite.json").read_text(encoding="utf-8").splitlines()]
     prompter = Prompter()
     for text, row in zip(texts, columns, strict=True):
-        assert prompter.render(row["instruction"], row["input"], row["output"]) + "<|endoftext|>" == text
-        assert prompter.split(text.removesuffix("<|endoftext|>")) == prompter.pieces(*(
+        assert prompter.prompt(row["instruction"], row["input"]) + row["output"] + "<|endoftext|>" == text
+        assert prompter.split(text.removesuffix("<|endoftext|>")) == pieces_of(prompter, *(
             row[key] for key in ("instruction", "input", "output")))
 
 
@@ -65,14 +65,14 @@ def test_input_without_a_placeholder_is_kept():
 @pytest.mark.parametrize("name", NAMES)
 def test_text_is_split_at_the_first_marker(name, answer):
     prompter = Prompter(name)
-    assert prompter.split(prompter.render("질문\n\n빈 줄", "", answer)) == prompter.pieces("질문\n\n빈 줄", "", answer)
+    assert prompter.split(prompter.prompt("질문\n\n빈 줄") + answer) == pieces_of(prompter, "질문\n\n빈 줄", "", answer)
 
 
 @pytest.mark.parametrize("context", ["", "딸린\n\n글"])
 @pytest.mark.parametrize("answer", ["짧다", "### 1. 개요\n\n### 답변: 다시\n\n### 맥락: 끝", ""])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rendered_text_is_unwrapped_into_its_turns(name, answer, context):
-    text = Prompter(name).render("질문\n\n빈 줄", context, answer)
+    text = Prompter(name).prompt("질문\n\n빈 줄", context) + answer
     assert unwrap(text) == [Turn("user", "질문\n\n빈 줄", input=context), Turn("assistant", answer)]
 
 
@@ -89,8 +89,8 @@ def test_text_without_the_marker_is_not_split():
 @fuzz(600)
 def test_pieces_join_into_the_rendered_text_and_split_gives_them_back(instruction, context, answer, name):
     prompter = Prompter(name)
-    prompt, rest = prompter.pieces(instruction, context, answer)
-    text = prompter.render(instruction, context, answer)
+    prompt, rest = pieces_of(prompter, instruction, context, answer)
+    text = prompter.prompt(instruction, context) + answer
     assert prompt + rest == text and not prompt.endswith(" ")
     assert instruction in prompt or "{" in instruction
     assume(prompter.answer_marker not in instruction + context and not re.search(r"\{.*\}", instruction, re.DOTALL))
@@ -178,4 +178,4 @@ def test_any_template_file_is_used_or_refused(tmp_path_factory, content, cut, us
     except UsageError as error:
         assert "템플릿" in str(error)
     else:
-        assert prompter.render("가", "나", "다").endswith("다")
+        assert prompter.prompt("가", "나").count("나") == 1

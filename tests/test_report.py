@@ -2,17 +2,14 @@
 
 import json
 import math
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-from utils import record, report
+from utils import cli, record, report
 from utils.errors import UsageError
 
 
@@ -90,19 +87,30 @@ def test_points_skip_what_cannot_be_drawn():
     assert report.points(rows, "loss") == ([1], [2.0])
 
 
-def test_overlay_command(tmp_path):
-    for name in ("e3", "한글 e5"):
+def test_overlay_command(tmp_path, capsys):
+    for name in ("e3", "한글 e5", "쉼표, 빈칸"):
         (tmp_path / name).mkdir()
         record.write_run(tmp_path / name, {"history": history()})
-    command = [sys.executable, "-m", "utils.report", str(tmp_path / "e3"), str(tmp_path / "한글 e5"), "--output",
-               str(tmp_path / "둘.png")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "둘.png").stat().st_size > 20_000
-    missing = subprocess.run([*command[:3], str(tmp_path / "없다")], cwd=ROOT, capture_output=True, encoding="utf-8",
-                             timeout=120)
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("오류: run.json이 없다")
+    folders = [str(tmp_path / name) for name in ("e3", "한글 e5", "쉼표, 빈칸")]
+    for words in ([*folders, "--output", str(tmp_path / "새 폴더" / "셋.png")],
+                  [f"--output={tmp_path / '새 폴더' / '셋.png'}", *folders]):
+        cli.run(report.overlay, argv=report.named(words))
+        assert (tmp_path / "새 폴더" / "셋.png").stat().st_size > 20_000
+        (tmp_path / "새 폴더" / "셋.png").unlink()
+    cli.run(report.overlay, argv=report.named(["--help"]))
+    text = capsys.readouterr().out
+    assert [part for part in ("쓰는 법", "--run_dirs", "보기") if part not in text] == [] and "usage" not in text
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "--run_dirs"), (["없다"], "run.json이 없다"), (["e3", "--output"], "--output에 값이 없다"),
+    (["e3", "--outptu", "x"], "--output"), (["e3", "--output", "x.글"], "--output에 쓸 .png")])
+def test_overlay_refuses_in_one_korean_line(tmp_path, monkeypatch, capsys, words, said):
+    record.write_run(tmp_path, {"history": history()})
+    with pytest.raises(SystemExit) as stop:
+        cli.run(report.overlay, argv=report.named([str(tmp_path) if word == "e3" else word for word in words]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and said in error
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (1e-4, "0.0001"), (0.00025, "0.00025"), (2.5, "2.5"),

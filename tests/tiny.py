@@ -130,8 +130,12 @@ def build_tokenizer(folder: Path, vocab_size: int = 384):
 
 
 def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 2, context: int = 256,
-               vocab_size: int = 384, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다."""
+               vocab_size: int = 384, dtype: torch.dtype = torch.float16, seed: int = 0, brief: bool = False) -> Path:
+    """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다.
+
+    Args:
+        brief: 몇 토큰 만에 끝 토큰으로 답을 그친다. 그러지 않으면 무작위 모델은 멈출 줄 모른다.
+    """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +145,12 @@ def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 
                            num_attention_heads=heads, intermediate_size=hidden * 4, rotary_pct=0.5,
                            max_position_embeddings=context, use_parallel_residual=True, bos_token_id=0,
                            eos_token_id=0, tie_word_embeddings=False)
-    GPTNeoXForCausalLM(config).to(dtype).save_pretrained(folder, safe_serialization=True)
+    model = GPTNeoXForCausalLM(config)
+    if brief:  # 마지막 norm의 첫 칸을 늘 1로 두고, 끝 토큰의 행이 그 칸을 크게 읽는다
+        with torch.no_grad():
+            model.gpt_neox.final_layer_norm.bias[0] = 1.0
+            model.get_output_embeddings().weight[END, 0] = 0.5
+    model.to(dtype).save_pretrained(folder, safe_serialization=True)
     return folder
 
 

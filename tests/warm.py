@@ -10,13 +10,14 @@ import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -40,21 +41,26 @@ class Outcome:
     seconds: float
 
 
-@dataclass
 class Warm:
     """갈라 쓸 프로세스를 띄워 두고 시도를 하나씩 맡긴다.
 
     Args:
         folder: 시도의 출력을 둘 폴더.
-        env: 띄울 때 더할 환경 변수.
+
+    Attributes:
+        can_count: 쓰는 순간을 세고 그때 고장을 낼 수 있는지. C 컴파일러가 있어야 한다.
     """
 
-    folder: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path):
+        self.folder = folder
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8",
-               "PYTHONPATH": f"{HERE.parent}:{HERE}", **self.env}
+               "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        self.can_count = compiler is not None
+        if compiler:
+            env["LD_PRELOAD"] = str(folder / "faults.so")
+            subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", env["LD_PRELOAD"], str(HERE / "faults.c"),
+                            "-ldl"], check=True)
         self.process = subprocess.Popen([sys.executable, str(HERE / "warm.py")], stdin=subprocess.PIPE, env=env,
                                         stdout=subprocess.PIPE, encoding="utf-8")
 

@@ -12,10 +12,12 @@ import functools
 import inspect
 import io
 import math
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import fire
@@ -23,12 +25,11 @@ import fire
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
 from utils.errors import UsageError
-from utils.helptext import descriptions, examples, help_text
+from utils.helptext import asks_help, descriptions, examples, help_text
 from utils.process import is_first_process
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
 FALSE_WORDS = {"false", "no", "off", "0", "거짓"}
-HELP_WORDS = {"--help", "-h", "-help", "-?"}
 QUOTES = {"''", "“”", "‘’"}  # 여는 것과 닫는 것
 LONG_DASHES = "–—―−"
 EXIT_USAGE = 2
@@ -58,6 +59,9 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # 출력을 읽던 쪽(head, less)이 먼저 닫았다
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -74,7 +78,7 @@ def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | N
     """
     parameters = inspect.signature(stage).parameters
     argv = _drop_retired(argv, retired)
-    if HELP_WORDS & {token.lower() for token in argv} or argv[:1] in (["help"], ["/?"]):
+    if asks_help(argv):
         print(help_text(stage))
         return None
     _refuse_unknown(argv, parameters)
@@ -173,7 +177,8 @@ def _loose_hint(token: str) -> str:
 
 
 def _refuse_missing(argv: list[str], stage: Callable) -> None:
-    given = {flag_name(token) for token in argv}
+    given = {flag_name(token) for token, value in pairwise([*argv, "--"])
+             if "=" in token or not value.startswith("--")}  # 값 없이 적은 것도 없는 것이다
     missing = [name for name, parameter in inspect.signature(stage).parameters.items()
                if parameter.default is inspect.Parameter.empty and name not in given]
     if missing:
@@ -254,5 +259,5 @@ def _fit_words(text: str) -> tuple[str, ...]:
         words = tuple(inner.split(","))
     words = tuple(str(word).strip().strip("'\"") for word in words)
     if not words or not all(words):
-        raise ValueError("이름을 쉼표로 이어 적는다(예: query_key_value,dense)")
+        raise ValueError("빈칸 없이 쉼표로 이어 적는다(예: 하나,둘)")
     return words

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
-from utils.errors import UsageError
+from utils.errors import UsageError, why
 from utils.process import is_first_process
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ def staged_file(target: Path, failed: str | None = None) -> Iterator[TextIO]:
     except OSError as error:
         if failed is None:
             raise
-        raise UsageError(f"{failed}: {target} ({error.strerror or error})") from None
+        raise UsageError(f"{failed}: {target} ({why(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
@@ -144,11 +144,12 @@ def own_staging_of(final: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]:
+def locked(folder: Path, output_dir: str | Path | None = None, busy: str | None = None) -> Iterator[None]:
     """폴더를 이 프로세스의 것으로 잠근다. 운영 체제의 잠금이므로 프로세스가 죽으면 남지 않는다.
 
     Args:
         output_dir: 사용자가 적은 폴더. 적지 않으면 `folder`다. 알리는 말에 쓴다.
+        busy: 다른 실행이 잠갔을 때 할 말. 적지 않으면 output_dir를 바꾸라고 한다.
 
     Raises:
         UsageError: 다른 실행이 잠갔거나 폴더에 쓸 수 없다.
@@ -162,10 +163,10 @@ def locked(folder: Path, output_dir: str | Path | None = None) -> Iterator[None]
         lock = FileLock(folder / LOCK_FILE)
         lock.acquire(timeout=0)
     except Timeout:
-        raise UsageError(f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 적는다"
-                         ) from None
+        raise UsageError(busy or f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 "
+                         "적는다") from None
     except OSError as error:
-        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({error.strerror or error})") from None
+        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({why(error)})") from None
     try:
         yield
     finally:

@@ -2,29 +2,35 @@
 
 import inspect
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from utils.paths import ROOT
 
-WIDTH = 100
+WIDEST, INDENT = 100, 6
+HELP_WORDS = {"--help", "-h", "-help", "-?"}
 _ARGUMENT = re.compile(r"^    (\w+): (.*)$")
 _GROUP = re.compile(r"^    # (.+)$")
 _PARAMETER = re.compile(r"^    (\w+):")
+
+
+def asks_help(argv: list[str]) -> bool:
+    """도움말을 물었는지. Windows의 `/?`도 안다."""
+    return bool(HELP_WORDS & {token.lower() for token in argv}) or argv[:1] in (["help"], ["/?"])
 
 
 def help_text(stage: Callable) -> str:
     """`stage`의 도움말. 플래그마다 뜻과 기본값이 있고, 끝에 보기가 있다."""
     described = descriptions(stage)
     parameters = inspect.signature(stage).parameters
-    lines = [_opening(stage), "", f"쓰는 법: python {Path(sys.argv[0]).name} --이름 값 ..."]
+    lines = [*_opening(stage), "", f"쓰는 법: python {_program()}{' --이름 값 ...' if parameters else ''}"]
     for title, names in groups(stage):
         lines += ["", title]
         for name in names:
             lines.append(f"  --{name}")
-            lines += [f"      {line}" for line in _wrap(described.get(name, ""))]
-            lines += [f"      {line}" for line in _default(parameters[name])]
+            lines += [" " * INDENT + line for line in (*_wrap(described.get(name, "")), *_default(parameters[name]))]
     shown = examples(stage)
     return "\n".join([*lines, *(["", "보기", *(f"  {line}" for line in shown)] if shown else [])])
 
@@ -63,8 +69,16 @@ def examples(stage: Callable) -> list[str]:
     return [line.strip() for line in _section(stage, "Examples:") if line.strip()]
 
 
-def _opening(stage: Callable) -> str:
-    return (inspect.getdoc(stage) or "").split("\n\nArgs:")[0]
+def _opening(stage: Callable) -> list[str]:
+    """`Args:` 앞의 글. 문단 사이에는 빈 줄이 있다."""
+    paragraphs = re.split(r"\n\n(?:Args|Examples):", inspect.getdoc(stage) or "")[0].split("\n\n")
+    return "\n\n".join("\n".join(_wrap(paragraph)) for paragraph in paragraphs).splitlines()
+
+
+def _program() -> str:
+    """지금 실행한 것: `finetune-lora.py`나 `-m utils.report`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def _section(stage: Callable, title: str) -> list[str]:
@@ -94,11 +108,12 @@ def _default(parameter: inspect.Parameter) -> list[str]:
 
 
 def _wrap(text: str) -> list[str]:
-    """한글은 두 칸이므로 터미널의 칸을 세어 나눈다."""
+    """한글은 두 칸이므로 칸을 세어, 좁은 터미널에서도 낱말이 잘리지 않게 나눈다."""
+    width = min(WIDEST, shutil.get_terminal_size((WIDEST + INDENT, 0)).columns - INDENT)
     lines, line, used = [], "", 0
     for word in text.split():
         size = sum(2 if ord(char) > 0x1100 else 1 for char in word)
-        if line and used + 1 + size > WIDTH:
+        if line and used + 1 + size > width:
             lines.append(line)
             line, used = word, size
         else:

@@ -49,14 +49,6 @@ class Prompter:
         values = {"instruction": instruction, "input": input}
         return _SLOT.sub(lambda slot: values[slot.group(1)], form)
 
-    def render(self, instruction: str, input: str, output: str) -> str:
-        """질문과 답을 이은 글. 끝 토큰은 토큰을 만드는 쪽이 붙인다."""
-        return self.prompt(instruction, input) + output
-
-    def pieces(self, instruction: str, input: str, output: str) -> tuple[str, str]:
-        """따로 토큰화할 두 조각. 학습과 추론의 토큰이 같도록, 답 앞의 공백은 답에 속한다."""
-        return shift_space(self.prompt(instruction, input), output)
-
     def talk(self, turns: Sequence[Turn]) -> list[Pieces]:
         """대화 하나의 문서들. 문서는 따로 토큰화할 (프롬프트, 답)들이고, 이 템플릿에서는 늘 하나다.
 

@@ -3,17 +3,20 @@
 `python -m utils.report train/lora-e3/b16 train/lora-e5/b16`은 두 학습의 곡선을 그림 하나에 겹친다.
 """
 
-import argparse
 import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from utils import environment
-from utils.errors import UsageError
+from utils import cli, environment
+from utils.console import say
+from utils.errors import UsageError, first_line
+from utils.helptext import asks_help
+from utils.paths import find_input, shown
 from utils.record import CURVES_FILE, FIGURES, read_run
 
 FONT_PACKAGE = "koreanize_matplotlib"
@@ -37,6 +40,9 @@ PANELS = (
     Panel("learning_rate", "학습률"),
     Panel("grad_norm", "기울기 크기", log=True),
 )
+# 선호 쌍의 학습이 있으면 그 자리에 대신 그릴 곡선
+PAIR_PANELS = {"eval_loss": Panel("eval_loss", "검증 loss (쌍의 평균)"),
+               "learning_rate": Panel("eval_reward_accuracy", "검증 쌍에서 고른 답의 보상이 더 높은 비율")}
 
 
 def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> Path | BinaryIO:
@@ -62,10 +68,12 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> 
         figure = Figure(figsize=(15, 8), dpi=110, layout="constrained")
         axes = figure.subplot_mosaic(PLACES, width_ratios=(1, 1, 0.9))
         names = [_drawable(name, files) for name, _ in runs]
-        for panel in PANELS:
-            axes[panel.key].set_title(panel.title, fontsize=14)
-            axes[panel.key].set_xlabel("step")
-            _draw_panel(axes[panel.key], panel, [_with_start(run) for _, run in runs])
+        instead = PAIR_PANELS if any("reward_accuracy_after" in run for _, run in runs) else {}
+        for place in PANELS:
+            panel, axis = instead.get(place.key, place), axes[place.key]
+            axis.set_title(panel.title, fontsize=14)
+            axis.set_xlabel("step")
+            _draw_panel(axis, panel, [_with_start(run) for _, run in runs])
         _draw_figures(axes["figures"], names, [run for _, run in runs])
         if len(runs) > 1:
             figure.legend(axes["loss"].get_lines()[: len(runs)], names, loc="outside lower center",
@@ -97,8 +105,9 @@ def points(history: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def _with_start(run: dict) -> list[dict]:
-    """학습하기 전의 검증 loss를 0번째 step으로 앞에 붙인 history."""
-    return [{"step": 0, "eval_loss": run.get("eval_loss_before")}, *run["history"]]
+    """학습하기 전의 검증 값을 0번째 step으로 앞에 붙인 history."""
+    start = {"eval_loss": run.get("eval_loss_before"), "eval_reward_accuracy": run.get("reward_accuracy_before")}
+    return [{"step": 0, **start}, *run["history"]]
 
 
 def _draw_panel(axis, panel: Panel, histories: list[list[dict]]) -> None:
@@ -162,23 +171,42 @@ def _drawable(text: str, fonts: Sequence[Path]) -> str:
     return "".join(char if ord(char) in known else "?" for char in text).replace("$", r"\$")
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(prog="python -m utils.report", description="학습 곡선을 PNG 하나에 겹쳐 그린다.")
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run.json이 든 폴더. finetune-lora.py가 만든다")
-    parser.add_argument("--output", help="쓸 PNG. 기본: 폴더가 하나면 그 안의 curves.png, 여럿이면 ./curves.png")
-    options = parser.parse_args(argv)
-    runs = [(Path(folder).as_posix(), read_run(folder)) for folder in options.run_dirs]
-    default = Path(options.run_dirs[0]) / CURVES_FILE if len(runs) == 1 else Path(CURVES_FILE)
-    return draw_curves(runs, Path(options.output or default))
+def overlay(
+    *,
+    # 그릴 것
+    run_dirs: tuple[str, ...],
+    # 쓸 곳
+    output: str | None = None,
+):
+    """여러 학습의 곡선을 PNG 하나에 겹쳐 그린다.
+
+    Args:
+        run_dirs: run.json이 든 폴더들. finetune-lora.py의 output_dir다. --run_dirs 없이 이어 적어도 된다.
+        output: 쓸 PNG. 적지 않으면 폴더가 하나일 때는 그 안의 curves.png, 여럿일 때는 지금 폴더의 curves.png다.
+
+    Examples:
+        python -m utils.report train/lora-e3 train/lora-e5
+        python -m utils.report train/faq --output faq.png
+    """
+    runs = [(Path(folder).as_posix(), read_run(folder)) for folder in map(find_input, run_dirs)]
+    default = Path(find_input(run_dirs[0])) / CURVES_FILE if len(runs) == 1 else Path(CURVES_FILE)
+    target = Path(output or default)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(runs, target)
+    except (OSError, ValueError) as error:  # matplotlib은 모르는 확장자를 ValueError로 알린다
+        raise UsageError(f"그림을 쓰지 못했다: {target} ({first_line(error)}). --output에 쓸 .png를 적는다") from None
+    say(f"그렸다: {shown(target)}")
+
+
+def named(words: Sequence[str]) -> list[str]:
+    """이름 없이 적은 폴더들을 --run_dirs의 값으로 묶은 명령줄."""
+    folders = [word for before, word in pairwise(["", *words])
+               if not word.startswith("-") and (not before.startswith("-") or "=" in before)]
+    if not folders or asks_help(list(words)):
+        return list(words)
+    return [*(word for word in words if word not in folders), f"--run_dirs={folders!r}"]
 
 
 if __name__ == "__main__":
-    from utils.cli import EXIT_USAGE
-    from utils.console import use_utf8
-
-    use_utf8()
-    try:
-        print(f"그렸다: {main()}")
-    except UsageError as error:
-        print(f"오류: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    cli.run(overlay, argv=named(sys.argv[1:]))

@@ -67,7 +67,6 @@ def shift_space(prompt: str, answer: str) -> tuple[str, str]:
     return body, prompt[len(body) :] + answer
 
 
-def as_talk(instruction: str, input: str = "", past: Sequence[tuple[str, str]] = ()) -> list[Turn]:
-    """질문 하나와 앞서 주고받은 (질문, 답)들을 대화로."""
-    turns = [turn for asked, answered in past for turn in (Turn("user", asked), Turn("assistant", answered))]
-    return [*turns, Turn("user", instruction, input=input)]
+def as_talk(instruction: str, input: str = "") -> list[Turn]:
+    """질문 하나를 대화로."""
+    return [Turn("user", instruction, input=input)]

@@ -5,8 +5,8 @@
     모양은 modern.py의 이름, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8, wide(16비트)다.
     check는 속도 대신 답을 본다: 탐욕적인 답이 generate와 갈라지는 곳과 그 로짓의 차이, 함께 답한 것이 하나씩 답한 것과
     갈라지는 곳, 뽑기의 카이제곱.
-사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫 토큰까지 넣은 128토큰의 속도이고
-"이어서"는 첫 토큰 뒤의 속도다.
+사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫 토큰까지 넣은 128토큰의
+속도이고 "이어서"는 첫 토큰 뒤의 속도다.
 """
 
 import gc
@@ -192,10 +192,10 @@ def check_sampling(decoder: Decoder, question: list[int]) -> list[dict]:
         expected = probabilities(penalize(truth, answer, settings), settings) * DRAWS
         counts = torch.bincount(drawn.long(), minlength=len(expected)).float()
         big = expected >= 5
-        bins = torch.cat((counts[big], counts[~big].sum()[None])), torch.cat((expected[big], expected[~big].sum()[None]))
-        keep = bins[1] >= 5
+        seen, wanted = (torch.cat((side[big], side[~big].sum()[None])) for side in (counts, expected))
+        keep = wanted >= 5
         freedom = int(keep.sum()) - 1
-        statistic = float(((bins[0] - bins[1]) ** 2 / bins[1])[keep].sum())
+        statistic = float(((seen - wanted) ** 2 / wanted)[keep].sum())
         results.append({"settings": str(settings), "impossible": int(counts[expected == 0].sum()), "chi": statistic,
                         "freedom": freedom, "z": (statistic - freedom) / (2 * max(1, freedom)) ** 0.5})
     return results
@@ -211,7 +211,7 @@ def check(cases: str) -> None:
         gaps = ", ".join(f"{place}번째(차이 {gap:.3g}, 로짓의 오차 {error:.3g})"
                          for place, gap, error in found["parted_from_generate"]) or "없다"
         rows = ", ".join(map(str, found["rows_parted_from_single"])) or "없다"
-        print(f"{case}: 질문 {QUESTIONS}개 x {ANSWER}토큰에서 generate와 갈라진 곳: {gaps}. 함께 답해 갈라진 곳: {rows}")
+        print(f"{case}: 질문 {QUESTIONS}개 x {ANSWER}토큰. generate와 갈라진 곳: {gaps}. 함께 답해 갈라진 곳: {rows}")
         for one in found["sampling"]:
             print(f"    카이제곱 {one['chi']:.0f}, 자유도 {one['freedom']}(z {one['z']:+.1f}), "
                   f"나올 수 없는 것 {one['impossible']}번: {one['settings']}", flush=True)

@@ -290,7 +290,7 @@ def load(path, tokenizer, rows: list[dict], cutoff_len: int = 512, **settings):
 
 def test_texts_written_with_another_template_are_said_with_the_chat_template(tokenizers, tmp_path):
     tokenizer = tokenizers["chatml"]
-    rows = [{"text": Prompter("default").render(*PAIR) + "<|endoftext|>"}, {"text": "그냥 글"}]
+    rows = [{"text": Prompter("default").prompt(*PAIR[:2]) + PAIR[2] + "<|endoftext|>"}, {"text": "그냥 글"}]
     documents = load(tmp_path / "a.jsonl", tokenizer, rows)
     question, context, answer = PAIR
     said = [Turn("user", f"{question}\n\n{context}"), Turn("assistant", answer)]
@@ -339,3 +339,19 @@ def test_every_end_of_the_template_is_an_end_of_serving(tokenizers):
         ends = tokenizer.convert_tokens_to_ids(ENDS[name])
         assert prompter.end_tokens == ENDS[name] and answer_end_id(tokenizer, prompter) == ends[0]
         assert {tokenizer.eos_token_id, *ends} <= set(end_token_ids(tokenizer, None))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_preference_pair_asks_what_serving_asks(tokenizers, tmp_path, name):
+    said = [("user", "물은 몇 도에서 끓나요?"), ("assistant", "100도입니다."), ("user", "높은 산에서는?")]
+    talk = [{"role": role, "content": text} for role, text in said]
+    row = {"prompt": talk, "chosen": "더 낮습니다.", "rejected": "몰라."}
+    prompter, encoder = stage(tokenizers[name])
+    documents = load(tmp_path / "pairs.jsonl", tokenizers[name], [row])
+    assert documents.pairs and len(documents) == 2
+    question = asked(prompter, encoder, [Turn(*turn) for turn in said])
+    for index, answer in enumerate((row["chosen"], row["rejected"])):
+        tokens, learned = documents.document(index)
+        assert tokens[:len(question)].tolist() == question
+        assert learned_runs(learned.astype(int).tolist())[0][0] == len(question)
+        assert tokenizers[name].decode(tokens[learned], skip_special_tokens=True).strip().endswith(answer)

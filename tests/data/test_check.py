@@ -124,11 +124,12 @@ def test_same_question_on_both_sides_is_found(tmp_path, encoder, monkeypatch):
     assert check.document_faults(documents, train, held_out)["overlap"]["rows"] == expected
 
 
-@pytest.mark.parametrize("encoding, named", [("cp949", "CP949"), ("utf-16", "UTF-16"), ("utf-8-sig", "UTF-8-SIG")])
+@pytest.mark.parametrize("encoding, named", [("cp949", "CP949"), ("utf-16", "UTF-16"), ("utf-8-sig", None)])
 def test_other_encodings_are_told(tmp_path, encoder, encoding, named):
     path = tmp_path / "a.jsonl"
     path.write_bytes("\n".join(line(f"질문 {n}?", f"{n}번째 답") for n in range(9)).encode(encoding))
-    assert examine(path, encoder, tmp_path) == {"encoding": {"count": 9, "rows": [], "note": named}}
+    told = {"encoding": {"count": 9, "rows": [], "note": named}} if named else {}  # 엑셀이 붙인 BOM은 잘못이 아니다
+    assert examine(path, encoder, tmp_path) == told
 
 
 @pytest.mark.parametrize("kind, row", [

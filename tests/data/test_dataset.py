@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import pieces_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,11 +76,21 @@ def test_every_form_gives_the_same_tokens_and_learns_only_the_answer(tmp_path, t
         assert (block["labels"].numpy()[learnt] == block["input_ids"].numpy()[learnt]).all()
 
 
+def test_what_the_check_read_is_read_once_and_a_skipped_row_is_still_refused(tmp_path, encoder, monkeypatch):
+    broken = write(tmp_path / "b.jsonl", [FORMS["output"], {**FORMS["output"], "output": ""}])
+    clean = write(tmp_path / "a.jsonl", [FORMS["output"]])
+    assert len(load(broken, encoder, skip_bad=True)) == len(load(clean, encoder, skip_bad=True)) == 1
+    with pytest.raises(UsageError, match="2번째 행"):
+        load(broken, encoder)
+    monkeypatch.setattr(dataset, "_fill_cache", None)
+    assert len(load(clean, encoder)) == len(load(broken, encoder, skip_bad=True)) == 1
+
+
 @given(question=st.text(min_size=1, max_size=40), context=st.text(max_size=20), answer=st.text(max_size=40))
 @settings(max_examples=300, deadline=None, database=None)
 def test_generation_prompt_is_a_prefix_of_the_training_tokens(encoder, question, context, answer):
     prompter = Prompter()
-    pieces = prompter.pieces(question, context, answer)
+    pieces = pieces_of(prompter, question, context, answer)
     tokens, _ = encoder.encode_batch([[pieces]])[0]
     asked = encoder.encode_asked(prompter.talk(as_talk(question, context))[0])
     assert tokens[: len(asked)] == asked and tokens[-1] == END and tokens.count(END) == 1

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, pieces_of
 
 from utils.data.exams import TASKS, load_exams
 from utils.errors import UsageError
@@ -51,7 +51,7 @@ def test_both_forms_are_the_questions_of_the_harness(name, tmp_path):
         assert exam.name == name and item.text == text and not item.asked
         assert (item.options, item.answer) == (options, answer)
     (asked,) = load_exams(str(tmp_path / "b"), Prompter())
-    assert asked.items[0].asked == tuple([Prompter().pieces(text, "", option)] for option in options)
+    assert asked.items[0].asked == tuple([pieces_of(Prompter(), text, "", option)] for option in options)
 
 
 def test_takes_the_test_part_and_never_the_training_part(tmp_path):
@@ -73,8 +73,8 @@ def test_rows_of_the_user(tmp_path):
     (exam,) = load_exams(str(file), Prompter())
     assert [item.options for item in exam.items] == [("십이",), ("부정", "긍정")]
     assert [item.answer for item in exam.items] == [0, 1]
-    assert exam.items[0].asked == ([Prompter().pieces("숫자를 읽어 줘: 12", "", "십이")],)
-    assert exam.items[1].asked[0] == [Prompter().pieces("기분은?", "", "부정")]
+    assert exam.items[0].asked == ([pieces_of(Prompter(), "숫자를 읽어 줘: 12", "", "십이")],)
+    assert exam.items[1].asked[0] == [pieces_of(Prompter(), "기분은?", "", "부정")]
 
 
 @pytest.mark.parametrize("row", [{"instruction": "?", "output": "가", "options": ["나"]},

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from conftest import load_answerer
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from utils.data import blocks, check, dataset, repair
 from utils.data.encoder import Encoder
 from utils.data.forms import choose_form, read_row
+from utils.data.rendered import rendered_lines
 from utils.errors import UsageError
 from utils.model import tokenizer
 from utils.prompter import Prompter
@@ -148,14 +150,14 @@ def test_the_check_says_which_rows_hold_an_answer_that_is_not_learned(tmp_path, 
     muted = [say("user", "가?"), say("assistant", "나", weight=0), say("user", "다?"), say("assistant", "라")]
     _, documents = load(tmp_path, encoder, [GOOD, muted])
     assert documents.found["unlearned"] == {"count": 1, "rows": [2]}
-    lines = "\n".join(check.rendered_lines(documents, tokenizer.load_tokenizer(tiny_neox), train_on_inputs=True))
+    lines = "\n".join(rendered_lines(documents, tokenizer.load_tokenizer(tiny_neox), train_on_inputs=True))
     assert "나<|endoftext|>⟦" in lines and "라<|endoftext|>⟧" in lines
 
 
 @pytest.fixture(scope="module")
 def client(tiny_neox):
     from utils.talk.models import Choice, Models
-    from utils.talk.source import find_source, load_answerer
+    from utils.talk.source import find_source
 
     source = find_source(str(tiny_neox), None, print)
     answerer = load_answerer(source, None, None, False, "default", print)

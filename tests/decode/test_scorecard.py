@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import pieces_of
 from transformers import AutoModelForCausalLM
 
 from utils.data.encoder import Encoder
@@ -105,10 +106,10 @@ def test_a_row_without_options_is_right_only_to_the_end(models, tokenizer, tmp_p
     """탐욕적으로 만든 답이 끝 토큰까지 정답인 행만 맞힌 것이다."""
     model, end_id = models["base"], end_token_id(tokenizer)
     prompter, encoder = Prompter(), Encoder(tokenizer, end_id)
-    item = Item(("3",), 0, ([prompter.pieces("물은?", "", "3")],))
+    item = Item(("3",), 0, ([pieces_of(prompter, "물은?", "", "3")],))
     (context, answer), = scorecard.encode(item, encoder, end_id, CONTEXT)
     assert answer[-1] == end_id
-    assert context + answer == encoder.encode_batch([[prompter.pieces("물은?", "", "3")]])[0][0]
+    assert context + answer == encoder.encode_batch([[pieces_of(prompter, "물은?", "", "3")]])[0][0]
     value = likelihood.measure(model, [(context, answer)])[0]
     exam = Exam("x", "x", [item])
     score, = scorecard.measure(asker(models), ("base",), [exam], encoder, end_id, CONTEXT, lambda line: None)

@@ -95,6 +95,12 @@ def test_other_tokenizers_stream_too():
     ids = tokenizer(text, add_special_tokens=False).input_ids
     shown = "".join(stream.push(number) for number in ids) + stream.flush()
     assert shown == tokenizer.decode(ids, skip_special_tokens=True) and "\ufffd" not in shown
+    spaced = [cut for cut in range(1, len(ids)) if tokenizer.convert_ids_to_tokens(ids[cut]).startswith("▁")]
+    for cut in spaced:  # 이어 쓰는 글의 첫 공백
+        stream = TextStream(tokenizer, after=ids[:cut])
+        rest = "".join(map(stream.push, ids[cut:])) + stream.flush()
+        assert rest.startswith(" ") and shown.endswith(rest)
+    assert len(spaced) > 3
 
 
 @pytest.mark.parametrize("text, shown", [

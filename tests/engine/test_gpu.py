@@ -193,4 +193,4 @@ def test_training_gives_the_model_back_as_it_was(neox, batch):
     loop.run()
     embedding = neox.get_input_embeddings()
     assert type(embedding) is torch.nn.Embedding and embedding.weight.is_cuda
-    assert loop.evaluate() > 0
+    assert loop.evaluate()["eval_loss"] > 0

@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
+from conftest import load_answerer
 from transformers import AutoModelForCausalLM
 
 from utils.decode.decoder import Decoder
 from utils.model import adapter
 from utils.model.tokenizer import end_token_ids, load_tokenizer
 from utils.sampling import Sampling
-from utils.talk.source import find_source, load_answerer
+from utils.talk.source import find_source
 
 EOS, SEP = 2, 3
 GREEDY = Sampling(temperature=0.0, max_new_tokens=48)

@@ -6,6 +6,7 @@ import time
 import httpx
 import openai
 import pytest
+from conftest import load_answerer
 from serving import PORT, serving
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -16,7 +17,7 @@ from utils.talk import api
 from utils.talk.answerer import Answer
 from utils.talk.api import _before_stop
 from utils.talk.models import Choice, Models
-from utils.talk.source import find_source, load_answerer
+from utils.talk.source import find_source
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,10 @@ def test_completions_continue_text(client):
     done = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0)
     asked = client.chat.completions.create(model="run", messages=[{"role": "user", "content": "왜?"}], max_tokens=5,
                                            temperature=0)
-    assert done.choices[0].text == asked.choices[0].message.content
+    assert done.choices[0].text.lstrip() == asked.choices[0].message.content
+    told = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
+                                     logprobs=0).choices[0]
+    assert done.choices[0].text == told.text  # 첫머리의 공백까지 그대로다
     chunks = client.completions.create(model="run", prompt="### 질문: 왜?\n\n### 답변:", max_tokens=5, temperature=0,
                                        stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text

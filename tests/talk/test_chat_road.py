@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from conftest import call_script
+from conftest import call_script, load_answerer
 
 from utils.data import dataset, forms
 from utils.data.questions import held_out_members, read_question
 from utils.model.adapter import read_prompt_info
 from utils.model.tokenizer import load_tokenizer
-from utils.talk.source import find_source, load_answerer
+from utils.talk.source import find_source
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "templates_real" / "chatml.jinja"
 TURN = ("<|im_start|>", "<|im_end|>")

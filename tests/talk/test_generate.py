@@ -9,7 +9,7 @@ import time
 import conftest
 import pytest
 import torch
-from conftest import load_script, run_script
+from conftest import load_script, pieces_of, run_script
 
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.precision import choose_precision
@@ -23,6 +23,7 @@ from utils.talk.answerer import Answer, Answerer, describe
 from utils.talk.line import WAITING, Busy
 from utils.talk.page import free_port
 from utils.talk.source import choose_prompter, find_source
+from utils.turns import Turn
 
 generate = load_script("generate.py")
 
@@ -38,6 +39,8 @@ def refuse(capsys, *flags: str) -> str:
     (["--load_4bit", "--load_8bit"], "하나만"),
     (["--server_port", "70000"], "server_port"),
     (["--eval", "5"], "--peft_root"),
+    (["--input", "가"], "--ask"),
+    (["--run_dirs", "없는 폴더,resources"], "없는 폴더, resources"),
     (["--eval", "0", "--peft_root", "x"], "1 이상"),
     (["--eval", "kobset"], "kobest"),
     (["--eval", "no-such-rows.jsonl"], "no-such-rows.jsonl"),
@@ -270,11 +273,12 @@ def test_input_without_a_placeholder_is_not_lost(make_answerer):
 
 def test_question_tokens_are_the_training_tokens(make_answerer):
     answerer = make_answerer(Scripted())
-    pieces = Prompter().pieces("왜?", "", "그래서.")
+    pieces = pieces_of(Prompter(), "왜?", "", "그래서.")
     whole = answerer.encoder.encode_batch([[pieces]])[0][0]
     asked = answerer.ask("왜?")
     assert whole[: len(asked)] == asked
-    assert answerer.ask("또?", past=[("왜?", "그래서.")])[: len(whole)] == whole
+    talk = [Turn("user", "왜?"), Turn("assistant", "그래서."), Turn("user", "또?")]
+    assert answerer.ask_talk(talk)[: len(whole)] == whole
 
 
 def test_answer_ends_at_the_tokenizers_end_token(tiny_neox):

@@ -8,7 +8,7 @@ from functools import partial
 import conftest
 import pytest
 import torch
-from conftest import load_script
+from conftest import load_answerer, load_script
 from peft import LoraConfig, PeftModel, get_peft_model
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -24,7 +24,7 @@ from utils.sampling import Sampling
 from utils.talk import api
 from utils.talk.answerer import Answer
 from utils.talk.models import unique_names
-from utils.talk.source import find_source, find_sources, load_answerer, load_models
+from utils.talk.source import find_source, find_sources, load_models
 
 pytestmark = pytest.mark.quick
 

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect
 from serving import DONE, visiting
 
+from utils.prompter import EXAMPLES
 from utils.talk import page
 from utils.talk.page_learned import Results
 from utils.talk.source import find_sources, load_models
@@ -104,11 +105,10 @@ def test_clear_empties_and_stops(form, button):
 def test_examples_fill_the_form_and_an_empty_slot_warns(form):
     set_number(form, "max-new-tokens", 4)
     rows = form.locator("#examples tbody tr")
-    expect(rows).to_have_count(3)
+    expect(rows).to_have_count(2)  # 데모의 예시가 아니라 학습한 사용자의 질문이다
     rows.nth(1).click()
-    expect(form.locator("#instruction textarea")).to_have_value("{x}가 뭐지?", timeout=30_000)
-    expect(form.locator("#input textarea")).to_have_value("AI")
-    form.locator("#input textarea").fill("")
+    expect(form.locator("#instruction textarea")).to_have_value("4 더하기 4는?", timeout=30_000)
+    form.locator("#instruction textarea").fill("{x}가 뭐지?")
     form.locator("#submit").click()
     assert "{x} 자리" in wait_status(form, DONE)
     form.locator("#instruction textarea").fill(" ")
@@ -191,6 +191,9 @@ def test_tabs_with_nothing_are_not_made(tiny_neox):
     config = page.build(models, "제목", Results()).get_config_file()
     props = [component["props"] for component in config["components"] if component["type"] == "tabitem"]
     assert [each["label"] for each in props] == ["대화", "한 번 묻기", "내 기록"]
+    samples = [component["props"]["samples"] for component in config["components"] if component["type"] == "dataset"]
+    said = ["존댓말로 바꿔 줘: 나는 어제 도서관에서 책을 읽었어.", "AI가 뭐지?", "숫자를 읽어 줘: 3,482"]
+    assert samples == [[[text] for text in said], list(map(list, EXAMPLES))]
     hidden = {component["props"].get("elem_id") for component in config["components"]
               if component["props"].get("visible") is False}
     assert {"model", "other", "compare"} <= hidden  # 비교할 것이 없다

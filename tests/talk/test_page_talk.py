@@ -101,8 +101,10 @@ def test_talk_of_several_turns(page):
     assert question(page).input_value() == "첫 줄\n둘째 줄"
     set_tokens(page, 60)
     question(page).press("Enter")
-    expect(page.locator("#talk-question .stop-button")).to_be_visible()
-    expect(page.locator("#talk-question .submit-button")).to_be_hidden()
+    page.wait_for_function("""() => {
+        const shown = (name) => document.querySelector(`#talk-question .${name}`)?.offsetParent;
+        return shown("stop-button") && !shown("submit-button");
+    }""")  # 답하는 동안에는 보내기 자리에 멈추기가 선다
     wait_answer(page)
     set_tokens(page, SHORT)
     assert question(page).input_value() == ""
@@ -260,7 +262,9 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     file.write_bytes(Path(download.value.path()).read_bytes())
     with page.expect_download() as download:
         page.locator("#history-pairs").click()
-    pair = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    pair_file = tmp_path / "pairs.jsonl"
+    pair_file.write_bytes(Path(download.value.path()).read_bytes())
+    pair = json.loads(pair_file.read_text(encoding="utf-8"))
     page.get_by_role("button", name="이어서 대화하기").last.click()
     expect(page.locator("#chat [data-testid=bot]").last).to_have_text("사람이 고친 답")
 
@@ -278,3 +282,7 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     assert len(documents) == 2
     tokens, learned = documents.document(0)
     assert tokenizer.decode(tokens[learned]).removesuffix("<|endoftext|>").strip() == "사람이 고친 답"
+    pairs = load_documents(str(pair_file), prompter, encoder, 256, tokenizer.eos_token_id)
+    chosen, rejected = (tokenizer.decode(ids[marked]).removesuffix("<|endoftext|>").split()
+                        for ids, marked in map(pairs.document, range(2)))
+    assert pairs.pairs and chosen == "사람이 고친 답".split() and rejected == original.split()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import load_answerer, run_script
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from starlette.applications import Starlette
@@ -21,7 +21,8 @@ from utils.sampling import Sampling
 from utils.talk import api
 from utils.talk.answerer import Answer
 from utils.talk.models import Choice, Models
-from utils.talk.source import find_source, load_answerer
+from utils.talk.source import find_source
+from utils.turns import Turn
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 SMALL = 320  # 토크나이저(384)보다 작은 embedding의 행 수
@@ -76,9 +77,13 @@ def outside(small):
 
 def test_a_question_beyond_the_embedding_is_refused_by_the_token(small, outside):
     answerer = open_answerer(small)
+
+    def said(asked, answered):
+        return [Turn("user", asked), Turn("assistant", answered), Turn("user", "a")]
+
     for ask in (lambda: answerer.ask(outside), lambda: answerer.ask("a", f"a {outside}"),
-                lambda: answerer.continue_text(outside), lambda: answerer.ask("a", past=[(outside, "a")]),
-                lambda: answerer.ask("a", past=[("a", f"\n{outside}")])):
+                lambda: answerer.continue_text(outside), lambda: answerer.ask_talk(said(outside, "a")),
+                lambda: answerer.ask_talk(said("a", f"\n{outside}"))):
         with pytest.raises(UsageError, match=f"embedding은 {SMALL}행") as error:
             ask()
         assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,14 +24,14 @@ from utils.talk.order import Order, base_models, data_files, free_name
 from utils.talk.runs import PROCESS_FILE, Runs
 from utils.talk.source import find_source
 
-GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배움", "epochs": 40, "template": "default"}
+GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배움", "epochs": 12, "template": "default"}
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """데이터 하나와 기반 모델 하나가 있는 지금 폴더."""
     folder = tmp_path_factory.mktemp("start")
-    build_neox(folder / "resources" / "tiny", context=1024)
+    build_neox(folder / "resources" / "tiny", context=1024, brief=True)
     write_rows(folder / "rows.json")
     return folder
 
@@ -38,6 +39,9 @@ def lab(tmp_path_factory):
 @pytest.fixture
 def runs(lab, monkeypatch):
     monkeypatch.chdir(lab)
+    monkeypatch.setenv("TMPDIR", str(lab / "tmp"))
+    (lab / "tmp").mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", None)  # TMPDIR를 다시 읽게 한다
     opened = Runs()
     yield opened
     for name in opened.names():
@@ -52,7 +56,7 @@ def wait(runs, name: str, until, seconds: float = 240):
         progress = runs.progress(name)
         if until(progress):
             return progress
-        assert time.monotonic() < end, f"{progress.line}\n{progress.log}"
+        assert time.monotonic() < end, f"{progress.line}\n{progress.log.lines}"
         time.sleep(0.1)
 
 
@@ -65,18 +69,20 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
 
     refused = []
 
-    def click():
+    def click(opened):
         try:
-            runs.start(order)
+            opened.start(order)
         except UsageError as error:
             refused.append(str(error))
 
-    clicks = [threading.Thread(target=click) for _ in range(4)]
+    twin = Runs()  # 같은 폴더에서 연 다른 서버
+    clicks = [threading.Thread(target=click, args=(opened,)) for opened in (runs, runs, twin, twin)]
     for each in clicks:
         each.start()
     for each in clicks:
         each.join()
-    assert len(refused) == 3 and all("이미 학습하고 있다: 배움" in line for line in refused)
+    assert len(refused) == 3
+    assert all("이미 학습하고 있다: 배움" in line or "다른 페이지가 지금" in line for line in refused), refused
     process = runs._process(lab / "train" / "배움")
     shown = page_start.shown_command(runs.command(order))
     if sys.platform == "linux":
@@ -84,15 +90,19 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
         assert os.getsid(process.pid) == process.pid != os.getsid(0), "서버의 Ctrl+C와 닫힘이 닿지 않는다"
     with pytest.raises(UsageError, match="이미 학습하고 있다"):
         runs.start(Order.checked(**{**GOOD, "name": "다른-것"}))
+    with pytest.raises(UsageError, match="이미 학습하고 있다: .*배움"):
+        Runs(home=lab / "다른 폴더").start(order)  # 다른 폴더에서 연 페이지도 같은 카드를 쓴다
 
     reopened = Runs()  # 서버를 다시 열었다
     assert reopened.names() == ["배움"]
     moving = wait(reopened, "배움", lambda progress: "남은 시간" in progress.line)
     assert moving.state == "running" and "loss" in moving.line and "step" in moving.line
-    assert page_start.follow(reopened, "배움")[2]["interactive"] is True
+    assert page_start.follow(reopened, "배움")[4]["visible"] is True
+    assert [page_start.follow(reopened, "배움", here)[-1]["active"] for here in (True, False)] == [True, False]
     reopened.stop("배움")
     stopped = wait(reopened, "배움", lambda progress: progress.state != "running")
-    assert stopped.state == "stopped" and "저장하고 멈추었다" in stopped.log and "이어 할 수 있어요" in stopped.line
+    assert stopped.state == "stopped" and "저장하고 멈추었다" in stopped.log.last_line
+    assert "이어 할 수 있어요" in stopped.line
     saved = checkpoint.newest_valid(lab / "train" / "배움")
     assert saved is not None and not (lab / "train" / "배움" / "run.json").exists()
     with pytest.raises(UsageError, match="돌고 있지 않은"):
@@ -107,8 +117,10 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
     assert done.state == "finished", done.log
     log = (lab / "train" / "배움" / "train.log").read_text(encoding="utf-8")
     assert "이어 가기: " in log and saved.name in log
-    status, _, stop, resume, talk = page_start.follow(reopened, "배움")
-    assert status.startswith("끝났어요") and not stop["interactive"] and not resume["interactive"]
+    assert done.log.total == done.log.step == max(done.log.losses) and 0 in done.log.evals
+    _, status, _, curve, stop, resume, talk, clock = page_start.follow(reopened, "배움")
+    assert curve.count("<polyline") == 2 and not clock["active"]
+    assert status.startswith("끝났어요") and not stop["visible"] and not resume["visible"]
     folder = lab / "train" / "배움"
     words = ["python", "generate.py", "--peft_root", str(folder.relative_to(lab))]
     assert talk["visible"] and talk["value"] == shown_command(words)
@@ -136,11 +148,13 @@ def test_the_tab_is_there_only_on_this_machine(runs, lab):
 
 
 @pytest.mark.slow
-def test_a_browser_starts_follows_and_stops(lab, browser):
-    """보이는 명령, 두 번 누른 시작, 살아 있는 진행, 닫았다 연 브라우저, 멈추기."""
+def test_a_browser_starts_follows_and_stops(lab, browser, monkeypatch):
+    """보이는 명령, 두 번 누른 시작, 살아 있는 진행과 곡선, 닫았다 연 브라우저, 다른 탭에서는 묻지 않기, 멈추기."""
     from playwright.sync_api import expect
     from serving import PORT, serving
 
+    monkeypatch.setenv("TMPDIR", str(lab / "tmp"))
+    (lab / "tmp").mkdir(exist_ok=True)
     with serving("--base_model", "resources/tiny", cwd=lab, port=PORT + 40) as served:
         page = browser.new_page(locale="ko-KR")
 
@@ -160,6 +174,17 @@ def test_a_browser_starts_follows_and_stops(lab, browser):
         expect(status).to_have_value(re.compile(r"\d+/\d+ step · loss .* 남은 시간"), timeout=120_000)
         open_tab()
         expect(status).to_have_value(re.compile("학습하는 중"), timeout=30_000)
+        expect(page.locator("#start-curve polyline.train")).to_be_attached()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if "queue/join" in request.url else None)
+        with page.expect_request(lambda request: "queue/join" in request.url, timeout=30_000):
+            pass
+        page.get_by_role("tab", name="대화").click()
+        page.wait_for_timeout(3000)
+        asked.clear()
+        page.wait_for_timeout(2500 * page_start.EVERY)
+        assert not asked, "보지 않는 탭은 서버에 묻지 않는다"
+        page.get_by_role("tab", name="학습하기").click()
         page.locator("#start-stop").click()
         expect(status).to_have_value(re.compile("멈췄어요|끝났어요"), timeout=120_000)
         assert len(list((lab / "train").glob("lora-*"))) == 1

@@ -121,7 +121,7 @@ def test_eval_loss_is_the_mean_over_tokens_and_leaves_training_alone(tiny_neox):
     nll = sum(float(loop.step.evaluate({**{k: v[None] for k, v in block.items()}, "keys": loop.dropout_keys(1)}))
               for block in Blocks(3))
     tokens = sum(int((block["labels"][1:] >= 0).sum()) for block in Blocks(3))
-    assert loop.evaluate() == pytest.approx(nll / tokens, rel=1e-6)
+    assert loop.evaluate() == {"eval_loss": pytest.approx(nll / tokens, rel=1e-6)}
     plain = run(neox(tiny_neox))
     evaluated = run(neox(tiny_neox), evaluates=True, interval=1)
     assert [entry["step"] for entry in evaluated[2].state.log_history if "eval_loss" in entry] == [1, 2, 3, 4]

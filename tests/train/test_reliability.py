@@ -278,7 +278,7 @@ def test_second_run_in_one_folder_is_refused(lab, tmp_path):
     with files.locked(output):
         refused = lab.train(output)
         assert refused.code == 2 and "다른 실행이 쓰는 중" in refused.error, refused.text
-    assert lab.train(output, seconds=1.5).code == -signal.SIGKILL
+    assert lab.train(output, signals=[[3, "SIGKILL"]]).code == -signal.SIGKILL
     assert go_on(lab, output, num_train_epochs=2).code == 0
 
 

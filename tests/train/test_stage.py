@@ -93,6 +93,8 @@ def test_samples_ask_the_users_own_questions(tiny_run, tiny_data):
     text = (tiny_run / "samples.md").read_text(encoding="utf-8")
     questions = re.findall(r"^## \d+\. 검증 질문\n\n> (\d+) 더하기 \1는\?  $", text, re.M)
     assert len(questions) == text.count("\n## ")
+    asked = json.loads((tiny_run / "run.json").read_text(encoding="utf-8"))["data"]["questions"]
+    assert asked == [f"{number} 더하기 {number}는?" for number in questions[:3]]  # 페이지의 예시
     assert not [question for question, _ in EXAMPLES if question in text]
     assert "endoftext" not in text and "### 질문" not in text
 

@@ -18,7 +18,7 @@ finetune_lora = load_script("finetune-lora.py")
 def verdict(before, after, *, history=(), steps: int = 60, **flags):
     state = SimpleNamespace(log_history=list(history), best_global_step=10)
     return judge(train_settings(**flags), SimpleNamespace(schedule=Schedule(steps, 3, 6)),
-                 SimpleNamespace(before=before, after=after, state=state))
+                 SimpleNamespace(before=before, after=after, state=state, started={}, ended={}))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ IGNORE = -100
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """길이가 `cutoff_len`인 블록들. 블록 안의 문서는 서로를 보지 않는다.
+    """길이가 `cutoff_len`인 블록들. 블록 안의 문서는 서로를 보지 않는다. 선호 쌍의 두 문서는 한 블록에 잇달아 놓인다.
 
     `position_ids`가 문서마다 0부터 다시 시작하는 것이 경계의 표시다. attention_mask는 넘기지 않는다.
 
@@ -26,10 +26,11 @@ class PackedDataset(torch.utils.data.Dataset):
         self._cutoff_len = cutoff_len
         self._end_id = end_id
         self._train_on_inputs = train_on_inputs
-        lengths = documents.lengths()[chosen]
+        units = chosen.reshape(-1, documents.per_row)
+        lengths = unit_lengths(documents, chosen)
         room = room or cutoff_len
         packed = pack(np.minimum(lengths, room), room, seed)
-        self.blocks = [chosen[members] for members in packed]  # 블록마다 담긴 문서의 번호
+        self.blocks = [units[members].ravel() for members in packed]  # 블록마다 담긴 문서의 번호
         self.n_tokens = int(lengths.sum())
         self.max_documents = max((len(block) for block in self.blocks), default=0) + 1  # 끝을 채운 것도 문서 하나다
 
@@ -56,8 +57,40 @@ class PackedDataset(torch.utils.data.Dataset):
                 (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids))}
 
 
+class PairedDataset(PackedDataset):
+    """선호 쌍의 블록들. 답만 배우고, 블록마다 쌍의 `reference`와 `beta`(`model/objective.py`)가 있다.
+
+    Attributes:
+        references: 블록마다, 문서마다의 ref [블록, 2 pairs] fp32. 문서가 없는 자리는 NaN이고, 재기 전에는 0이다.
+    """
+
+    def __init__(self, documents: Documents, chosen: np.ndarray, cutoff_len: int, end_id: int, beta: float, seed: int,
+                 room: int | None = None):
+        super().__init__(documents, chosen, cutoff_len, end_id, train_on_inputs=False, seed=seed, room=room)
+        self._beta = torch.tensor(beta, dtype=torch.float32)
+        self.references = torch.full((len(self), max(map(len, self.blocks), default=0)), torch.nan)
+        for row, block in enumerate(self.blocks):
+            self.references[row, :len(block)] = 0
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`PackedDataset`의 것에 `reference` [2 pairs]와 `beta`(스칼라)를 더한 것."""
+        return {**super().__getitem__(index), "reference": self.references[index], "beta": self._beta}
+
+
+def make_even(*datasets: PairedDataset | None) -> None:
+    """블록마다의 문서의 자리를 같은 수로 늘린다. 학습과 검증의 모양이 같아야 CUDA graph가 입력을 함께 쓴다."""
+    present = [dataset for dataset in datasets if dataset is not None]
+    width = max(dataset.references.shape[1] for dataset in present)
+    for dataset in present:
+        missing = width - dataset.references.shape[1]
+        dataset.references = torch.nn.functional.pad(dataset.references, (0, missing), value=torch.nan)
+
+
 def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(학습 문서 번호, 검증 문서 번호). 내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다."""
+    """(학습 문서 번호 [n] int64, 검증 문서 번호 [m] int64).
+
+    내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다.
+    """
     if percent <= 0 or len(np.unique(documents.digests)) < 2:  # 모두 같은 행이면 나눌 수 없다
         return np.arange(len(documents)), np.arange(0)
     # seed마다 다른 수를 섞고 큰 홀수를 곱해(넘친 비트는 버린다) [0, 2^64)에 고르게 흩고, 아래쪽 percent%를 검증에 쓴다
@@ -67,6 +100,17 @@ def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[n
     if not held_out.any() or held_out.all():  # 행이 몇 안 될 때도 양쪽에 하나는 있게 한다
         held_out = scrambled == scrambled.min()
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def unit_lengths(documents: Documents, members: np.ndarray) -> np.ndarray:
+    """함께 다니는 문서들의 길이의 합(토큰). 선호 쌍이면 [members의 절반], 아니면 문서마다의 길이다."""
+    return documents.lengths()[members].reshape(-1, documents.per_row).sum(1)
+
+
+def fitting_pairs(documents: Documents, members: np.ndarray) -> np.ndarray:
+    """`members`의 선호 쌍 가운데 두 문서가 함께 블록(cutoff_len)에 들어가는 것. 쌍은 자르지 않는다."""
+    pairs = members.reshape(-1, 2)
+    return pairs[documents.full_lengths()[pairs].sum(1) <= documents.cutoff_len].ravel()
 
 
 def with_answers(documents: Documents, members: np.ndarray) -> np.ndarray:

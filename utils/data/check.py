@@ -1,13 +1,14 @@
 """데이터의 흔한 잘못을 찾는 검사. 행을 하나씩 보므로 파일이 커도 메모리를 더 쓰지 않는다."""
 
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from utils.chat import CHAT
 from utils.data.forms import Form
+from utils.data.pair_check import PairCheck, find_long
+from utils.data.preferences import Pair
 from utils.data.readers import BINARY, detect_encoding
 from utils.data.texts import END_TOKEN, compose
 from utils.turns import Pieces, Turn
@@ -15,7 +16,7 @@ from utils.turns import Pieces, Turn
 N_EXAMPLES, N_UNUSED = 5, 20
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
 KINDS = {
-    "encoding": "UTF-8로 바꾸어 읽었다",
+    "encoding": "UTF-8이 아니어서 바꾸어 읽은 행",
     "broken": "읽을 수 없는 행",
     "unused": "쓰지 않는 열",
     "missing": "필요한 열이 없거나 글이 아닌 행",
@@ -24,6 +25,10 @@ KINDS = {
     "template": "대화 템플릿이 받지 않거나 글을 바꾸는 행(학습은 거절한다)",
     "divided": "앞의 답이 다음 차례에서 달라지는 템플릿이라 배우는 답마다 문서 하나로 나눈 행",
     "cut_talk": "길어서 앞의 주고받음을 덜어 낸 대화(system은 남긴다)",
+    "same_pair": "고른 답과 버린 답이 같은 쌍(배울 것이 없어 뺀다)",
+    "swapped_pair": "앞의 쌍과 고른 답, 버린 답이 서로 바뀐 쌍",
+    "length_bias": "고른 답과 버린 답의 길이가 크게 다르다. 좋은 답이 아니라 길이를 배울 수 있다",
+    "long_pair": "두 답을 합쳐 블록보다 길어 빼는 쌍",
     "unlearned": "weight 0이어서 배우지 않는 답이 든 행",
     "duplicate": "앞의 행과 똑같은 행",
     "overlap": "학습에도 같은 질문이 있는 검증 행",
@@ -60,11 +65,12 @@ class Inspector:
     Attributes:
         found: 종류 -> {"count": 행의 수, "rows": 앞의 몇 행의 번호}. 파일 전체에 대한 것이면 "rows"가 비고
             "note"가 있을 수 있다.
+        n_rows, n_skipped: 본 행과, 읽을 수 없거나 쓸 수 없어 건너뛴 행의 수.
     """
 
     def __init__(self, prompter, source: str | Path):
         self.found: dict[str, dict] = {}
-        self.n_rows = 0
+        self.n_rows, self.n_skipped, self.pairs = 0, 0, PairCheck()
         self._source, self._is_chat = Path(source), prompter.name == CHAT
         self._head = prompter.template.get("prompt_no_input", "").split("{instruction}")[0].rstrip()
         self._glued = re.compile("^" + re.escape(self._head), re.MULTILINE) if self._head.strip() else None
@@ -82,7 +88,7 @@ class Inspector:
         pairs = documents[0] if turns[0].role == "text" else _pairs(turns)
         for kind in row_faults(raw, pairs, self._frame if turns[0].role == "text" else 0):
             self._count(kind, number)
-        if not all(turn.learned for turn in turns):
+        if not form.is_preference and not all(turn.learned for turn in turns):
             self._count("unlearned", number)
         if len(documents) > 1:
             self._count("divided", number)
@@ -92,6 +98,12 @@ class Inspector:
             self._look_at_text(number, raw[0], *pairs[0])
         self._look_at_columns(row, form, *pairs[-1])
 
+    def look_at_pair(self, number: int, row: dict, form: Form, pair: Pair) -> None:
+        """선호 쌍 하나를 본다."""
+        self.look(number, row, form, pair.better, [pair.chosen])
+        for kind in self.pairs.look(pair):
+            self._count(kind, number)
+
     def cut(self, number: int, n_exchanges: int) -> None:
         """앞에서 주고받음 `n_exchanges`번을 덜어 낸 행 하나를 센다."""
         self._count("cut_talk", number)
@@ -99,10 +111,12 @@ class Inspector:
 
     def broken(self, number: int, reason: str) -> None:
         """읽을 수 없는 행 하나를 센다."""
+        self.n_skipped += 1
         self._count("broken", number)
 
     def unusable(self, number: int, error: Exception) -> None:
         """쓸 수 없는 행 하나를 센다. `error.kind`가 그 종류다."""
+        self.n_skipped += 1
         self._count(error.kind, number)
 
     def finish(self) -> dict[str, dict]:
@@ -115,6 +129,7 @@ class Inspector:
             self.found["unused"] = {"count": len(self._unused), "rows": [], "note": ", ".join(shown) + more}
         if "cut_talk" in self.found:
             self.found["cut_talk"]["note"] = f"주고받음 {self._exchanges_cut:,}번"
+        self.found |= self.pairs.finish()
         if self.n_rows >= 5:
             if self._answers_asked > 0.6 * self.n_rows and self._questions_asked < 0.4 * self.n_rows:
                 self.found["swapped"] = {"count": self._answers_asked, "rows": []}
@@ -125,7 +140,7 @@ class Inspector:
                 self.found["ignored_column"] = {"count": self._ignored_longer, "rows": [], "note": names}
         if self._source.is_file() and self._source.suffix.lower() not in BINARY:
             encoding = detect_encoding(self._source)
-            if encoding != "utf-8":
+            if encoding not in ("utf-8", "utf-8-sig"):
                 self.found["encoding"] = {"count": self.n_rows, "rows": [], "note": encoding.upper()}
         return self.found
 
@@ -172,9 +187,11 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
     whole = "\x1e".join(raw)
     answers = [answer.strip() for _, answer in pieces]
     inside = any(END_TOKEN in prompt or END_TOKEN in answer for prompt, answer in pieces)
+    # 답이 질문에 들어 있고, 템플릿의 글자를 빼면 질문에 다른 글이 없다
+    copied = any(answer in prompt and len(prompt) - len(answer) <= frame
+                 for (prompt, _), answer in zip(pieces, answers, strict=True))
     return [kind for kind, wrong in (
-        ("copied", any(answer in prompt and len(prompt) - len(answer) <= frame for (prompt, _), answer
-                       in zip(pieces, answers, strict=True))),
+        ("copied", copied),
         ("placeholder", any(map(is_placeholder, answers))),
         ("end_inside", inside),
         ("foreign_end", any(FOREIGN_END.search(answer[-20:]) for answer in answers)),
@@ -188,18 +205,22 @@ def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
 def document_faults(documents, train: np.ndarray, held_out: np.ndarray) -> dict[str, dict]:
     """토큰으로 바꾼 문서들을 비교해야 보이는 것: 같은 행, 나뉜 양쪽에 있는 질문, 긴 행."""
     _, first, same = np.unique(documents.digests, return_index=True, return_inverse=True)
-    repeated = np.flatnonzero(documents.numbers != documents.numbers[first][same])  # 한 행의 문서들은 digest가 같다
-    shared = held_out[np.isin(documents.questions[held_out], documents.questions[train])]
-    long = np.flatnonzero(documents.full_lengths() > documents.lengths())
-    lost = [index for index in long if not documents.document(index)[1][:-1].any()]
+    repeated = documents.numbers != documents.numbers[first][same]  # 한 행의 문서들은 digest가 같다
+    repeated = documents.asked(np.arange(len(documents))[repeated])
+    shared = documents.asked(held_out[np.isin(documents.questions[held_out], documents.questions[train])])
+    kinds = [("duplicate", repeated, ""), ("overlap", shared, "")]
+    if documents.pairs:  # 쌍은 자르지 않고 뺀다
+        kinds.append(("long_pair", *find_long(documents)))
+    else:
+        long = np.flatnonzero(documents.full_lengths() > documents.lengths())
+        fits = int(np.quantile(documents.full_lengths(), 0.99, method="higher"))
+        kinds.append(("long", long, f"{len(long) / len(documents):.1%}, 99%가 들어가는 cutoff_len은 {fits}"))
+        kinds.append(("answer_cut", [index for index in long if not documents.document(index)[1][:-1].any()], ""))
     found = {}
-    for kind, members in (("duplicate", repeated), ("overlap", shared), ("long", long), ("answer_cut", lost)):
+    for kind, members, note in kinds:
         if len(members):
             rows = [int(documents.numbers[index]) for index in members[:N_EXAMPLES]]
-            found[kind] = {"count": len(members), "rows": rows}
-    if len(long):
-        fits = int(np.quantile(documents.full_lengths(), 0.99, method="higher"))
-        found["long"]["note"] = f"{len(long) / len(documents):.1%}, 99%가 들어가는 cutoff_len은 {fits}"
+            found[kind] = {"count": len(members), "rows": rows, **({"note": note} if note else {})}
     return found
 
 
@@ -213,22 +234,6 @@ def short_lines(found: dict[str, dict]) -> list[str]:
             more = ", ..." if found[kind]["count"] > len(numbers) else ""
             where = f": {', '.join(map(str, numbers))}{more}번째 행" if numbers else ""
             lines.append(f"  {words}{note} {found[kind]['count']:,}개{where}")
-    return lines
-
-
-def rendered_lines(documents, tokenizer, train_on_inputs: bool, n: int = 2) -> list[str]:
-    """문서 몇 개를 배우는 곳이 보이게 적는다. ⟦ ⟧ 안의 글만 loss에 든다(첫 토큰은 언제나 빠진다)."""
-    lines = []
-    for index in range(min(n, len(documents))):
-        tokens, answer = documents.document(index)
-        learnt = ~documents.muted(index) if train_on_inputs else answer.copy()
-        learnt[0] = False
-        edges = [0, *(np.flatnonzero(np.diff(learnt)) + 1), len(tokens)]
-        parts = [(tokenizer.decode(tokens[start:end], skip_special_tokens=False), learnt[start])
-                 for start, end in pairwise(edges)]
-        text = "".join(f"⟦{part}⟧" if kept else part for part, kept in parts)
-        lines += [f"{documents.numbers[index]}번째 행({len(tokens)} 토큰, 배우는 토큰 {int(learnt.sum())}):",
-                  *(f"  {line}" for line in text.splitlines())]
     return lines
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from utils import chat, prompter, turns
-from utils.data import check, encoder, forms, readers, rows, talks, texts, window
+from utils.data import check, encoder, forms, pair_check, preferences, readers, rows, talks, texts, window
 from utils.data.documents import CacheWriter, Documents, open_cache
 from utils.data.encoder import Encoder, content_digest
+from utils.data.preferences import Pair
 from utils.data.talks import BadTurns
 from utils.data.window import Window
 from utils.errors import UsageError
@@ -25,7 +26,7 @@ _BATCH = 2048
 
 @dataclass(frozen=True)
 class _Document:
-    """토큰으로 바꿀 문서 하나.
+    """토큰으로 바꿀 문서 하나. 선호 쌍이면 고른 답의 문서와 버린 답의 문서가 잇달아 놓인다.
 
     Attributes:
         digest: 그 문서가 든 행의 내용의 해시. 한 행의 문서들은 같아서, 나눌 때 언제나 같은 쪽에 놓인다.
@@ -52,18 +53,19 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
         UsageError: 파일이나 행이 잘못되었다. 쓸 수 있는 행이 하나도 없다.
     """
     sha256 = source_sha256(data_path, cache_dir)
-    key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(), str(skip_bad),
+    key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(),
                       Path(data_path).suffix.lower(), _code_sha256(),
                       str(cutoff_len if _holds_talks(data_path, cache_dir) else None))
     folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
     cached = open_cache(folder)
-    if cached is None:
+    if cached is None or (cached[1]["skipped"] and not skip_bad):  # 건너뛴 행이 있으면 다시 읽어 그 행을 말한다
         _fill_cache(folder, data_path, prompter, encoder, cutoff_len, cache_dir, on_row, skip_bad)
         cached = open_cache(folder)
     arrays, meta = cached
+    # 길이 [3, 2, 4] -> 자리 [0, 3, 5, 9]: 문서 i는 자리 i부터 자리 i + 1의 앞까지다
     offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])]).astype(np.int64)
     return Documents(arrays["tokens"], arrays["answer"], offsets, arrays["digests"], arrays["questions"],
-                     arrays["numbers"], cutoff_len, end_id, sha256, meta["found"])
+                     arrays["numbers"], cutoff_len, end_id, sha256, meta["found"], meta["pairs"])
 
 
 def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
@@ -101,9 +103,12 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
             })
             if on_row is not None:
                 on_row(inspector.n_rows)
+        if inspector.n_rows and inspector.n_rows == inspector.pairs.n_same:
+            raise UsageError(f"{data_path}의 모든 쌍에서 고른 답과 버린 답이 같아 배울 것이 없다. 서로 다른 답을 적는다")
         if not inspector.n_rows:
             raise UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
-        writer.commit({"found": inspector.finish()})
+        writer.commit({"found": inspector.finish(), "skipped": inspector.n_skipped,
+                       "pairs": inspector.pairs.count > 0})
     finally:
         writer.discard()
 
@@ -114,13 +119,22 @@ def _usable_documents(data_path: str | Path, prompter, window: Window, inspector
     form = None
     for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
         form = form or forms.require_form(row, data_path)
+        forms.require_alike(row, form, number, data_path)
         try:
-            said = forms.read_row(row, form, number, data_path)
-            said, documents = say_row(prompter, said, number, data_path, window.documents)
+            if form.is_preference:
+                pair = say_pair(prompter, row, form, number, data_path)
+            else:
+                said = forms.read_row(row, form, number, data_path)
+                said, documents = say_row(prompter, said, number, data_path, window.documents)
         except BadTurns as error:
             if not skip_bad:
                 raise
             inspector.unusable(number, error)
+            continue
+        if form.is_preference:
+            inspector.look_at_pair(number, row, form, pair)
+            if not pair.is_same:
+                yield from _pair_documents(number, pair)
             continue
         inspector.look(number, row, form, said, documents)
         if window.dropped:
@@ -129,6 +143,24 @@ def _usable_documents(data_path: str | Path, prompter, window: Window, inspector
         question = content_digest([(prompt, "" if prompt else answer) for prompt, answer in documents[-1]])
         for pieces in documents:
             yield _Document(number, pieces, digest, question)
+
+
+def _pair_documents(number: int, pair: Pair) -> Iterator[_Document]:
+    """선호 쌍의 두 문서. 같은 행이므로 digest가 같고, 나눌 때 늘 함께 간다."""
+    digest = content_digest([*pair.chosen, *pair.rejected])
+    question = content_digest([(prompt, "") for prompt, _ in pair.chosen])
+    for pieces in (pair.chosen, pair.rejected):
+        yield _Document(number, pieces, digest, question)
+
+
+def say_pair(prompter, row: dict, form: forms.Form, number: int, source: str | Path) -> Pair:
+    """선호 쌍의 행 하나를 템플릿으로 말한 두 문서.
+
+    Raises:
+        BadTurns: 행이나 템플릿이 받지 않는다. 행의 번호를 말한다.
+    """
+    sides = [say_row(prompter, said, number, source) for said in forms.read_pair(row, form, number, source)]
+    return Pair(*(said for said, _ in sides), *(documents[-1] for _, documents in sides))
 
 
 def say_row(prompter, said: list[turns.Turn], number: int, source: str | Path,
@@ -168,7 +200,8 @@ def _encode_ahead(documents: Iterator[_Document],
 
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
-    modules = (readers, rows, forms, talks, texts, window, encoder, turns, chat, prompter, check)
+    modules = (readers, rows, forms, preferences, talks, texts, window, encoder, turns, chat, prompter, check,
+               pair_check)
     return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
                        Path(__file__).read_text(encoding="utf-8"))
 

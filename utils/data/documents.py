@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UsageError
+from utils.errors import UsageError, why
 from utils.files import own_staging_of, put
 
 KEEP = 8
@@ -36,6 +36,7 @@ class Documents:
         end_id: 끝 토큰의 번호.
         sha256: 데이터 파일의 해시.
         found: 읽으면서 본 것들(`check.Inspector.found`).
+        pairs: 선호 쌍인가. 그러면 2k번째와 2k + 1번째 문서가 한 질문의 고른 답과 버린 답이다.
     """
 
     tokens: np.ndarray
@@ -48,6 +49,16 @@ class Documents:
     end_id: int = 0
     sha256: str = ""
     found: dict = field(default_factory=dict)
+    pairs: bool = False
+
+    @property
+    def per_row(self) -> int:
+        """함께 다니는 문서의 수: 선호 쌍이면 2, 아니면 1."""
+        return 2 if self.pairs else 1
+
+    def asked(self, members: np.ndarray) -> np.ndarray:
+        """`members` 가운데 물어볼 것. 선호 쌍이면 고른 답의 문서만이다."""
+        return members[::self.per_row]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -133,7 +144,7 @@ class CacheWriter:
             file.close()
 
     def _unwritable(self, error: OSError) -> UsageError:
-        return UsageError(f"토큰의 캐시를 쓰지 못했다: {self._folder.parent} ({error.strerror or error}). "
+        return UsageError(f"토큰의 캐시를 쓰지 못했다: {self._folder.parent} ({why(error)}). "
                           "디스크의 여유 공간을 늘리거나 --cache_dir로 다른 폴더를 적는다")
 
 

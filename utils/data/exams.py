@@ -106,6 +106,8 @@ def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
                 for task in TASKS]
     if Path(name).is_dir():
         return _from_folder(Path(name), prompter)
+    if not Path(name).is_file():
+        raise UsageError(f"시험이 없다: {name}. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나를 적는다")
     return [_from_file(name, prompter)]
 
 
@@ -160,7 +162,8 @@ def _from_folder(folder: Path, prompter) -> list[Exam]:
             continue
         task, rows = part
         stem = file.stem.lower()
-        rank = (0 if "test" in stem else 1 if "dev" in stem or "valid" in stem else 2, len(stem), stem)
+        part_of = 0 if "test" in stem else 1 if "dev" in stem or "valid" in stem else 2
+        rank = (part_of, len(stem), stem)  # 작은 것을 고른다: test, 검증, 나머지. 그다음은 짧은 이름
         if task.name not in found or rank < found[task.name][0]:
             found[task.name] = rank, file, rows
     if not found:

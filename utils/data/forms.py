@@ -2,11 +2,13 @@
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from utils.data import preferences
+from utils.data.preferences import PREFERENCES, plain
 from utils.data.talks import BadTurns, read_turns, require_answers
 from utils.data.texts import SURROGATE, compose, strip_end
 from utils.errors import UsageError
@@ -18,10 +20,12 @@ PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "com
          ("문제", "정답"), ("문제", "답"), ("명령", "출력"), ("지시", "응답"), ("입력", "출력"), ("input", "output"),
          ("q", "a"))
 TALKS = ("messages", "conversations", "conversation")
+SIDES = ("chosen", "rejected")  # 선호 쌍에서 답의 차례. 문서도 이 차례로 놓인다
 # 함께 있으면 쓰는 열 -> 그 이름들
 EXTRAS = {"input": ("input", "context", "입력", "맥락"), "system": ("system", "system_prompt", "시스템"),
           "history": ("history",)}
-SHOWN = "messages / conversations / instruction+output / prompt+completion / question+answer / 질문+답변 / text"
+SHOWN = ("messages / conversations / instruction+output / prompt+completion / question+answer / 질문+답변 / text / "
+         "prompt+chosen+rejected")
 ADVICE = "--check_data True로 모두 찾고 --repair_data로 고치거나 뺀다"
 _CLOSE = 0.75  # 이보다 비슷하면 잘못 적은 이름으로 본다
 
@@ -32,10 +36,15 @@ class Form:
 
     Attributes:
         columns: 뜻 -> 파일에 적힌 열의 이름. 뜻은 "talk"(대화의 목록), "text"(글 하나), "question"과 "answer", 그리고
-            `EXTRAS`의 것이다.
+            `EXTRAS`의 것이다. 선호 쌍이면 "chosen"과 "rejected"가 있고 "answer"는 없다.
     """
 
     columns: dict[str, str]
+
+    @property
+    def is_preference(self) -> bool:
+        """선호 쌍의 꼴인가."""
+        return "chosen" in self.columns
 
     def unused(self, names: Iterable[str]) -> set[str]:
         """이 꼴이 쓰지 않는 열."""
@@ -45,12 +54,20 @@ class Form:
 def choose_form(names: Iterable[str]) -> Form | None:
     """열 이름으로 정한 꼴. 아는 이름이 없으면 None이다. 대소문자와 앞뒤의 공백은 가리지 않는다."""
     names = [name for name in names if isinstance(name, str)]
-    known = {**{_plain(name): name for name in reversed(names)}, **{name: name for name in names}}
+    known = {**{plain(name): name for name in reversed(names)}, **{name: name for name in names}}
     columns: dict[str, str] = {}
+    answers = preferences.find_answers(tuple(names))
     pair = next((pair for pair in PAIRS[:4] if known.keys() >= set(pair)), None)
     talk = next((name for name in TALKS if name in known), None)
     pair = pair or (None if talk else next((pair for pair in PAIRS if known.keys() >= set(pair)), None))
-    if pair:
+    if answers:
+        columns = {"chosen": answers[0], "rejected": answers[1]}
+        pair = preferences.asked_column(known)
+        if pair:
+            columns["question"] = known[pair]
+        elif talk:
+            columns["talk"] = known[talk]
+    elif pair:
         columns = {"question": known[pair[0]], "answer": known[pair[1]]}
     elif talk:
         columns = {"talk": known[talk]}
@@ -59,7 +76,8 @@ def choose_form(names: Iterable[str]) -> Form | None:
     else:
         return None
     for meaning, cousins in EXTRAS.items():
-        found = next((known[name] for name in cousins if name in known and known[name] not in columns.values()), None)
+        present = [known[name] for name in cousins if name in known]
+        found = next((name for name in present if name not in columns.values()), None)
         if found is not None and (pair or meaning == "system"):
             columns[meaning] = found
     return Form(columns)
@@ -86,26 +104,91 @@ def read_row(row: dict, form: Form, number: int, source: str | Path) -> list[Tur
     Raises:
         BadTurns: 행에 글이 없거나 읽을 수 없다. 파일과 행의 번호와 고치는 법을 말한다.
     """
-    where = f"{source}의 {number}번째 행"
+    return _read_checked(lambda: (_read(row, form),), number, source)[0]
+
+
+def read_pair(row: dict, form: Form, number: int, source: str | Path) -> tuple[list[Turn], list[Turn]]:
+    """선호 쌍 하나의 (고른 답으로 끝나는 글들, 버린 답으로 끝나는 글들). 마지막 답 말고는 같고, 그것만 배운다.
+
+    Raises:
+        BadTurns: `read_row`와 같다.
+    """
+    def read() -> tuple[list[Turn], list[Turn]]:
+        return preferences.join_pair(*(_read_side(row, form, side) for side in SIDES))
+
+    return _read_checked(read, number, source)
+
+
+def require_alike(row: dict, form: Form, number: int, source: str | Path) -> None:
+    """행이 파일의 꼴과 같은 종류인지 본다.
+
+    Raises:
+        UsageError: 선호 쌍과 보통 행이 한 파일에 섞여 있다.
+    """
+    if form.is_preference:
+        written = [name for name, value in row.items() if preferences.is_written(value)]
+        # 한쪽 답만 빈 선호 쌍은 섞인 것이 아니다. 읽으면서 무엇이 비었는지 말한다
+        mixed = not {form.columns[side] for side in SIDES} & set(written) and choose_form(written) is not None
+    else:
+        mixed = preferences.holds_pair(row)
+    if not mixed:
+        return
+    kinds = ("선호 쌍", "보통 행") if form.is_preference else ("보통 행", "선호 쌍")
+    raise UsageError(f"{source}에 선호 쌍과 보통 행이 섞여 있다: 앞은 {kinds[0]}인데 {number}번째는 {kinds[1]}이다. 한 "
+                     "번에 하나만 배우므로 두 파일로 나누어 따로 학습한다")
+
+
+def _read_checked(read: Callable[[], tuple], number: int, source: str | Path) -> tuple[list[Turn], ...]:
+    """`read`가 읽은 글들의 한글을 모아쓴다. 쓸 수 없으면 어느 행인지 말한다."""
     try:
-        turns = _read(row, form)
-        for turn in turns:
+        said = read()
+        for turn in (turn for turns in said for turn in turns):
             if SURROGATE.search(turn.text + turn.input):
                 raise BadTurns("에 짝 없는 surrogate(\\ud800 따위)가 있어 글로 쓸 수 없다", "missing")
     except BadTurns as error:
-        raise BadTurns(f"{where}{error}. {ADVICE}", error.kind) from None
-    return [Turn(turn.role, compose(turn.text), turn.learned, compose(turn.input)) for turn in turns]
+        raise BadTurns(f"{source}의 {number}번째 행{error}. {ADVICE}", error.kind) from None
+    return tuple([Turn(turn.role, compose(turn.text), turn.learned, compose(turn.input)) for turn in turns]
+                 for turns in said)
+
+
+def _read_side(row: dict, form: Form, side: str) -> list[Turn]:
+    """선호 쌍의 한쪽: 질문의 글들에 그 답을 이은 것."""
+    columns, name = form.columns, form.columns[side]
+    value = _unpacked(row.get(name))
+    value = [value] if isinstance(value, dict) else value  # 글 하나를 {from, value}로 적었다
+    if preferences.is_whole_talk(value):
+        try:
+            turns = preferences.read_whole_talk(value)
+        except BadTurns as error:
+            raise BadTurns(f"의 {name}{error}", error.kind) from None
+        asked = row.get(columns.get("question"))
+        if isinstance(asked, str) and asked.strip() and not any(turn.text.strip() == asked.strip() for turn in turns):
+            raise BadTurns(f"의 {columns['question']} 열의 글이 {name}의 대화에 없다. 하나만 남긴다")
+        return _with_system(turns, row, columns)
+    answer = Form({**{meaning: name for meaning, name in columns.items() if meaning not in SIDES}, "answer": name})
+    if "question" in columns:
+        return _read({**row, name: value}, answer)
+    if "talk" not in columns:
+        raise BadTurns(f"의 {name} 열은 답뿐인데 질문의 열이 없다. prompt 열에 질문을 적는다", "missing")
+    said = value if isinstance(value, list) else [{"role": "assistant", "content": value}]
+    asked = _unpacked(row.get(columns["talk"]))
+    return _with_system(_talk([*asked, *said] if isinstance(asked, list) else asked, columns["talk"]), row, columns)
 
 
 def _read(row: dict, form: Form) -> list[Turn]:
     columns = form.columns
     if "text" in columns:
         return [Turn("text", strip_end(_text(row, columns["text"], strip=True)))]
-    system = _optional(row, columns.get("system"))
     if "talk" in columns:
         turns = _talk(row.get(columns["talk"]), columns["talk"])
     else:
         turns = _history(row, columns.get("history")) + _pair(row, columns)
+    return _with_system(turns, row, columns)
+
+
+def _with_system(turns: list[Turn], row: dict, columns: dict[str, str]) -> list[Turn]:
+    """system의 열이 있으면 앞에 둔 글들."""
+    system = _optional(row, columns.get("system"))
     if system and turns[0].role == "system":
         raise BadTurns(f"의 system이 {columns['system']} 열과 대화에 모두 있다. 하나만 둔다")
     return [Turn("system", system), *turns] if system else turns
@@ -180,14 +263,10 @@ def _is_nan(value: object) -> bool:
     return isinstance(value, float) and value != value
 
 
-def _plain(name: str) -> str:
-    return name.strip().lower()
-
-
 def _closest(name: str) -> str:
     """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
-    every = {*TALKS, "text", *(each for pair in PAIRS for each in pair), *(each for names in EXTRAS.values()
-                                                                           for each in names)} - {"q", "a"}
+    named = {name for names in (*PAIRS, *PREFERENCES, *EXTRAS.values()) for name in names}
+    every = {*TALKS, "text", *named} - {"q", "a"}  # 한 글자는 무엇과도 비슷하다
     spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
-    found = get_close_matches(unicodedata.normalize("NFD", _plain(name)), spelled, 1, _CLOSE)
-    return spelled[found[0]] if found and spelled[found[0]] != _plain(name) else ""
+    found = get_close_matches(unicodedata.normalize("NFD", plain(name)), spelled, 1, _CLOSE)
+    return spelled[found[0]] if found and spelled[found[0]] != plain(name) else ""

@@ -50,15 +50,18 @@ def without_special(tokenizer, text: str) -> str:
 
 
 def held_out_members(documents: Documents, percent: float, seed: int) -> np.ndarray:
-    """학습할 때와 똑같이 나눈 검증 문서의 번호. 답이 모두 잘린 문서는 뺀다. [n] int64."""
+    """학습할 때와 똑같이 나눈, 물어볼 검증 문서의 번호. 답이 모두 잘린 문서는 뺀다. [n] int64."""
     _, held_out = blocks.split_by_content(documents, percent, seed)
+    if documents.pairs:
+        return documents.asked(blocks.fitting_pairs(documents, held_out))
     return blocks.with_answers(documents, held_out)
 
 
 def read_question(documents: Documents, member: int) -> Question:
     """문서 하나의 질문. `blocks.with_answers`를 지난 문서여야 한다."""
-    tokens, learned = documents.document(member)
-    start = int(np.argmax(learned))
-    stops = np.flatnonzero((tokens[start:] == documents.end_id) | ~np.append(learned[start + 1 :], False))
-    end = start + int(stops[0]) + 1
+    tokens, learned = documents.document(member)  # [n] int32, [n] bool
+    start = int(np.argmax(learned))  # 배우는 첫 토큰. argmax는 첫 True의 자리다
+    is_end = tokens[start:] == documents.end_id
+    is_last = ~np.append(learned[start + 1 :], False)  # 다음 토큰을 배우지 않으면 답의 마지막이다
+    end = start + int(np.flatnonzero(is_end | is_last)[0]) + 1
     return Question(tokens[:start], tokens[start:end])

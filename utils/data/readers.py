@@ -237,7 +237,9 @@ def _read_array(stream: TextIO, path: Path, on_bad: BadRow, wrapped: int | None)
             try:
                 value, at = decoder.raw_decode(buffer, at)
             except (ValueError, RecursionError) as error:
-                more = stream.read(max(_CHUNK, len(buffer) - at)) if _may_continue(error, len(buffer), at) else ""
+                # 값이 버퍼의 끝에서 잘렸을 수 있으면 남은 만큼(두 배가 되게) 더 읽는다
+                left = len(buffer) - at
+                more = stream.read(max(_CHUNK, left)) if _may_continue(error, len(buffer), at) else ""
                 if not more:
                     return on_bad(number + 1, f"{number + 1}번째 행이 올바른 JSON이 아니다: {_reason(error)}")
                 buffer, at = buffer[at:] + more, 0

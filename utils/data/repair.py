@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.data import check, encoder, forms, rows, texts
-from utils.data.dataset import say_row
+from utils.data.dataset import say_pair, say_row
 from utils.data.texts import END_TOKEN
 from utils.errors import UsageError
 from utils.files import staged_file
+from utils.turns import Pieces
 
 # 잘못 읽은 글자 -> 원래의 바이트. cp1252가 비워 둔 다섯 자리는 브라우저와 편집기가 하듯이 번호 그대로 읽힌 것이다
 _CP1252 = {bytes([byte]).decode("cp1252", "ignore") or chr(byte): byte for byte in range(256)}
@@ -49,15 +50,15 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
     with staged_file(Path(target), "고친 파일을 쓰지 못했다") as stream:
         for number, row in rows.read_rows(source, cache_dir, drop):
             form = form or forms.require_form(row, source)
+            forms.require_alike(row, form, number, source)
             fixed = fix_row(row, form, prompter)
             try:
-                said, documents = say_row(prompter, forms.read_row(fixed, form, number, source), number, source)
-                pieces = documents[-1]
+                pieces, answers = read_fixed(fixed, form, prompter, number, source)
             except UsageError as error:
                 drop(number, str(error))
                 continue
             digest = encoder.content_digest(pieces)
-            if digest in seen or check.is_placeholder(said[-1].text if said[0].role != "text" else pieces[-1][1]):
+            if digest in seen or any(map(check.is_placeholder, answers)) or len(set(answers)) < len(answers):
                 drop(number, "")
                 continue
             seen.add(digest)
@@ -67,6 +68,20 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
         if not counts["written"]:
             raise UsageError(f"{source}에 쓸 수 있는 행이 하나도 없어 고친 파일을 쓰지 않았다")
     return Repaired(**counts)
+
+
+def read_fixed(row: dict, form: forms.Form, prompter, number: int, source: str | Path) -> tuple[Pieces, list[str]]:
+    """행의 (문서의 조각들, 마지막 답들). 선호 쌍이면 두 문서의 조각을 잇고 답이 둘이다.
+
+    Raises:
+        UsageError: 쓸 수 없는 행이다.
+    """
+    if form.is_preference:
+        pair = say_pair(prompter, row, form, number, source)
+        return [*pair.chosen, *pair.rejected], [pair.better[-1].text.strip(), pair.worse[-1].text.strip()]
+    said, documents = say_row(prompter, forms.read_row(row, form, number, source), number, source)
+    pieces = documents[-1]
+    return pieces, [pieces[-1][1] if said[0].role == "text" else said[-1].text]
 
 
 def fix_row(row: dict, form: forms.Form, prompter) -> dict:

@@ -33,7 +33,8 @@ class Window:
         """
         self.dropped = 0
         head = [turn for turn in turns if turn.role == "system"]
-        pairs = list(zip(turns[len(head) :: 2], turns[len(head) + 1 :: 2], strict=False))
+        asked, answered = turns[len(head) :: 2], turns[len(head) + 1 :: 2]
+        pairs = list(zip(asked, answered, strict=False))  # 주고받음마다 (user, assistant)
         if len(pairs) < 2:
             return self._prompter.talk(turns)
         if len(pairs) * _SHORTEST <= self._cutoff_len:
@@ -63,15 +64,19 @@ class Window:
         return documents
 
     def _start(self, talk_from: Callable[[int], list[Turn]], low: int, high: int) -> int:
-        """[low, high]에서 `talk_from(at)`이 들어가는 가장 앞의 자리. 하나도 없으면 high다."""
+        """[low, high]에서 `talk_from(at)`이 들어가는 가장 앞의 자리. 하나도 없으면 high다.
+
+        앞을 많이 덜어 낼수록 짧아지므로, 들어가는 자리들은 어느 자리부터 high까지 이어져 있다. 뒤에서부터 1, 2, 4...씩
+        넓혀 들어가지 않는 자리를 만난 다음, 그 사이를 이분 탐색한다.
+        """
         def fits(at: int) -> bool:
             return self._fits(self._prompter.talk(talk_from(at))[-1])
 
         low = max(low, high + 1 - self._cutoff_len // _SHORTEST)
-        good, step = high, 1  # 뒤에서부터 넓혀, 긴 대화 전체를 글로 만들지 않는다
+        good, step = high, 1  # good은 들어가는 자리. 긴 대화 전체를 글로 만들지 않는다
         while good > low and fits(max(low, good - step)):
             good, step = max(low, good - step), step * 2
-        bad = max(low, good - step) if good > low else low - 1
+        bad = max(low, good - step) if good > low else low - 1  # 들어가지 않는 자리
         while good - bad > 1:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if fits(middle) else (good, middle)

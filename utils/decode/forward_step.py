@@ -52,6 +52,7 @@ class FreshStep:
         return self._again()
 
     def _again(self) -> torch.Tensor:
+        """지금까지의 글 전체의 forward. 마지막 토큰의 로짓 [1, vocab]."""
         ids = torch.tensor([self._ids], device=self._device)  # [1, 지금까지]
         positions = torch.arange(ids.shape[1], device=self._device)[None]
         return self._forward(ids, positions, None, None)
@@ -85,7 +86,8 @@ class CapturedStep:
     def read(self, questions: list[list[int]]) -> torch.Tensor:
         """질문들을 읽고 다음 토큰의 로짓 [질문의 수, vocab]을 준다. 모자라는 줄은 첫 질문으로 채운다."""
         self._count = len(questions)
-        ids, mask, positions = pad_left(questions + questions[:1] * (self.rows - len(questions)), self._device)
+        spare = self.rows - len(questions)
+        ids, mask, positions = pad_left(questions + questions[:1] * spare, self._device)
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = mask
         self._positions.copy_(positions[:, -1:])

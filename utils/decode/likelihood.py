@@ -50,7 +50,8 @@ def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
     """
     results: dict[int, Likelihood] = {}
     vocab = model.get_output_embeddings().weight.shape[0]
-    order = sorted(range(len(pairs)), key=lambda index: (len(pairs[index][0]) + len(pairs[index][1]), index))
+    lengths = [len(context) + len(tokens) for context, tokens in pairs]
+    order = sorted(range(len(pairs)), key=lambda index: lengths[index])  # 길이가 같으면 `pairs`의 차례 그대로다
     for batch in _batches([(index, *pairs[index]) for index in order], vocab):
         for (index, _, _), value in zip(batch, _measure_batch(model, batch, top), strict=True):
             results[index] = value

@@ -1,5 +1,7 @@
 """모델의 가중치를 몇 비트로 올릴지 고른다."""
 
+import math
+
 import psutil
 import torch
 
@@ -33,7 +35,8 @@ def choose_precision(base_model: str, device: Device, load_4bit: bool | None,
     folder = open_model_folder(base_model)
     if load_4bit is None and kind == "cuda" and isinstance(describe(folder.config), Family):
         return "4bit", "4비트(NF4). 전용 커널이 바로 읽고, 읽을 가중치가 적어 가장 빠르다. 16비트는 --load_4bit False"
-    need = sum(torch.Size(entry.shape).numel() for entry in folder.tensors.values()) * width + SPARE
+    values = sum(math.prod(entry.shape) for entry in folder.tensors.values())
+    need = values * width + SPARE
     free = torch.cuda.mem_get_info(device.device)[0] if kind == "cuda" else psutil.virtual_memory().available
     room = f"남은 {'VRAM' if kind == 'cuda' else 'RAM'} {free / 1e9:.1f} GB"
     if need <= free or kind == "mps":

@@ -88,7 +88,8 @@ def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair
     if item.asked:
         pairs = []
         for tokens, marks in encoder.encode_batch(list(item.asked)):
-            end = max(place for place, mark in enumerate(marks) if mark == 1) + 1  # 대화 템플릿은 뒤에 줄바꿈을 둔다
+            # 마지막 답의 자리: 답인 마지막 토큰까지(대화 템플릿은 뒤에 줄바꿈을 둔다), 답이 아닌 마지막 토큰의 다음부터
+            end = max(place for place, mark in enumerate(marks) if mark == 1) + 1
             start = max((place for place, mark in enumerate(marks[:end]) if mark != 1), default=-1) + 1
             pairs.append((tokens[:start], tokens[start:end]))
     else:

@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
@@ -11,9 +12,10 @@ _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 
 def byte_alphabet() -> dict[str, int]:
     """바이트 수준 BPE가 바이트를 적는 글자 256개. GPT-2의 `bytes_to_unicode`를 뒤집은 표다."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(plain)]
-    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # 보이는 글자는 그 글자로 적는다
+    hidden = [byte for byte in range(256) if byte not in set(plain)]  # 공백과 제어 문자는 U+0100부터 차례로 적는다
+    letters = {chr(byte): byte for byte in plain}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
 
 
 class TextStream:
@@ -25,16 +27,18 @@ class TextStream:
 
     Args:
         special: 특수 토큰도 글자로 적는다.
+        after: 앞에 놓인 토큰들. 글에 넣지는 않는다. 첫 토큰의 앞 공백을 버리는 토크나이저에서, 이어 쓰는 글의 공백을
+            지킨다.
     """
 
-    def __init__(self, tokenizer, special: bool = False):
+    def __init__(self, tokenizer, special: bool = False, after: Sequence[int] = ()):
         self._backend = tokenizer.backend_tokenizer
         self._added = {number: "" if token.special and not special else token.content
                        for number, token in tokenizer.added_tokens_decoder.items()}
         decoder = json.loads(self._backend.to_str())["decoder"] or {}
         self._bytes = byte_alphabet() if decoder.get("type") == "ByteLevel" else None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-        self._stream = DecodeStream(skip_special_tokens=not special)
+        self._stream = DecodeStream(list(after), skip_special_tokens=not special)
 
     def push(self, token_id: int) -> str:
         """토큰 하나를 넣고 그 사이 완성된 글자를 돌려준다."""
@@ -66,10 +70,14 @@ class TextStream:
 
 
 class Opening:
-    """답의 첫머리에서 공백과 빈 생각(`<think></think>`)을 뺀다. 생각하지 않고 답하게 배운 모델이 먼저 말하는 것이다."""
+    """답의 첫머리에서 공백과 빈 생각(`<think></think>`)을 뺀다. 생각하지 않고 답하게 배운 모델이 먼저 말하는 것이다.
 
-    def __init__(self):
-        self._held: str | None = ""  # 아직 답인지 모르는 글. 답이 시작되었으면 None이다
+    Args:
+        raw: 아무것도 빼지 않는다.
+    """
+
+    def __init__(self, raw: bool = False):
+        self._held: str | None = None if raw else ""  # 아직 답인지 모르는 글. 답이 시작되었으면 None이다
 
     def push(self, piece: str) -> str:
         """글 조각을 넣고, 내보내도 되는 글을 돌려준다."""

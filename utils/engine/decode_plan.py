@@ -18,12 +18,14 @@ WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 �
 THREADS = WARPS * 32
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
-CHUNK = 128          # attention 블록이 한 번에 보는 위치의 수. 이보다 짧은 대화는 블록끼리 합치지 않는다
+CHUNK = 128          # 위치를 블록끼리 나누는 단위
+ALONE = 256          # 볼 위치가 이만큼까지면 나누지 않는다. 나누어 합치는 것보다 두 번 도는 쪽이 빠르다
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
-LINE_SPLITS = 4      # 함께 답할 때의 것. 줄이 많아 블록이 이미 많다
+LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
 PAGE = 512           # KV cache 한 쪽의 위치의 수
 LINES = 16           # 함께 답하는 질문의 수
-LINE_AHEAD = 2       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수(1이나 2)
+LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수(1이나 2)
+LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수(32나 64)
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
@@ -84,6 +86,7 @@ class Plan:
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
         can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
         lines_qkv, lines_mlp, lines_out, lines_head: 그 커널들의 블록 수.
+        lines_splits: 그때 머리 하나의 위치를 나누어 맡는 블록의 수.
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
 
     Raises:
@@ -125,10 +128,14 @@ class Plan:
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
         line_fixed = fixed + 3 * rank * LINES * 4 + WARPS * LINES * 8  # decode_rows.cu의 `LineSpace`와 같은 차례다
-        line_slots = min(8, (shared_limit - line_fixed) // (SLOT * LINES) // 2 * 2)
+        line_slot = SLOT * LINES + ROWS * (1 + rank) * 4  # 합의 자리와, 그 행들의 bias와 LoRA의 B
+        line_slots = min(8, (shared_limit - line_fixed) // line_slot // 2 * 2)
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         line_slots = max(2, line_slots)
-        self.lines_shared = line_fixed + line_slots * SLOT * LINES
+        self.lines_shared = line_fixed + line_slots * line_slot
+        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
+        line_heads = LINES * family.heads // self.queries
+        self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
         most = multiprocessors
         self.lines_out, self.lines_head = min(most, hidden // ROWS), min(most, ceil(vocab / ROWS))
         self.lines_qkv, self.lines_mlp = min(most, qkv_tiles), min(most, mlp_tiles)
@@ -136,7 +143,6 @@ class Plan:
             self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
             self.lines_mlp = most - self.lines_qkv
         self.choose_shared = 2 * ceil(vocab / 32) * 4
-        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)
         self.defines = {
             "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
@@ -145,6 +151,7 @@ class Plan:
             "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
             "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
             "LINES": LINES, "LINE_SLOTS": line_slots, "LINE_AHEAD": LINE_AHEAD,
+            "LINE_REGISTERS": LINE_REGISTERS,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
@@ -153,7 +160,7 @@ class Plan:
             "GATED": int(family.gated), "ACTIVATION": ACTIVATIONS[family.activation],
             "GELU_TANH": ACTIVATIONS["gelu_tanh"], "SILU": ACTIVATIONS["silu"],
             "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
-            "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
+            "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
             "IN_SCALE": "0.015625f" if family.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다

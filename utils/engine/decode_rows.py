@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINE_SPLITS, LINES, THREADS
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINES, THREADS
 from utils.engine.decode_step import DecodeStep, KvCache, LoraOfActArgument, norm_argument
 from utils.engine.weights import Layer, Norm
 
@@ -25,7 +25,7 @@ class DecodeRows:
         self._attended = torch.zeros(LINES, 2, family.q_width, dtype=dtype, device=device)
         self._act = torch.zeros(2, LINES, family.ff, dtype=dtype, device=device)
         self._shares = torch.zeros(step.plan.lines_mlp * max(1, self._weights.rank) * LINES, device=device)
-        self._partial = torch.zeros(LINES, family.heads, LINE_SPLITS, family.head_dim + 2, device=device)
+        self._partial = torch.zeros(LINES, family.heads, step.plan.lines_splits, family.head_dim + 2, device=device)
         self._done = torch.zeros(LINES, family.heads, dtype=torch.int32, device=device)
         self.logits = torch.zeros(LINES, -(-len(step.logits) // 4) * 4, device=device)[:, : len(step.logits)]
         self.state = torch.zeros(LINES, 6, dtype=torch.int32, device=device)
@@ -83,7 +83,7 @@ class DecodeRows:
             both = plan.lines_mlp if family.parallel else 0
             self._matrix("project_lines", plan.lines_qkv + both, self.x, *project, plan.lines_qkv, self._qkv, self._act,
                          overlap=overlap and index > 0)
-            kernels["attend"]((family.heads // plan.queries, LINE_SPLITS, LINES), (ATTENDERS,), self._qkv,
+            kernels["attend"]((family.heads // plan.queries, plan.lines_splits, LINES), (ATTENDERS,), self._qkv,
                               self._step.attention_argument(index), self._table, self.state, self._partial, self._done,
                               self._attended, overlap=overlap)
             if family.parallel:

@@ -15,6 +15,7 @@ from utils.engine.train_layers import Layer, Projection, largest_tails, move_emb
 from utils.engine.train_memory import kept_widths, saved_widths, scratch_elements, work_widths
 from utils.engine.train_ops import TorchOps
 from utils.model.loss import head_loss
+from utils.model.objective import measured
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Forward:
 
     @torch.no_grad()
     def evaluate(self, batch: dict) -> torch.Tensor:
-        """dropout 없이 구한 음의 로그 가능도의 합."""
+        """dropout 없이 구한 음의 로그 가능도의 합. 선호 쌍이면 쌍마다의 값(`objective.measured`)이다."""
         documents = self._begin(batch)
         for layer in self.layers:
             self._forward_layer(layer, documents, None)
@@ -152,7 +153,7 @@ class Forward:
         hidden = self._wide("t", self.family.hidden)
         self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
         targets = shifted_targets(batch["labels"]).flatten()
-        return head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy).sum()
+        return measured(head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy), batch)
 
     def _begin(self, batch: dict) -> Documents:
         rows, block = batch["input_ids"].shape

@@ -12,6 +12,7 @@ from utils.engine.attention import Documents
 from utils.engine.train_forward import Forward
 from utils.engine.train_layers import Layer, Projection
 from utils.model.loss import head_loss
+from utils.model.objective import learn
 
 
 class TrainStep(Forward):
@@ -19,11 +20,11 @@ class TrainStep(Forward):
 
     @torch.no_grad()
     def train(self, batch: dict) -> torch.Tensor:
-        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`을 돌려준다.
+        """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`(`objective.objective`)을 돌려준다.
 
         Args:
             batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 씨앗),
-                factor(fp32 스칼라).
+                factor(fp32 스칼라). 선호 쌍이면 reference와 beta도 있다.
         """
         documents, keys = self._begin(batch), batch["keys"]
         for layer in self.layers:
@@ -32,13 +33,14 @@ class TrainStep(Forward):
         gradient = torch.empty_like(self.x[-1])
         hidden = self._wide("t", self.family.hidden)
         self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
-        nll = head_loss(hidden, self.head, targets, batch["factor"], gradient, self.scratch, self.ops.cross_entropy)
+        loss = learn(batch, gradient, lambda factor: head_loss(hidden, self.head, targets, factor, gradient,
+                                                               self.scratch, self.ops.cross_entropy))
         self.ops.norm_backward(self.x[-1], [(self.final_norm, gradient)], gradient)
         for layer in reversed(self.layers):
             if layer.index < self.recompute_layers:
                 self._recompute_layer(layer, documents, keys)
             self._backward_layer(layer, gradient, documents, keys)
-        return nll.sum() * batch["factor"]
+        return loss
 
     def _backward_layer(self, layer: Layer, gradient, documents: Documents, keys) -> None:
         """출력의 `gradient` [tokens, hidden]를 제자리에서 입력의 gradient로 바꾸고 LoRA의 gradient를 더한다."""

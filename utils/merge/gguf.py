@@ -134,7 +134,8 @@ def _add_tokenizer(writer, gguf, folder: Path, config: dict, loaded) -> None:
     writer.add_token_types(types)
     ends = end_token_ids(loaded, folder)
     info = read_prompt_info(folder)  # 배운 답이 끝나는 토큰은 llama.cpp가 늘 멈추는 자리(eot)에 적는다
-    turn_end = next((end for end in (info.end_token_id if info else ends[0], *ends[1:]) if end != ends[0]), None)
+    learned_end = info.end_token_id if info else ends[0]
+    turn_end = next((end for end in (learned_end, *ends[1:]) if end != ends[0]), None)
     special = gguf.SpecialVocab(folder, load_merges=True, special_token_types=())  # merge와 대화 템플릿을 읽는다
     pad = loaded.pad_token_id if "pad_token" in _read(folder / "tokenizer_config.json") else None
     ids = {"eos": ends[0], "eot": turn_end, "bos": loaded.bos_token_id, "pad": pad}
@@ -200,7 +201,11 @@ def _split_qkv(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
     GPT-NeoX의 query_key_value는 weight [3 x hidden, hidden]과 bias [3 x hidden]의 행이 q0 k0 v0 q1 k1 v1 ...의 차례다.
     llama.cpp는 q가 모두 온 다음에 k, v가 온다고 본다.
     """
-    return lambda x: x.view(heads, 3, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+    def arrange(values: torch.Tensor) -> torch.Tensor:
+        apart = values.view(heads, 3, -1, *values.shape[1:])  # [heads, 3, head_dim] 또는 [heads, 3, head_dim, hidden]
+        return apart.transpose(0, 1).reshape(values.shape)
+
+    return arrange
 
 
 def _interleave(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -209,7 +214,11 @@ def _interleave(heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
     rotary는 head_dim의 두 칸을 짝지어 돌린다. transformers의 Llama는 i와 i + head_dim / 2가 짝이고, llama.cpp는 2i와
     2i + 1이 짝이다. 그래서 행의 차례가 0, d/2, 1, d/2 + 1, ...이 되게 옮긴다. q와 k를 똑같이 옮기므로 q k^T는 그대로다.
     """
-    return lambda x: x.view(heads, 2, -1, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+    def arrange(values: torch.Tensor) -> torch.Tensor:
+        halves = values.view(heads, 2, -1, *values.shape[1:])  # [heads, 앞뒤 반쪽, head_dim / 2, hidden]
+        return halves.transpose(1, 2).reshape(values.shape)
+
+    return arrange
 
 
 def _format(gguf, shape: tuple[int, ...], kind: str) -> _Format:

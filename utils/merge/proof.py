@@ -107,7 +107,8 @@ def read_windows(job: Job) -> Windows:
         asked = read_question(documents, member)
         begin = max(0, len(asked.prompt) - length // 3)  # 긴 질문은 끝의 1/3만 남겨, 답이 창의 2/3를 갖는다
         tokens = np.concatenate([asked.prompt, asked.answer])[begin : begin + length]
-        ids[row, : len(tokens)], real[row, : len(tokens)] = tokens, True
+        ids[row, : len(tokens)] = tokens
+        real[row, : len(tokens)] = True
         answer[row, len(asked.prompt) - begin : len(tokens)] = True
     return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
 
@@ -120,7 +121,9 @@ def prove(job: Job, merged: Path) -> Proof:
     quantised, rounded = writer.quantised_entries(job), writer.quantised_built(job)
 
     def logits(kind: str, updates: dict) -> torch.Tensor:
-        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit."""
+        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit
+        [실제 토큰의 수, vocab].
+        """
         trained = kind == "quantized"
         source = streamed.Source(job.base, job.disk, lambda entry: job.base_rows(entry, quantised if trained else {}),
                                  updates, job.trained_dtype if trained else torch.float32,
@@ -136,9 +139,10 @@ def prove(job: Job, merged: Path) -> Proof:
     del asked, actual, trained
     base_loss = _answer_loss(logits("quantized", {}), windows)
     gain = base_loss - trained_loss
-    return Proof(len(windows.ids), int(windows.real[:, 1:].sum()), windows.source, windows.absent, job.onto, **compared,
-                 base_loss=base_loss, trained_loss=trained_loss, merged_loss=merged_loss,
-                 retained=(base_loss - merged_loss) / gain if gain >= MIN_GAIN else None)
+    retained = (base_loss - merged_loss) / gain if gain >= MIN_GAIN else None
+    n_tokens = int(windows.real[:, 1:].sum())  # 행마다 첫 토큰은 예측하지 않는다
+    return Proof(len(windows.ids), n_tokens, windows.source, windows.absent, job.onto, **compared, base_loss=base_loss,
+                 trained_loss=trained_loss, merged_loss=merged_loss, retained=retained)
 
 
 def judge(proof: Proof) -> None:
@@ -207,9 +211,10 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
         if not torch.isfinite(other).all():
             raise UsageError("합친 모델의 logit에 NaN이나 inf가 있다. 기반 모델과 어댑터를 살핀다")
     kl = torch.cat(kls).sort().values  # [토큰], 작은 것부터
-    most = kl[:len(kl) - len(kl) // 10 - 1] if len(kl) > 1 else kl  # 큰 쪽의 십분의 일과 하나를 더 뺀다
-    return {"top1": same / len(expected), "kl": max(0.0, kl.mean().item()), "kl_most": max(0.0, most.mean().item()),
-            "largest_gap": gap}
+    dropped = len(kl) // 10 + 1 if len(kl) > 1 else 0
+    most = kl[:len(kl) - dropped]
+    mean, mean_of_most = (max(0.0, each.mean().item()) for each in (kl, most))  # 반올림으로 -1e-17이 되기도 한다
+    return {"top1": same / len(expected), "kl": mean, "kl_most": mean_of_most, "largest_gap": gap}
 
 
 def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:

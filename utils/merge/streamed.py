@@ -89,7 +89,7 @@ class StreamedWeight(torch.Tensor):
         return rows.to(self.place)[where]
 
     def whole(self) -> torch.Tensor:
-        """갱신까지 더한 온전한 행렬, fp32."""
+        """갱신까지 더한 온전한 행렬 [out, in], fp32."""
         values = torch.cat([self.read(start, stop) for start, stop in row_spans(self.entry.shape)])
         if self.update is not None:
             values += self.update.rows(0, self.entry.shape[0])
@@ -143,13 +143,14 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
     needed = {name for sources in source.disk.built.values() for name in sources}
     if not needed:
         return {}
-    state = {name: read_whole(entry).to(source.dtype).float() if name in needed else torch.zeros(()).expand(entry.shape)
-             for name, entry in source.folder.tensors.items() if name in source.disk.used}
+    used = {name: entry for name, entry in source.folder.tensors.items() if name in source.disk.used}
+    state = {name: torch.zeros(()).expand(entry.shape) for name, entry in used.items()}  # 값 하나를 되풀이해 가리킨다
+    state |= {name: read_whole(used[name]).to(source.dtype).float() for name in needed}
     loaded = diskmap.load_labelled(source.folder.path, state, "cpu").state_dict()
     return {name: nf4.round_trip(loaded[name], source.dtype).float() if name in source.rounded else loaded[name]
             for name in source.disk.built}
 
 
 def read_plain(entry: TensorEntry) -> Rows:
-    """파일에 적힌 값 그대로를 fp32로 읽는 함수."""
+    """파일에 적힌 값 그대로를 fp32로 읽는 함수. (start, stop) -> [stop - start, 폭]."""
     return lambda start, stop: read_rows(entry, start, stop).float()

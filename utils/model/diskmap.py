@@ -41,7 +41,12 @@ class DiskMap:
 
 
 class _Labelled(torch.Tensor):
-    """어느 tensor에서 왔는지를 계산을 따라 전하는 빈 tensor."""
+    """어느 tensor에서 왔는지를 계산을 따라 전하는 빈 tensor.
+
+    Attributes:
+        sources: 이 값을 만든 디스크의 tensor들의 이름.
+        whole: 디스크의 tensor 하나의 값과 모양 그대로인지. 합치거나 나누거나 뒤집으면 거짓이 된다.
+    """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -49,12 +54,14 @@ class _Labelled(torch.Tensor):
         sources = _sources((args, kwargs))
         for part in out if isinstance(out, tuple | list) else [out]:
             if isinstance(part, _Labelled):
-                part.sources = tuple(dict.fromkeys(name for tensor in sources for name in tensor.sources))
-                part.whole = (len(sources) == 1 and sources[0].whole and func in _KEEPS
-                              and part.shape == sources[0].shape)
+                names = [name for tensor in sources for name in tensor.sources]
+                part.sources = tuple(dict.fromkeys(names))  # 거듭된 이름을 빼고 차례는 지킨다
+                alone = len(sources) == 1 and sources[0].whole
+                part.whole = alone and func in _KEEPS and part.shape == sources[0].shape
         return out
 
 
+# 값을 바꾸지 않는 연산. `x[...]`는 모양까지 같을 때만 그대로다
 _KEEPS = (torch.Tensor.__getitem__, torch.Tensor.to, torch.Tensor.detach, torch.Tensor.requires_grad_,
           torch.Tensor.data.__get__, torch.Tensor.contiguous)
 

@@ -130,7 +130,8 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
     for name, info in header.items():
         try:
             start, end = info["data_offsets"]
-            entry = TensorEntry(name, info["dtype"], tuple(info["shape"]), file, 8 + length + start, 8 + length + end)
+            data = 8 + length  # 값은 헤더의 길이(8바이트)와 헤더 다음부터다
+            entry = TensorEntry(name, info["dtype"], tuple(info["shape"]), file, data + start, data + end)
             sides = all(type(side) is int and side >= 0 for side in entry.shape)
             n_bytes = math.prod(entry.shape) * ITEM_BYTES.get(entry.dtype, 1)
             whole = sides and end - start == n_bytes and start >= 0 and entry.end <= size

@@ -102,7 +102,7 @@ def read_updates(adapter: Path, config: dict) -> dict[str, Update]:
         pairs.setdefault(match["module"], {})[match["side"]] = values
     updates = {}
     for module, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:  # A [r, in], B [out, r]
             raise UsageError(f"{file}에서 {module}의 lora_A와 lora_B가 짝이 맞지 않는다")
         rank = _by_pattern(config, "rank_pattern", module, config["r"])
         if pair["A"].shape[0] != rank:
@@ -169,8 +169,13 @@ def _is_named(module: str, targets: list[str] | str | None) -> bool:
 
 
 def _same(one: TensorEntry, other: TensorEntry) -> bool:
-    return one.shape == other.shape and all(
-        torch.equal(read_rows(one, *span).float(), read_rows(other, *span).float()) for span in row_spans(one.shape))
+    if one.shape != other.shape:
+        return False
+    for span in row_spans(one.shape):
+        left, right = (read_rows(entry, *span).float() for entry in (one, other))
+        if not torch.equal(left, right):
+            return False
+    return True
 
 
 def _by_pattern(config: dict, field: str, module: str, otherwise: float) -> float:

@@ -121,7 +121,8 @@ def measure_head(causal: nn.Module) -> Head | None:
     try:
         with torch.no_grad():
             rows = causal.get_input_embeddings().weight.shape[0]
-            ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] * max(1, rows // PROBE_TOKENS) % rows
+            apart = max(1, rows // PROBE_TOKENS)  # 어휘에서 고르게 떨어진 토큰들 [1, PROBE_TOKENS]
+            ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] * apart % rows
             final = causal(input_ids=ids, use_cache=False).logits.double()
     except torch.OutOfMemoryError:
         raise
@@ -142,7 +143,11 @@ def measure_head(causal: nn.Module) -> Head | None:
 
 
 def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, config) -> list[tuple[float, float]]:
-    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다."""
+    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다.
+
+    Args:
+        raw, final: 출력 행렬이 낸 것과 모델이 내놓은 logits. [1, PROBE_TOKENS, vocab] fp64.
+    """
     straight = final
     if cap is not None:
         inside = final.abs() < cap / 2  # 한계에 가까우면 되돌린 값이 거칠다
@@ -152,7 +157,7 @@ def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, co
     if not size > 0:
         return []
     measured = float((raw * straight).sum() / size)
-    rough = float((straight - measured * raw).square().sum().sqrt() / straight.square().sum().sqrt())
+    rough = float((straight - measured * raw).norm() / straight.norm())
     numbers = [value for value in config.to_dict().values() if type(value) in (int, float) and value]
     known = [1.0, *map(float, numbers), *(1 / value for value in numbers)]
     nearest = min(known, key=lambda value: abs(measured / value - 1))

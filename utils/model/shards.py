@@ -53,7 +53,7 @@ class HashingFile:
     def write(self, chunk: bytes | memoryview) -> None:
         self._digest.update(chunk)
         left = memoryview(chunk)
-        while left:
+        while left:  # 버퍼 없이 쓰는 write는 준 것보다 적게 쓸 수 있다
             left = left[self._stream.write(left):]
         self.size += len(chunk)
 
@@ -84,7 +84,8 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
     Raises:
         OSError: 읽는 동안 파일이 짧아졌다.
     """
-    row_bytes = (entry.end - entry.start) // max(1, math.prod(entry.shape[:1]))
+    n_rows = entry.shape[0] if entry.shape else 1
+    row_bytes = (entry.end - entry.start) // max(1, n_rows)
     buffer = bytearray((stop - start) * row_bytes)
     with entry.file.open("rb") as stream:
         stream.seek(entry.start + start * row_bytes)
@@ -94,14 +95,15 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
 
 
 def read_whole(entry: TensorEntry) -> torch.Tensor:
-    """온전한 tensor. 파일의 dtype 그대로다."""
+    """온전한 tensor [entry.shape]. 파일의 dtype 그대로다."""
     return read_rows(entry, 0, *(entry.shape[:1] or (1,))).view(entry.shape)
 
 
 def row_spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """fp32로 펼쳐도 조각 하나의 크기를 넘지 않는 행의 범위들. 스칼라는 한 행이다."""
     rows = shape[0] if shape else 1
-    step = max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
+    row_bytes = 4 * max(1, math.prod(shape[1:]))  # fp32로 펼친 한 행
+    step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
@@ -171,5 +173,5 @@ def _header(members: list[Planned]) -> bytes:
                                "data_offsets": [at, at + tensor.n_bytes]}
         at += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # 값이 8의 배수인 자리에서 시작하게 빈칸으로 채운다
     return len(text).to_bytes(8, "little") + text

@@ -43,6 +43,7 @@ def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] 
         return tuple(sorted(names))
     if asked == ("attention",):
         usual = ATTENTION_TARGETS.get(kind, COMMON_TARGETS)
+        # 모르는 구조면 흔한 이름부터 찾아, 모델에 하나라도 있는 첫 묶음을 고른다
         groups = (usual, COMMON_TARGETS, *FUSED_TARGETS)
         present = (tuple(name for name in group if names is None or name in names) for group in groups)
         return next(filter(None, present), tuple(sorted(attention)) or usual)
@@ -52,8 +53,8 @@ def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] 
 def linear_names(model: nn.Module) -> set[str]:
     """LoRA를 붙일 수 있는 층의 이름. 글을 다루는 부분만 보고, 출력 행렬은 뺀다."""
     body = find_backbone(model) or model
-    return {name.rsplit(".", 1)[-1] for name, module in body.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)} - {"lm_head", "embed_out"}
+    paths = [path for path, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return {path.rsplit(".", 1)[-1] for path in paths} - {"lm_head", "embed_out"}
 
 
 def attention_names(model: nn.Module) -> set[str]:

@@ -62,5 +62,6 @@ def end_token_ids(tokenizer, folder: str | Path | None) -> tuple[int, ...]:
     special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if getattr(tokenizer, "chat_template", None):
         ends += map(tokenizer.convert_tokens_to_ids, ChatPrompter(tokenizer).end_tokens)
-    known = [end for end in ends[1:] if type(end) is int and end in special and "unused" not in special[end]]
+    written = [end for end in ends[1:] if type(end) is int and end in special]  # 설정이 토크나이저에 없는 번호도 적는다
+    known = [end for end in written if "unused" not in special[end]]
     return tuple(dict.fromkeys([ends[0], *known]))

@@ -30,6 +30,7 @@ class Answer:
         tuned: False면 어댑터를 끄고 기반 모델이 답한다.
         top: 적으면 답이 끝난 뒤 질문과 답의 모든 토큰의 가능도를, 자리마다 이만큼의 그럴듯한 토큰과 함께 잰다.
         read_only: 답을 만들지 않고 질문의 가능도만 잰다.
+        raw: 글을 이어 쓴다. 나온 글에서 첫머리의 공백과 빈 생각을 빼지 않는다.
         stop: 켜면 한 토큰 안에 멈춘다.
         text: 지금까지 나온 글. 완성된 음절만 들어 있다.
         ids: 지금까지 나온 토큰.
@@ -45,6 +46,7 @@ class Answer:
     tuned: bool = True
     top: int | None = None
     read_only: bool = False
+    raw: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -81,16 +83,13 @@ class Answerer:
     def context(self) -> int:
         return self._decoder.context
 
-    def ask(self, instruction: str, input: str = "", past: list[tuple[str, str]] | None = None) -> list[int]:
+    def ask(self, instruction: str, input: str = "") -> list[int]:
         """질문의 토큰. 학습할 때와 똑같이 만든다.
-
-        Args:
-            past: 앞서 주고받은 (질문, 답)들.
 
         Raises:
             UsageError: 질문이 비었거나, 답할 자리가 남지 않을 만큼 길거나, 모델이 모르는 토큰이 나온다.
         """
-        return self.ask_talk(as_talk(instruction, input, past or ()))
+        return self.ask_talk(as_talk(instruction, input))
 
     def ask_talk(self, turns: Sequence[Turn]) -> list[int]:
         """대화 전체의 토큰. 학습할 때와 똑같이 만든다. 마지막은 user의 질문이다.
@@ -128,7 +127,7 @@ class Answerer:
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백과 빈 생각은 뺀다. 한 번에 하나만 불러야 한다."""
         self._decoder.use_adapter(answer.tuned)
-        stream, opening = TextStream(self.tokenizer), Opening()
+        stream, opening = self._spelling(answer)
         made = () if answer.read_only else self._decoder.stream(answer.input_ids, answer.settings, answer.stop)
         for token in made:
             answer.ids.append(token)
@@ -157,7 +156,7 @@ class Answerer:
         self._decoder.use_adapter(answers[0].tuned)
         replies = self._decoder.answer_many([answer.input_ids for answer in answers], answers[0].settings)
         for answer, reply in zip(answers, replies, strict=True):
-            stream, opening = TextStream(self.tokenizer), Opening()
+            stream, opening = self._spelling(answer)
             text = "".join(stream.push(token) for token in reply.ids) + stream.flush()
             answer.ids, answer.text = reply.ids, opening.push(text) + opening.flush()
             answer.finish_reason = reply.finish_reason
@@ -185,6 +184,10 @@ class Answerer:
     def follow(self, *answers: Answer) -> AsyncIterator[int]:
         """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓고, 다 되거나 지워지면 끝난다. 그만 따라가면 답도 멈춘다."""
         return self.line.follow(*answers)
+
+    def _spelling(self, answer: Answer) -> tuple[TextStream, Opening]:
+        """답의 토큰을 글자로 바꾸는 것과, 첫머리를 다듬는 것."""
+        return TextStream(self.tokenizer, after=answer.input_ids if answer.raw else ()), Opening(answer.raw)
 
     def _make(self, answer: Answer) -> None:
         for _ in self.pieces(answer):

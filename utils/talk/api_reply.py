@@ -105,7 +105,8 @@ class Spelled:
 
         공백을 다듬지 않은 그대로의 글이라야 토큰의 자리(글자 수)와 맞는다.
         """
-        answer, stream = reply.answer, TextStream(tokenizer, special=True)
+        answer = reply.answer
+        stream = TextStream(tokenizer, special=True, after=() if echo else answer.input_ids)
         asked = len(answer.input_ids)
         ids = answer.input_ids + answer.ids + answer.end_ids
         text, tokens, end = "", [], None
@@ -119,7 +120,7 @@ class Spelled:
         text += stream.flush()
         if reply.cut:
             begin = end or 0
-            kept = text[begin:].lstrip()
+            kept = text[begin:] if answer.raw else text[begin:].lstrip()
             spaces = len(text) - begin - len(kept)
             text = text[: begin + spaces + len(reply.text)]
             tokens = [token for place, token in enumerate(tokens) if token.offset < len(text)]

@@ -25,6 +25,7 @@ class Asked:
         echo: 답 앞에 질문도 돌려준다.
         top: 가능도를 달라고 했으면 자리마다 함께 줄 토큰의 수, 아니면 None.
         read_only: 답을 만들지 않는다(max_tokens 0).
+        raw: 이어 쓴 글을 첫머리의 공백까지 그대로 돌려준다. OpenAI와 llama.cpp의 completions가 그렇게 한다.
         stream, usage: 나오는 대로 보낸다, 그 끝에 토큰의 수도 보낸다.
     """
 
@@ -34,11 +35,13 @@ class Asked:
     echo: bool = False
     top: int | None = None
     read_only: bool = False
+    raw: bool = False
     stream: bool = False
     usage: bool = False
 
     def answers(self, tuned: bool) -> list[Answer]:
-        return [Answer(ids, self.settings, tuned, top=self.top, read_only=self.read_only) for ids in self.prompts]
+        return [Answer(ids, self.settings, tuned, top=self.top, read_only=self.read_only, raw=self.raw)
+                for ids in self.prompts]
 
 
 def read(body: object, answerer: Answerer, chat: bool) -> Asked:
@@ -65,7 +68,7 @@ def read(body: object, answerer: Answerer, chat: bool) -> Asked:
     options = body.get("stream_options")
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
     prompts = [_chat_ids(body, answerer)] if chat else _prompts(body, answerer)
-    return Asked(prompts, _sampling(body, read_only), _stops(body), echo, top, read_only, stream, usage)
+    return Asked(prompts, _sampling(body, read_only), _stops(body), echo, top, read_only, not chat, stream, usage)
 
 
 def _flag(body: dict, name: str) -> bool:

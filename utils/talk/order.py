@@ -11,7 +11,7 @@ from utils.errors import UsageError
 from utils.paths import ROOT
 from utils.prompter import CHAT, TEMPLATES
 
-DATA_FOLDERS = ("data", "ko-datasets", ".")
+DATA_FOLDERS = (".", "data", "ko-datasets")
 MAX_EPOCHS = 1000
 _NAME = re.compile(r"[0-9A-Za-z가-힣][0-9A-Za-z가-힣._-]{0,59}")
 _WINDOWS = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}

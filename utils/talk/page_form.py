@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import gradio as gr
 
 from utils.errors import UsageError
-from utils.prompter import EXAMPLES
 from utils.talk import guard
 from utils.talk.answerer import Answer, describe
 from utils.talk.models import Models
+from utils.talk.page_learned import Results
 from utils.talk.page_reply import EMPTY, LIVE, alert, compared, submit, title_of, told
 from utils.talk.page_settings import main_sliders, more_settings, read_sampling, status_line
 from utils.turns import find_placeholder
@@ -16,7 +16,7 @@ from utils.turns import find_placeholder
 NO_INPUT = "Input이 비어 있어 {0} 자리가 글자 그대로 전해졌어요"
 
 
-def form_tab(models: Models, model: gr.Dropdown, other: gr.Dropdown) -> None:
+def form_tab(models: Models, results: Results, model: gr.Dropdown, other: gr.Dropdown) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
     context = models.default.answerer.context
     with gr.Row(elem_id="form-row"):
@@ -40,7 +40,7 @@ def form_tab(models: Models, model: gr.Dropdown, other: gr.Dropdown) -> None:
             output, status = _output("Output", "output", "status")
         with gr.Column(min_width=280, visible=False) as beside:
             base_output, base_status = _output("Output", "base-output", "base-status")
-    examples = gr.Dataset(components=[instruction, input], samples=[list(example) for example in EXAMPLES],
+    examples = gr.Dataset(components=[instruction, input], samples=[list(example) for example in results.examples],
                           label="예시 질문", elem_id="examples", headers=["Instruction", "Input"])
 
     asked = [instruction, input, *controls, model, other]

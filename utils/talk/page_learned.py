@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import gradio as gr
 
 from utils.errors import UsageError
+from utils.prompter import EXAMPLES
 from utils.record import MODELS
 from utils.talk import scorecards, scores
 from utils.talk.answerer import Answerer, describe
@@ -20,7 +21,11 @@ HEADERS = ["지표", *(model.title for model in MODELS), "차이"]
 
 @dataclass
 class Results:
-    """보여 줄 학습들과, 검증 질문을 읽는 방법. `load`는 처음 필요할 때 한 번만 부른다."""
+    """보여 줄 학습들과, 검증 질문을 읽는 방법. `load`는 처음 필요할 때 한 번만 부른다.
+
+    Attributes:
+        runs: 학습한 폴더의 이름 -> run.json의 내용. `load`가 있으면 첫째가 그 학습이다.
+    """
 
     runs: dict[str, dict] = field(default_factory=dict)
     load: Callable[[], scores.Validation] | None = None
@@ -32,6 +37,14 @@ class Results:
             if self._loaded is None:
                 self._loaded = self.load()
             return self._loaded
+
+    @property
+    def examples(self) -> list[tuple[str, str]]:
+        """예시로 보일 (질문, Input)들: 학습의 기록에 적힌 사용자의 질문, 없으면 늘 있는 예시."""
+        data = next(iter(self.runs.values())).get("data") if self.load else None
+        asked = data.get("questions") if isinstance(data, dict) else None
+        texts = [text for text in asked if isinstance(text, str)] if isinstance(asked, list) else []
+        return [(text, "") for text in texts] or list(EXAMPLES)
 
     def question(self, number: object) -> scores.Question:
         """`number`번째 검증 질문. 브라우저가 보낸 번호이므로 범위를 다시 본다."""

@@ -2,17 +2,15 @@
 
 import gradio as gr
 
-from utils.errors import UsageError
-from utils.prompter import EXAMPLES, fill_placeholder
-from utils.talk import guard, scores
+from utils.talk import guard
 from utils.talk.models import Models
 from utils.talk.page_learned import Results
 from utils.talk.page_reply import ALONE, LIVE, correct, is_answer, mark, reread, say, screen, title_of, waiting
 from utils.talk.page_settings import main_sliders, more_settings, status_line, unchecked
 from utils.talk.page_turns import Talk, plain
+from utils.turns import Turn, filled
 
 HEIGHT = "max(200px, calc(100dvh - 330px))"  # 질문과 보내기가 첫 화면에 함께 보이는 높이
-CHIPS = 3
 
 
 def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown,
@@ -26,7 +24,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
         beside = _chatbot("chat-other", visible=False, min_width=280)
     with gr.Row(elem_id="talk-bar"):
         fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")
-        chips = gr.Dataset(components=[gr.Textbox(render=False)], samples=_samples(_questions(Results(), models)),
+        chips = gr.Dataset(components=[gr.Textbox(render=False)], samples=chips_of(results),
                            label="예시 질문", show_label=False, layout="gallery", elem_id="chips", container=False)
     question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=6, autofocus=True, elem_id="talk-question",
                           max_length=guard.MAX_CHARS, submit_btn="보내기", container=False,
@@ -98,7 +96,6 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
     other.change(columns, other, [chat, beside], **LIVE)
     model.change(lambda picked: gr.update(label=title_of(picked)), model, chat, **LIVE)
     page.load(open_talk, talk, [*shown, system], **LIVE)
-    page.load(lambda: gr.update(samples=_samples(_questions(results, models))), None, chips, **LIVE)
     reopen.click(open_talk, talk, [*shown, system], js="() => lite.chosen()", **LIVE)
     reopen.click(lambda: gr.update(selected="talk"), None, tabs, **LIVE)
     talk.change(None, talk, js="(talk) => lite.keep(talk)", api_visibility="private")
@@ -121,17 +118,6 @@ def _chatbot(name: str, **options) -> gr.Chatbot:
                       sanitize_html=True, allow_tags=False, placeholder="무엇이든 물어보세요", **options)
 
 
-def _questions(results: Results, models: Models) -> list[str]:
-    """질문 칸 위에 보일 예시: 학습에 쓰지 않은 검증 질문, 없으면 늘 있는 예시."""
-    try:
-        validation = results.validation() if results.load else None
-    except UsageError:
-        validation = None
-    if validation is None:
-        return [fill_placeholder(question, context) for question, context in EXAMPLES]
-    prompter = models.default.answerer.prompter
-    return [scores.plain_question(question, prompter) for question in validation.questions[:CHIPS]]
-
-
-def _samples(texts: list[str]) -> list[list[str]]:
-    return [[text] for text in texts]
+def chips_of(results: Results) -> list[list[str]]:
+    """질문 칸 위에 보일 예시 질문들."""
+    return [[filled(Turn("user", question, input=context))[0]] for question, context in results.examples]

@@ -1,36 +1,36 @@
 """페이지에서 시작한 학습들: `finetune-lora.py`를 따로 띄우고, 폴더의 기록만 보고 따라가고, 멈추고, 이어 간다.
 
 학습은 제 세션의 프로세스라 브라우저나 페이지의 서버가 닫혀도 이어진다. 다시 연 서버는 폴더의 기록에서 찾는다.
+한 컴퓨터에서는 페이지를 여럿 열어도 한 번에 하나만 시작한다.
 """
 
 import contextlib
+import getpass
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from utils.console import printable
-from utils.errors import UsageError
+from utils.errors import UsageError, why
+from utils.files import locked, staged_file
 from utils.model import checkpoint
 from utils.paths import ROOT, shown
 from utils.record import RUN_FILE, read_run
 from utils.talk.order import Order, short
+from utils.talk.runlog import RunLog, last_line, read_log, token_count
 
 SCRIPT = "finetune-lora.py"
 PROCESS_FILE, LOG_FILE = "process.json", "train.log"
 CHECK_SECONDS = 900
-SHOWN_LINES = 16
-LOG_TAIL = 64 << 10  # 로그의 끝에서 읽는 바이트
-_STEP = re.compile(r"^\s*(\d+)/(\d+)  loss (\S+).*남은 시간 (\S+)", re.MULTILINE)
-_BLOCKS = re.compile(r"^블록: ([\d,]+)개 x (\d+) 토큰\(채움 ([\d.]+)%\)", re.MULTILINE)
-_EVAL = re.compile(r"검증 loss (\S+)")
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Progress:
     Attributes:
         state: "running", "finished", "stopped"(저장하고 멈춤), "failed" 가운데 하나.
         line: 그것을 말하는 한 줄.
-        log: 로그의 끝.
+        log: 지금까지의 로그.
     """
 
     state: str
     line: str
-    log: str
+    log: RunLog
 
 
 class Runs:
@@ -53,10 +53,13 @@ class Runs:
 
     Args:
         home: output_dir들을 둘 폴더. 적지 않으면 지금 폴더의 train이다.
+        computer: 이 컴퓨터의 페이지들이 지금 도는 학습을 적어 두는 폴더. 카드가 하나이므로 다른 폴더에서 연 페이지와도
+            함께 쓴다. 적지 않으면 임시 폴더 아래다.
     """
 
-    def __init__(self, home: Path | None = None):
+    def __init__(self, home: Path | None = None, computer: Path | None = None):
         self.home = Path.cwd() / "train" if home is None else home
+        self._computer = computer or Path(tempfile.gettempdir()) / f"polyglot-ko-lite-{getpass.getuser()}"
         self._lock = threading.Lock()
         self._checking = threading.Lock()
         self._started: dict[str, subprocess.Popen] = {}
@@ -97,7 +100,7 @@ class Runs:
         finally:
             self._checking.release()
         if done.returncode:
-            raise UsageError(_last_line(done.stderr) or f"검사가 종료 코드 {done.returncode}로 끝났다")
+            raise UsageError(last_line(done.stderr) or f"검사가 종료 코드 {done.returncode}로 끝났다")
         text = printable(done.stdout.strip())
         found, mark, plan = text.rpartition("\n데이터: ")
         if not mark or "\n계획: " not in plan:
@@ -106,15 +109,13 @@ class Runs:
 
     def _time_line(self, plan: str, order: Order) -> str:
         """같은 기반 모델로 배운 가장 새 기록의 속도로 어림한 시간."""
-        blocks = _BLOCKS.search(plan)
-        files = self.home.glob(f"*/{RUN_FILE}") if blocks else ()
+        tokens = token_count(plan)
+        files = self.home.glob(f"*/{RUN_FILE}") if tokens else ()
         for file in sorted(files, key=lambda file: -file.stat().st_mtime):
             with contextlib.suppress(UsageError, KeyError, TypeError, ValueError, ZeroDivisionError):
                 run = read_run(file.parent)
                 if Path(run["settings"]["base_model"]).name == Path(order.base_model).name:
-                    count, length, filled = (float(word.replace(",", "")) for word in blocks.groups())
-                    seconds = count * length * filled / 100 * order.epochs / run["tokens_per_second"]
-                    minutes = max(1, round(seconds / 60))
+                    minutes = max(1, round(tokens * order.epochs / run["tokens_per_second"] / 60))
                     return f"걸리는 시간: 약 {minutes:,}분({file.parent.name}을 배운 속도로 어림한 것)"
         return "걸리는 시간: 이 기반 모델로 배운 기록이 없어 모른다. 시작하면 첫 step 뒤에 남은 시간이 보인다"
 
@@ -125,15 +126,9 @@ class Runs:
             UsageError: 이미 학습하고 있거나, 그 이름의 폴더에 이미 무언가 있다.
         """
         folder = self.home / order.name
-        with self._lock:
-            self._require_idle()
+        with self._alone():
             if folder.exists() and any(folder.iterdir()):
                 raise UsageError(f"{shown(folder)}에 이미 무언가 있다. 다른 이름을 적거나, 멈춘 학습이면 이어 한다")
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                (folder / PROCESS_FILE).touch(exist_ok=False)  # 다른 서버가 같은 때에 눌렀으면 하나만 만든다
-            except FileExistsError:
-                raise UsageError(f"{shown(folder)}에서 이미 다른 서버가 시작했다") from None
             self._launch(folder, order, resume=False)
 
     def resume(self, name: object) -> None:
@@ -143,8 +138,7 @@ class Runs:
             UsageError: 이미 학습하고 있거나, 이어 갈 체크포인트가 없거나, 데이터나 기반 모델이 사라졌다.
         """
         folder = self.folder(name)
-        with self._lock:
-            self._require_idle()
+        with self._alone():
             if checkpoint.newest_valid(folder) is None:
                 raise UsageError(f"{shown(folder)}에 이어 갈 체크포인트가 없다. 다른 이름으로 처음부터 시작한다")
             self._launch(folder, self.order(name), resume=True)
@@ -156,8 +150,11 @@ class Runs:
             UsageError: 읽을 수 없거나, 데이터나 기반 모델이 사라졌다.
         """
         folder = self.folder(name)
+        record = _read_record(folder)
+        if record is None:
+            raise UsageError(f"{shown(folder / PROCESS_FILE)}을 읽지 못했다. 콘솔에서 이어 간다")
         try:
-            return Order.checked(**{**self._record(folder)["order"], "name": folder.name})
+            return Order.checked(**{**record["order"], "name": folder.name})
         except TypeError:
             raise UsageError(f"{shown(folder / PROCESS_FILE)}의 항목이 맞지 않는다. 콘솔에서 이어 간다") from None
 
@@ -182,49 +179,72 @@ class Runs:
     def progress(self, name: object) -> Progress:
         """폴더의 기록만 보고 안 진행. 서버를 다시 열었어도 안다."""
         folder = self.folder(name)
-        log = _tail(folder / LOG_FILE)
+        log = read_log(folder / LOG_FILE)
         running = self._process(folder) is not None
         state = "running" if running else _outcome(folder)
-        return Progress(state, _describe(state, log), "\n".join(log.splitlines()[-SHOWN_LINES:]))
+        return Progress(state, _describe(state, log), log)
 
-    def _require_idle(self) -> None:
-        for name in self.names():
-            if self._process(self.home / name) is not None:
-                raise UsageError(f"이미 학습하고 있다: {name}. 끝나거나 멈춘 뒤에 시작한다")
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """도는 학습이 없고, 이 컴퓨터의 다른 페이지도 이 동안에는 시작하지 못한다.
+
+        Raises:
+            UsageError: 이미 학습하고 있거나, 다른 페이지가 지금 시작하고 있다.
+        """
+        busy = "다른 페이지가 지금 학습을 시작하고 있다. 잠시 뒤에 다시 누른다"
+        with self._lock, locked(self._computer, busy=busy):
+            running = [name for name in self.names() if self._process(self.home / name) is not None]
+            elsewhere = _read_record(self._computer)
+            if not running and elsewhere and _find_process(elsewhere):
+                running = [shown(str(elsewhere.get("folder")))]
+            if running:
+                raise UsageError(f"이미 학습하고 있다: {running[0]}. 끝나거나 멈춘 뒤에 시작한다")
+            yield
 
     def _launch(self, folder: Path, order: Order, resume: bool) -> None:
         """제 세션의 프로세스로 띄우고 기록한다. 셸은 거치지 않는다."""
         apart = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt"
                  else {"start_new_session": True})
-        with (folder / LOG_FILE).open("ab") as log:
-            process = subprocess.Popen(self.command(order, resume), stdin=subprocess.DEVNULL, stdout=log,
-                                       stderr=subprocess.STDOUT, **apart)
-        self._started[folder.name] = process
-        record = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "order": asdict(order)}
-        (folder / PROCESS_FILE).write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
-
-    def _record(self, folder: Path) -> dict:
         try:
-            record = json.loads((folder / PROCESS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("order"), dict):
-            raise UsageError(f"{shown(folder / PROCESS_FILE)}을 읽지 못했다. 콘솔에서 이어 간다")
-        return record
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / LOG_FILE).open("ab") as log:
+                process = subprocess.Popen(self.command(order, resume), stdin=subprocess.DEVNULL, stdout=log,
+                                           stderr=subprocess.STDOUT, **apart)
+        except OSError as error:
+            raise UsageError(f"{shown(folder)}에서 학습을 시작하지 못했다({why(error)})") from None
+        self._started[folder.name] = process
+        record = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "order": asdict(order),
+                  "folder": str(folder)}
+        for place in (folder, self._computer):
+            with staged_file(place / PROCESS_FILE) as file:
+                json.dump(record, file, ensure_ascii=False, indent=2)
 
     def _process(self, folder: Path) -> psutil.Process | None:
-        """돌고 있는 프로세스. 끝났거나, 그 번호를 다른 프로세스가 쓰면 None이다."""
+        """돌고 있는 프로세스. 끝났으면 None이다."""
         started = self._started.get(folder.name)
         if started is not None:
             started.poll()  # 끝난 자식을 거둔다
-        with contextlib.suppress(UsageError, KeyError, TypeError, psutil.Error):
-            record = self._record(folder)
-            process = psutil.Process(record["pid"])
-            ours = any(word.endswith(SCRIPT) for word in process.cmdline())
-            same = ours and abs(process.create_time() - record["created"]) < 1
-            if same and process.status() != psutil.STATUS_ZOMBIE:
-                return process
+        return _find_process(_read_record(folder) or {})
+
+
+def _read_record(folder: Path) -> dict | None:
+    """학습을 시작하며 적어 둔 것. 읽을 수 없으면 None이다."""
+    try:
+        record = json.loads((folder / PROCESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) and isinstance(record.get("order"), dict) else None
+
+
+def _find_process(record: dict) -> psutil.Process | None:
+    """기록에 적힌 프로세스. 끝났거나, 그 번호를 다른 프로세스가 쓰면 None이다."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, psutil.Error):
+        process = psutil.Process(record["pid"])
+        ours = any(word.endswith(SCRIPT) for word in process.cmdline())
+        same = ours and abs(process.create_time() - record["created"]) < 1
+        if same and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 def _outcome(folder: Path) -> str:
@@ -233,31 +253,15 @@ def _outcome(folder: Path) -> str:
     return "stopped" if checkpoint.newest_valid(folder) is not None else "failed"
 
 
-def _describe(state: str, log: str) -> str:
-    steps, measured = _STEP.findall(log), _EVAL.findall(log)
+def _describe(state: str, log: RunLog) -> str:
     parts = []
-    if steps:
-        done, total, loss, left = steps[-1]
-        parts = [f"{done}/{total} step", f"loss {loss}"]
+    if log.losses:
+        parts = [f"{log.step}/{log.total} step", f"loss {log.losses[log.step]:.3f}"]
         if state == "running":
-            parts.append(f"남은 시간 {left}" if done != total else "마무리하는 중")
-    if measured:
-        parts.append(f"검증 loss {measured[-1]}")
-    heads = {"running": "학습하는 중" if steps else "준비하는 중", "finished": "끝났어요",
+            parts.append(f"남은 시간 {log.left}" if log.step != log.total else "마무리하는 중")
+    if log.measured is not None:
+        parts.append(f"검증 loss {log.measured:.3f}")
+    heads = {"running": "학습하는 중" if log.losses else "준비하는 중", "finished": "끝났어요",
              "stopped": "멈췄어요. 이어 할 수 있어요",
-             "failed": f"실패했어요: {_last_line(log) or '로그가 비어 있어요'}"}
+             "failed": f"실패했어요: {log.last_line or '로그가 비어 있어요'}"}
     return " · ".join([heads[state], *parts])
-
-
-def _tail(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - LOG_TAIL))
-            return printable(stream.read().decode("utf-8", "replace").replace("\r", "\n"))
-    except OSError:
-        return ""
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return printable(lines[-1]).removeprefix("오류: ")[:300] if lines else ""

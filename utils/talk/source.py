@@ -134,12 +134,6 @@ def load_models(sources: Sequence[Source], cache_dir: str | None, load_4bit: boo
     return Models(choices)
 
 
-def load_answerer(source: Source, cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
-                  prompt_template: str | None, say: Callable[[str], None]) -> Answerer:
-    """모델 하나를 올린다."""
-    return load_answerers([source], cache_dir, load_4bit, load_8bit, prompt_template, say)[0]
-
-
 def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: bool | None, load_8bit: bool,
                    prompt_template: str | None, say: Callable[[str], None]) -> list[Answerer]:
     """기반 모델을 한 번 올리고 어댑터마다 Answerer를 만든다. 고른 것과 이유를 모두 알린다.

@@ -69,4 +69,7 @@ def outcome(run: dict) -> str:
     before, after = run["eval_loss_before"], run["eval_loss_after"]
     if before is None or after is None:
         return "검증하지 않았다"
-    return f"검증 loss {before:.4f} -> {after:.4f}" + ("" if after < before else " (학습 전보다 나쁘다)")
+    found = f"검증 loss {before:.4f} -> {after:.4f}" + ("" if after < before else " (학습 전보다 나쁘다)")
+    if "reward_accuracy_after" in run:
+        found += f", 검증 쌍에서 고른 답의 보상이 더 높은 비율 {run['reward_accuracy_after']:.1%}"
+    return found

@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.data.blocks import IGNORE, document_mask, shifted_targets
 from utils.model.loss import Head, head_loss, measure_head
+from utils.model.objective import is_preference, measured, objective
 from utils.model.targets import find_backbone
 from utils.train.micro_step import Batch
 
@@ -24,24 +25,26 @@ def recompute_all(model: nn.Module) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-class _HeadLoss(torch.autograd.Function):
-    """조각 손실을 자동미분에 잇는다.
+class _HeadNll(torch.autograd.Function):
+    """조각 손실을 자동미분에 잇는다. 토큰마다의 음의 로그 가능도 [tokens]를 준다.
 
-    L = factor * sum_t nll_t(W h_t)에서 W는 얼어 있으므로 필요한 것은 dL/dh [tokens, hidden]뿐이고, forward가 logits의
-    조각을 만든 김에 구해 둔다. backward는 위에서 온 스칼라 dS/dL를 곱하기만 한다: dS/dh = (dS/dL) dL/dh.
+    nll_t(W h_t)에서 W는 얼어 있으므로 필요한 것은 dnll/dh [tokens, hidden]뿐이고, forward가 logits의 조각을 만든 김에
+    구해 둔다. backward는 위에서 온 dL/dnll [tokens]를 곱하기만 한다: dL/dh = (dL/dnll) dnll/dh.
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, head: Head, targets: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
-        loss = head_loss(hidden.detach(), head.weight, targets, factor, gradient, head=head).sum() * factor
+        one = torch.ones((), device=hidden.device)
+        nll = head_loss(hidden.detach(), head.weight, targets, one, gradient, head=head)
         ctx.save_for_backward(gradient)
-        return loss
+        return nll
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
+        """입력마다의 gradient. hidden의 것 [tokens, hidden]뿐이고 나머지는 None이다."""
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_output), None, None, None
+        return gradient.mul_(grad_output[:, None]), None, None
 
 
 class AutogradStep:
@@ -87,48 +90,44 @@ class AutogradStep:
         for row, positions in enumerate(batch["position_ids"]):
             starts = torch.nonzero(positions == 0)[:, 0].tolist()
             for start, end in pairwise([*starts, len(positions)]):
-                targets = shifted_targets(batch["labels"][row:row + 1, start:end])
-                if (targets != IGNORE).any():  # 블록의 끝을 채운 토큰에는 정답이 없다
-                    yield {"input_ids": batch["input_ids"][row:row + 1, start:end]}, targets
+                yield ({"input_ids": batch["input_ids"][row:row + 1, start:end]},
+                       shifted_targets(batch["labels"][row:row + 1, start:end]))
 
-    def _nll(self, call: Batch, targets: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-        """음의 로그 가능도의 합(스칼라). `factor`가 있으면 곱하고 자동미분에 잇는다.
-
-        Args:
-            targets: [rows, tokens] int64.
-        """
-        targets = targets.flatten()
-        if self.backbone is not None:
-            # [rows, tokens, hidden] -> [rows * tokens, hidden]: 손실은 토큰마다 따로다
-            hidden = self.backbone(**call, use_cache=False).last_hidden_state.flatten(0, 1)
-            if factor is None:
-                return head_loss(hidden, self.head.weight, targets, head=self.head).sum()
-            return _HeadLoss.apply(hidden, self.head, targets, factor)
-        logits = self.causal(**call, use_cache=False).logits.flatten(0, 1)  # [rows * tokens, vocab]
-        nll = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
-        return nll if factor is None else nll * factor
+    def _nlls(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """따로 계산하는 부분마다의 음의 로그 가능도 [tokens]. 이으면 블록 전체 [rows * block]이다."""
+        for call, targets in self._parts(batch):
+            targets = targets.flatten()
+            if self.separate and not (targets != IGNORE).any():  # 블록의 끝을 채운 토큰에는 정답이 없다
+                yield torch.zeros(len(targets), device=targets.device)
+            elif self.backbone is None:
+                logits = self.causal(**call, use_cache=False).logits.flatten(0, 1)
+                yield nn.functional.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORE)
+            else:
+                hidden = self.backbone(**call, use_cache=False).last_hidden_state.flatten(0, 1)
+                yield (_HeadNll.apply(hidden, self.head, targets) if torch.is_grad_enabled()
+                       else head_loss(hidden, self.head.weight, targets, head=self.head))
 
     def train(self, batch: Batch) -> torch.Tensor:
-        """gradient를 `.grad`에 더하고 `factor * 손실`을 돌려준다."""
+        """gradient를 `.grad`에 더하고 `factor * 손실`(`objective`)을 돌려준다."""
         if not self.model.training:
             self.model.train()
         total = torch.zeros((), device=batch["input_ids"].device)
-        for call, targets in self._parts(batch):
-            with torch.enable_grad():
-                loss = self._nll(call, targets, batch["factor"])
-                loss.backward()
-            total = total + loss.detach()
+        with torch.enable_grad():
+            # 선호 쌍의 손실은 두 답의 nll을 모두 알아야 나온다
+            nlls = [torch.cat(list(self._nlls(batch)))] if is_preference(batch) else self._nlls(batch)
+            for nll in nlls:
+                loss = objective(nll, batch)
+                if loss.requires_grad:
+                    loss.flatten()[0].backward()
+                total = total + loss.detach()
         return total
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """dropout 없이 구한 음의 로그 가능도의 합."""
+        """dropout 없이 구한 음의 로그 가능도의 합. 선호 쌍이면 쌍마다의 값(`objective.measured`)이다."""
         if self.model.training:
             self.model.eval()
-        total = torch.zeros((), device=batch["input_ids"].device)
-        for call, targets in self._parts(batch):
-            total = total + self._nll(call, targets, None)
-        return total
+        return measured(torch.cat(list(self._nlls(batch))), batch)
 
     def release(self) -> None:
         """미리 잡아 둔 메모리가 없다."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.data.blocks import pack
+from utils.errors import UsageError
+from utils.process import n_processes
 from utils.train import run_folder
 from utils.train.records import Schedule, Settings
 
@@ -42,7 +44,7 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
     """batch와 블록의 길이를 정한다. 사용자가 적은 batch와, 이어 갈 실행의 것은 그대로 쓴다.
 
     Args:
-        lengths: 학습할 문서들의 토큰 수.
+        lengths: 학습할 문서들의 토큰 수. [문서의 수] int64.
         longest: 학습하거나 검증할 가장 긴 문서의 토큰 수. 블록은 이보다 짧아지지 않는다.
         world: 함께 배우는 프로세스의 수. batch는 이 수와 micro_batch_size로 나누어진다.
     """
@@ -55,9 +57,10 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
         return attempt(settings.batch_size, whole, whole)
     earlier = run_folder.earlier_batch(settings)
     if earlier is not None:
-        return attempt(*earlier)
+        return attempt(earlier.size, earlier.block_len, earlier.room)
 
-    unit = world * (settings.micro_batch_size or 1)
+    # 차례로 줄인다: batch(16블록에서 절반씩), 블록의 길이(가장 긴 행까지), 블록에 담는 양(64토큰까지)
+    unit = world * (settings.micro_batch_size or 1)  # batch의 가장 작은 단위
     times = max(1, DEFAULT_BATCH // unit)
     chosen = attempt(unit * times, whole, whole)
     while chosen.steps < ENOUGH_STEPS and times > 1:
@@ -94,3 +97,17 @@ def batch_lines(settings: Settings, batch: BatchSize, lengths: np.ndarray, longe
     epochs = math.ceil(settings.num_train_epochs * FEW_STEPS / batch.steps)
     return [*lines, f"{warning}. 데이터를 {epochs}번 보면 {FEW_STEPS} step이 된다: "
                     f"{changed(num_train_epochs=str(epochs))}"]
+
+
+def share_of_batch(settings: Settings, batch_size: int) -> int:
+    """프로세스 하나가 optimizer step마다 계산하는 블록의 수.
+
+    Raises:
+        UsageError: batch_size를 프로세스들에 똑같이 나눌 수 없다.
+    """
+    share, rest = divmod(batch_size, n_processes())
+    if rest or not share or (settings.micro_batch_size and share % settings.micro_batch_size):
+        unit = n_processes() * (settings.micro_batch_size or 1)
+        raise UsageError(f"batch_size {batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
+                         f"{settings.micro_batch_size or 1}로 나누어지지 않는다. --batch_size {unit}의 배수로 적는다")
+    return share

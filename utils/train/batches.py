@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from utils.data.blocks import IGNORE
+from utils.model.objective import is_preference
 from utils.train.group import ALONE, Group
 from utils.train.micro_step import Batch
-
-NAMES = ("input_ids", "labels", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,24 @@ def evaluation_batches(size: int, rows: int, group: Group) -> list[list[int]]:
 
 
 def read_blocks(dataset, indices: list[int], pin: bool = False) -> Batch:
-    """블록들을 [rows, block] 모양의 int64 tensor로 쌓는다. -1번은 정답이 없는 블록이다.
+    """블록들을 [rows, ...] 모양의 tensor로 쌓는다. -1번은 정답도 선호 쌍도 없는 블록이다.
 
     Args:
         pin: GPU로 빨리 옮길 수 있는 메모리에 담는다.
     """
     blocks = [dataset[max(index, 0)] for index in indices]
-    batch = {name: torch.stack([block[name] for block in blocks]) for name in NAMES}
-    batch["labels"][[index < 0 for index in indices]] = IGNORE
+    batch = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+    empty = [index < 0 for index in indices]
+    batch["labels"][empty] = IGNORE
+    if is_preference(batch):
+        batch["reference"][empty] = torch.nan
     return {name: value.pin_memory() for name, value in batch.items()} if pin else batch
 
 
 def n_targets(batch: Batch) -> torch.Tensor:
-    """정답이 있는 토큰의 수(int64 스칼라). 블록의 첫 토큰은 아무도 맞히지 않는다."""
+    """손실을 이 수로 나눈다(int64 스칼라): 정답이 있는 토큰, 선호 쌍이면 쌍. 블록의 첫 토큰은 아무도 맞히지 않는다."""
+    if is_preference(batch):
+        return (~batch["reference"][:, 0::2].isnan()).sum()
     return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
@@ -109,4 +113,5 @@ def count_documents(dataset) -> int:
         return 1
     if hasattr(dataset, "max_documents"):
         return dataset.max_documents
-    return max(int((dataset[index]["position_ids"] == 0).sum()) for index in range(len(dataset)))
+    positions = (dataset[index]["position_ids"] for index in range(len(dataset)))
+    return max(int((each == 0).sum()) for each in positions)  # 문서마다 0이 하나 있다

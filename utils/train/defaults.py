@@ -7,14 +7,20 @@ from utils.train.records import Settings
 
 RATES = {"gpt_neox": 1e-3}  # polyglot
 OTHER_RATE = 5e-4  # auto가 고르는 층에 맞다
+PAIR_RATE = 1e-5  # 선호 쌍. 1e-4에서는 데모 모델의 답이 깨졌다
+BETA = 0.1  # DPO의 논문과 TRL이 쓰는 값
 
 
-def fill(settings: Settings, config: Mapping) -> Settings:
-    """학습률을 적지 않았으면 채운 설정.
+def fill(settings: Settings, config: Mapping, pairs: bool = False) -> Settings:
+    """학습률과, 선호 쌍이면 DPO의 beta를 적지 않았으면 채운 설정.
 
     Args:
         config: 기반 모델의 config.json.
+        pairs: 선호 쌍을 배우는가.
     """
-    if settings.learning_rate is not None:
-        return settings
-    return replace(settings, learning_rate=RATES.get(config["model_type"], OTHER_RATE))
+    if settings.learning_rate is None:
+        rate = PAIR_RATE if pairs else RATES.get(config["model_type"], OTHER_RATE)
+        settings = replace(settings, learning_rate=rate)
+    if pairs and settings.dpo_beta is None:
+        settings = replace(settings, dpo_beta=BETA)
+    return settings

@@ -42,13 +42,13 @@ def measure(model, documents: Documents, held_out: np.ndarray) -> ExactMatch | N
     Args:
         model: 어댑터를 얹은 PEFT 모델.
         documents: 데이터의 모든 행.
-        held_out: 검증 행의 번호. 앞에서부터 MAX_ROWS개만 잰다.
+        held_out: 검증 행의 번호. [n] int64. 앞에서부터 MAX_ROWS개만 잰다.
     """
     asked = [read_question(documents, member) for member in held_out[:MAX_ROWS]]
-    short = [(row.prompt.tolist(), row.answer.tolist()) for row in asked
-             if len(row.prompt) and len(row.answer) <= SHORT_ANSWER]
-    if not short or 2 * len(short) < len(asked):
+    brief = [row for row in asked if len(row.prompt) and len(row.answer) <= SHORT_ANSWER]
+    if not brief or 2 * len(brief) < len(asked):
         return None
+    short = [(row.prompt.tolist(), row.answer.tolist()) for row in brief]
     model.eval()
     tuned = _count(model, short)
     with model.disable_adapter():

@@ -12,6 +12,7 @@ from utils.console import detail
 from utils.train.group import Group, join_group
 from utils.train.loop import Loop
 from utils.train.micro_step import RunningStep
+from utils.train.pairs import measure_references
 from utils.train.progress import Progress, Speed
 from utils.train.records import Plan, Recipe, Result, Settings
 from utils.train.resume import Checkpoints
@@ -33,18 +34,19 @@ def fit(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: R
     run.require_space(model.get_nb_trainable_parameters()[0])
     with contextlib.closing(open_loop(settings, inputs, plan, model, run, say)) as loop:
         detail(f"학습 길: {loop.step.path}")
+        measure_references(loop, say)
         before = measure_before(loop)
         loop.checkpoints.restore(loop)
         with Interrupt(say) as interrupt:
             learn(loop, run, interrupt, say)
             seconds = loop.checkpoints.seconds
-            report_end(plan, before, loop.state.best_metric, say)
+            report_end(plan, before.get("eval_loss"), loop.state.best_metric, say)
             loop.checkpoints.keep_best(loop)
             loop.checkpoints.save_adapter(loop)
         for listener in loop.listeners:
             listener.saved(run.folder, loop.state, final=True)
-    return Result(model, loop.state, loop.step.path, before, loop.state.best_metric, seconds, process.is_sharded(),
-                  loop.group.is_first, interrupt.code is not None)
+    return Result(model, loop.state, loop.step.path, before.get("eval_loss"), loop.state.best_metric, seconds,
+                  process.is_sharded(), loop.group.is_first, interrupt.code is not None, before)
 
 
 def open_loop(settings: Settings, inputs: Inputs, plan: Plan, model: nn.Module, run: Run,
@@ -105,13 +107,13 @@ def place(model: nn.Module, inputs: Inputs, plan: Plan, group: Group, say: Calla
     return Placed(step, fsdp.ShardedWeights(model, config, group, fp16))
 
 
-def measure_before(loop: Loop) -> float | None:
-    """학습 전의 검증 loss를 재어 알린다. 검증하지 않으면 None."""
+def measure_before(loop: Loop) -> dict[str, float]:
+    """학습 전의 검증 loss를 재어 알린다. 검증하지 않으면 비어 있다."""
     if loop.eval_set is None:
-        return None
+        return {}
     before = loop.evaluate()
     for listener in loop.listeners:
-        listener.log({"eval_loss": before}, loop.state)
+        listener.log(before, loop.state)
     return before
 
 

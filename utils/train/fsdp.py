@@ -18,6 +18,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from utils.data.blocks import IGNORE, shifted_targets
 from utils.model.folder import ADAPTER_WEIGHTS
+from utils.model.objective import measured, objective
 from utils.train.autograd_step import recompute_all
 from utils.train.group import Group
 from utils.train.micro_step import Batch
@@ -51,24 +52,29 @@ class ShardedStep:
     def __init__(self, model: FSDP, rows: int, group: Group, device: torch.device):
         self.model, self.rows, self.group, self.device = model, rows, group, device
 
+    def _move(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
     def _nll(self, batch: Batch) -> torch.Tensor:
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        """자리마다의 음의 로그 가능도 [rows * block]."""
         logits = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), shifted_targets(batch["labels"]).flatten(),
-                                           reduction="sum", ignore_index=IGNORE)
+                                           reduction="none", ignore_index=IGNORE)
 
     def train(self, batch: Batch) -> torch.Tensor:
         """gradient를 더하고 `factor * 손실`을 돌려준다."""
         self.model.train()
-        loss = self._nll(batch) * batch["factor"]
-        (loss * self.group.world).backward()  # FSDP는 프로세스들의 평균을 낸다
+        batch = self._move(batch)
+        loss = objective(self._nll(batch), batch)
+        (loss.flatten()[0] * self.group.world).backward()  # FSDP는 프로세스들의 평균을 낸다
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """dropout 없이 구한 음의 로그 가능도의 합."""
+        """dropout 없이 구한 음의 로그 가능도의 합. 선호 쌍이면 쌍마다의 값(`objective.measured`)이다."""
         self.model.eval()
-        return self._nll(batch)
+        batch = self._move(batch)
+        return measured(self._nll(batch), batch)
 
     def check(self, vocab: int, block: int) -> None:
         """문서들이 서로를 보지 못함을 확인한다.

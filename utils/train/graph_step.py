@@ -68,8 +68,8 @@ class CapturedStep:
 
     def _copy_inputs(self, batch: Batch) -> Batch:
         """입력을 static tensor에 복사한다. CPU의 입력도 그대로 받는다."""
-        same = all(self._inputs[name].shape == value.shape for name, value in batch.items() if name in self._inputs)
-        if not same:
+        known = [name for name in batch if name in self._inputs]
+        if any(self._inputs[name].shape != batch[name].shape for name in known):
             self.release()
         for name, value in batch.items():
             if name not in self._inputs:

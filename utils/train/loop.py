@@ -7,6 +7,7 @@ from contextlib import closing
 import torch
 
 from utils.errors import UsageError
+from utils.model.objective import FIGURES, tally
 from utils.train.batches import MicroBatches, block_key, evaluation_batches, n_targets, read_blocks
 from utils.train.group import Group
 from utils.train.listener import Listener
@@ -19,10 +20,11 @@ from utils.train.weights import Weights
 
 
 class Loop:
-    """QLoRA 학습. 손실은 effective batch 전체의 토큰 평균이다.
+    """QLoRA 학습. 손실은 effective batch 전체의 토큰 평균, 선호 쌍이면 쌍의 평균이다.
 
     Args:
-        train_set: 블록의 dataset. 블록은 `input_ids`, `labels`, `position_ids`가 모두 [block]이다.
+        train_set: 블록의 dataset. 블록은 `input_ids`, `labels`, `position_ids`가 모두 [block]이고, 선호 쌍이면
+            `reference`와 `beta`도 있다.
         eval_set: 검증할 블록. None이면 검증하지 않는다.
         checkpoints: 저장할 곳. None이면 저장하지 않는다.
     """
@@ -70,7 +72,8 @@ class Loop:
         """effective batch 하나로 가중치를 한 번 고치고, 기록할 한 줄을 돌려준다.
 
         effective batch에서 정답이 있는 토큰이 T개면 L = (1 / T) sum_t nll_t이다. T는 모든 micro batch와 프로세스의
-        것이므로, 저마다 factor = 1 / T를 곱해 더한 gradient의 합이 곧 dL이다. micro batch의 평균을 내지 않는다.
+        것이므로, 저마다 factor = 1 / T를 곱해 더한 gradient의 합이 곧 dL이다. micro batch의 평균을 내지 않는다. 선호
+        쌍이면 T는 쌍의 수다.
 
         Args:
             indices: micro batch마다의 블록 번호.
@@ -81,27 +84,28 @@ class Loop:
             targets = self.group.add_up(targets).clamp(min=1)  # T. 채운 블록뿐이어도 0으로 나누지 않는다
 
             self.weights.zero_gradients()
-            loss = sum(self.micro_step(number, batch, targets) for number, batch in enumerate(micro_batches))
-            loss = self.group.add_up(loss)
+            values = sum(self.micro_step(number, batch, targets) for number, batch in enumerate(micro_batches))
+            values = self.group.add_up(values).flatten()
             self.weights.sum_gradients()
 
             self.weights.scaler.unscale_(self.optimizer)  # fp16이면 키워 둔 gradient를 되돌려야 그 크기를 잴 수 있다
             norm = self.weights.clip_gradients(self.recipe.max_grad_norm)
             rate = self.optimizer.param_groups[0]["lr"]
-            self.refuse_divergence(loss, norm, rate)
+            self.refuse_divergence(values[0], norm, rate)
             self.update_weights()
         self.state.global_step += 1
         epoch, done = divmod(self.state.global_step, self.batches.steps_per_epoch)
         # epoch의 마지막 step은 micro batch가 accumulation보다 적을 수 있으므로 step이 아니라 micro batch로 센다
         self.state.epoch = epoch + done * self.recipe.accumulation / self.batches.per_epoch
-        return {"loss": float(loss), "grad_norm": float(norm), "learning_rate": rate, **self.speed.figures()}
+        measured = dict(zip(FIGURES, values.tolist(), strict=False))
+        return {**measured, "grad_norm": float(norm), "learning_rate": rate, **self.speed.figures()}
 
     def micro_step(self, number: int, batch: Batch, targets: torch.Tensor) -> torch.Tensor:
-        """micro batch 하나의 gradient를 더하고, effective batch의 손실 가운데 이 micro batch의 몫을 돌려준다.
+        """micro batch 하나의 gradient를 더하고, effective batch의 손실(`objective`) 가운데 제 몫을 돌려준다.
 
         Args:
             number: optimizer step 안에서 이 프로세스의 몇 번째 micro batch인지.
-            targets: effective batch에서 정답이 있는 토큰의 수.
+            targets: effective batch에서 정답이 있는 토큰, 또는 쌍의 수.
         """
         factor = 1 / targets
         # fp16의 작은 gradient는 0이 되므로 손실을 scale배로 키워 backward하고, 고치기 전에 나눈다. fp16이 아니면 1이다
@@ -144,24 +148,36 @@ class Loop:
         raise UsageError(f"step {self.state.global_step + 1}에서 {bad}가 NaN이나 inf가 되어, 가중치를 고치기 전에 "
                          f"멈추었다. 이유: {cause}(지금 학습률 {rate:.1e}). {kept}. {advice}")
 
-    def evaluate(self) -> float:
-        """검증 블록의 손실: 정답이 있는 토큰마다의 음의 로그 가능도의 평균. 학습과 같은 모양으로 계산한다."""
-        # [손실의 합, 정답의 수]. 검증 토큰이 수천만이어도 한 자리도 잃지 않게 fp64로 더한다
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+    def evaluate(self) -> dict[str, float]:
+        """검증 블록의 값(`eval_loss` 따위). 학습과 같은 모양으로 계산한다.
+
+        손실은 정답이 있는 토큰마다의 음의 로그 가능도의 평균이고, 선호 쌍이면 쌍마다의 `objective.FIGURES`의 평균이다.
+        """
+        # 검증 토큰이 수천만이어도 한 자리도 잃지 않게 fp64로 더한다
+        totals, count = 0.0, torch.zeros(1, dtype=torch.float64, device=self.device)
         for rows in evaluation_batches(len(self.eval_set), self.step.rows, self.group):
-            batch = read_blocks(self.eval_set, rows, pin=self.device.type == "cuda")
-            total[0] += self.step.evaluate({**batch, "keys": self.dropout_keys(len(rows))})
-            total[1] += n_targets(batch)
-        nll, tokens = self.group.add_up(total).tolist()
-        return nll / max(tokens, 1)
+            batch = self.read(self.eval_set, rows)
+            totals = totals + tally(self.measure(batch), batch).double()
+            count += n_targets(batch)
+        *sums, number = self.group.add_up(torch.cat([totals, count])).tolist()
+        return {f"eval_{name}": value / max(number, 1) for name, value in zip(FIGURES, sums, strict=False)}
+
+    def read(self, dataset, rows: list[int]) -> Batch:
+        """블록들을 이 장치에 쌓은 batch."""
+        batch = read_blocks(dataset, rows, pin=self.device.type == "cuda")
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def measure(self, batch: Batch) -> torch.Tensor:
+        """배우지 않고 잰 값(`objective.measured`)."""
+        return self.step.evaluate({**batch, "keys": self.dropout_keys(len(batch["input_ids"]))})
 
     def validate(self) -> None:
         """평가하고, 가장 좋은 step을 기억한다."""
         began = time.perf_counter()
-        loss = self.evaluate()
+        found = self.evaluate()
         seconds = time.perf_counter() - began
-        self.state.remember(loss)
-        self.log({"eval_loss": loss, "eval_runtime": seconds, "eval_samples_per_second": len(self.eval_set) / seconds})
+        self.state.remember(found["eval_loss"])
+        self.log({**found, "eval_runtime": seconds, "eval_samples_per_second": len(self.eval_set) / seconds})
 
     def log(self, row: dict[str, float]) -> None:
         row = {**row, "epoch": self.state.epoch, "step": self.state.global_step}

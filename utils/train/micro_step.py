@@ -10,16 +10,17 @@ Batch = dict[str, torch.Tensor]
 class Step(Protocol):
     """micro-step 하나를 계산하는 길.
 
-    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 씨앗 `keys`는 [rows, 2]다.
+    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 씨앗 `keys`는 [rows, 2]다. 선호
+    쌍이면 `reference`와 `beta`도 있다. 손실은 `model/objective.py`가 정한다.
     """
 
     path: str  # 어느 길인지 설명하는 한 줄
 
     def train(self, batch: Batch) -> torch.Tensor:
-        """`batch["factor"]`를 곱한 손실의 gradient를 `.grad`에 더하고 그 손실(스칼라)을 돌려준다."""
+        """`batch["factor"]`를 곱한 손실의 gradient를 `.grad`에 더하고 그 손실(`objective.objective`)을 돌려준다."""
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """dropout 없이 구한 음의 로그 가능도의 합(스칼라)."""
+        """dropout 없이 구한 값(`objective.measured`): 음의 로그 가능도의 합, 선호 쌍이면 쌍마다의 값."""
 
     def release(self) -> None:
         """잡아 둔 메모리를 놓는다."""

@@ -96,8 +96,9 @@ def disagreement(step: Step, model: nn.Module, truth: Truth,
             if not step.recompute_more():
                 raise UsageError(NO_MEMORY)
     loss_limit, gradient_limit = TOLERANCE[model_dtype(model)]
-    for ours, theirs in ((measured.loss, truth.loss), (measured.short_loss, truth.short_loss)):
-        if not abs(ours - theirs) <= loss_limit * abs(theirs):
+    for ours, theirs, size in ((measured.loss, truth.loss, truth.loss),
+                               (measured.short_loss, truth.short_loss, truth.short_size)):
+        if not abs(ours - theirs) <= loss_limit * size:
             return measured, f"{step.path}: 손실이 모델의 forward에서는 {theirs:.4f}인데 {ours:.4f}다"
     apart, name = furthest(measured.gradients, truth.gradients)
     if not apart <= gradient_limit:
@@ -114,9 +115,9 @@ def is_nearer(measured: Measured, truth: Truth, exact: Truth) -> bool:
     if exact.short["input_ids"].shape != truth.short["input_ids"].shape:  # 메모리가 모자라 더 짧은 글로 쟀다
         return False
     limit, gradient_limit = TOLERANCE[torch.bfloat16]
-    for ours, theirs, right in ((measured.loss, truth.loss, exact.loss),
-                                (measured.short_loss, truth.short_loss, exact.short_loss)):
-        if not abs(ours - right) <= max(abs(theirs - right), limit * abs(right)):
+    for ours, theirs, right, size in ((measured.loss, truth.loss, exact.loss, exact.loss),
+                                      (measured.short_loss, truth.short_loss, exact.short_loss, exact.short_size)):
+        if not abs(ours - right) <= max(abs(theirs - right), limit * size):
             return False
     ours, theirs = overall(measured.gradients, exact.gradients), overall(truth.gradients, exact.gradients)
     worst, least = furthest(measured.gradients, exact.gradients), furthest(truth.gradients, exact.gradients)
@@ -124,9 +125,11 @@ def is_nearer(measured: Measured, truth: Truth, exact: Truth) -> bool:
 
 
 def overall(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """gradient를 모두 이은 벡터의 차이의 비율."""
-    apart = math.sqrt(sum(float((ours[name] - value).norm()) ** 2 for name, value in theirs.items()))
-    return apart / max(math.sqrt(sum(float(value.norm()) ** 2 for value in theirs.values())), 1e-12)
+    """gradient를 모두 이은 벡터의 차이의 비율 |a - b| / |b|. 이름 -> 그 가중치의 모양인 fp32."""
+    # 이은 벡터의 크기 |v|^2은 조각마다의 |v_i|^2의 합이다
+    apart = sum(float((ours[name] - value).norm()) ** 2 for name, value in theirs.items())
+    size = sum(float(value.norm()) ** 2 for value in theirs.values())
+    return math.sqrt(apart) / max(math.sqrt(size), 1e-12)
 
 
 def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) -> Measured:
@@ -140,7 +143,7 @@ def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) ->
         short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
         loss = float(step.evaluate(block))
         one = torch.ones((), device=device)  # 참값은 합의 gradient이므로 아무것도 곱하지 않는다
-        short_loss = float(step.train({**short, "factor": one}))
+        short_loss = float(step.train({**short, "factor": one}).flatten()[0])
         gradients = take_gradients(model)
     rows = model.get_input_embeddings().weight.shape[0]
     check_isolation(step, rows, 1, max(8, truth.short["input_ids"].shape[1]), device, device_keys(device))
@@ -176,11 +179,13 @@ def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int,
     for variant in (tokens, other_first, other_own):
         batch = {"input_ids": variant, "labels": labels, "position_ids": positions, **extra}
         losses.append(float(step.evaluate({name: value.to(device) for name, value in batch.items()})))
+    plain, first_changed, own_changed = losses
     # 가려진 글은 0을 더할 뿐이므로 같은 모양의 계산은 거의 비트까지 같다
-    if abs(losses[1] - losses[0]) > SAME_LOSS * abs(losses[0]) or losses[2] == losses[0]:
+    leaks = abs(first_changed - plain) > SAME_LOSS * abs(plain)
+    if leaks or own_changed == plain:
         raise UsageError(f"이 모델({step.path})은 한 블록에 든 문서들을 떼어 놓지 못해 묶어서 학습할 수 없다: "
-                         f"앞 문서를 바꾸자 손실이 {losses[0]:.4f}에서 {losses[1]:.4f}로, 제 첫 토큰을 바꾸자 "
-                         f"{losses[2]:.4f}로 바뀌었다")
+                         f"앞 문서를 바꾸자 손실이 {plain:.4f}에서 {first_changed:.4f}로, 제 첫 토큰을 바꾸자 "
+                         f"{own_changed:.4f}로 바뀌었다")
 
 
 def forget_comparison(device: torch.device) -> None:
@@ -198,7 +203,8 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     """(가장 많이 다른 tensor의 차이의 비율, 그 이름). 아주 작은 gradient는 가장 큰 것의 1%를 기준으로 잰다."""
     norms = {name: float(value.norm()) for name, value in theirs.items()}
     floor = max(norms.values(), default=0.0) / 100 or 1e-12
-    apart = {name: float((ours[name] - value).norm()) / max(norms[name], floor) for name, value in theirs.items()}
+    gaps = {name: float((ours[name] - value).norm()) for name, value in theirs.items()}
+    apart = {name: gap / max(norms[name], floor) for name, gap in gaps.items()}
     # NaN은 무엇과 비교해도 거짓이라 max가 지나칠 수 있다. 가장 나쁜 것으로 친다
     name = max(apart, key=lambda key: math.inf if math.isnan(apart[key]) else apart[key])
     return apart[name], name
@@ -212,6 +218,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
+    """블록 하나의 dropout 씨앗: keys [1, 2] int32."""
     return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}
 
 

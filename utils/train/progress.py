@@ -67,7 +67,7 @@ class Progress:
 
     def log(self, row: dict[str, float], state: TrainState) -> None:
         if "eval_loss" in row:
-            self._write(self._evaluation_line(row["eval_loss"], state))
+            self._write(self._evaluation_line(row["eval_loss"], state) + pair_note(row, "eval_"))
             return
         self.bar.set_description_str(f"loss {row['loss']:.3f} ", refresh=False)
         self.bar.update(state.global_step - self.bar.n)
@@ -92,7 +92,7 @@ class Progress:
     def _line(self, row: dict[str, float], state: TrainState) -> str:
         left = self.speed.seconds_left(state.max_steps - state.global_step)
         width = len(str(state.max_steps))
-        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {row['loss']:.4f}  "
+        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {row['loss']:.4f}{pair_note(row)}  "
                 f"기울기 {row['grad_norm']:.3f}  학습률 {row['learning_rate']:.2e}  "
                 f"{row['tokens_per_second']:,.0f} 토큰/초  남은 시간 {clock(left)}")
 
@@ -100,6 +100,12 @@ class Progress:
         self.bar.clear()
         self.say(line)
         self.bar.refresh()
+
+
+def pair_note(row: dict[str, float], prefix: str = "") -> str:
+    """선호 쌍의 기록이면 보상이 맞은 비율과 보상의 차이. 아니면 빈 글이다."""
+    accuracy, margin = row.get(f"{prefix}reward_accuracy"), row.get(f"{prefix}reward_margin")
+    return "" if accuracy is None else f"  맞은 보상 {accuracy:.1%}  보상의 차이 {margin:.3f}"
 
 
 def summary_lines(run: dict) -> list[str]:

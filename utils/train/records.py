@@ -1,7 +1,7 @@
 """학습 단계가 주고받는 기록: 설정(`Settings`), 계획(`Plan`), 루프가 따르는 값(`Recipe`), 결과(`Result`)."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -21,6 +21,7 @@ class Settings:
     batch_size: int | None
     micro_batch_size: int | None
     learning_rate: float | None
+    dpo_beta: float | None
     cutoff_len: int
     val_set_size: float
     train_on_inputs: bool
@@ -132,6 +133,7 @@ class Result:
         sharded: 모델을 여러 카드에 나누어 배웠는지. 나뉜 모델로는 답하지 않는다.
         is_first: 기록을 쓰는 프로세스인지.
         interrupted: 다 배운 뒤 어댑터를 쓰는 동안 멈추라는 신호를 받았는지.
+        started: 학습 전의 검증 값(`Loop.evaluate`).
     """
 
     model: nn.Module
@@ -143,3 +145,10 @@ class Result:
     sharded: bool
     is_first: bool
     interrupted: bool = False
+    started: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> dict[str, float]:
+        """가장 좋은 step의 검증 값. 검증하지 않았으면 비어 있다."""
+        return next((row for row in self.state.log_history
+                     if "eval_loss" in row and row["step"] == self.state.best_global_step), {})

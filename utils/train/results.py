@@ -10,13 +10,14 @@ import torch
 from utils import record, report
 from utils.console import one_line
 from utils.environment import installed_version, peak_ram_bytes
+from utils.model.objective import FIGURES
 from utils.train import adapter_card, progress
 from utils.train.records import Plan, Result, Settings
-from utils.train.samples import EXAMPLE, STOPPED, Samples, answer_samples
+from utils.train.samples import EXAMPLE, STOPPED, Samples, answer_samples, user_questions
 from utils.train.signals import Interrupt
 from utils.train.stage import Inputs
 
-N_SHOWN = 3  # 콘솔에 보이는 질문의 수
+N_SHOWN = 3  # 콘솔과 페이지에 보이는 질문의 수
 SAMPLE_SECONDS, SAMPLE_SHARE = 60.0, 0.1  # 답을 만드는 시간은 이 초와, 학습한 시간의 이 몫 가운데 큰 쪽까지다
 
 
@@ -86,15 +87,20 @@ def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result)
         "settings": asdict(settings),
         "versions": versions(),
         "device": {"name": str(inputs.device.device), "dtype": str(inputs.device.dtype), "why": inputs.device.reason},
-        "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents), "cut": inputs.documents.n_cut,
+        "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents) // inputs.documents.per_row,
+                 "cut": inputs.documents.n_cut,
                  "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
-                 "validation_rows": len(inputs.held_out)},
+                 "validation_rows": len(inputs.held_out) // inputs.documents.per_row,
+                 "questions": [one.sample["question"] for one in user_questions(inputs)[:N_SHOWN]]},
         "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
                  "batch_size": inputs.batch.size, "block_len": inputs.batch.block_len,
                  "micro_batch_size": plan.memory.micro_batch_size, "processes": plan.processes},
         "path": result.path,
         "eval_loss_before": result.before,
         "eval_loss_after": result.after,
+        **{f"{name}_{when}": values[f"eval_{name}"] for when, values in (("before", result.started),
+                                                                         ("after", result.ended))
+           for name in FIGURES[1:] if f"eval_{name}" in values},
         "train_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "peak_vram_gb": torch.cuda.max_memory_reserved() / 1e9 if inputs.device.device.type == "cuda" else None,

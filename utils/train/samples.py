@@ -78,7 +78,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
         seconds: 답을 만드는 데 쓸 수 있는 시간(초).
     """
     try:
-        samples.exact = exact.measure(model, inputs.documents, inputs.held_out)
+        samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.held_out))
         samples.scores = measure_exams(inputs, model)
         fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
@@ -158,11 +158,16 @@ def answer(decoder: Decoder, inputs: Inputs, group: list[Asked], name: str, unti
 
 
 def questions_to_ask(settings: Settings, inputs: Inputs) -> list[Asked]:
-    """사용자의 검증 질문. 검증하지 않았으면 학습에 쓴 질문 몇 개다. 함께 든 데이터면 페이지의 예시 질문도 앞에 둔다."""
-    asked = row_questions(inputs, inputs.held_out, HELD_OUT)
-    if not len(inputs.held_out):
-        asked = row_questions(inputs, np.sort(np.concatenate(inputs.train_set.blocks)), TRAINED)[:N_COMPARED]
-    return [*(example_questions(inputs) if Path(settings.data_path) == DATA_DEMO else ()), *asked]
+    """사용자의 질문 `MAX_SAMPLES`개까지. 함께 든 데이터면 페이지의 예시 질문도 앞에 둔다."""
+    return [*(example_questions(inputs) if Path(settings.data_path) == DATA_DEMO else ()), *user_questions(inputs)]
+
+
+def user_questions(inputs: Inputs) -> list[Asked]:
+    """사용자의 검증 질문. 검증하지 않았으면 학습에 쓴 질문 몇 개다."""
+    asked = inputs.documents.asked
+    if len(inputs.held_out):
+        return row_questions(inputs, asked(inputs.held_out), HELD_OUT)
+    return row_questions(inputs, asked(np.sort(np.concatenate(inputs.train_set.blocks))), TRAINED)[:N_COMPARED]
 
 
 def example_questions(inputs: Inputs) -> list[Asked]:
@@ -178,8 +183,10 @@ def row_questions(inputs: Inputs, members: np.ndarray, kind: str) -> list[Asked]
     """데이터의 행에서 물을 것 `MAX_SAMPLES`개까지. 질문 없이 글만 있는 행은 건너뛴다."""
     found: list[Asked] = []
     for member in members:
+        if len(found) == MAX_SAMPLES:
+            break
         row = read_question(inputs.documents, member)
-        if len(row.prompt) and len(found) < MAX_SAMPLES:
+        if len(row.prompt):
             question = plain_question(inputs.tokenizer, inputs.prompter, row.prompt)
             sample = {"kind": kind, "question": question, "reference": readable(inputs.tokenizer, row.answer)}
             found.append(Asked(row.prompt.tolist(), sample))

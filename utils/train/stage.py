@@ -12,6 +12,7 @@ from utils.data import blocks, dataset
 from utils.data import check as data_check
 from utils.data.encoder import Encoder
 from utils.data.exams import Exam, load_exams
+from utils.data.rendered import rendered_lines
 from utils.data.repair import check_target, repair
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -32,8 +33,8 @@ from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.paths import find_input
 from utils.process import n_processes
 from utils.prompter import make_prompter
-from utils.train import planner, tracking
-from utils.train.batch_size import BatchSize, batch_lines, choose_batch
+from utils.train import defaults, pairs, planner, tracking
+from utils.train.batch_size import BatchSize, batch_lines, choose_batch, share_of_batch
 from utils.train.records import Plan, Schedule, Settings
 
 
@@ -92,21 +93,27 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
                                                              settings.cache_dir)
     chosen, held_out = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
     report_data(documents, chosen, held_out, say)
-    chosen, held_out = drop_answerless(settings, documents, chosen, held_out, say)
+    drop = pairs.drop_long_pairs if documents.pairs else drop_answerless
+    chosen, held_out = drop(settings, documents, chosen, held_out, say)
 
-    lengths = documents.lengths()[chosen]
-    longest = int(documents.lengths()[np.concatenate([chosen, held_out])].max())
+    lengths = blocks.unit_lengths(documents, chosen)
+    longest = int(blocks.unit_lengths(documents, np.concatenate([chosen, held_out])).max())
     batch = choose_batch(settings, lengths, longest, n_processes())
     for line in batch_lines(settings, batch, lengths, longest, n_processes()):
         say(line)
 
     def packed(members: np.ndarray, train_on_inputs: bool) -> blocks.PackedDataset:
+        if documents.pairs:
+            return blocks.PairedDataset(documents, members, batch.block_len, read.end_id,
+                                        defaults.fill(settings, config, pairs=True).dpo_beta, settings.seed, batch.room)
         return blocks.PackedDataset(documents, members, batch.block_len, read.end_id, train_on_inputs, settings.seed,
                                      batch.room)
 
     end_ids = end_token_ids(read.tokenizer, hub.folder(settings.base_model, settings.cache_dir))
     train_set = packed(chosen, settings.train_on_inputs)
     eval_set = packed(held_out, train_on_inputs=False) if len(held_out) else None  # 무엇을 배우든 답을 잰다
+    if documents.pairs:
+        blocks.make_even(train_set, eval_set)
     return Inputs(device, config, read.tokenizer, read.end_id, end_ids, read.prompter, read.encoder, documents,
                   held_out, train_set, eval_set, batch, documents.sha256, targets, trackers, exams)
 
@@ -173,7 +180,7 @@ def read_data(settings: Settings, say: Callable[[str], None], skip_bad: bool = F
 
 def report_data(documents: dataset.Documents, chosen: np.ndarray, held_out: np.ndarray,
                 say: Callable[[str], None]) -> None:
-    """데이터에서 이상한 것을 찾았으면 몇 줄로 말한다."""
+    """데이터에서 이상한 것을 찾았으면 몇 줄로 말한다. `chosen`과 `held_out`은 문서 번호 [n] int64다."""
     lines = data_check.short_lines({**documents.found, **data_check.document_faults(documents, chosen, held_out)})
     if lines:
         say("데이터에서 찾은 것(자세히 보려면 --check_data True):")
@@ -187,20 +194,6 @@ def check_block_fits(cutoff_len: int, config: dict) -> None:
         raise UsageError(f"cutoff_len {cutoff_len}이 모델의 문맥 {limit}보다 길다. --cutoff_len {limit} 이하로 적는다")
 
 
-def share_of_batch(settings: Settings, batch_size: int) -> int:
-    """프로세스 하나가 optimizer step마다 계산하는 블록의 수.
-
-    Raises:
-        UsageError: batch_size를 프로세스들에 똑같이 나눌 수 없다.
-    """
-    share, rest = divmod(batch_size, n_processes())
-    if rest or not share or (settings.micro_batch_size and share % settings.micro_batch_size):
-        unit = n_processes() * (settings.micro_batch_size or 1)
-        raise UsageError(f"batch_size {batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
-                         f"{settings.micro_batch_size or 1}로 나누어지지 않는다. --batch_size {unit}의 배수로 적는다")
-    return share
-
-
 def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan:
     """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
     batch = inputs.batch
@@ -212,20 +205,26 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
         micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
         vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents,
         exact=settings.deterministic or longest <= planner.EXACT_TOKENS)
-    documents, lengths = inputs.documents, inputs.documents.lengths()
-    n_train = sum(map(len, inputs.train_set.blocks))
+    documents = inputs.documents
+    n_train, lengths = sum(map(len, inputs.train_set.blocks)), blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
-    say(f"데이터: {len(documents):,}행(학습 {n_train:,}, 검증 {len(inputs.held_out):,}), "
-        f"토큰 {int(lengths.sum()):,}개, 행의 가운데 길이 {int(np.median(lengths))}")
+    say(f"{count_line(documents, n_train, len(inputs.held_out), lengths)}, 가운데 길이 {int(np.median(lengths))}")
     parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
     parts += f" x 프로세스 {n_processes()}" if n_processes() > 1 else ""
     say(f"블록: {len(inputs.train_set):,}개 x {batch.block_len} 토큰(채움 {filled:.1%}). "
         "한 블록의 문서들은 서로 보지 않는다")
     say(f"계획: {schedule.steps} step(워밍업 {schedule.warmup}), {schedule.interval} step마다 평가하고 저장한다. "
         f"batch {batch.size} = micro {parts}, 학습률 {settings.learning_rate:g}")
-    for line in memory.lines():
+    for line in [*pairs.plan_lines(settings, documents), *memory.lines()]:
         say(line)
     return Plan(schedule, memory, share // memory.micro_batch_size, n_processes())
+
+
+def count_line(documents: dataset.Documents, n_train: int, n_held_out: int, lengths: np.ndarray) -> str:
+    """행(선호 쌍이면 쌍)과 토큰이 몇 개인지. 문서의 수 `n_train`과 `n_held_out`을 받는다."""
+    each, unit = documents.per_row, "쌍" if documents.pairs else "행"
+    return (f"데이터: {len(lengths):,}{unit}(학습 {n_train // each:,}, 검증 {n_held_out // each:,}), "
+            f"토큰 {int(lengths.sum()):,}개")
 
 
 def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
@@ -264,14 +263,16 @@ def check_data(settings: Settings, say: Callable[[str], None]) -> None:
     documents = read.documents
     train, held_out = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
     found = {**documents.found, **data_check.document_faults(documents, train, held_out)}
-    lengths = documents.full_lengths()
-    say(f"데이터: {len(documents):,}행(학습 {len(train):,}, 검증 {len(held_out):,}), 토큰 {int(lengths.sum()):,}개, "
-        f"행의 길이는 가운데 {int(sorted(lengths)[len(lengths) // 2])}, 가장 긴 것 {int(lengths.max())}")
+    lengths = documents.full_lengths().reshape(-1, documents.per_row).sum(1)
+    say(f"{count_line(documents, len(train), len(held_out), lengths)}, "
+        f"길이는 가운데 {int(sorted(lengths)[len(lengths) // 2])}, 가장 긴 것 {int(lengths.max())}")
+    if documents.pairs:
+        say(pairs.lengths_line(documents))
     say("찾은 것:" if found else "찾은 것: 없다")
     for line in data_check.short_lines(found):
         say(line)
     say("두 행의 보기(⟦ ⟧ 안을 배운다):")
-    for line in data_check.rendered_lines(documents, read.tokenizer, settings.train_on_inputs):
+    for line in rendered_lines(documents, read.tokenizer, settings.train_on_inputs):
         say(line)
     if settings.repair_data is not None:
         done = repair(settings.data_path, settings.repair_data, read.prompter, settings.cache_dir)

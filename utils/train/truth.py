@@ -31,8 +31,9 @@ class Truth:
     Attributes:
         block: 손실을 비교할 블록. `input_ids`, `labels`, `position_ids` 모두 [1, tokens].
         loss: 그 블록의 음의 로그 가능도의 합(nat).
-        short: gradient를 비교할 짧은 블록. 이름과 모양은 `block`과 같다.
-        short_loss: 짧은 블록의 음의 로그 가능도의 합.
+        short: gradient를 비교할 짧은 블록. 이름과 모양은 `block`과 같고, 선호 쌍이면 `reference`와 `beta`도 있다.
+        short_loss: 짧은 블록의 음의 로그 가능도의 합. 선호 쌍이면 DPO의 손실의 합이다.
+        short_size: 어긋남을 비율로 볼 때의 기준: 음의 로그 가능도의 합. 선호 쌍이면 거기에 beta를 곱한 것이다.
         gradients: 이름 -> 짧은 블록에서의 LoRA gradient. 모양은 그 가중치와 같고 fp32다.
     """
 
@@ -40,6 +41,7 @@ class Truth:
     loss: float
     short: dict[str, torch.Tensor]
     short_loss: float
+    short_size: float
     gradients: dict[str, torch.Tensor]
 
 
@@ -58,19 +60,21 @@ def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.devi
         with torch.no_grad():
             require_causal(model, block["input_ids"][:, :32])
             loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
-        short_loss = None
-        while short_loss is None:
+        measured = None
+        while measured is None:
             short = make_block(documents, tokens // 2, tokens, max_documents, device)
+            if "reference" in dataset[0]:
+                short = pair_up(short, dataset[0]["beta"])
             with contextlib.suppress(torch.OutOfMemoryError):
-                short_loss = plain_backward(model, short)
-            if short_loss is None:  # 재계산해야 들어가는 카드에서는 더 짧은 글로 비교한다
+                measured = plain_backward(model, short)
+            if measured is None:  # 재계산해야 들어가는 카드에서는 더 짧은 글로 비교한다
                 take_gradients(model)
                 torch.cuda.empty_cache()  # 오류가 붙들던 중간값까지 돌려준다. 그래서 except의 밖이다
                 tokens //= 4
                 if tokens < LEAST_TOKENS:
                     raise UsageError(NO_MEMORY)
     model.train(training)
-    return Truth(block, loss, short, short_loss, take_gradients(model))
+    return Truth(block, loss, short, *measured, take_gradients(model))
 
 
 def find_exact(model: nn.Module, dataset, max_documents: int, device: torch.device) -> Truth | None:
@@ -102,13 +106,16 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def take_documents(dataset) -> list[torch.Tensor]:
-    """블록 몇 개에 든 문서들. 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다."""
+    """블록 몇 개에 든 문서들([tokens] int64). 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다.
+
+    선호 쌍이면 고른 답들이 앞에 온다. 한 쌍의 두 문서는 앞부분이 같아, 나란히 두면 그 gradient가 서로 지워진다.
+    """
     documents = []
     for index in sorted({0, len(dataset) // 2, len(dataset) - 1}):
         block = {name: dataset[index][name][None] for name in ("input_ids", "labels", "position_ids")}
         documents += [part["input_ids"][0] for part in split_documents(block)
                       if (part["labels"] != IGNORE).any()]
-    return documents
+    return documents[0::2] + documents[1::2] if "reference" in dataset[0] else documents
 
 
 def make_block(documents: list[torch.Tensor], longest: int, total: int, max_documents: int,
@@ -127,6 +134,18 @@ def make_block(documents: list[torch.Tensor], longest: int, total: int, max_docu
     return {name: value[None].to(device) for name, value in block.items()}  # [tokens] -> [1, tokens]
 
 
+def pair_up(block: dict[str, torch.Tensor], beta: torch.Tensor) -> dict[str, torch.Tensor]:
+    """블록의 문서들을 둘씩 선호 쌍으로 본 블록. 짝이 없는 마지막 문서에는 정답이 없다."""
+    starts = torch.nonzero(block["position_ids"][0] == 0)[:, 0].tolist()
+    labels = block["labels"].clone()
+    if len(starts) % 2:
+        labels[:, starts[-1]:] = IGNORE
+    device = labels.device
+    count = len(starts) // 2 * 2
+    reference = torch.linspace(0.5, -0.5, count, device=device)[None]  # 값을 빠뜨리면 손실이 달라진다
+    return {**block, "labels": labels, "reference": reference, "beta": beta[None].to(device)}
+
+
 def split_documents(block: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """블록의 문서를 하나씩 [1, tokens]로 나눈다."""
     starts = torch.nonzero(block["position_ids"][0] == 0)[:, 0].tolist()
@@ -136,9 +155,11 @@ def split_documents(block: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.
 
 def require_causal(model: nn.Module, ids: torch.Tensor) -> None:
     """마지막 토큰을 바꾸어도 앞의 logits가 그대로인지 본다. 뒤의 글을 보는 모델(BERT)은 답을 베끼게 된다."""
+    rows = model.get_input_embeddings().weight.shape[0]
     other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
-    ours, theirs = (model(input_ids=each, use_cache=False).logits[0, :-1].float() for each in (ids, other))
+    other[0, -1] = (other[0, -1] + 1) % rows
+    logits = [model(input_ids=each, use_cache=False).logits for each in (ids, other)]  # [1, tokens, vocab]
+    ours, theirs = (each[0, :-1].float() for each in logits)
     if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
         raise UsageError("이 모델은 뒤의 글을 보고 앞을 맞힌다. 글을 잇는 모델(causal LM)이 아니라 학습하지 않는다")
 
@@ -157,18 +178,35 @@ def plain_loss(model: nn.Module, document: dict[str, torch.Tensor]) -> torch.Ten
     return total
 
 
-def plain_backward(model: nn.Module, block: dict[str, torch.Tensor]) -> float:
-    """문서마다 따로 낸 gradient를 `.grad`에 더하고 음의 로그 가능도의 합을 돌려준다."""
+def plain_backward(model: nn.Module, block: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """문서마다 따로 낸 gradient를 `.grad`에 더하고 (손실의 합, 그 크기)를 돌려준다. 뜻은 `Truth`와 같다."""
+    if "reference" in block:
+        return plain_preference(model, block)
     total = 0.0
     with torch.enable_grad():
         for document in split_documents(block):
             nll = plain_loss(model, document)
             nll.backward()
             total += float(nll.detach())
-    return total
+    return total, total
+
+
+def plain_preference(model: nn.Module, block: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """선호 쌍마다 -log sigmoid(beta ((lp_c - ref_c) - (lp_r - ref_r)))의 (합, beta * 음의 로그 가능도의 합)."""
+    documents = list(split_documents({name: block[name] for name in ("input_ids", "labels", "position_ids")}))
+    beta, total, size = block["beta"][0], 0.0, 0.0
+    with torch.enable_grad():
+        for number, (ref_chosen, ref_rejected) in enumerate(block["reference"].view(-1, 2)):
+            chosen, rejected = (plain_loss(model, document) for document in documents[2 * number:2 * number + 2])
+            loss = -nn.functional.logsigmoid(beta * ((-chosen - ref_chosen) - (-rejected - ref_rejected)))
+            loss.backward()
+            total += float(loss.detach())
+            size += float(beta * (chosen + rejected).detach())
+    return total, size
 
 
 def sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """logits [1, tokens, vocab], targets [1, tokens] -> 음의 로그 가능도의 합(fp32 스칼라)."""
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum",
                                        ignore_index=IGNORE)
 
@@ -195,7 +233,11 @@ def nudged(model: nn.Module) -> Iterator[None]:
 
 
 def take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """gradient를 꺼내고 0으로 지운다. `.grad`의 주소는 그대로다."""
+    """gradient를 꺼내고 0으로 지운다. `.grad`의 주소는 그대로다.
+
+    Returns:
+        이름 -> 그 가중치의 모양인 fp32. LoRA의 A면 [r, 입력], B면 [출력, r].
+    """
     taken = {}
     for name, parameter in trainable(model):
         if parameter.grad is None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from utils.train import run_folder
+from utils.record import SAMPLES_FILE
+from utils.train import pairs, run_folder
 from utils.train.batch_size import FEW_STEPS
 from utils.train.records import Plan, Result, Settings
 
@@ -29,14 +30,15 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     what, before, after = measured(result)
     if before is None:
         return Verdict(True)
-    figures = f"{what} loss {before:.4f} -> {after:.4f}"
+    outcome = pairs.outcome_line(result)
+    figures = f"{what} loss {before:.4f} -> {after:.4f}" + (f", {outcome}" if outcome else "")
     if after >= before:
         return Verdict(False, (f"주의: 학습한 모델이 학습 전보다 나쁘다({figures}, {after / before - 1:.1%} 늘었다).",
                                *advice(settings, plan, worse=True)))
     if 1 - after / before < LEAST_FALL:
         return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
                                *advice(settings, plan, worse=False)))
-    return Verdict(True, tuple(overfitted(result)))
+    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result)))
 
 
 def measured(result: Result) -> tuple[str, float | None, float | None]:
@@ -58,7 +60,8 @@ def advice(settings: Settings, plan: Plan, worse: bool) -> list[str]:
     if worse:
         return ["해 볼 것: --check_data True로 데이터를 보고, 행을 늘리거나 --num_train_epochs를 줄인다."]
     if rate < HIGH_RATE:
-        return try_this("학습률을 올린다", settings, learning_rate=f"{min(rate * 10, 1e-3):g}")
+        times = 10 if settings.dpo_beta is None else 3  # 선호 쌍은 조금만 높아도 답이 깨진다
+        return try_this("학습률을 올린다", settings, learning_rate=f"{min(rate * times, 1e-3):g}")
     if steps < FEW_STEPS and settings.batch_size is not None:
         return try_this(f"{steps} step뿐이었다. batch를 데이터에 맞게 고르게 한다", settings, batch_size=None)
     return try_this("데이터를 더 여러 번 본다", settings, num_train_epochs=f"{epochs * 3:g}")
@@ -66,6 +69,16 @@ def advice(settings: Settings, plan: Plan, worse: bool) -> list[str]:
 
 def try_this(what: str, settings: Settings, **changes: str | None) -> list[str]:
     return [f"해 볼 것: {what}.", f"  {run_folder.command_elsewhere(settings.output_dir, changes)}"]
+
+
+def displaced(settings: Settings, result: Result) -> list[str]:
+    """버린 답뿐 아니라 고른 답도 덜 그럴듯해졌으면 그 말. 보상의 차이는 벌어져도 답은 나빠진 것일 수 있다."""
+    reward = result.ended.get("eval_chosen_reward", 0.0)
+    if reward >= 0:
+        return []
+    return [f"참고: 고른 답의 보상도 내려갔다({reward:.3f}). 두 답을 모두 말하지 않게 되어 답이 깨졌을 수 있으니 "
+            f"{SAMPLES_FILE}의 답을 본다.",
+            *try_this("깨졌으면 학습률을 낮춘다", settings, learning_rate=f"{settings.learning_rate / 3:.0e}")]
 
 
 def overfitted(result: Result) -> list[str]:

@@ -98,7 +98,7 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
 }
 
 // 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
-// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 CHUNK의 배수로 나눈 한 토막을 맡는다.
+// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 나눈 한 토막을 맡는다.
 // 레인 SPAN개가 위치 하나를 맡고, 저마다 제 위치들의 softmax를 이어 가다가 끝에 한 번 합친다. 그래서 도는 동안 동기화가
 // 없다. 토막이 여럿이면 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
 // 아래의 모양은 줄 하나의 것이다.
@@ -120,10 +120,10 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     partial += blockIdx.z * HEADS * gridDim.y * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
-// 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
+// 볼 위치는 oldest부터 position까지. ALONE개를 넘으면 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
     int seen = position + 1 - oldest, splits = gridDim.y;
-    int per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
+    int per = seen <= ALONE ? ALONE : ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 
@@ -255,6 +255,10 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     }
     __syncthreads();
 
+    auto give = [&](int head, int d, float value_) {
+        u16* target = out + (gridDim.z > 1 ? line_place(head * HEAD_DIM + d) : head * HEAD_DIM + d);
+        store_split<ACT_BF16>(target, target + QDIM, value_ * IN_SCALE);
+    };
 // 워프들을 합친다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int h = 0; h < Q; h++) {
         float top = -1e30f, whole = 0.f, shrink[WARPS_HERE];
@@ -263,13 +267,12 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         #pragma unroll
         for (int w = 0; w < WARPS_HERE; w++)
             shrink[w] = expf(peaks[w][h].x - top), whole += peaks[w][h].y * shrink[w];
-        u16* target = out + (first_head + h) * HEAD_DIM;
         float* mine = partial + ((size_t)(first_head + h) * splits + blockIdx.y) * (HEAD_DIM + 2);
         for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
             float merged = 0.f;
             #pragma unroll
             for (int w = 0; w < WARPS_HERE; w++) merged += sums[w][h][d] * shrink[w];
-            if (active == 1) store_split<ACT_BF16>(target + d, target + QDIM + d, merged / whole * IN_SCALE);
+            if (active == 1) give(first_head + h, d, merged / whole);
             else mine[d] = merged;
         }
         if (active > 1 && tid == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = whole;
@@ -284,7 +287,6 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     __threadfence();
     if (tid == 0) done[blockIdx.x] = 0;
     for (int h = 0; h < Q; h++) {
-        u16* target = out + (first_head + h) * HEAD_DIM;
         const float* all = partial + (size_t)(first_head + h) * splits * (HEAD_DIM + 2);
         float top = -1e30f, whole = 0.f;
         for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
@@ -298,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
                 const float* one = all + s * (HEAD_DIM + 2);
                 merged += __ldcg(one + d) * expf(__ldcg(one + HEAD_DIM) - top);
             }
-            store_split<ACT_BF16>(target + d, target + QDIM + d, merged / whole * IN_SCALE);
+            give(first_head + h, d, merged / whole);
         }
     }
 }

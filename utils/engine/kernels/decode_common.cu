@@ -8,6 +8,13 @@ template <bool BF> __device__ __forceinline__ void store_split(u16* high, u16* l
     *low = narrow<BF>(value - widen<BF>(top));
 }
 
+// 함께 답할 때 선형층의 입력에서 칸이 놓이는 자리. 16비트가 아닌 가중치에서는 레인이 이어진 16칸을 맡으므로, 칸 64개마다 8칸씩
+// 섞어 두면 이웃한 레인 넷이 이어진 64바이트를 읽는다.
+__device__ __forceinline__ int line_place(int column) {
+    if (WEIGHT == WIDE_WEIGHT) return column;
+    return (column & ~63) | (column >> 3 & 1) << 5 | (column >> 4 & 3) << 3 | (column & 7);
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
     for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
     return value;

@@ -1,7 +1,8 @@
 // 질문 LINES개에 함께 답하는 커널. 가중치를 한 번 읽어 모든 줄에 곱한다. 텐서 코어의 열 여덟이 줄 여덟이다.
 // 한 줄씩 답하는 커널(decode.cu)과 차례도 활성값을 위와 아래 절반으로 나누는 것도 같아서, 로짓의 차이는 더하는 차례뿐이다.
 //   x, y: 잔차와 아직 더하지 않은 출력 fp32 [LINES][HIDDEN]
-//   attended: 16비트 [LINES][위, 아래][QDIM]. act: 16비트 [위, 아래][LINES][FF]. IN_SCALE을 곱해 둔 것이다
+//   attended: 16비트 [LINES][위, 아래][QDIM]. act: 16비트 [위, 아래][LINES][FF]. IN_SCALE을 곱해 두었고, 칸의 자리는
+//       `line_place`로 섞여 있다
 //
 // 워프가 칸을 나눈다: 워프 w는 조각 w, w + WARPS, ...를 맡아 제 칸의 활성값을 레지스터에 쥐고, 블록이 맡은 묶음(행 16개)을
 // 차례로 지나며 가중치만 읽는다. 워프마다의 합은 공유 메모리에서 더한다.
@@ -31,7 +32,8 @@ template <int HALVES> struct Unit { u32 v[SETS][HALVES][8]; };
 // 가중치의 조각(행 16개 x 칸 64 * UNITS개). 레인은 행 g와 g + 8의 칸을 맡는다.
 // sum[s]의 넷: (행 g, 줄 8s + 2t), (g, 8s + 2t + 1), (g + 8, 8s + 2t), (g + 8, 8s + 2t + 1).
 template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
-    enum { UNITS = U, SPREAD = SPREAD_, ROW_BYTES = K * 2, STEP_BYTES = UNITS * 128, HEIGHT = HALF ? 8 : ROWS };
+    enum { UNITS = U, SPREAD = SPREAD_, ROW_BYTES = K * 2, STEP_BYTES = UNITS * 128, HEIGHT = HALF ? 8 : ROWS,
+           SCALED = 0 };
     uint4 top[UNITS][2], low[HALF ? 1 : UNITS][2];
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
@@ -62,7 +64,8 @@ template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
 
 // NF4: 단위가 절댓값 블록 하나라서, 단위의 합에 절댓값을 한 번만 곱한다.
 template <int K> struct Nf4Lines {
-    enum { UNITS = K % (128 * WARPS) ? 1 : 2, SPREAD = 0, ROW_BYTES = K / 2, STEP_BYTES = UNITS * 32, HEIGHT = ROWS };
+    enum { UNITS = K % (128 * WARPS) ? 1 : 2, SPREAD = 0, ROW_BYTES = K / 2, STEP_BYTES = UNITS * 32, HEIGHT = ROWS,
+           SCALED = DOUBLE_QUANT ? 1 : 4 };  // SCALED: 절댓값 하나의 바이트
     uint2 top[UNITS], low[UNITS];
     u32 top_scale[2], low_scale[2];  // 이중 양자화면 8비트 절댓값들과 그 묶음의 절댓값, 아니면 단위마다의 절댓값
     float offset;
@@ -128,7 +131,7 @@ template <int K> struct Nf4Lines {
 
 // int8: 행마다의 배율은 다 더한 뒤에 곱한다.
 template <int K> struct Int8Lines {
-    enum { UNITS = 1, SPREAD = 0, ROW_BYTES = K, STEP_BYTES = 64, HEIGHT = ROWS };
+    enum { UNITS = 1, SPREAD = 0, ROW_BYTES = K, STEP_BYTES = 64, HEIGHT = ROWS, SCALED = 0 };
     uint4 top, low;
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
@@ -160,11 +163,12 @@ template <int K> using LinePiece = WideLines<BF16, K, false, 1, true>;
 #endif
 
 // 칸 K개를 워프들이 나누는 법. 워프는 조각 PER개(마지막은 없을 수 있다)를 CHUNKS번에 AT_ONCE개씩 쥔다.
+//   MOST: 활성값을 쥐는 데 쓰는 레지스터의 수.
 //   ALL_HELD: 제 칸의 활성값을 모두 쥐고 있을 수 있는지. 아니면 CHUNKS번 나누어 쥐고 합을 공유 메모리에 더해 간다.
-template <class T, int K, int HALVES_> struct Share {
+template <class T, int K, int HALVES_, int MOST = 64> struct Share {
     enum { HALVES = HALVES_, UNITS = T::UNITS, SPREAD = T::SPREAD, STEP = UNITS * 64, SEGMENTS = K / STEP,
            ACROSS = SEGMENTS < WARPS ? SEGMENTS : WARPS, PER = (SEGMENTS + WARPS - 1) / WARPS,
-           REGISTERS = UNITS * SETS * HALVES * 8, AT_ONCE = PER % 2 == 0 && REGISTERS <= 32 ? 2 : 1,
+           REGISTERS = UNITS * SETS * HALVES * 8, AT_ONCE = PER % 2 == 0 && 2 * REGISTERS <= MOST ? 2 : 1,
            CHUNKS = PER / AT_ONCE, ALL_HELD = CHUNKS == 1 };
     typedef Unit<HALVES> Held[AT_ONCE][UNITS];
 
@@ -191,44 +195,57 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
 
     __device__ __forceinline__ static int line(int s) { return s * 8 + (threadIdx.x >> 2 & 7); }
 
-    __device__ __forceinline__ void read(int segment, int u, int s, float (&v)[16]) const {
-        const float* source = x + (size_t)line(s) * K + segment * S::STEP + u * 64;
+    // 단위 하나의 두 줄. x는 앞 커널이 적은 것이지만 기다린 뒤라서 L1을 거쳐 읽어도 된다. 한 섹터를 두 번에 나누어 읽는다.
+    __device__ __forceinline__ void read(int segment, int u, float (&v)[SETS][16]) const {
         #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint4 raw = __ldcg((const uint4*)(source + column_of<S::SPREAD>(i / 2) + i % 2 * 4));
-            v[i * 4] = __uint_as_float(raw.x), v[i * 4 + 1] = __uint_as_float(raw.y);
-            v[i * 4 + 2] = __uint_as_float(raw.z), v[i * 4 + 3] = __uint_as_float(raw.w);
+        for (int i = 0; i < SETS * 4; i++) {
+            int s = i / 4, q = i % 4;
+            uint4 raw = *(const uint4*)(x + (size_t)line(s) * K + segment * S::STEP + u * 64 +
+                                        column_of<S::SPREAD>(q / 2) + q % 2 * 4);
+            v[s][q * 4] = __uint_as_float(raw.x), v[s][q * 4 + 1] = __uint_as_float(raw.y);
+            v[s][q * 4 + 2] = __uint_as_float(raw.z), v[s][q * 4 + 3] = __uint_as_float(raw.w);
         }
     }
-    __device__ __forceinline__ void pack(int segment, int u, int s, const float (&v)[16], Unit<2>& b) const {
+    __device__ __forceinline__ static void constant(const float* at, float (&v)[4]) {
+        uint4 raw = __ldg((const uint4*)at);
+        v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
+        v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
+    }
+    __device__ __forceinline__ void pack(int segment, int u, const float (&v)[SETS][16], Unit<2>& b) const {
         #pragma unroll
-        for (int i = 0; i < 16; i += 2) {
-            u16 high[2], low[2];
+        for (int q = 0; q < 4; q++) {
+            int column = segment * S::STEP + u * 64 + column_of<S::SPREAD>(q / 2) + q % 2 * 4;
+            float weight[4], bias[4] = {};
+            if (NORMED) constant(norm.weight + column, weight);
+            if (NORMED && !RMS && norm.bias) constant(norm.bias + column, bias);
             #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int column = segment * S::STEP + u * 64 + column_of<S::SPREAD>(i / 8) + i % 8 + j;
-                float value = v[i + j];
-                if (NORMED) value = (value - moment[s].x) * moment[s].y * __ldg(norm.weight + column);
-                if (NORMED && !RMS && norm.bias) value += __ldg(norm.bias + column);
-                store_split<BF>(high + j, low + j, value * scale);
+            for (int i = 0; i < SETS * 2; i++) {
+                int s = i / 2, j = i % 2 * 2;
+                float pair[2] = {v[s][q * 4 + j], v[s][q * 4 + j + 1]};
+                if (NORMED) {
+                    pair[0] = (pair[0] - moment[s].x) * moment[s].y * weight[j] + bias[j];
+                    pair[1] = (pair[1] - moment[s].x) * moment[s].y * weight[j + 1] + bias[j + 1];
+                }
+                split_pair<BF>(pair[0] * scale, pair[1] * scale, b.v[s][0][q * 2 + j / 2], b.v[s][1][q * 2 + j / 2]);
             }
-            b.v[s][0][i / 2] = high[0] | (u32)high[1] << 16, b.v[s][1][i / 2] = low[0] | (u32)low[1] << 16;
         }
     }
     // 줄마다의 moment를 센다. 쥐고 있을 수 있으면 한 번 읽은 것으로 b까지 채운다. scratch: [WARPS][LINES].
     __device__ __forceinline__ void prepare(typename S::Held& b, float2* scratch) {
-        float v[S::ALL_HELD ? S::AT_ONCE * S::UNITS * SETS : 1][16];
+        float v[S::ALL_HELD ? S::AT_ONCE * S::UNITS : 1][SETS][16];
         float2 total[SETS] = {};
         #pragma unroll
         for (int p = 0; p < S::PER; p++) {
             int segment = S::segment(p / S::AT_ONCE, p % S::AT_ONCE);
             if (segment >= S::SEGMENTS || (!S::ALL_HELD && !NORMED)) continue;
             #pragma unroll
-            for (int i = 0; i < S::UNITS * SETS; i++) {
-                float(&now)[16] = v[S::ALL_HELD ? p * S::UNITS * SETS + i : 0];
-                read(segment, i / SETS, i % SETS, now);
+            for (int u = 0; u < S::UNITS; u++) {
+                float(&now)[SETS][16] = v[S::ALL_HELD ? p * S::UNITS + u : 0];
+                read(segment, u, now);
                 #pragma unroll
-                for (int j = 0; j < 16; j++) total[i % SETS].x += now[j], total[i % SETS].y += now[j] * now[j];
+                for (int i = 0; i < SETS * 16; i++)
+                    total[i / 16].x += now[i / 16][i % 16],
+                    total[i / 16].y += now[i / 16][i % 16] * now[i / 16][i % 16];
             }
         }
         if (NORMED) {
@@ -257,8 +274,8 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
         for (int p = 0; p < S::AT_ONCE; p++) {
             if (S::segment(0, p) >= S::SEGMENTS) continue;
             #pragma unroll
-            for (int i = 0; i < S::UNITS * SETS; i++)
-                pack(S::segment(0, p), i / SETS, i % SETS, v[S::ALL_HELD ? p * S::UNITS * SETS + i : 0], b[p][i / SETS]);
+            for (int u = 0; u < S::UNITS; u++)
+                pack(S::segment(0, p), u, v[S::ALL_HELD ? p * S::UNITS + u : 0], b[p][u]);
         }
     }
     __device__ __forceinline__ void fill(typename S::Held& b, int chunk) const {
@@ -267,16 +284,17 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
             int segment = S::segment(chunk, p);
             if (segment >= S::SEGMENTS) continue;
             #pragma unroll
-            for (int i = 0; i < S::UNITS * SETS; i++) {
-                float v[16];
-                read(segment, i / SETS, i % SETS, v);
-                pack(segment, i / SETS, i % SETS, v, b[p][i / SETS]);
+            for (int u = 0; u < S::UNITS; u++) {
+                float v[SETS][16];
+                read(segment, u, v);
+                pack(segment, u, v, b[p][u]);
             }
         }
     }
 };
 
-// 앞 커널이 16비트로 적어 둔 입력. 줄의 간격은 stride칸이고 아래 절반은 low칸 뒤에 있다.
+// 앞 커널이 16비트로 적어 둔 입력. 줄의 간격은 stride칸이고 아래 절반은 low칸 뒤에 있다. 적는 쪽이 `line_place`로 자리를
+// 섞어 두어서, 이웃한 레인 넷이 이어진 64바이트를 읽으면 저마다 제 칸을 얻는다.
 template <class S> struct SplitInput {
     const u16* in;
     int stride, low;
@@ -290,7 +308,7 @@ template <class S> struct SplitInput {
             for (int i = 0; i < S::UNITS * SETS * S::HALVES * 2; i++) {
                 int h = i % 2, half = i / 2 % S::HALVES, s = i / 2 / S::HALVES % SETS, u = i / 2 / S::HALVES / SETS;
                 const u16* source = in + (size_t)(s * 8 + (threadIdx.x >> 2 & 7)) * stride + half * low +
-                                    segment * S::STEP + u * 64 + column_of<S::SPREAD>(h);
+                                    segment * S::STEP + u * 64 + column_of<true>(h);
                 uint4 raw = __ldcg((const uint4*)source);
                 u32* to = b[p][u].v[s][half] + h * 4;
                 to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
@@ -305,21 +323,38 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
     const Matrix* parts;
     int first, count, total, tile, chunk;  // tile, chunk: 다음에 읽을 것
 
+    __device__ __forceinline__ void set(const Matrix* matrices, int first_tile, int tiles) {
+        parts = matrices, first = first_tile, count = tiles;
+    }
+    __device__ __forceinline__ Matrix find(int part) const {
+        Matrix matrix = parts[0];
+        if (part == 1) matrix = parts[1];
+        if (part == 2) matrix = parts[2];
+        return matrix;
+    }
     __device__ __forceinline__ void begin(const Matrix* matrices, int first_tile, int tiles) {
-        parts = matrices, first = first_tile, count = tiles, tile = chunk = 0;
+        set(matrices, first_tile, tiles), tile = chunk = 0;
         total = (int)(threadIdx.x >> 5) < S::ACROSS ? tiles * S::PER : 0;
         #pragma unroll
         for (int d = 0; d < AHEAD; d++)
             if (d < total) load(d, d % S::AT_ONCE);
     }
+    // 맡은 묶음 모두를 L2로 당긴다. 묶음 하나의 행 HEIGHT개는 메모리에 이어져 있다. 앞 커널을 기다리는 동안 DRAM이 쉬지 않는다.
+    __device__ __forceinline__ void prefetch_all() const {
+        enum { BYTES = T::HEIGHT * T::ROW_BYTES, TAKES = BYTES / 128, SCALE_BYTES = BYTES / 32 * T::SCALED };
+        for (int i = threadIdx.x; i < count * TAKES; i += THREADS) {
+            int now = first + i / TAKES;
+            const Matrix matrix = find(Where::part(now));
+            prefetch(matrix.weight + (size_t)Where::tile(now) * BYTES + i % TAKES * 128);
+            if (SCALE_BYTES && i % TAKES * 128 < SCALE_BYTES)
+                prefetch((const u8*)matrix.scale + (size_t)Where::tile(now) * SCALE_BYTES + i % TAKES * 128);
+        }
+    }
 // 다음 조각을 pieces[d]에 읽는다. s: 함께 쥐는 조각들 가운데 몇째인지.
     __device__ __forceinline__ void load(int d, int s) {
         int segment = S::segment(chunk, s);
         if (segment < S::SEGMENTS) {
-            int part = Where::part(first + tile);
-            Matrix matrix = parts[0];
-            if (part == 1) matrix = parts[1];
-            if (part == 2) matrix = parts[2];
+            const Matrix matrix = find(Where::part(first + tile));
             int row = Where::tile(first + tile) * T::HEIGHT + (threadIdx.x >> 2 & 7);
             pieces[d].load(matrix, (u32)row * T::ROW_BYTES + segment * T::STEP_BYTES);
         }
@@ -356,13 +391,14 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
 };
 
 // 공유 메모리: 표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK][LINES] | norm의 [WARPS][LINES] float2 | 합의 자리
-// [LINE_SLOTS][WARPS][CELLS]. decode_plan.py의 `lines_shared`가 같은 차례로 센다.
+// [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. decode_plan.py의 `lines_shared`가 같은 차례로 센다.
 struct LineSpace {
     u32* table;
     float* codes;
     float* down;
     float2* scratch;
     float* partial;
+    float* ends;
 
     __device__ __forceinline__ LineSpace() {
         table = (u32*)shared;
@@ -370,6 +406,7 @@ struct LineSpace {
         down = codes + 256;
         scratch = (float2*)(down + 3 * RANK * LINES);
         partial = (float*)(scratch + WARPS * LINES);
+        ends = partial + LINE_SLOTS * WARPS * CELLS;
     }
     __device__ __forceinline__ void fill(const float* code) const {
         if (WEIGHT == NF4_WEIGHT) build_table(table);
@@ -378,36 +415,57 @@ struct LineSpace {
 };
 
 // LoRA의 아래쪽 곱 d[part][RANK][LINES] = A in. 블록마다 제 행이 쓰는 part만 스스로 센다. 합의 자리를 먼저 빌려 쓴다.
-template <class S, int K, class Input>
-__device__ __forceinline__ void lora_down(const Matrix& a, int part_begin, int part_end, const Input& input,
-                                          typename S::Held& b, float adapter, const LineSpace& space) {
+template <class S, int K> struct LineLora {
     typedef WideLines<ACT_BF16, K, LORA_TILE == 8, S::UNITS, S::SPREAD> T;
     LineProduct<T, S, OneMatrix, 1> product;
-    for (int begin = part_begin * LORA_TILES; begin < part_end * LORA_TILES; begin += LINE_SLOTS) {
-        int count = min(LINE_SLOTS, part_end * LORA_TILES - begin);
-        product.begin(&a, begin, count);
-        product.run(input, b, space.table, space.codes, space.partial);
-        __syncthreads();
-        for (int e = threadIdx.x; e < count * LORA_TILE * LINES; e += THREADS) {
-            int row = e % LORA_TILE, line = e / LORA_TILE % LINES, tile = e / LORA_TILE / LINES;
-            int r = (begin + tile) % LORA_TILES * LORA_TILE + row, part = (begin + tile) / LORA_TILES;
-            if (r < RANK)
-                space.down[(part * RANK + r) * LINES + line] =
-                    S::sum(space.partial, tile, row, line) * adapter * (1.f / IN_SCALE);
-        }
-        __syncthreads();
+    const Matrix* a;
+    int begin, end;  // 묶음의 번호
+
+    // 기다리기 전에 부른다: A를 L2로 당긴다. 레지스터에 쥐고 기다리면 활성값의 자리가 모자란다.
+    __device__ __forceinline__ void prime(const Matrix* matrix, int part_begin, int part_end) {
+        a = matrix, begin = part_begin * LORA_TILES, end = part_end * LORA_TILES;
+        product.set(a, begin, end - begin);
+        product.prefetch_all();
     }
+    template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b, float adapter,
+                                                               const LineSpace& space) {
+        for (int from = begin; from < end; from += LINE_SLOTS) {
+            int count = min(LINE_SLOTS, end - from);
+            product.begin(a, from, count);
+            product.run(input, b, space.table, space.codes, space.partial);
+            __syncthreads();
+            for (int e = threadIdx.x; e < count * LORA_TILE * LINES; e += THREADS) {
+                int row = e % LORA_TILE, line = e / LORA_TILE % LINES, tile = e / LORA_TILE / LINES;
+                int r = (from + tile) % LORA_TILES * LORA_TILE + row, part = (from + tile) / LORA_TILES;
+                if (r < RANK)
+                    space.down[(part * RANK + r) * LINES + line] =
+                        S::sum(space.partial, tile, row, line) * adapter * (1.f / IN_SCALE);
+            }
+            __syncthreads();
+        }
+    }
+};
+
+// 출력 행들의 마무리에 쓸 bias와 LoRA의 B를 공유 메모리에 옮긴다. 기다리기 전에 불러 끝에서 기다리지 않는다.
+//   ends: [행][1 + RANK], 행은 first부터 rows개.
+__device__ __forceinline__ void load_ends(const Linear& linear, int first, int rows, float* ends) {
+    for (int i = threadIdx.x; i < rows; i += THREADS)
+        ends[i * (1 + RANK)] = linear.bias ? __ldg(linear.bias + first + i) : 0.f;
+    if (!RANK || !linear.lora_b) return;
+    for (int i = threadIdx.x; i < rows * RANK; i += THREADS)
+        ends[i / RANK * (1 + RANK) + 1 + i % RANK] = __ldg(linear.lora_b + (size_t)first * RANK + i);
 }
 
-// 출력 하나의 마무리: 배율, bias, LoRA의 위쪽 곱. down: 이 행이 든 행렬의 d [RANK][LINES]. 어댑터가 없으면 널.
-__device__ __forceinline__ float finish_line(const Linear& linear, float sum, const float* down, int row, int line) {
+// 출력 하나의 마무리: 배율, bias, LoRA의 위쪽 곱. end: 이 행의 [1 + RANK]. down: 이 행이 든 행렬의 d [RANK][LINES],
+// 어댑터가 없으면 널. row: 선형층 전체에서의 행.
+__device__ __forceinline__ float finish_line(const Linear& linear, float sum, const float* end, const float* down,
+                                             int row, int line) {
     float value = sum * (1.f / IN_SCALE);
     if (WEIGHT == INT8_WEIGHT) value *= __ldg(linear.row_scale + row);
-    if (linear.bias) value += __ldg(linear.bias + row);
+    value += end[0];
     if (!down) return value;
-    const float* up = linear.lora_b + (size_t)row * RANK;
     #pragma unroll 8
-    for (int r = 0; r < RANK; r++) value += __ldg(up + r) * down[r * LINES + line];
+    for (int r = 0; r < RANK; r++) value += end[1 + r] * down[r * LINES + line];
     return value;
 }
 
@@ -433,24 +491,38 @@ __device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* a
     }
 }
 
-// 블록들의 몫을 차례로 더해 d [RANK][LINES]를 얻는다. 앞뒤로 동기화한다.
-__device__ __forceinline__ void take_lines(const float* partial, int blocks, float adapter, float* scratch,
-                                           float* down) {
-    enum { OUTPUTS = (RANK ? RANK : 1) * LINES, SHARES = OUTPUTS < THREADS ? THREADS / OUTPUTS : 1 };
-    for (int e = threadIdx.x; e < OUTPUTS * SHARES; e += THREADS) {
-        float sum = 0.f;
-        #pragma unroll 8
-        for (int b = e / OUTPUTS; b < blocks; b += SHARES) sum += __ldcg(partial + b * OUTPUTS + e % OUTPUTS);
-        scratch[e] = sum;
+// 블록들의 몫을 차례로 더해 d [RANK][LINES]를 얻는다. 읽기(load)와 모으기(take)를 나누어 그 사이의 일과 겹친다.
+struct LineTaker {
+    enum { OUTPUTS = (RANK ? RANK : 1) * LINES, SHARES = OUTPUTS < THREADS ? THREADS / OUTPUTS : 1,
+           MINE = (OUTPUTS + THREADS - 1) / THREADS };
+    float held[MINE];
+
+    __device__ __forceinline__ void load(const float* partial, int blocks) {
+        #pragma unroll
+        for (int m = 0; m < MINE; m++) {
+            int e = threadIdx.x + m * THREADS;
+            float sum = 0.f;
+            #pragma unroll 16
+            for (int b = e / OUTPUTS; b < blocks && e < OUTPUTS * SHARES; b += SHARES)
+                sum += __ldcg(partial + b * OUTPUTS + e % OUTPUTS);
+            held[m] = sum;
+        }
     }
-    __syncthreads();
-    for (int e = threadIdx.x; e < OUTPUTS; e += THREADS) {
-        float sum = 0.f;
-        for (int share = 0; share < SHARES; share++) sum += scratch[share * OUTPUTS + e];
-        down[e] = sum * adapter;
+    // 앞뒤로 동기화한다. scratch: [THREADS].
+    __device__ __forceinline__ void take(float adapter, float* scratch, float* down) const {
+        if (SHARES > 1 && threadIdx.x < OUTPUTS * SHARES) scratch[threadIdx.x] = held[0];
+        __syncthreads();
+        #pragma unroll
+        for (int m = 0; m < MINE; m++) {
+            int e = threadIdx.x + m * THREADS;
+            if (e >= OUTPUTS) break;
+            float sum = SHARES > 1 ? 0.f : held[m];
+            for (int share = 0; share < SHARES && SHARES > 1; share++) sum += scratch[share * OUTPUTS + e];
+            down[e] = sum * adapter;
+        }
+        __syncthreads();
     }
-    __syncthreads();
-}
+};
 
 // 잔차를 읽어 norm하고 선형층 하나(또는 나란한 여럿)를 곱한다. `project_job`과 같은 것을 모든 줄에 한다.
 template <bool MLP>
@@ -463,11 +535,19 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
     typedef LinePiece<HIDDEN> T;
     typedef Share<T, HIDDEN, 2> S;
-// 1. 기다리기 전: 가중치를 미리 읽고 표를 만든다
-    int first = UNITS * block / blocks, last = UNITS * (block + 1) / blocks;
+// 1. 기다리기 전: 가중치와 LoRA의 A와 B를 미리 읽고 표를 만든다
+    int first = UNITS * block / blocks, last = UNITS * (block + 1) / blocks, count = min(AT_ONCE, last - first);
     LineProduct<T, S, Where> product;
-    product.begin(linear.part, first * PAIR, min(AT_ONCE, last - first) * PAIR);
+    product.begin(linear.part, first * PAIR, count * PAIR);
+    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f && first < last;
+    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    LineLora<S, HIDDEN> lora;
+    if (adapted) lora.prime(&linear.lora_a, MLP ? 0 : Where::part(first), MLP ? PARTS : Where::part(last - 1) + 1);
     LineSpace space;
+    float* up_ends = space.ends + AT_ONCE * ROWS * (1 + RANK);
+    product.prefetch_all();
+    load_ends(linear, first * ROWS, count * ROWS, space.ends);
+    if (PAIR == 2) load_ends(linear, FF + first * ROWS, count * ROWS, up_ends);
     space.fill(code);
 // 2. 잔차를 읽어 norm한다. LoRA의 아래쪽 곱도 여기서 센다
     wait_for_previous_kernel();
@@ -475,14 +555,10 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     typename S::Held b;
     input.prepare(b, space.scratch);
     __syncthreads();  // 표가 다 만들어졌다
-    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f && first < last;
-    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
-    if (adapted)
-        lora_down<S, HIDDEN>(linear.lora_a, MLP ? 0 : Where::part(first), MLP ? PARTS : Where::part(last - 1) + 1,
-                             input, b, adapter, space);
+    if (adapted) lora.run(input, b, adapter, space);
     const float* down = adapted ? space.down : 0;
     for (int begin = first; begin < last; begin += AT_ONCE) {
-        int count = min(AT_ONCE, last - begin);
+        count = min(AT_ONCE, last - begin);
 // 3. 곱한다
         product.run(input, b, space.table, space.codes, space.partial);
         __syncthreads();
@@ -491,26 +567,33 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
 // 4. 스레드 하나가 (행, 줄) 하나를 마무리한다. 이웃한 스레드는 이웃한 행이라 이어서 적는다
         for (int e = threadIdx.x; e < count * CELLS; e += THREADS) {
             int inside = e % ROWS, line = e / ROWS % LINES, unit = e / CELLS, row = (begin + unit) * ROWS + inside;
+            const float* end = space.ends + (unit * ROWS + inside) * (1 + RANK);
             float value = S::sum(space.partial, unit * PAIR, inside, line);
             if (!MLP) {
                 const float* mine = down ? down + Where::part(begin + unit) * RANK * LINES : 0;
-                out[(size_t)line * (QDIM + 2 * KVDIM) + row] = finish_line(linear, value, mine, row, line);
+                out[(size_t)line * (QDIM + 2 * KVDIM) + row] = finish_line(linear, value, end, mine, row, line);
                 continue;
             }
-            value = activate(finish_line(linear, value, down, row, line));
+            value = activate(finish_line(linear, value, end, down, row, line));
             if (PAIR == 2)
                 value *= finish_line(linear, S::sum(space.partial, unit * 2 + 1, inside, line),
-                                     down ? down + RANK * LINES : 0, FF + row, line);
-            u16* high = act + (size_t)line * FF + row;
+                                     up_ends + (unit * ROWS + inside) * (1 + RANK), down ? down + RANK * LINES : 0,
+                                     FF + row, line);
+            u16* high = act + (size_t)line * FF + line_place(row);
             store_split<ACT_BF16>(high, high + (size_t)LINES * FF, value * IN_SCALE);
 // 이 자리는 이 스레드만 읽었다. 다음 커널의 LoRA가 쓸 몫을 세려고 남긴다
             if (gives) space.partial[unit * PAIR * S::ACROSS * CELLS + cell(inside, line)] = value;
         }
         __syncthreads();
-        if (!gives) continue;
-        give_lines(next_lora, space.partial, PAIR * S::ACROSS * CELLS, begin * ROWS, count * ROWS, block,
-                   begin > first);
-        __syncthreads();
+        if (gives) {
+            give_lines(next_lora, space.partial, PAIR * S::ACROSS * CELLS, begin * ROWS, count * ROWS, block,
+                       begin > first);
+            __syncthreads();
+        }
+        if (begin + count >= last) break;
+        int more = min(AT_ONCE, last - begin - count);
+        load_ends(linear, (begin + count) * ROWS, more * ROWS, space.ends);
+        if (PAIR == 2) load_ends(linear, FF + (begin + count) * ROWS, more * ROWS, up_ends);
     }
 }
 
@@ -534,32 +617,37 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
                                                    const Linear& down, const LoraOfAct& down_lora, int mlp_blocks) {
     enum { HALVES = WEIGHT == WIDE_WEIGHT ? 2 : 1, AT_ONCE = LINE_SLOTS / (OUT + DOWN), UNITS = HIDDEN / ROWS };
     typedef Share<LinePiece<QDIM>, QDIM, HALVES> OutShare;
-    typedef Share<LinePiece<FF>, FF, HALVES> DownShare;
-// 1. 기다리기 전: 두 선형층의 가중치를 미리 읽는다
+    typedef Share<LinePiece<FF>, FF, HALVES, LINE_REGISTERS> DownShare;
+// 1. 기다리기 전: 두 선형층의 가중치와 LoRA의 A와 B를 미리 읽는다
     int first = LINE_TILES(UNITS), last = (int)((u64)UNITS * (blockIdx.x + 1) / gridDim.x);
+    int count = min(AT_ONCE, last - first);
     LineProduct<LinePiece<QDIM>, OutShare, OneMatrix> out_product;
     LineProduct<LinePiece<FF>, DownShare, OneMatrix> down_product;
-    if (DOWN) down_product.begin(down.part, first, min(AT_ONCE, last - first));
-    if (OUT) out_product.begin(out.part, first, min(AT_ONCE, last - first));
+    if (DOWN) down_product.begin(down.part, first, count);
+    if (OUT) out_product.begin(out.part, first, count);
+    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f && first < last;
+    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    LineLora<OutShare, QDIM> lora;
+    if (out_adapted) lora.prime(&out.lora_a, 0, 1);
     LineSpace space;
+    float *down_d = space.down + RANK * LINES, *down_ends = space.ends + (OUT ? AT_ONCE * ROWS * (1 + RANK) : 0);
+    if (OUT) out_product.prefetch_all(), load_ends(out, first * ROWS, count * ROWS, space.ends);
+    if (DOWN) down_product.prefetch_all(), load_ends(down, first * ROWS, count * ROWS, down_ends);
     space.fill(code);
     wait_for_previous_kernel();
-    __syncthreads();
-    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f;
-    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
-    float* down_d = space.down + RANK * LINES;
-    if (down_adapted) take_lines(down_lora.partial, mlp_blocks, adapter, space.partial, down_d);
     SplitInput<OutShare> out_input = {attended, 2 * QDIM, QDIM};
     SplitInput<DownShare> down_input = {act, FF, LINES * FF};
     float* down_partial = space.partial + (OUT ? AT_ONCE * OutShare::ACROSS * CELLS : 0);
+    LineTaker taker;
+    if (down_adapted) taker.load(down_lora.partial, mlp_blocks);
+    __syncthreads();
     for (int begin = first; begin < last; begin += AT_ONCE) {
-        int count = min(AT_ONCE, last - begin);
+        count = min(AT_ONCE, last - begin);
 // 2. 곱한다
         if (OUT) {
             typename OutShare::Held b;
             if (OutShare::ALL_HELD) out_input.fill(b, 0);
-            if (out_adapted && begin == first)
-                lora_down<OutShare, QDIM>(out.lora_a, 0, 1, out_input, b, adapter, space);
+            if (out_adapted && begin == first) lora.run(out_input, b, adapter, space);
             if (begin > first) out_product.begin(out.part, begin, count);
             out_product.run(out_input, b, space.table, space.codes, space.partial);
         }
@@ -569,21 +657,27 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
             if (begin > first) down_product.begin(down.part, begin, count);
             down_product.run(down_input, b, space.table, space.codes, down_partial);
         }
+        if (down_adapted && begin == first) taker.take(adapter, (float*)space.scratch, down_d);
         __syncthreads();
 // 3. 줄과 행마다 스레드가 하나라 제자리에서 더한다
         for (int e = threadIdx.x; e < count * CELLS; e += THREADS) {
             int inside = e % ROWS, line = e / ROWS % LINES, unit = e / CELLS, row = (begin + unit) * ROWS + inside;
+            int end = (unit * ROWS + inside) * (1 + RANK);
             float* target = (POST_NORM ? y : x) + (size_t)line * HIDDEN + row;
             float before = POST_NORM ? 0.f : __ldcg(target), sum = 0.f;
             if (OUT)
-                sum += finish_line(out, OutShare::sum(space.partial, unit, inside, line),
+                sum += finish_line(out, OutShare::sum(space.partial, unit, inside, line), space.ends + end,
                                    out_adapted ? space.down : 0, row, line);
             if (DOWN)
-                sum += finish_line(down, DownShare::sum(down_partial, unit, inside, line), down_adapted ? down_d : 0,
-                                   row, line);
+                sum += finish_line(down, DownShare::sum(down_partial, unit, inside, line), down_ends + end,
+                                   down_adapted ? down_d : 0, row, line);
             *target = POST_NORM ? sum : before + sum * RESIDUAL_SCALE;
         }
         __syncthreads();
+        if (begin + count >= last) break;
+        int more = min(AT_ONCE, last - begin - count);
+        if (OUT) load_ends(out, (begin + count) * ROWS, more * ROWS, space.ends);
+        if (DOWN) load_ends(down, (begin + count) * ROWS, more * ROWS, down_ends);
     }
 }
 

@@ -41,6 +41,22 @@ template <bool BF> __device__ __forceinline__ float widen(u16 bits) {
     return value;
 }
 
+// fp32 둘을 위와 아래 절반의 16비트 둘씩으로 나눈다. 앞의 값이 낮은 16비트다.
+template <bool BF> __device__ __forceinline__ void split_pair(float first, float second, u32& high, u32& low) {
+#if __CUDA_ARCH__ >= 800
+    if (!BF) first = fminf(fmaxf(first, -65504.f), 65504.f), second = fminf(fmaxf(second, -65504.f), 65504.f);
+    if (BF) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(second), "f"(first));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(second), "f"(first));
+    first -= widen<BF>((u16)high), second -= widen<BF>((u16)(high >> 16));
+    if (BF) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(second), "f"(first));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(second), "f"(first));
+#else
+    u16 top[2] = {narrow<BF>(first), narrow<BF>(second)};
+    high = top[0] | (u32)top[1] << 16;
+    low = narrow<BF>(first - widen<BF>(top[0])) | (u32)narrow<BF>(second - widen<BF>(top[1])) << 16;
+#endif
+}
+
 // 텐서 코어: c [16 x 8] += a [16 x 16] b [16 x 8]. 레인마다 a 여덟 개, b 네 개, c 네 개를 쥔다.
 // 레인 4g + t의 c[0], c[1]은 행 g의 열 2t, 2t + 1이고 c[2], c[3]은 행 g + 8의 같은 열이다.
 template <bool BF> __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
