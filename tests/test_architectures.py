@@ -13,8 +13,9 @@ CHAT_TEMPLATE = ("{% for message in messages %}[{{ message['role'] }}] {{ messag
                  "{% if add_generation_prompt %}[assistant] {% endif %}")
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256}
-TARGETS = {"llama": {"q_proj", "k_proj", "v_proj", "o_proj"}, "qwen3": {"q_proj", "k_proj", "v_proj", "o_proj"},
-           "gemma3_text": {"q_proj", "k_proj", "v_proj", "o_proj"}, "gpt2": {"c_attn"}}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+EVERY = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+TARGETS = {"llama": EVERY, "qwen3": EVERY, "gemma3_text": EVERY, "gpt2": {"c_attn"}}  # auto가 고르는 것
 
 
 def build_model(kind: str, folder):
@@ -72,8 +73,11 @@ def test_default_targets_follow_the_architecture():
     default = ("query_key_value",)
     assert choose_targets(default, {"model_type": "gpt_neox"}) == default
     for kind, targets in TARGETS.items():
-        assert set(choose_targets(default, {"model_type": kind})) == targets
-        assert set(choose_targets(("auto",), {"model_type": kind})) == targets
+        names = EVERY if targets == EVERY else {"c_attn", "c_proj", "c_fc"}
+        assert set(choose_targets(default, {"model_type": kind}, names)) == targets
+        assert set(choose_targets(("auto",), {"model_type": kind}, names)) == targets
+        assert set(choose_targets(("attention",), {"model_type": kind}, names)) == targets & (ATTENTION | {"c_attn"})
+    assert set(choose_targets(("auto",), {"model_type": "qwen3_next"}, {*EVERY, "in_proj_qkvz"})) == ATTENTION
     assert choose_targets(("q_proj",), {"model_type": "llama"}) == ("q_proj",)
 
 

@@ -11,7 +11,7 @@ from utils.console import one_line
 from utils.model import adapter
 from utils.model.targets import choose_targets, linear_names
 from utils.prompter import EXAMPLES
-from utils.train import results, stage
+from utils.train import defaults, results, stage
 from utils.train.records import Recipe, Schedule
 
 finetune_lora = load_script("finetune-lora.py")
@@ -129,8 +129,14 @@ def test_three_step_run_still_evaluates_and_saves():
 
 def test_auto_targets_follow_the_architecture():
     assert choose_targets(("auto",), {"model_type": "gpt_neox"}) == ("query_key_value",)
-    assert choose_targets(("auto",), {"model_type": "llama"}) == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert choose_targets(("attention",), {"model_type": "llama"}) == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert choose_targets(("query_key_value", "dense"), {"model_type": "gpt_neox"}) == ("query_key_value", "dense")
+
+
+def test_a_learning_rate_not_given_follows_the_architecture():
+    rates = [defaults.fill(train_settings(learning_rate=given), {"model_type": kind}).learning_rate
+             for given, kind in ((None, "gpt_neox"), (None, "gemma3_text"), (2e-5, "gpt_neox"))]
+    assert rates == [1e-3, 5e-4, 2e-5]
 
 
 def test_all_means_every_linear_layer_but_the_head():

@@ -19,7 +19,6 @@ ATTENTION_TARGETS = {
 TRANSPOSED = ("gpt2", "openai-gpt")  # 가중치를 [in, out]으로 두는 구조(Conv1D)
 COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 COMMON_LINEARS = (*COMMON_TARGETS, "gate_proj", "up_proj", "down_proj")
-AUTO_ALL = False  # auto가 선형층이 모두 흔한 이름인 구조(llama 계열)에서 모든 선형층을 고르는지
 FUSED_TARGETS = (("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("in_proj",))
 
 
@@ -27,7 +26,9 @@ def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] 
                    attention: Collection[str] = ()) -> tuple[str, ...]:
     """`attention`이면 구조의 attention 층을, `all`이면 출력 행렬을 뺀 모든 선형층을, `auto`면 둘 가운데 하나를 고른다.
 
-    기본값도 GPT-NeoX가 아니면 auto와 같다.
+    auto는 선형층이 모두 흔한 이름인 구조(llama, Qwen, Gemma, EXAONE 따위)에서만 모든 선형층을 고른다. Gemma 3 270M에서
+    재니 attention만 고른 것보다 KoBEST와 KoAlpaca를 더 잘 배웠다(tests/bench/README.md). 전문가나 상태가 있는 구조와
+    polyglot(GPT-NeoX)에서는 attention이다. 기본값도 GPT-NeoX가 아니면 auto와 같다.
 
     Args:
         names: 모델에 있는 층의 이름(`linear_names`). 주면 그 안에서만 고른다. `all`은 이것이 있어야 한다.
@@ -37,7 +38,7 @@ def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] 
     if asked == ("query_key_value",) and kind not in ("gpt_neox", "bloom", "falcon"):
         asked = ("auto",)
     if asked == ("auto",):
-        asked = ("all",) if AUTO_ALL and names and set(names) <= set(COMMON_LINEARS) else ("attention",)
+        asked = ("all",) if names and set(names) <= set(COMMON_LINEARS) else ("attention",)
     if asked == ("all",):
         return tuple(sorted(names))
     if asked == ("attention",):
