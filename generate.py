@@ -55,8 +55,9 @@ def serve(
         python generate.py --peft_root train/faq
         python generate.py --peft_root train/faq --ask "배송은 며칠 걸리나요?"
     """
+    flags = dict(locals())
     console.show_details(verbose)
-    check_flags(server_name, server_port, share_gradio, auth, bool(load_4bit and load_8bit), ask, eval, peft_root)
+    check_flags(flags)
 
     from utils.talk.source import find_sources, load_models
 
@@ -76,35 +77,33 @@ def serve(
         open_page(models, title, results, Access(server_name, server_port, share_gradio, auth, api))
 
 
-def check_flags(server_name: str, server_port: int, share: bool, auth: str | None, both_bits: bool, ask: str | None,
-                exam: str | None, peft_root: tuple[str, ...]) -> None:
+def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
+    from pathlib import Path
+
+    from utils.data.exams import is_kobest
+    from utils.record import RUN_FILE
     from utils.talk.guard import exposure_problem
 
+    ask, exam, peft_root = flags["ask"], flags["eval"], flags["peft_root"]
     counted = exam is not None and exam.lstrip("-").isdigit()
-    known = exam is None or counted or is_exam(exam)
-    problem = exposure_problem(server_name, share, auth)
+    known = exam is None or counted or is_kobest(exam) or Path(find_input(exam)).exists()
+    problem = exposure_problem(flags["server_name"], flags["share_gradio"], flags["auth"])
+    blank = [folder for folder in flags["run_dirs"] if not (Path(find_input(folder)) / RUN_FILE).is_file()]
     cli.check(
         [
             (not problem, problem),
-            (1 <= server_port <= 65535, f"server_port는 1에서 65535까지다: {server_port}"),
-            (not both_bits, "--load_4bit와 --load_8bit 가운데 하나만 쓴다"),
+            (1 <= flags["server_port"] <= 65535, f"server_port는 1에서 65535까지다: {flags['server_port']}"),
+            (not (flags["load_4bit"] and flags["load_8bit"]), "--load_4bit와 --load_8bit 가운데 하나만 쓴다"),
             (ask is None or exam is None, "--ask와 --eval 가운데 하나만 쓴다"),
+            (ask is not None or not flags["input"], "--input은 --ask의 질문에 딸린 글이다. --ask를 함께 적는다"),
             (not counted or int(exam) >= 1, f"eval의 질문 수는 1 이상이다: {exam}"),
             (not counted or bool(peft_root), "--eval 수에는 학습한 폴더가 있어야 한다. --peft_root를 적는다"),
             (exam is None or len(peft_root) < 2, "--eval은 어댑터를 하나씩 잰다. --peft_root를 하나만 적는다"),
             (known, f"eval은 질문의 수, kobest, 있는 폴더나 파일 가운데 하나다: {exam}"),
+            (not blank, f"run_dirs에 {RUN_FILE}이 없다: {', '.join(blank)}. finetune-lora.py의 output_dir를 적는다"),
         ]
     )
-
-
-def is_exam(name: str) -> bool:
-    """KoBEST이거나 있는 폴더나 파일인지."""
-    from pathlib import Path
-
-    from utils.data.exams import is_kobest
-
-    return is_kobest(name) or Path(find_input(name)).exists()
 
 
 def find_results(sources, run_dirs: tuple[str, ...], models, cache_dir: str | None):

@@ -123,6 +123,12 @@ def test_missing_values_are_named_with_what_they_mean_and_an_example():
     assert "--count" not in str(refused.value)
 
 
+@pytest.mark.parametrize("argv", [["--source"], ["--source", "--target", "x"], ["--target", "x", "--source"]])
+def test_a_needed_flag_without_a_value_is_missing(argv):
+    with pytest.raises(UsageError, match=r"없다: --source\(옮길 것\)"):
+        cli.parse(needy, argv, {})
+
+
 @pytest.mark.parametrize("word", ["--help", "-h", "help", "/?", "--HELP"])
 def test_help_is_korean_grouped_and_whole(word, capsys):
     assert cli.parse(needy, [word], {}) is None

@@ -17,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import fire
@@ -176,7 +177,8 @@ def _loose_hint(token: str) -> str:
 
 
 def _refuse_missing(argv: list[str], stage: Callable) -> None:
-    given = {flag_name(token) for token in argv}
+    given = {flag_name(token) for token, value in pairwise([*argv, "--"])
+             if "=" in token or not value.startswith("--")}  # 값 없이 적은 것도 없는 것이다
     missing = [name for name, parameter in inspect.signature(stage).parameters.items()
                if parameter.default is inspect.Parameter.empty and name not in given]
     if missing:
@@ -257,5 +259,5 @@ def _fit_words(text: str) -> tuple[str, ...]:
         words = tuple(inner.split(","))
     words = tuple(str(word).strip().strip("'\"") for word in words)
     if not words or not all(words):
-        raise ValueError("이름을 쉼표로 이어 적는다(예: query_key_value,dense)")
+        raise ValueError("빈칸 없이 쉼표로 이어 적는다(예: 하나,둘)")
     return words

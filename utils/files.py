@@ -16,7 +16,7 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
-from utils.errors import UsageError
+from utils.errors import UsageError, why
 from utils.process import is_first_process
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ def staged_file(target: Path, failed: str | None = None) -> Iterator[TextIO]:
     except OSError as error:
         if failed is None:
             raise
-        raise UsageError(f"{failed}: {target} ({error.strerror or error})") from None
+        raise UsageError(f"{failed}: {target} ({why(error)})") from None
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def locked(folder: Path, output_dir: str | Path | None = None, busy: str | None 
         raise UsageError(busy or f"다른 실행이 쓰는 중이다: {output_dir}. 끝나기를 기다리거나 다른 --output_dir를 "
                          "적는다") from None
     except OSError as error:
-        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({error.strerror or error})") from None
+        raise UsageError(f"output_dir에 쓸 수 없다: {output_dir} ({why(error)})") from None
     try:
         yield
     finally:

@@ -130,10 +130,14 @@ def test_bad_rows_can_be_counted_instead(tmp_path):
 
 
 @pytest.mark.parametrize("path, named", [
-    ("none.json", "download-koalpaca"), ("none.JSONL", "download-koalpaca"), ("a/b/c", "download-koalpaca"),
-    (".", "폴더"), ("가\0나.json", "download-koalpaca"),
+    ("none.json", "지금 폴더"), ("none.JSONL", "지금 폴더"), ("a/b/c", "지금 폴더"), (".", "폴더"),
+    ("가\0나.json", "지금 폴더"),
+    ("KoAlpaca_v1.1a.json", "download-koalpaca"), ("faq", r"혹시 faq\.CSV\?"), ("faqs.csv", r"혹시 faq\.CSV\?"),
+    ("polyglot-ko-skill", r"polyglot-ko-skills\.json\?"),
 ])
-def test_missing_data_is_refused(path, named):
+def test_missing_data_is_refused(path, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faq.CSV").touch()
     with pytest.raises(UsageError, match=named):
         rows.require_data(path)
 

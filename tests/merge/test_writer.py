@@ -443,7 +443,7 @@ def test_shard_sizes(text, size):
     assert writer.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "0", "1e3GB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "0", "1", "1e3GB"])
 def test_bad_shard_sizes_are_refused(text):
     with pytest.raises(UsageError, match="max_shard_size"):
         writer.parse_size(text)

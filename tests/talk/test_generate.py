@@ -39,6 +39,8 @@ def refuse(capsys, *flags: str) -> str:
     (["--load_4bit", "--load_8bit"], "하나만"),
     (["--server_port", "70000"], "server_port"),
     (["--eval", "5"], "--peft_root"),
+    (["--input", "가"], "--ask"),
+    (["--run_dirs", "없는 폴더,resources"], "없는 폴더, resources"),
     (["--eval", "0", "--peft_root", "x"], "1 이상"),
     (["--eval", "kobset"], "kobest"),
     (["--eval", "no-such-rows.jsonl"], "no-such-rows.jsonl"),

@@ -87,7 +87,10 @@ def make_even(*datasets: PairedDataset | None) -> None:
 
 
 def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(학습 문서 번호, 검증 문서 번호). 내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다."""
+    """(학습 문서 번호 [n] int64, 검증 문서 번호 [m] int64).
+
+    내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다.
+    """
     if percent <= 0 or len(np.unique(documents.digests)) < 2:  # 모두 같은 행이면 나눌 수 없다
         return np.arange(len(documents)), np.arange(0)
     # seed마다 다른 수를 섞고 큰 홀수를 곱해(넘친 비트는 버린다) [0, 2^64)에 고르게 흩고, 아래쪽 percent%를 검증에 쓴다

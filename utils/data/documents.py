@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UsageError
+from utils.errors import UsageError, why
 from utils.files import own_staging_of, put
 
 KEEP = 8
@@ -144,7 +144,7 @@ class CacheWriter:
             file.close()
 
     def _unwritable(self, error: OSError) -> UsageError:
-        return UsageError(f"토큰의 캐시를 쓰지 못했다: {self._folder.parent} ({error.strerror or error}). "
+        return UsageError(f"토큰의 캐시를 쓰지 못했다: {self._folder.parent} ({why(error)}). "
                           "디스크의 여유 공간을 늘리거나 --cache_dir로 다른 폴더를 적는다")
 
 

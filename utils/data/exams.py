@@ -106,6 +106,8 @@ def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
                 for task in TASKS]
     if Path(name).is_dir():
         return _from_folder(Path(name), prompter)
+    if not Path(name).is_file():
+        raise UsageError(f"시험이 없다: {name}. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나를 적는다")
     return [_from_file(name, prompter)]
 
 

@@ -1,12 +1,13 @@
 """데이터의 행: 파일이든 hub의 데이터든 (번호, 열 -> 값)을 하나씩 준다."""
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
 from utils import hub
 from utils.data.readers import READERS, BadRow
-from utils.errors import UsageError
-from utils.paths import looks_like_hub_id
+from utils.errors import UsageError, why
+from utils.paths import ROOT, looks_like_hub_id, shown
 
 SUFFIXES = tuple(READERS)
 DOWNLOAD_KOALPACA = "python ko-datasets/download-koalpaca.py"
@@ -36,7 +37,7 @@ def read_rows(data_path: str | Path, cache_dir: str | None = None,
                 else:
                     on_bad(number, f"{number}번째 행이 객체({{...}})가 아니다")
         except OSError as error:
-            raise UsageError(f"데이터 파일을 읽지 못했다: {path} ({error.strerror or error})") from None
+            raise UsageError(f"데이터 파일을 읽지 못했다: {path} ({why(error)})") from None
     else:
         for number, row in enumerate(load_hub(str(data_path), cache_dir), 1):
             empty = False
@@ -46,12 +47,24 @@ def read_rows(data_path: str | Path, cache_dir: str | None = None,
 
 
 def require_data(data_path: str | Path) -> None:
-    """데이터 파일이 있는지 본다. 없으면 받거나 만드는 명령을 말한다."""
+    """데이터 파일이 있는지 본다. 없으면 비슷한 이름이나 받는 명령을 말한다."""
     path = Path(data_path)
     if path.is_dir():
         raise UsageError(f"데이터로 폴더를 적었다: {path}. 그 안의 파일({', '.join(SUFFIXES)}) 하나를 적는다")
     if not path.is_file() and (path.suffix.lower() in SUFFIXES or not looks_like_hub_id(data_path)):
-        raise UsageError(f"데이터 파일이 없다: {data_path}. KoAlpaca를 받는 명령: {DOWNLOAD_KOALPACA}")
+        raise UsageError(f"데이터 파일이 없다: {data_path}. {_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    """없는 데이터 파일 대신 할 것."""
+    if "koalpaca" in path.name.lower():
+        return f"KoAlpaca를 받는 명령: {DOWNLOAD_KOALPACA}"
+    there = {file.stem: file for folder in (ROOT / "ko-datasets", path.parent) if folder.is_dir()
+             for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
+    stem = path.stem if path.suffix.lower() in SUFFIXES else path.name  # 윈도우의 탐색기는 확장자를 감춘다
+    if near := difflib.get_close_matches(stem, there, n=1):
+        return f"혹시 {shown(there[near[0]])}?"
+    return f"지금 폴더는 {Path.cwd()}이다. 이름과 확장자({', '.join(SUFFIXES)})를 본다"
 
 
 def load_hub(name: str, cache_dir: str | None = None):

@@ -52,6 +52,7 @@ class FreshStep:
         return self._again()
 
     def _again(self) -> torch.Tensor:
+        """지금까지의 글 전체의 forward. 마지막 토큰의 로짓 [1, vocab]."""
         ids = torch.tensor([self._ids], device=self._device)  # [1, 지금까지]
         positions = torch.arange(ids.shape[1], device=self._device)[None]
         return self._forward(ids, positions, None, None)

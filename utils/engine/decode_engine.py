@@ -82,8 +82,10 @@ class FastDecode:
 
     def room(self, tokens: int) -> int:
         """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 토큰의 수."""
-        cache = self._step.cache
-        return min(tokens, self._weights.family.context, max(cache.capacity, cache.fits(self._free_bytes())))
+        cache, tokens = self._step.cache, min(tokens, self._weights.family.context)
+        if tokens <= cache.capacity:  # 이미 있는 쪽에 들어간다. 남은 메모리를 묻는 데 0.5 ms가 든다
+            return tokens
+        return min(tokens, max(cache.capacity, cache.fits(self._free_bytes())))
 
     def _free_bytes(self) -> float:
         """KV cache에 더 쓸 수 있는 바이트. torch가 쥐고만 있는 것도 센다."""
@@ -129,7 +131,7 @@ class FastDecode:
 
     def _lines_fit(self, questions: list[list[int]], most: int) -> bool:
         needed = max(map(len, questions)) + most + PAGE
-        fits = self._step.cache.fits(self._free_bytes())
+        fits = self._step.cache.fits(self._free_bytes() - self._prefill.bytes_together())
         return self._step.plan.can_answer_together and fits >= len(questions) * needed
 
     @torch.inference_mode()

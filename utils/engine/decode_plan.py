@@ -18,13 +18,14 @@ WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 �
 THREADS = WARPS * 32
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
-CHUNK = 128          # attention 블록이 한 번에 보는 위치의 수. 이보다 짧은 대화는 블록끼리 합치지 않는다
+CHUNK = 128          # 위치를 블록끼리 나누는 단위
+ALONE = 256          # 볼 위치가 이만큼까지면 나누지 않는다. 나누어 합치는 것보다 두 번 도는 쪽이 빠르다
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
 LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
 PAGE = 512           # KV cache 한 쪽의 위치의 수
 LINES = 16           # 함께 답하는 질문의 수
-LINE_AHEAD = 2       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수(1이나 2)
-LINE_REGISTERS = 64  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수(32나 64)
+LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수(1이나 2)
+LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수(32나 64)
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
@@ -159,7 +160,7 @@ class Plan:
             "GATED": int(family.gated), "ACTIVATION": ACTIVATIONS[family.activation],
             "GELU_TANH": ACTIVATIONS["gelu_tanh"], "SILU": ACTIVATIONS["silu"],
             "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
-            "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
+            "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
             "IN_SCALE": "0.015625f" if family.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다

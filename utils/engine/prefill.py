@@ -112,10 +112,18 @@ class Prefill:
         """가장 큰 행렬이 통째로 들어가는 자리. 여럿을 읽을 때는 나누어 푸는 것보다 커널을 덜 부르는 쪽이 빠르다."""
         if self._buffer is None:
             return None
-        largest = max(rows * columns for layer in self._weights.layers[:1]
-                      for linear in (layer.qkv, layer.out, layer.mlp, layer.down)
-                      for rows, columns in (part.shape for part in linear.parts))
-        return torch.empty(largest, dtype=self._buffer.dtype, device=self._device)
+        return torch.empty(self._largest_matrix(), dtype=self._buffer.dtype, device=self._device)
+
+    def _largest_matrix(self) -> int:
+        layer = self._weights.layers[0]
+        return max(rows * columns for linear in (layer.qkv, layer.out, layer.mlp, layer.down)
+                   for rows, columns in (part.shape for part in linear.parts))
+
+    def bytes_together(self) -> int:
+        """여럿을 함께 읽는 동안 드는 메모리(바이트): 푼 행렬과, 층 하나의 활성값."""
+        family = self._weights.family
+        widths = 8 * family.hidden + 4 * family.qkv_width + 2 * family.q_width + 6 * family.mlp_width
+        return 2 * self._largest_matrix() + TOGETHER * widths
 
     def capture(self, size: int) -> None:
         """길이 `size`의 graph를 미리 만든다."""
@@ -219,7 +227,7 @@ class Prefill:
             self._multiply(x, part, out[:, begin : begin + part.shape[0]])
             begin += part.shape[0]
         if linear.bias is not None:
-            out += linear.bias.to(out.dtype)
+            out += linear.bias  # fp32로 더해 16비트로 적는다
         if linear.adapter is not None and self.adapter_on:
             self._adapt(x, linear.adapter, out)
         return out

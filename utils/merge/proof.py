@@ -121,7 +121,9 @@ def prove(job: Job, merged: Path) -> Proof:
     quantised, rounded = writer.quantised_entries(job), writer.quantised_built(job)
 
     def logits(kind: str, updates: dict) -> torch.Tensor:
-        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit."""
+        """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit
+        [실제 토큰의 수, vocab].
+        """
         trained = kind == "quantized"
         source = streamed.Source(job.base, job.disk, lambda entry: job.base_rows(entry, quantised if trained else {}),
                                  updates, job.trained_dtype if trained else torch.float32,

@@ -89,7 +89,7 @@ class StreamedWeight(torch.Tensor):
         return rows.to(self.place)[where]
 
     def whole(self) -> torch.Tensor:
-        """갱신까지 더한 온전한 행렬, fp32."""
+        """갱신까지 더한 온전한 행렬 [out, in], fp32."""
         values = torch.cat([self.read(start, stop) for start, stop in row_spans(self.entry.shape)])
         if self.update is not None:
             values += self.update.rows(0, self.entry.shape[0])
@@ -152,5 +152,5 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
 
 
 def read_plain(entry: TensorEntry) -> Rows:
-    """파일에 적힌 값 그대로를 fp32로 읽는 함수."""
+    """파일에 적힌 값 그대로를 fp32로 읽는 함수. (start, stop) -> [stop - start, 폭]."""
     return lambda start, stop: read_rows(entry, start, stop).float()

@@ -56,6 +56,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
 _LARGEST = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F800000)}  # 바이트의 수, 양의 무한대의 비트
 SPARE_BYTES = 64 * 2**20  # 가중치 곁의 파일(설정, 토크나이저, 어댑터)
+SMALLEST_SHARD = 1000  # 바이트
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -66,13 +67,13 @@ def parse_size(text: str) -> int:
     accelerate의 `convert_file_size_to_int`는 쓰지 않는다: '1.5gb'를 비트로 읽어 8로 나누고 '4096'과 TB를 모른다.
 
     Raises:
-        UsageError: 크기로 읽을 수 없거나 1바이트보다 작다.
+        UsageError: 크기로 읽을 수 없거나, 파일이 수없이 나뉠 만큼 작다.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
     size = 0 if unit is None else float(match[1]) * unit
-    if size < 1:
-        raise UsageError(f"max_shard_size를 읽을 수 없다: '{text}'. 1GB나 500MB처럼 적는다")
+    if size < SMALLEST_SHARD:
+        raise UsageError(f"max_shard_size를 읽을 수 없다: '{text}'. 1GB나 500MB처럼 단위를 붙여 1KB 이상으로 적는다")
     return int(size)
 
 
@@ -139,6 +140,7 @@ def plan(job: Job, quantised: dict[str, bool]) -> list[Planned]:
 
 
 def _copied(entry: TensorEntry) -> Iterator[memoryview]:
+    """바이트 그대로. 값이 유한한지만 본다."""
     for chunk in shards.raw_chunks(entry):
         require_finite(chunk, entry.dtype, entry)
         yield chunk
@@ -146,7 +148,10 @@ def _copied(entry: TensorEntry) -> Iterator[memoryview]:
 
 def _merged(job: Job, entry: TensorEntry, update: lora.Update | None, dtype: str,
             quantised: dict[str, bool]) -> Iterator[memoryview]:
-    """fp32로 더하고 `dtype`으로 한 번만 반올림한다."""
+    """W + scale B A를 fp32 [행의 조각, in]로 더하고 `dtype`으로 한 번만 반올림한다.
+
+    16비트에서 더하면 갱신이 먼저 반올림되고 합이 또 반올림되어, W의 눈금보다 작은 갱신이 사라진다.
+    """
     rows = job.base_rows(entry, quantised)
     for start, stop in shards.row_spans(entry.shape):
         values = rows(start, stop)

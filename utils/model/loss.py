@@ -143,7 +143,11 @@ def measure_head(causal: nn.Module) -> Head | None:
 
 
 def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, config) -> list[tuple[float, float]]:
-    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다."""
+    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다.
+
+    Args:
+        raw, final: 출력 행렬이 낸 것과 모델이 내놓은 logits. [1, PROBE_TOKENS, vocab] fp64.
+    """
     straight = final
     if cap is not None:
         inside = final.abs() < cap / 2  # 한계에 가까우면 되돌린 값이 거칠다

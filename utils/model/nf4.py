@@ -48,6 +48,7 @@ class NF4Rows:
         return bnb.dequantize_4bit(codes, state).to(self._dtype).float()
 
     def _quantize(self, values: torch.Tensor):
+        """(4비트 값 [원소 / 2] uint8, absmax가 든 `QuantState`). 이중 양자화는 하지 않는다."""
         from bitsandbytes import functional as bnb
 
         values = values.to(self._dtype).float()

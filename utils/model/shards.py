@@ -95,7 +95,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
 
 
 def read_whole(entry: TensorEntry) -> torch.Tensor:
-    """온전한 tensor. 파일의 dtype 그대로다."""
+    """온전한 tensor [entry.shape]. 파일의 dtype 그대로다."""
     return read_rows(entry, 0, *(entry.shape[:1] or (1,))).view(entry.shape)
 
 

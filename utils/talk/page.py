@@ -129,10 +129,15 @@ def launch(page: gr.Blocks, models: Models, access: Access) -> tuple[str, str | 
 
 
 def _theme() -> gr.themes.Base:
-    """글과 바탕의 명암비가 4.5를 넘는 빛깔."""
+    """글과 바탕의 명암비가 4.5를 넘고, 칸과 단추의 테두리가 밝은 바탕에서도 보이는 빛깔."""
     theme = gr.themes.Soft(primary_hue="teal", font=[gr.themes.Font(name) for name in FONTS],
                            font_mono=[gr.themes.Font("monospace")])
     return theme.set(
+        input_border_width="1px", input_border_color="*neutral_400", input_border_color_dark="*neutral_600",
+        button_border_width="1px", button_secondary_border_color="*neutral_400",
+        button_secondary_border_color_hover="*neutral_600", button_secondary_border_color_dark="transparent",
+        button_secondary_background_fill_hover_dark="*neutral_500", button_primary_border_color="transparent",
+        button_primary_border_color_dark="transparent",
         color_accent="*primary_700", checkbox_label_background_fill_selected="*primary_700",
         checkbox_label_background_fill_selected_dark="*primary_700", slider_color="*primary_600",
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",

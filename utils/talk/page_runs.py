@@ -4,10 +4,12 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 
 from utils import report
+from utils.paths import shown
 from utils.record import FIGURES
 
 SHOWN_SETTINGS = ("base_model", "data_path", "num_train_epochs", "batch_size", "micro_batch_size", "learning_rate",
@@ -45,10 +47,19 @@ def curves_html(runs: Sequence[tuple[str, dict]]) -> str:
 def run_table(runs: dict[str, dict]) -> str:
     """학습마다 한 열: 결과(loss, 속도, 최대 VRAM)와 설정."""
     rows = [[figure.title, *(figure.shown(run) or "-" for run in runs.values())] for figure in FIGURES]
-    for key in SHOWN_SETTINGS:
-        values = (run.get("settings", {}).get(key, "-") for run in runs.values())
-        rows.append([key, *(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values)])
+    rows += [[key, *(_setting(run, key) for run in runs.values())] for key in SHOWN_SETTINGS]
     return html_table(["항목", *runs], rows)
+
+
+def _setting(run: dict, key: str) -> str:
+    """설정 하나. 적지 않은 것은 도구가 고른 값이다."""
+    value = run.get("settings", {}).get(key)
+    if value is None:
+        chosen = run.get("plan", {}).get(key)
+        return "-" if chosen is None else f"{chosen} (스스로 고름)"
+    if key in ("base_model", "data_path") and Path(str(value)).exists():
+        return shown(str(value))
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

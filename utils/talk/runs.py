@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from utils.console import printable
-from utils.errors import UsageError
+from utils.errors import UsageError, why
 from utils.files import locked, staged_file
 from utils.model import checkpoint
 from utils.paths import ROOT, shown
@@ -211,7 +211,7 @@ class Runs:
                 process = subprocess.Popen(self.command(order, resume), stdin=subprocess.DEVNULL, stdout=log,
                                            stderr=subprocess.STDOUT, **apart)
         except OSError as error:
-            raise UsageError(f"{shown(folder)}에서 학습을 시작하지 못했다({error.strerror or error})") from None
+            raise UsageError(f"{shown(folder)}에서 학습을 시작하지 못했다({why(error)})") from None
         self._started[folder.name] = process
         record = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "order": asdict(order),
                   "folder": str(folder)}

@@ -42,6 +42,7 @@ class _HeadNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
+        """입력마다의 gradient. hidden의 것 [tokens, hidden]뿐이고 나머지는 None이다."""
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_output[:, None]), None, None
 

@@ -44,7 +44,7 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
     """batch와 블록의 길이를 정한다. 사용자가 적은 batch와, 이어 갈 실행의 것은 그대로 쓴다.
 
     Args:
-        lengths: 학습할 문서들의 토큰 수.
+        lengths: 학습할 문서들의 토큰 수. [문서의 수] int64.
         longest: 학습하거나 검증할 가장 긴 문서의 토큰 수. 블록은 이보다 짧아지지 않는다.
         world: 함께 배우는 프로세스의 수. batch는 이 수와 micro_batch_size로 나누어진다.
     """
@@ -57,7 +57,7 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
         return attempt(settings.batch_size, whole, whole)
     earlier = run_folder.earlier_batch(settings)
     if earlier is not None:
-        return attempt(*earlier)
+        return attempt(earlier.size, earlier.block_len, earlier.room)
 
     # 차례로 줄인다: batch(16블록에서 절반씩), 블록의 길이(가장 긴 행까지), 블록에 담는 양(64토큰까지)
     unit = world * (settings.micro_batch_size or 1)  # batch의 가장 작은 단위

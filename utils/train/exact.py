@@ -42,7 +42,7 @@ def measure(model, documents: Documents, held_out: np.ndarray) -> ExactMatch | N
     Args:
         model: 어댑터를 얹은 PEFT 모델.
         documents: 데이터의 모든 행.
-        held_out: 검증 행의 번호. 앞에서부터 MAX_ROWS개만 잰다.
+        held_out: 검증 행의 번호. [n] int64. 앞에서부터 MAX_ROWS개만 잰다.
     """
     asked = [read_question(documents, member) for member in held_out[:MAX_ROWS]]
     brief = [row for row in asked if len(row.prompt) and len(row.answer) <= SHORT_ANSWER]

@@ -25,7 +25,7 @@ class Group:
         return self.rank == 0
 
     def add_up(self, value: torch.Tensor) -> torch.Tensor:
-        """모든 프로세스의 합을 제자리에 적고 돌려준다."""
+        """모든 프로세스의 합을 제자리에 적고 돌려준다. 모양은 무엇이든 되지만 프로세스마다 같아야 한다."""
         if self.world > 1:
             dist.all_reduce(value)
         return value

@@ -125,7 +125,7 @@ def is_nearer(measured: Measured, truth: Truth, exact: Truth) -> bool:
 
 
 def overall(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """gradient를 모두 이은 벡터의 차이의 비율."""
+    """gradient를 모두 이은 벡터의 차이의 비율 |a - b| / |b|. 이름 -> 그 가중치의 모양인 fp32."""
     # 이은 벡터의 크기 |v|^2은 조각마다의 |v_i|^2의 합이다
     apart = sum(float((ours[name] - value).norm()) ** 2 for name, value in theirs.items())
     size = sum(float(value.norm()) ** 2 for value in theirs.values())
@@ -218,6 +218,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
+    """블록 하나의 dropout 씨앗: keys [1, 2] int32."""
     return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}
 
 

@@ -145,7 +145,7 @@ class Checkpoints:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """자동미분 길의 dropout이 쓰는 난수의 상태."""
+    """자동미분 길의 dropout이 쓰는 난수의 상태. 장치마다 uint8 [상태의 바이트]."""
     on_gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **on_gpu}
 

@@ -159,8 +159,17 @@ def describe(settings: Settings, inputs) -> dict:
     }
 
 
-def earlier_batch(settings: Settings) -> tuple[int, int, int] | None:
-    """이어 갈 실행의 (batch, 블록의 길이, 담는 양). 새로 시작하거나 이어 갈 것이 없으면 None이다.
+@dataclass(frozen=True)
+class EarlierBatch:
+    """이어 갈 실행이 쓰던 것. 뜻은 `batch_size.BatchSize`와 같다."""
+
+    size: int
+    block_len: int
+    room: int
+
+
+def earlier_batch(settings: Settings) -> EarlierBatch | None:
+    """이어 갈 실행의 batch와 블록. 새로 시작하거나 이어 갈 것이 없으면 None이다.
 
     스스로 고른 batch는 epoch의 수에 따라 달라지므로, 더 배우려고 이어 가도 처음에 고른 것을 쓴다.
     """
@@ -168,10 +177,11 @@ def earlier_batch(settings: Settings) -> tuple[int, int, int] | None:
     if not asked:
         return None
     last = checkpoint.newest_valid(Path(settings.output_dir)) if asked is True else Path(asked)
-    found = ((files.read_manifest(last) or {}) if last else {}).get("run", {}).get("batch_size", {}).get("id")
-    if isinstance(found, int):
-        return found, settings.cutoff_len, settings.cutoff_len
-    return tuple(found) if isinstance(found, list) and len(found) == 3 else None
+    manifest = (files.read_manifest(last) if last else None) or {}
+    found = manifest.get("run", {}).get("batch_size", {}).get("id")
+    if isinstance(found, int):  # 블록을 cutoff_len까지 채운 실행(`_batch_fact`)
+        return EarlierBatch(found, settings.cutoff_len, settings.cutoff_len)
+    return EarlierBatch(*found) if isinstance(found, list) and len(found) == 3 else None
 
 
 def _batch_fact(batch, cutoff_len: int) -> dict:
@@ -223,8 +233,9 @@ def _newest(folder: Path, say: Callable[[str], None]) -> Path:
                 say(f"경고: 손상된 체크포인트를 건너뛴다. {line}")
             return candidate
         reasons.append(f"{candidate}: {reason}")
-    detail = f" 손상된 것: {' / '.join(reasons)}" if reasons else ""
-    raise UsageError(f"이어 갈 온전한 체크포인트가 없다: {folder}.{detail}")
+    detail = f"손상된 것: {' / '.join(reasons)}. " if reasons else ""
+    raise UsageError(f"이어 갈 온전한 체크포인트가 없다: {folder}. {detail}--output_dir를 보거나, 처음부터 배우려면 "
+                     "--resume_from_checkpoint를 뺀다")
 
 
 def _named(folder: Path, asked: Path) -> Path:

@@ -106,7 +106,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def take_documents(dataset) -> list[torch.Tensor]:
-    """블록 몇 개에 든 문서들. 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다.
+    """블록 몇 개에 든 문서들([tokens] int64). 가장 긴 문서가 든 블록과 짧은 문서가 든 블록을 모두 본다.
 
     선호 쌍이면 고른 답들이 앞에 온다. 한 쌍의 두 문서는 앞부분이 같아, 나란히 두면 그 gradient가 서로 지워진다.
     """
@@ -206,6 +206,7 @@ def plain_preference(model: nn.Module, block: dict[str, torch.Tensor]) -> tuple[
 
 
 def sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """logits [1, tokens, vocab], targets [1, tokens] -> 음의 로그 가능도의 합(fp32 스칼라)."""
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum",
                                        ignore_index=IGNORE)
 
@@ -232,7 +233,11 @@ def nudged(model: nn.Module) -> Iterator[None]:
 
 
 def take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """gradient를 꺼내고 0으로 지운다. `.grad`의 주소는 그대로다."""
+    """gradient를 꺼내고 0으로 지운다. `.grad`의 주소는 그대로다.
+
+    Returns:
+        이름 -> 그 가중치의 모양인 fp32. LoRA의 A면 [r, 입력], B면 [출력, r].
+    """
     taken = {}
     for name, parameter in trainable(model):
         if parameter.grad is None:

@@ -98,7 +98,7 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
 }
 
 // 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
-// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 CHUNK의 배수로 나눈 한 토막을 맡는다.
+// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 나눈 한 토막을 맡는다.
 // 레인 SPAN개가 위치 하나를 맡고, 저마다 제 위치들의 softmax를 이어 가다가 끝에 한 번 합친다. 그래서 도는 동안 동기화가
 // 없다. 토막이 여럿이면 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
 // 아래의 모양은 줄 하나의 것이다.
@@ -120,10 +120,10 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     partial += blockIdx.z * HEADS * gridDim.y * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
-// 볼 위치는 oldest부터 position까지. 그것을 CHUNK의 배수 per개씩 나눈다
+// 볼 위치는 oldest부터 position까지. ALONE개를 넘으면 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
     int seen = position + 1 - oldest, splits = gridDim.y;
-    int per = ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
+    int per = seen <= ALONE ? ALONE : ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
     int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
     if ((int)blockIdx.y >= active) return;
 

@@ -32,7 +32,8 @@ template <int HALVES> struct Unit { u32 v[SETS][HALVES][8]; };
 // 가중치의 조각(행 16개 x 칸 64 * UNITS개). 레인은 행 g와 g + 8의 칸을 맡는다.
 // sum[s]의 넷: (행 g, 줄 8s + 2t), (g, 8s + 2t + 1), (g + 8, 8s + 2t), (g + 8, 8s + 2t + 1).
 template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
-    enum { UNITS = U, SPREAD = SPREAD_, ROW_BYTES = K * 2, STEP_BYTES = UNITS * 128, HEIGHT = HALF ? 8 : ROWS };
+    enum { UNITS = U, SPREAD = SPREAD_, ROW_BYTES = K * 2, STEP_BYTES = UNITS * 128, HEIGHT = HALF ? 8 : ROWS,
+           SCALED = 0 };
     uint4 top[UNITS][2], low[HALF ? 1 : UNITS][2];
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
@@ -63,7 +64,8 @@ template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
 
 // NF4: 단위가 절댓값 블록 하나라서, 단위의 합에 절댓값을 한 번만 곱한다.
 template <int K> struct Nf4Lines {
-    enum { UNITS = K % (128 * WARPS) ? 1 : 2, SPREAD = 0, ROW_BYTES = K / 2, STEP_BYTES = UNITS * 32, HEIGHT = ROWS };
+    enum { UNITS = K % (128 * WARPS) ? 1 : 2, SPREAD = 0, ROW_BYTES = K / 2, STEP_BYTES = UNITS * 32, HEIGHT = ROWS,
+           SCALED = DOUBLE_QUANT ? 1 : 4 };  // SCALED: 절댓값 하나의 바이트
     uint2 top[UNITS], low[UNITS];
     u32 top_scale[2], low_scale[2];  // 이중 양자화면 8비트 절댓값들과 그 묶음의 절댓값, 아니면 단위마다의 절댓값
     float offset;
@@ -129,7 +131,7 @@ template <int K> struct Nf4Lines {
 
 // int8: 행마다의 배율은 다 더한 뒤에 곱한다.
 template <int K> struct Int8Lines {
-    enum { UNITS = 1, SPREAD = 0, ROW_BYTES = K, STEP_BYTES = 64, HEIGHT = ROWS };
+    enum { UNITS = 1, SPREAD = 0, ROW_BYTES = K, STEP_BYTES = 64, HEIGHT = ROWS, SCALED = 0 };
     uint4 top, low;
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
@@ -321,21 +323,38 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
     const Matrix* parts;
     int first, count, total, tile, chunk;  // tile, chunk: 다음에 읽을 것
 
+    __device__ __forceinline__ void set(const Matrix* matrices, int first_tile, int tiles) {
+        parts = matrices, first = first_tile, count = tiles;
+    }
+    __device__ __forceinline__ Matrix find(int part) const {
+        Matrix matrix = parts[0];
+        if (part == 1) matrix = parts[1];
+        if (part == 2) matrix = parts[2];
+        return matrix;
+    }
     __device__ __forceinline__ void begin(const Matrix* matrices, int first_tile, int tiles) {
-        parts = matrices, first = first_tile, count = tiles, tile = chunk = 0;
+        set(matrices, first_tile, tiles), tile = chunk = 0;
         total = (int)(threadIdx.x >> 5) < S::ACROSS ? tiles * S::PER : 0;
         #pragma unroll
         for (int d = 0; d < AHEAD; d++)
             if (d < total) load(d, d % S::AT_ONCE);
     }
+    // 맡은 묶음 모두를 L2로 당긴다. 묶음 하나의 행 HEIGHT개는 메모리에 이어져 있다. 앞 커널을 기다리는 동안 DRAM이 쉬지 않는다.
+    __device__ __forceinline__ void prefetch_all() const {
+        enum { BYTES = T::HEIGHT * T::ROW_BYTES, TAKES = BYTES / 128, SCALE_BYTES = BYTES / 32 * T::SCALED };
+        for (int i = threadIdx.x; i < count * TAKES; i += THREADS) {
+            int now = first + i / TAKES;
+            const Matrix matrix = find(Where::part(now));
+            prefetch(matrix.weight + (size_t)Where::tile(now) * BYTES + i % TAKES * 128);
+            if (SCALE_BYTES && i % TAKES * 128 < SCALE_BYTES)
+                prefetch((const u8*)matrix.scale + (size_t)Where::tile(now) * SCALE_BYTES + i % TAKES * 128);
+        }
+    }
 // 다음 조각을 pieces[d]에 읽는다. s: 함께 쥐는 조각들 가운데 몇째인지.
     __device__ __forceinline__ void load(int d, int s) {
         int segment = S::segment(chunk, s);
         if (segment < S::SEGMENTS) {
-            int part = Where::part(first + tile);
-            Matrix matrix = parts[0];
-            if (part == 1) matrix = parts[1];
-            if (part == 2) matrix = parts[2];
+            const Matrix matrix = find(Where::part(first + tile));
             int row = Where::tile(first + tile) * T::HEIGHT + (threadIdx.x >> 2 & 7);
             pieces[d].load(matrix, (u32)row * T::ROW_BYTES + segment * T::STEP_BYTES);
         }
@@ -402,16 +421,17 @@ template <class S, int K> struct LineLora {
     const Matrix* a;
     int begin, end;  // 묶음의 번호
 
-    // 기다리기 전에 부른다: A를 미리 읽는다.
+    // 기다리기 전에 부른다: A를 L2로 당긴다. 레지스터에 쥐고 기다리면 활성값의 자리가 모자란다.
     __device__ __forceinline__ void prime(const Matrix* matrix, int part_begin, int part_end) {
         a = matrix, begin = part_begin * LORA_TILES, end = part_end * LORA_TILES;
-        product.begin(a, begin, min(LINE_SLOTS, end - begin));
+        product.set(a, begin, end - begin);
+        product.prefetch_all();
     }
     template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b, float adapter,
                                                                const LineSpace& space) {
         for (int from = begin; from < end; from += LINE_SLOTS) {
             int count = min(LINE_SLOTS, end - from);
-            if (from > begin) product.begin(a, from, count);
+            product.begin(a, from, count);
             product.run(input, b, space.table, space.codes, space.partial);
             __syncthreads();
             for (int e = threadIdx.x; e < count * LORA_TILE * LINES; e += THREADS) {
@@ -525,6 +545,7 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     if (adapted) lora.prime(&linear.lora_a, MLP ? 0 : Where::part(first), MLP ? PARTS : Where::part(last - 1) + 1);
     LineSpace space;
     float* up_ends = space.ends + AT_ONCE * ROWS * (1 + RANK);
+    product.prefetch_all();
     load_ends(linear, first * ROWS, count * ROWS, space.ends);
     if (PAIR == 2) load_ends(linear, FF + first * ROWS, count * ROWS, up_ends);
     space.fill(code);
@@ -610,8 +631,8 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
     if (out_adapted) lora.prime(&out.lora_a, 0, 1);
     LineSpace space;
     float *down_d = space.down + RANK * LINES, *down_ends = space.ends + (OUT ? AT_ONCE * ROWS * (1 + RANK) : 0);
-    if (OUT) load_ends(out, first * ROWS, count * ROWS, space.ends);
-    if (DOWN) load_ends(down, first * ROWS, count * ROWS, down_ends);
+    if (OUT) out_product.prefetch_all(), load_ends(out, first * ROWS, count * ROWS, space.ends);
+    if (DOWN) down_product.prefetch_all(), load_ends(down, first * ROWS, count * ROWS, down_ends);
     space.fill(code);
     wait_for_previous_kernel();
     SplitInput<OutShare> out_input = {attended, 2 * QDIM, QDIM};
