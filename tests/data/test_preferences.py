@@ -146,13 +146,14 @@ def test_mixed_files_are_refused_in_one_line(load):
 def test_the_data_check_knows_pairs(load, tiny_neox):
     rows = [*PAIRS[:6], {**PAIRS[0], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]},
             {**PAIRS[7], "rejected": PAIRS[7]["chosen"]}, PAIRS[2], {**PAIRS[8], "chosen": " "},
-            *({**row, "chosen": row["chosen"] + " 자세히 말하면 이렇습니다." * 2} for row in PAIRS[9:12])]
+            *({**row, "chosen": row["chosen"] + " 자세히 말하면 이렇습니다." * 5} for row in PAIRS[9:12])]
     documents = load(rows, cutoff_len=200, skip_bad=True)
     assert len(documents) == 2 * 11  # 같은 두 답과 빈 답은 배우지 않는다
     found = {**documents.found, **check.document_faults(documents, np.arange(22), np.arange(0))}
     assert found["same_pair"] == {"count": 1, "rows": [8]} and found["swapped_pair"] == {"count": 1, "rows": [7]}
     assert found["duplicate"] == {"count": 1, "rows": [9]} and found["empty"]["rows"] == [10]
     assert "평균" in found["length_bias"]["note"] and "unlearned" not in found
+    assert "length_bias" not in load(PAIRS).found  # 몇 글자의 차이다
     lines = rendered.rendered_lines(documents, load_tokenizer(str(tiny_neox)), train_on_inputs=True)
     assert "고른 답" in lines[0] and any("버린 답" in line for line in lines) and "⟦ 0입니다." in "".join(lines)
 

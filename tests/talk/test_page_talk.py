@@ -283,6 +283,6 @@ def test_marked_talks_train_the_next_adapter(page, talk_run, tmp_path):
     tokens, learned = documents.document(0)
     assert tokenizer.decode(tokens[learned]).removesuffix("<|endoftext|>").strip() == "사람이 고친 답"
     pairs = load_documents(str(pair_file), prompter, encoder, 256, tokenizer.eos_token_id)
-    chosen, rejected = (tokenizer.decode(ids[marked]).removesuffix("<|endoftext|>").split()
-                        for ids, marked in map(pairs.document, range(2)))
-    assert pairs.pairs and chosen == ["사람이", "고친", "답"] and rejected == original.split()
+    answers = [tokenizer.decode(ids[marked]).removesuffix("<|endoftext|>").split()
+               for ids, marked in map(pairs.document, range(2))]
+    assert pairs.pairs and answers == [["사람이", "고친", "답"], original.split()]

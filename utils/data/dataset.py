@@ -104,8 +104,7 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
             if on_row is not None:
                 on_row(inspector.n_rows)
         if inspector.n_rows and inspector.n_rows == inspector.pairs.n_same:
-            raise UsageError(f"{data_path}의 모든 쌍에서 고른 답과 버린 답이 같아 배울 것이 없다. 서로 다른 답을 "
-                             "적는다")
+            raise UsageError(f"{data_path}의 모든 쌍은 고른 답과 버린 답이 같아 배울 것이 없다. 다른 답을 적는다")
         if not inspector.n_rows:
             raise UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
         writer.commit({"found": inspector.finish(), "skipped": inspector.n_skipped,

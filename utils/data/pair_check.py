@@ -6,7 +6,7 @@ from utils.data.blocks import fitting_pairs
 from utils.data.documents import Documents
 from utils.data.preferences import Pair
 
-LENGTH_BIAS = 1.3  # 두 답의 평균 길이가 이보다 더 다르면 말한다
+LENGTH_BIAS, LEAST_APART = 1.3, 10  # 두 답의 평균 길이가 이 비율과 이 글자 수보다 더 다르면 말한다
 ENOUGH = 5  # 쌍이 이보다 적으면 길이를 비교하지 않는다
 
 
@@ -33,9 +33,10 @@ class PairCheck:
 
     def finish(self) -> dict[str, dict]:
         """모두 보아야 아는 것."""
-        if self.count < ENOUGH or max(self._characters) <= LENGTH_BIAS * min(self._characters):
+        chosen, rejected = self._characters / max(self.count, 1)
+        biased = max(chosen, rejected) > LENGTH_BIAS * min(chosen, rejected) and abs(chosen - rejected) > LEAST_APART
+        if self.count < ENOUGH or not biased:
             return {}
-        chosen, rejected = self._characters / self.count
         return {"length_bias": {"count": self.count, "rows": [], "note": f"평균 {chosen:.0f}자와 {rejected:.0f}자"}}
 
 
