@@ -254,7 +254,7 @@ def train(settings: Settings, inputs: stage.Inputs, plan, model, extra: dict) ->
     loop.probe = max(1, math.ceil(PROBE * schedule.steps))
     if extra.get("lora_plus"):
         loop.raise_b(model, extra["lora_plus"])
-    before = loop.evaluate() if inputs.eval_set is not None else None
+    before = loop.evaluate()["eval_loss"] if inputs.eval_set is not None else None
     loop.run()
     kept.restore(loop)
     history = [row for row in loop.state.log_history if "eval_loss" in row]

@@ -26,6 +26,7 @@ def refuse(capsys, *flags: str) -> str:
     (["--batch_size", "0", "--lora_dropout", "1", "--val_set_size", "100"], "lora_dropout"),
     (["--batch_size", "16", "--micro_batch_size", "5"], "4, 8"),
     (["--learning_rate", "fast"], "숫자"),
+    (["--dpo_beta", "0"], "dpo_beta는 0보다 커야"),
     (["--report_to", "mlflow"], "tensorboard"),
     (["--early_stopping_patience", "2", "--val_set_size", "0"], "검증"),
 ])
@@ -40,6 +41,7 @@ def test_bad_flags(capsys, flags, named):
     ("rows.json", '{"question": "가"}\n', "question"),
     ("rows.json", '[{"text": "가"}, {"text": ', "2번째 행"),
     ("rows.json", "3\n", "1번째 행"),
+    ("rows.json", '{"prompt": "가", "chosen": "나", "rejected": "다"}\n{"prompt": "가", "completion": "나"}\n', "섞여 있다"),
     ("rows.xlsx", "가", "xlsx"),
     ("rows.csv", "text\n\n", "비었다"),
 ])
