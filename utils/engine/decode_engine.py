@@ -131,7 +131,7 @@ class FastDecode:
 
     def _lines_fit(self, questions: list[list[int]], most: int) -> bool:
         needed = max(map(len, questions)) + most + PAGE
-        fits = self._step.cache.fits(self._free_bytes() - self._prefill.bytes_together())
+        fits = self._step.cache.fits(self._free_bytes())
         return self._step.plan.can_answer_together and fits >= len(questions) * needed
 
     @torch.inference_mode()

@@ -24,8 +24,8 @@ SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최
 LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
 PAGE = 512           # KV cache 한 쪽의 위치의 수
 LINES = 16           # 함께 답하는 질문의 수
-LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수(1이나 2)
-LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수(32나 64)
+LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수. 2면 레지스터가 모자라 느리다
+LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
@@ -110,7 +110,7 @@ class Plan:
 
         lora_tile = 8 if rank <= 8 else ROWS
         self.lora_rows = ceil(rank / lora_tile) * lora_tile  # 나란한 행렬 하나가 차지하는 A의 행
-        norm = SCRATCH + hidden * 4
+        norm = SCRATCH + max(hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
         qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
         if family.parallel:
             extra = space(max(qkv_parts, pair), norm)

@@ -1,4 +1,4 @@
-"""질문을 읽는다: 행렬 곱으로 층을 지나며 KV cache를 채운다. 긴 질문은 조각으로 나누고 짧은 질문 여럿은 함께 읽는다."""
+"""질문을 읽는다: 질문을 조각으로 나누어 행렬 곱으로 지나며 KV cache를 채운다."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from utils.engine.weights import Adapter, Layer, Linear, Matrix, Norm
 
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
-TOGETHER = 2048         # 질문 여럿을 함께 읽을 때 한 번에 읽는 토큰의 수
 BUFFER = 4 * 1024 ** 2  # 양자화된 가중치를 풀어 두는 자리(16비트 수의 개수)
 
 
@@ -49,15 +48,10 @@ class Prefill:
             self._past.zero_()
             graph.replay()
             return x[len(ids) - 1]
-        return self._read(input_ids, self._step.cache.table)
-
-    def _read(self, input_ids: list[int], table: torch.Tensor) -> torch.Tensor:
-        """질문 하나를 조각마다 읽은 마지막 토큰의 잔차."""
-        ids = torch.tensor([input_ids])
         with self._aside():
-            for past in range(0, len(input_ids), PIECE):
+            for past in range(0, len(ids), PIECE):
                 self._past.fill_(past)
-                x = self._piece(ids[:, past : past + PIECE].to(self._device), past, table)
+                x = self._piece(ids[past : past + PIECE].to(self._device), past)
         return x[-1]
 
     @contextmanager
@@ -71,60 +65,6 @@ class Prefill:
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    @torch.inference_mode()
-    def read_lines(self, questions: list[list[int]], tables: torch.Tensor) -> torch.Tensor:
-        """질문 여럿을 읽는다. 짧은 것은 길이가 비슷한 것끼리 가장 긴 길이로 채워 함께 지난다.
-
-        Args:
-            tables: 질문마다의 쪽의 주소 int64 [질문, 쪽의 최대 수]. 쪽은 이미 있어야 한다.
-
-        Returns:
-            질문마다의 마지막 토큰의 잔차 fp32 [질문, hidden].
-        """
-        x = torch.empty(len(questions), self._weights.family.hidden, device=self._device)
-        order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
-        small, self._buffer = self._buffer, self._whole_buffer()
-        try:
-            while order:  # 긴 것부터. PIECE를 넘는 것은 하나씩 조각으로 읽는다
-                longest = len(questions[order[-1]])
-                count = max(1, TOGETHER // longest) if longest <= PIECE else 1
-                group, order = order[-count:], order[:-count]
-                chosen, table = [questions[index] for index in group], tables[group]  # 골라낸 줄은 이어진 사본이다
-                x[group] = self._read_group(chosen, table) if count > 1 else self._read(chosen[0], table)
-        finally:
-            self._buffer = small
-        return x
-
-    def _read_group(self, questions: list[list[int]], table: torch.Tensor) -> torch.Tensor:
-        """짧은 질문들을 가장 긴 길이로 채워 함께 읽은, 마지막 토큰의 잔차 [질문, hidden].
-
-        채운 토큰은 뒤에 있어서 앞의 토큰이 보지 않고, 그 자리의 K, V는 답의 토큰이 덮는다.
-        """
-        longest = max(map(len, questions))
-        lengths = torch.tensor([len(question) for question in questions])
-        padded = torch.tensor([question + [0] * (longest - len(question)) for question in questions])
-        last = (torch.arange(len(questions)) * longest + lengths - 1).to(self._device)
-        with self._aside():
-            self._past.zero_()
-            return self._piece(padded.to(self._device), 0, table)[last]
-
-    def _whole_buffer(self) -> torch.Tensor | None:
-        """가장 큰 행렬이 통째로 들어가는 자리. 여럿을 읽을 때는 나누어 푸는 것보다 커널을 덜 부르는 쪽이 빠르다."""
-        if self._buffer is None:
-            return None
-        return torch.empty(self._largest_matrix(), dtype=self._buffer.dtype, device=self._device)
-
-    def _largest_matrix(self) -> int:
-        layer = self._weights.layers[0]
-        return max(rows * columns for linear in (layer.qkv, layer.out, layer.mlp, layer.down)
-                   for rows, columns in (part.shape for part in linear.parts))
-
-    def bytes_together(self) -> int:
-        """여럿을 함께 읽는 동안 드는 메모리(바이트): 푼 행렬과, 층 하나의 활성값."""
-        family = self._weights.family
-        widths = 8 * family.hidden + 4 * family.qkv_width + 2 * family.q_width + 6 * family.mlp_width
-        return 2 * self._largest_matrix() + TOGETHER * widths
-
     def capture(self, size: int) -> None:
         """길이 `size`의 graph를 미리 만든다."""
         if self._pool is not None:
@@ -136,52 +76,47 @@ class Prefill:
         """(graph, 토큰을 넣는 자리 [size], 잔차가 나오는 자리 [size, hidden])."""
         key = size, self.adapter_on
         if key not in self._graphs:
-            ids, table = torch.zeros(1, size, dtype=torch.long, device=self._device), self._step.cache.table
+            ids = torch.zeros(size, dtype=torch.long, device=self._device)
             graph = torch.cuda.CUDAGraph()
             with self._aside():
-                self._piece(ids, 0, table)
+                self._piece(ids, 0)
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                x = self._piece(ids, 0, table)
-            self._graphs[key] = graph, ids[0], x
+                x = self._piece(ids, 0)
+            self._graphs[key] = graph, ids, x
         return self._graphs[key]
 
-    def _piece(self, ids: torch.Tensor, past: int, table: torch.Tensor) -> torch.Tensor:
-        """질문들의 토큰 ids [질문, T]가 past번째부터 오는 조각. 잔차 fp32 [질문 * T, hidden]을 준다.
-
-        Args:
-            table: 질문마다의 쪽의 주소. 질문이 여럿이면 past는 0이다.
-        """
-        x = F.embedding(ids.flatten(), self._weights.embedding).float() * self._weights.embedding_scale
+    def _piece(self, ids: torch.Tensor, past: int) -> torch.Tensor:
+        """토큰 ids [T]가 past번째부터 오는 조각. 잔차 fp32 [T, hidden]을 준다."""
+        x = F.embedding(ids, self._weights.embedding).float() * self._weights.embedding_scale
         for index, layer in enumerate(self._weights.layers):
-            self._layer(x, index, layer, past, len(ids), table)
+            self._layer(x, index, layer, past)
         return x
 
-    def _layer(self, x: torch.Tensor, index: int, layer: Layer, past: int, lines: int, table: torch.Tensor) -> None:
-        """x [질문 * T, hidden]에 층 하나를 더한다."""
+    def _layer(self, x: torch.Tensor, index: int, layer: Layer, past: int) -> None:
+        """x [T, hidden]에 층 하나를 더한다."""
         parallel = self._weights.family.parallel
         second = self._mlp(self._normalize(x, layer.norm2), layer) if parallel else None
-        self._add(x, self._attend(self._normalize(x, layer.norm1), index, layer, past, lines, table), layer.post1)
+        self._add(x, self._attend(self._normalize(x, layer.norm1), index, layer, past), layer.post1)
         self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), layer), layer.post2)
 
-    def _attend(self, x: torch.Tensor, index: int, layer: Layer, past: int, lines: int,
-                table: torch.Tensor) -> torch.Tensor:
-        """x [질문 * T, hidden] -> attention의 출력 [질문 * T, hidden]. 이 조각의 K, V를 cache에 적는다."""
-        family, tokens = self._weights.family, len(x) // lines
+    def _attend(self, x: torch.Tensor, index: int, layer: Layer, past: int) -> torch.Tensor:
+        """x [T, hidden] -> attention의 출력 [T, hidden]. 이 조각의 K, V를 cache에 적는다."""
+        family, tokens, cache = self._weights.family, len(x), self._step.cache
         total, block = past + tokens, (-(-family.head_dim // 32) * 32,)
         argument = self._step.attention_argument(index)
         qkv = self._product(x, layer.qkv)
-        query = x.new_empty(lines, family.heads, tokens, family.head_dim)
-        keys, values = x.new_empty(2, lines, family.kv_heads, total, family.head_dim)
+        query = x.new_empty(1, family.heads, tokens, family.head_dim)
+        keys, values = x.new_empty(2, 1, family.kv_heads, total, family.head_dim)
         if past:
-            self._kernels["read_cache"]((past, family.kv_heads), block, table, index, total, keys, values)
-        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads, lines), (128,), qkv, argument, table,
+            self._kernels["read_cache"]((past, family.kv_heads), block, cache.table, index, total, keys, values)
+        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (128,), qkv, argument, cache.table,
                                      self._past, tokens, total, query, keys, values)
         attention = self._attention(query, keys, values, family.windows[index])
-        return self._product(attention.transpose(1, 2).reshape(len(x), -1), layer.out)
+        return self._product(attention[0].transpose(0, 1).reshape(tokens, -1), layer.out)
 
     def _attention(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
-        """query [질문, heads, T, d], keys와 values [질문, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
+        """query [1, heads, T, d], keys와 values [1, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
         family, tokens, total = self._weights.family, query.shape[2], keys.shape[2]
         if window and total > window:  # 조각의 첫 토큰이 볼 수 있는 데부터만 본다
             begin = max(0, total - tokens - window + 1)
@@ -246,7 +181,7 @@ class Prefill:
             torch.mm(x, matrix.weight.t(), out=out)
             return
         rows, columns = matrix.shape
-        at_once = max(1, len(self._buffer) // columns)
+        at_once = max(1, BUFFER // columns)
         for begin in range(0, rows, at_once):
             end = min(begin + at_once, rows)
             part = self._buffer[: (end - begin) * columns].view(end - begin, columns)

@@ -60,8 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
     }
 }
 
-// qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS, 질문의 수), 블록 128.
-// 아래의 모양은 질문 하나의 것이고 질문마다 이어져 있다. 질문이 여럿이면 쪽의 주소표도 [질문][PAGES]다.
+// qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 128.
 //   qkv: 16비트 [T][QDIM + 2 KVDIM], query: [HEADS][T][HEAD_DIM], keys, values: [KV_HEADS][total][HEAD_DIM]
 extern "C" __global__ void __launch_bounds__(128) split_heads(
     const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query,
@@ -72,9 +71,6 @@ extern "C" __global__ void __launch_bounds__(128) split_heads(
     bool is_query = blockIdx.y < HEADS;
     int head = is_query ? blockIdx.y : blockIdx.y - HEADS;
     if (position >= CONTEXT) return;  // 조각의 길이를 맞추느라 채운 자리
-    qkv += (size_t)blockIdx.z * tokens * (QDIM + 2 * KVDIM), query += (size_t)blockIdx.z * tokens * QDIM;
-    keys += (size_t)blockIdx.z * total * KVDIM, values += (size_t)blockIdx.z * total * KVDIM;
-    pages += blockIdx.z * PAGES;
     const u16* source = qkv + (size_t)token * (QDIM + 2 * KVDIM);
     const float* weight = is_query ? attention.q_norm : attention.k_norm;
     float square = 0.f;
