@@ -41,7 +41,8 @@ def test_bad_flags(capsys, flags, named):
     ("rows.json", '{"question": "가"}\n', "question"),
     ("rows.json", '[{"text": "가"}, {"text": ', "2번째 행"),
     ("rows.json", "3\n", "1번째 행"),
-    ("rows.json", '{"prompt": "가", "chosen": "나", "rejected": "다"}\n{"prompt": "가", "completion": "나"}\n', "섞여"),
+    ("rows.json", '{"prompt": "가", "chosen": "나", "rejected": "다"}\n{"prompt": "가", "completion": "나"}\n',
+     "섞여 있다"),
     ("rows.xlsx", "가", "xlsx"),
     ("rows.csv", "text\n\n", "비었다"),
 ])
