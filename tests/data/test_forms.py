@@ -132,6 +132,13 @@ def test_a_korean_csv_keeps_quotes_commas_and_newlines(tmp_path, encoding):
     assert read(tmp_path / "a.csv") == CELLS
 
 
+@pytest.mark.parametrize("mark, encoding", [(";", "utf-8-sig"), ("\t", "utf-16"), ("\t", "cp949")])
+def test_what_excel_saves_with_other_separators_is_the_same(tmp_path, mark, encoding):
+    text = f'질문{mark}답변\n"가, {mark}?"{mark}"나, 다"\n'
+    (tmp_path / "a.csv").write_text(text, encoding=encoding)
+    assert list(rows.read_rows(tmp_path / "a.csv")) == [(1, {"질문": f"가, {mark}?", "답변": "나, 다"})]
+
+
 def test_nan_in_a_csv_is_an_empty_cell(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\n가?,나\n다?,NaN\n", encoding="utf-8")
     _, row = read(tmp_path / "a.csv")

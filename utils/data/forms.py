@@ -17,8 +17,8 @@ from utils.turns import Turn
 # (질문, 답)의 열. 앞의 것부터 고른다
 PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
          ("question", "answer"), ("query", "response"), ("질문", "답변"), ("질문", "답"), ("질문", "대답"),
-         ("문제", "정답"), ("문제", "답"), ("명령", "출력"), ("지시", "응답"), ("입력", "출력"), ("input", "output"),
-         ("q", "a"))
+         ("질문", "정답"), ("문제", "정답"), ("문제", "답"), ("명령", "출력"), ("지시", "응답"), ("입력", "출력"),
+         ("input", "output"), ("q", "a"))
 TALKS = ("messages", "conversations", "conversation")
 SIDES = ("chosen", "rejected")  # 선호 쌍에서 답의 차례. 문서도 이 차례로 놓인다
 # 함께 있으면 쓰는 열 -> 그 이름들

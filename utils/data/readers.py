@@ -67,11 +67,14 @@ def read_json(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, o
 
 
 def read_csv(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, dict]]:
-    """첫 줄이 열 이름인 CSV. 번호는 열 이름을 뺀 행의 번호다."""
+    """첫 줄이 열 이름인 CSV. 번호는 열 이름을 뺀 행의 번호다. 첫 줄에 쉼표가 없으면 탭이나 세미콜론으로 나눈다."""
     on_bad = on_bad or _refuse(path)
     csv.field_size_limit(MAX_ROW_CHARS)
     with path.open(encoding=detect_encoding(path), newline="") as stream:
-        reader, number = csv.reader(stream, strict=True), 0
+        head = stream.readline(_CHUNK)
+        mark = next((mark for mark in ",\t;" if mark in head), ",")
+        stream.seek(0)
+        reader, number = csv.reader(stream, strict=True, delimiter=mark), 0
         try:
             columns = next(reader, None) or []
             if len(set(columns)) < len(columns):

@@ -46,7 +46,8 @@ def curves_html(runs: Sequence[tuple[str, dict]]) -> str:
 
 def run_table(runs: dict[str, dict]) -> str:
     """학습마다 한 열: 결과(loss, 속도, 최대 VRAM)와 설정."""
-    rows = [[figure.title, *(figure.shown(run) or "-" for run in runs.values())] for figure in FIGURES]
+    rows = [[figure.title, *(figure.shown(run) or "-" for run in runs.values())] for figure in FIGURES
+            if any(map(figure.shown, runs.values()))]
     rows += [[key, *(_setting(run, key) for run in runs.values())] for key in SHOWN_SETTINGS]
     return html_table(["항목", *runs], rows)
 
