@@ -56,7 +56,9 @@ def test_bad_data_is_named_and_nothing_is_written(capsys, tmp_path, tiny_neox, n
 
 
 def test_missing_data_names_the_command_that_fetches_it(capsys, tiny_neox):
-    assert "download-koalpaca.py" in refuse(capsys, "--base_model", str(tiny_neox), "--data_path", "none.json")
+    named = "ko-datasets/KoAlpaca_v1.1a_textonly.json"
+    assert "download-koalpaca.py" in refuse(capsys, "--base_model", str(tiny_neox), "--data_path", named)
+    assert "none.json" in refuse(capsys, "--base_model", str(tiny_neox), "--data_path", "none.json")
 
 
 def test_missing_base_names_the_command_that_fetches_it(capsys, tiny_data):
