@@ -24,7 +24,7 @@ from utils.talk.order import Order, base_models, data_files, free_name
 from utils.talk.runs import PROCESS_FILE, Runs
 from utils.talk.source import find_source
 
-GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배움", "epochs": 12, "template": "default"}
+GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배움", "epochs": 40, "template": "default"}
 
 
 @pytest.fixture(scope="module")
