@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,10 @@ def opened(browser, talk_server):
 @pytest.fixture
 def form(opened):
     show_tab(opened, "한 번 묻기")
+    instruction = opened.locator("#instruction textarea")
+    instruction.fill("지울 글")  # 지우기가 끝난 것을 알아야 한다. 늦게 지우면 다음에 적는 질문이 사라진다
     opened.locator("#clear").click()
+    expect(instruction).to_have_value("")
     expect(opened.locator("#status textarea")).to_have_value("")
     return opened
 
@@ -65,8 +69,9 @@ def wait_status(page, pattern: str, element: str = "status") -> str:
 def test_answer_streams_and_tells_its_figures(form):
     set_number(form, "max-new-tokens", 300)
     ask(form, "딥러닝이 뭐야?")
-    seen = set()
+    seen, until = set(), time.monotonic() + 90
     while not re.search(DONE, form.locator("#status textarea").input_value()):
+        assert time.monotonic() < until, form.locator("#status textarea").input_value()
         seen.add(output(form))
         form.wait_for_timeout(50)
     final = output(form)
