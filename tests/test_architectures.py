@@ -66,7 +66,7 @@ def test_all_three_stages(kind, tmp_path, capsys):
     call_script(capsys, "merge-lora.py", "--peft_root", str(run), "--output_dir", str(merged))
     for source in (["--peft_root", str(run)], ["--base_model", str(merged)]):
         asked = call_script(capsys, "generate.py", *source, "--ask", "3 더하기 3은?")
-        assert "토큰/초" in asked and "\ufffd" not in asked
+        assert "[토큰 " in asked and "\ufffd" not in asked  # 한 토큰 만에 멈추면 속도는 없다
 
 
 def test_default_targets_follow_the_architecture():
