@@ -7,18 +7,17 @@ import torch
 
 from utils.engine.cuda import load_kernels
 from utils.engine.family import Family
-from utils.engine.train_layers import Projection
+from utils.engine.train_layers import Adapter, Projection
 from utils.engine.train_memory import TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold
 
 SOURCES = ("device.cuh", "common.cuh", "train.cu")
-KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_backward_1",
-           "lora_backward_2", "lora_backward_3", "reduce_partials", "dequantize",
+KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_backward", "reduce_partials", "dequantize",
            "rotate", "unrotate", "activate", "activate_backward", "cross_entropy", "gather")
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
 LORA_ROWS, LORA_THREADS = 16, 512  # lora_down: 블록 하나가 텐서 코어의 높이인 행 16개
-TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 256개
+TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
 HEADS_PER_BLOCK = 4  # rotate: 워프 하나가 머리 하나
@@ -27,7 +26,7 @@ HEADS_PER_BLOCK = 4  # rotate: 워프 하나가 머리 하나
 class LoraArgument(ctypes.Structure):
     """LoRA 하나. train.cu의 `Lora`와 같은 차례다."""
 
-    _fields_ = [("a", ctypes.c_void_p), ("gradient", ctypes.c_void_p), *((name, ctypes.c_int) for name in (
+    _fields_ = [("a", ctypes.c_void_p), *((name, ctypes.c_int) for name in (
         "own", "rank", "padded", "site", "threshold")), ("keep_scale", ctypes.c_float)]
 
 
@@ -38,14 +37,10 @@ class LoraArguments(ctypes.Structure):
 
     @classmethod
     def of(cls, projection: Projection, keys) -> "LoraArguments":
-        """keys가 None이면 버리지 않는다."""
         loras = cls()
         for place, adapter in enumerate(projection.adapters):
-            dropout = (0, 1.0) if keys is None else drop_threshold(adapter.dropout)
-            gradient = adapter.lora_a.grad
-            loras.part[place] = LoraArgument(adapter.lora_a.data_ptr(), None if gradient is None else
-                                             gradient.data_ptr(), adapter.column, adapter.rank, adapter.padded,
-                                             adapter.site, *dropout)
+            loras.part[place] = LoraArgument(adapter.lora_a.data_ptr(), adapter.column, adapter.rank, adapter.padded,
+                                             adapter.site, *_dropout(adapter, keys))
         return loras
 
 
@@ -119,18 +114,16 @@ class CudaOps(TorchOps):
         torch.addmm(gradient, dy.t(), z, out_dtype=torch.float32, alpha=adapter.scale * scale, out=gradient)
 
     def lora_backward(self, u, wide, projection, keys, norm=None, stats=None) -> None:
-        count = len(projection.adapters)
-        if not count:
-            return
-        tokens, columns, loras = len(u), projection.columns, LoraArguments.of(projection, keys)
-        tiles, rank = -(-tokens // TILE_ROWS), max(adapter.rank for adapter in projection.adapters)
-        partial = torch.empty(count * tiles * rank * columns, dtype=torch.float32, device=u.device)
-        self.kernels[f"lora_backward_{count}"](
-            (-(-columns // (2 * TILE_THREADS)), tiles), (TILE_THREADS,), u, wide, loras, partial, keys,
-            norm and norm.weight, norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns, rank,
-            _block_len(keys, tokens))
-        self.kernels["reduce_partials"]((-(-rank * columns // 128), count), (256,), partial, loras, tiles, rank,
-                                        columns)
+        tokens, columns = len(u), projection.columns
+        tiles = -(-tokens // TILE_ROWS)
+        for adapter in projection.adapters:
+            count = adapter.rank * columns
+            partial = torch.empty(tiles * count, dtype=torch.float32, device=u.device)
+            self.kernels["lora_backward"](
+                (-(-columns // (4 * TILE_THREADS)), tiles), (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial,
+                keys, norm and norm.weight, norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns,
+                adapter.column, adapter.rank, _block_len(keys, tokens), adapter.site, *_dropout(adapter, keys))
+            self.kernels["reduce_partials"]((-(-count // 128),), (256,), partial, adapter.lora_a.grad, tiles, count)
 
     def weight(self, projection: Projection, out) -> torch.Tensor:
         if any(getattr(linear.weight, "quant_state", None) is None for linear in projection.linears):
@@ -188,3 +181,8 @@ class CudaOps(TorchOps):
 
 def _block_len(keys, tokens: int) -> int:
     return tokens if keys is None else tokens // len(keys)
+
+
+def _dropout(adapter: Adapter, keys) -> tuple[int, float]:
+    """커널의 dropout 인자: threshold, keep_scale. keys가 None이면 버리지 않는다."""
+    return (0, 1.0) if keys is None else drop_threshold(adapter.dropout)

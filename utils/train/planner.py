@@ -1,7 +1,6 @@
 """모델을 올리기 전에 config.json만으로 VRAM을 예측하고, 카드에 들어가는 학습 방식을 고른다."""
 
 import sys
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -194,13 +193,10 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     stored = kept + alone * saved + (layers - recompute) * tokens * attention_bytes(family)
     work = saved + 2 * tokens * sum(work_widths(family, tails).values())
     scratch = 2 * scratch_elements(family, tails, tokens, recompute)
-    # dA [r, columns]는 토큰 TILE_ROWS개마다 따로 더한 fp32 부분합 [조각의 수, r, columns]을 거친다. 같은 입력을 읽는
-    # LoRA들(q, k, v나 gate, up)의 것이 함께 있다
-    widths = Counter()
-    for place, columns, _ in trained_linears.values():
-        widths[place] += columns
+    # dA [r, columns]는 토큰 TILE_ROWS개마다 따로 더한 fp32 부분합 [조각의 수, r, columns]을 거친다. 선형층 하나씩이다
+    widest = max((columns for _, columns, _ in trained_linears.values()), default=0)
     tiles = -(-tokens // TILE_ROWS)  # 올림
-    partial = 4 * tiles * rank * max(widths.values(), default=0)
+    partial = 4 * tiles * rank * widest
     return {
         "가중치": layers * (quantized + small) + table,
         # fp32 다섯 벌: 값, gradient, Adam의 평균 둘, 메모리가 모자랄 때 되돌릴 gradient의 사본

@@ -47,10 +47,6 @@ __device__ __forceinline__ void store(u16* at, const Eight& value) {
     *(uint4*)at = raw;
 }
 
-__device__ __forceinline__ float2 unpack_two(u32 raw) {
-    return float2{widen<BF16>((u16)(raw & 0xffff)), widen<BF16>((u16)(raw >> 16))};
-}
-
 __device__ __forceinline__ void unpack_four(uint2 raw, float (&value)[4]) {
     value[0] = widen<BF16>((u16)(raw.x & 0xffff)), value[1] = widen<BF16>((u16)(raw.x >> 16));
     value[2] = widen<BF16>((u16)(raw.y & 0xffff)), value[3] = widen<BF16>((u16)(raw.y >> 16));

@@ -139,7 +139,6 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_backward(
 // 같은 입력을 읽는 LoRA들(q, k, v나 gate, up). train_kernels.py의 `LoraArgument`와 같은 차례다.
 struct Lora {
     const float* a;         // [rank, columns]
-    float* gradient;        // A의 gradient. 같은 모양
     int own, rank, padded;  // 입력 끝의 LoRA 칸에서 첫 칸, r, 8의 배수로 올린 r
     int site, threshold;    // dropout
     float keep_scale;
@@ -210,126 +209,100 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
     }
 }
 
-// TILE_ROWS개의 행과 thread마다 두 열: 입력의 gradient에 LoRA들을 지나온 것을 더하고, A의 gradient의 부분합을 적는다.
-//   du += sum_p dropout_p(dz_p A_p)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
-//   partial[p][tile][r] = sum_row dz_p[row][r] dropout_p(u)[row]      fp32 [PARTS, tiles, rank, columns]
-// 같은 u를 읽는 LoRA PARTS개를 함께 하므로 u와 du를 한 번만 읽고 쓴다. 행의 묶음마다 따로 적고 reduce_partials가 차례대로
-// 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다. weight가 있으면 u는 norm의 앞이고, forward가 남긴 stats로 여기서
-// norm을 다시 건다. norm의 뒤를 남기지 않아도 된다. 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
+// TILE_ROWS개의 행과 thread마다 4열: 입력의 gradient에 LoRA를 지나온 것을 더하고, A의 gradient의 부분합을 적는다.
+//   du += dropout(dz A)      dz는 wide [tokens, stride]의 끝(columns + own부터), du는 앞의 columns칸이다
+//   partial[tile][r] = sum_row dz[row][r] dropout(u)[row]      fp32 [tiles, rank, columns]
+// 행의 묶음마다 따로 적고 reduce_partials가 차례대로 더하므로, atomic을 쓰지 않고 더하는 순서가 늘 같다.
+// weight가 있으면 u는 norm의 앞이고, forward가 남긴 stats로 여기서 norm을 다시 건다. norm의 뒤를 남기지 않아도 된다.
+// 행 BATCH개를 먼저 읽어 메모리를 기다리는 시간을 겹친다.
 #define BATCH 4
 
-template <int PARTS>
-__device__ __forceinline__ void lora_backward(const u16* u, u16* wide, const Loras& loras, float* partial,
-                                              const int* keys, const float* weight, const float* bias,
-                                              const float2* stats, int tokens, int u_stride, int stride, int columns,
-                                              int rank, int block_len) {
-    __shared__ __align__(16) float dz[PARTS][TILE_ROWS][SPAN];
-    __shared__ uint2 seeds[PARTS][TILE_ROWS];
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
+    const u16* u, u16* wide, const float* a, float* partial, const int* keys, const float* weight, const float* bias,
+    const float2* stats, int tokens, int u_stride, int stride, int columns, int own, int rank, int block_len, int site,
+    int threshold, float keep_scale) {
+    __shared__ float dz[TILE_ROWS][SPAN];
+    __shared__ uint2 seeds[TILE_ROWS];
     __shared__ float2 norms[TILE_ROWS];
-    int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 2, first_row = blockIdx.y * TILE_ROWS;
+    Dropout drop = {keys, block_len, site, threshold, keep_scale};
+    int column = (blockIdx.x * TILE_THREADS + threadIdx.x) * 4, first_row = blockIdx.y * TILE_ROWS;
     int rows = min(TILE_ROWS, tokens - first_row);
     bool active = column < columns;
-    Dropout drops[PARTS];
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) {
-        const Lora& lora = loras.part[p];
-        drops[p] = Dropout{keys, block_len, lora.site, lora.threshold, lora.keep_scale};
-        if (threadIdx.x < rows) seeds[p][threadIdx.x] = drop_seed(drops[p], first_row + threadIdx.x);
+    if (threadIdx.x < rows) {
+        seeds[threadIdx.x] = drop_seed(drop, first_row + threadIdx.x);
+        norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
     }
-    if (threadIdx.x < rows) norms[threadIdx.x] = weight ? stats[first_row + threadIdx.x] : float2{0.f, 1.f};
-    // norm의 weight와 bias의 이 두 열
-    float2 gain = {1.f, 1.f}, shift = {0.f, 0.f};
-    if (active && weight) gain = *(const float2*)(weight + column);
-    if (active && bias) shift = *(const float2*)(bias + column);
+    // norm의 weight와 bias의 이 네 열
+    Four gain = {1.f, 1.f, 1.f, 1.f}, shift = {};
+    if (active && weight) gain = *(const Four*)(weight + column);
+    if (active && bias) shift = *(const Four*)(bias + column);
     for (int first = 0; first < rank; first += SPAN) {
         __syncthreads();
-        for (int i = threadIdx.x; i < PARTS * rows * SPAN; i += TILE_THREADS) {
-            int p = i / SPAN / rows, row = i / SPAN % rows, r = first + i % SPAN;
-            Lora lora = pick(loras, p);
-            u16 bits = r < lora.padded ? wide[(size_t)(first_row + row) * stride + columns + lora.own + r] : (u16)0;
-            dz[p][row][i % SPAN] = widen<BF16>(bits);  // rank를 8의 배수로 올린 칸에는 0이 있다
+        for (int i = threadIdx.x; i < rows * SPAN; i += TILE_THREADS) {
+            int r = first + i % SPAN;  // rank를 8의 배수로 올린 칸에는 0이 있다
+            dz[i / SPAN][i % SPAN] = widen<BF16>(wide[(size_t)(first_row + i / SPAN) * stride + columns + own + r]);
         }
         __syncthreads();
         if (!active) continue;
-        // lines = A의 이 두 열, sums = A의 gradient의 이 두 열. 행을 지나는 동안 레지스터에 머문다
-        float2 lines[PARTS][SPAN], sums[PARTS][SPAN] = {};
+        // lines = A의 이 네 열, sums = A의 gradient의 이 네 열. 행을 지나는 동안 레지스터에 머문다
+        Four lines[SPAN], sums[SPAN] = {};
 #pragma unroll
-        for (int p = 0; p < PARTS; p++)
-#pragma unroll
-            for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
-                lines[p][r] = *(const float2*)(loras.part[p].a +
-                                               (size_t)min(first + r, loras.part[p].rank - 1) * columns + column);
+        for (int r = 0; r < SPAN; r++)  // rank를 넘는 행에는 dz가 0이라 무엇을 곱해도 된다
+            lines[r] = *(const Four*)(a + (size_t)min(first + r, rank - 1) * columns + column);
         for (int start = 0; start < rows; start += BATCH) {
-            u32 inputs[BATCH], gradients[BATCH];
+            uint2 inputs[BATCH], gradients[BATCH];
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
                 int row = first_row + min(start + n, rows - 1);
-                inputs[n] = *(const u32*)(u + (size_t)row * u_stride + column);
-                gradients[n] = *(const u32*)(wide + (size_t)row * stride + column);
+                inputs[n] = *(const uint2*)(u + (size_t)row * u_stride + column);
+                gradients[n] = *(const uint2*)(wide + (size_t)row * stride + column);
             }
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
                 if (start + n >= rows) break;
                 int row = first_row + start + n;
-                float2 value = unpack_two(inputs[n]), total = unpack_two(gradients[n]), norm = norms[start + n];
-                if (weight) {
-                    value.x = (value.x - norm.x) * norm.y * gain.x + shift.x;
-                    value.y = (value.y - norm.x) * norm.y * gain.y + shift.y;
-                    value = unpack_two(pack_two(value.x, value.y));  // forward가 16비트로 적은 값
+                float scale[4], value[4], total[4], back[4] = {0.f, 0.f, 0.f, 0.f};
+                drop_scales<4>(drop, seeds[start + n], row, columns, column, scale);
+                unpack_four(inputs[n], value);
+                unpack_four(gradients[n], total);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float normal = (value[i] - norms[start + n].x) * norms[start + n].y * gain.v[i] + shift.v[i];
+                    value[i] = (weight ? widen<BF16>(to_bits(normal)) : value[i]) * scale[i];
                 }
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) {
-                    float scale[2], back[2] = {0.f, 0.f};
-                    drop_scales<2>(drops[p], seeds[p][start + n], row, columns, column, scale);
-                    float first_value = value.x * scale[0], second_value = value.y * scale[1];
-                    Eight each = load_float(dz[p][start + n], 0.f);
+                for (int r = 0; r < SPAN; r++) {
+                    float d = dz[start + n][r];
 #pragma unroll
-                    for (int r = 0; r < SPAN; r++) {
-                        float d = each.v[r];
-                        back[0] += d * lines[p][r].x, back[1] += d * lines[p][r].y;
-                        sums[p][r].x += d * first_value, sums[p][r].y += d * second_value;
+                    for (int i = 0; i < 4; i++) {
+                        back[i] += d * lines[r].v[i];
+                        sums[r].v[i] += d * value[i];
                     }
-                    total.x += back[0] * scale[0], total.y += back[1] * scale[1];
                 }
-                *(u32*)(wide + (size_t)row * stride + column) = pack_two(total.x, total.y);
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[i] += back[i] * scale[i];
+                *(uint2*)(wide + (size_t)row * stride + column) =
+                    uint2{pack_two(total[0], total[1]), pack_two(total[2], total[3])};
             }
         }
 #pragma unroll
-        for (int p = 0; p < PARTS; p++)
-#pragma unroll
-            for (int r = 0; r < SPAN; r++)
-                if (first + r < loras.part[p].rank)
-                    *(float2*)(partial + (((size_t)p * gridDim.y + blockIdx.y) * rank + first + r) * columns + column) =
-                        sums[p][r];
+        for (int r = 0; r < SPAN; r++)
+            if (first + r < rank)
+                *(Four*)(partial + ((size_t)blockIdx.y * rank + first + r) * columns + column) = sums[r];
     }
 }
 
-#define LORA_BACKWARD(PARTS)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward_##PARTS(                                  \
-        const u16* u, u16* wide, Loras loras, float* partial, const int* keys, const float* weight, const float* bias, \
-        const float2* stats, int tokens, int u_stride, int stride, int columns, int rank, int block_len) {             \
-        lora_backward<PARTS>(u, wide, loras, partial, keys, weight, bias, stats, tokens, u_stride, stride, columns,    \
-                             rank, block_len);                                                                         \
-    }
-LORA_BACKWARD(1)
-LORA_BACKWARD(2)
-LORA_BACKWARD(3)
-
-// LoRA마다(grid.y) gradient [rank, columns] += 부분합 [tiles, most, columns]의 합. most는 LoRA들의 rank의 최댓값이다.
-// 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의 순서대로 더한다. 더하는 순서가 늘 같으므로
-// 두 번 계산하면 비트까지 같다.
-extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, Loras loras, int tiles,
-                                                                  int most, int columns) {
+// gradient [count] += 부분합 [tiles, count]의 합. 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의
+// 순서대로 더한다. 더하는 순서가 늘 같으므로 두 번 계산하면 비트까지 같다.
+extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, float* gradient, int tiles,
+                                                                  int count) {
     __shared__ Four parts[8][32];
-    Lora lora = pick(loras, blockIdx.y);
     int lane = threadIdx.x % 32, group = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
-    int count = lora.rank * columns;
-    partial += (size_t)blockIdx.y * tiles * most * columns;
     Four total = {};
     if (at < count) {
 #pragma unroll 8
         for (int tile = group; tile < tiles; tile += 8) {
-            Four part = *(const Four*)(partial + (size_t)tile * most * columns + at);
+            Four part = *(const Four*)(partial + (size_t)tile * count + at);
 #pragma unroll
             for (int i = 0; i < 4; i++) total.v[i] += part.v[i];
         }
@@ -337,11 +310,11 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
     parts[group][lane] = total;
     __syncthreads();
     if (group != 0 || at >= count) return;
-    Four sum = *(const Four*)(lora.gradient + at);
+    Four sum = *(const Four*)(gradient + at);
     for (int other = 0; other < 8; other++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sum.v[i] += parts[other][lane].v[i];
-    *(Four*)(lora.gradient + at) = sum;
+    *(Four*)(gradient + at) = sum;
 }
 
 // ---- 가중치 ----
