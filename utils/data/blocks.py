@@ -125,7 +125,7 @@ def fitting_pairs(documents: Documents, members: np.ndarray) -> np.ndarray:
 def with_answers(documents: Documents, members: np.ndarray) -> np.ndarray:
     """`members` 가운데 자른 뒤에도 답이 남은 문서. 답이 모두 잘리면 배울 것이 질문 뒤의 끝 토큰뿐이다."""
     cut = documents.full_lengths()[members] > documents.lengths()[members]
-    lost = [member for member in members[cut] if not documents.document(member)[1][:-1].any()]
+    lost = [member for member in members[cut] if not documents.document(member).learned[:-1].any()]
     return np.setdiff1d(members, lost)
 
 
