@@ -10,12 +10,12 @@ import torch
 
 from utils import hub
 from utils.errors import UsageError
-from utils.files import read_manifest
 from utils.model import diskmap, lora, nf4, shards
 from utils.model.adapter import find_adapter
 from utils.model.folder import ModelFolder, TensorEntry, model_digest, open_model_folder
 from utils.model.loader import require_base
 from utils.paths import find_input, find_recorded
+from utils.seals import read_manifest
 
 
 @dataclass(frozen=True)
