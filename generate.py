@@ -176,15 +176,15 @@ def open_page(models, title: str, results, access) -> None:
     from utils.talk.runs import Runs
 
     blocks = page.build(models, title, results, Runs() if access.is_private else None)
-    local, shared = page.launch(blocks, models, access)
-    port = urlsplit(local).port
+    opened = page.launch(blocks, models, access)
+    port = urlsplit(opened.local).port
     if port != access.server_port:
         console.say(f"포트 {access.server_port}은 다른 프로그램이 쓰고 있어 {port}에 연다")
-    console.say(f"\n페이지: {local}  (끝내려면 Ctrl+C)")
-    if shared:
-        console.say(f"공유 링크: {shared}")
+    console.say(f"\n페이지: {opened.local}  (끝내려면 Ctrl+C)")
+    if opened.shared:
+        console.say(f"공유 링크: {opened.shared}")
     if access.api:
-        console.say(f"API: {local.rstrip('/')}/v1")
+        console.say(f"API: {opened.local.rstrip('/')}/v1")
     try:
         while True:
             time.sleep(3600)

@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from utils import console, files
+from utils import console, files, seals
 from utils.record import CURVES_FILE, RUN_FILE, SAMPLES_FILE
 from utils.train import run_folder
 
@@ -112,7 +112,7 @@ def test_a_file_that_a_virus_scanner_holds_is_tried_again(tmp_path, monkeypatch)
 
 def test_written_names_are_allowed_on_windows():
     folder = Path("train/한글 폴더")
-    written = [RUN_FILE, CURVES_FILE, SAMPLES_FILE, files.MANIFEST, files.LOCK_FILE, "checkpoint-12",
+    written = [RUN_FILE, CURVES_FILE, SAMPLES_FILE, seals.MANIFEST, files.LOCK_FILE, "checkpoint-12",
                files.staging_of(folder / "checkpoint-12").name, files.own_staging_of(folder / RUN_FILE).name]
     for each in written:
         assert not set(each) & set('<>:"/\\|?*') and each == each.rstrip(". ")
@@ -121,7 +121,7 @@ def test_written_names_are_allowed_on_windows():
 
 @pytest.mark.parametrize("odd", ["..\\밖", "C:\\밖", "C:밖", "\\\\서버\\밖", "a\\..\\..\\밖", "a/../../밖", "/밖"])
 def test_names_that_leave_the_folder_are_refused(odd):
-    inside = files._is_inside(odd)
+    inside = seals._is_inside(odd)
     assert not inside
     assert PureWindowsPath(odd).is_absolute() or PureWindowsPath(odd).drive or PureWindowsPath(odd).root \
         or ".." in PureWindowsPath(odd).parts

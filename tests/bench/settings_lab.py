@@ -25,7 +25,7 @@ from utils.decode import likelihood, scorecard
 from utils.engine import cuda
 from utils.model import loader
 from utils.model.targets import find_backbone
-from utils.train import stage, step
+from utils.train import corpus, stage, step
 from utils.train.autograd_step import AutogradStep
 from utils.train.batch_size import BLOCK_UNIT, BatchSize
 from utils.train.fit import place
@@ -104,16 +104,16 @@ class Lab:
         self.base, self.kobest, self.koalpaca, self.rows = base, Path(kobest), Path(koalpaca), rows
         self.work = Path(tempfile.mkdtemp())
         self.exams: dict[str, Exam] = {}
-        stage.load_tokenizer = functools.cache(stage.load_tokenizer)
-        read, known = stage.read_data, {}
+        corpus.load_tokenizer = functools.cache(corpus.load_tokenizer)
+        read, known = corpus.read, {}
 
-        def read_once(settings: Settings, say) -> stage.Read:
+        def read_once(settings: Settings) -> corpus.Corpus:
             key = settings.data_path, settings.cutoff_len
             if key not in known:
-                known[key] = read(settings, say)
+                known[key] = read(settings)
             return known[key]
 
-        stage.read_data = read_once
+        corpus.read = read_once
         compile_kernels, compiled = cuda.compile_to_cubin, {}
 
         def compile_once(source: str, capability, defines: dict) -> bytes:
@@ -284,7 +284,7 @@ def unpacked(settings: Settings, inputs: stage.Inputs) -> stage.Inputs:
     """문서마다 블록 하나를 혼자 쓰고, step마다 배우는 문서의 수는 채웠을 때와 같다."""
     members = np.sort(np.concatenate(inputs.train_set.blocks))
     lengths = inputs.documents.lengths()
-    longest = int(lengths[np.concatenate([members, inputs.held_out])].max())
+    longest = int(lengths[np.concatenate([members, inputs.parts.held_out])].max())
     block = -(-longest // BLOCK_UNIT) * BLOCK_UNIT
     size = max(1, round(len(members) / len(inputs.train_set) * inputs.batch.size))
 
@@ -293,7 +293,7 @@ def unpacked(settings: Settings, inputs: stage.Inputs) -> stage.Inputs:
 
     steps = Schedule.from_blocks(len(members), size, settings.num_train_epochs).steps
     return replace(inputs, batch=BatchSize(size, block, 1, steps), train_set=alone(members, settings.train_on_inputs),
-                   eval_set=alone(inputs.held_out, False))
+                   eval_set=alone(inputs.parts.held_out, False))
 
 
 @contextmanager

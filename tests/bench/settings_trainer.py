@@ -58,7 +58,7 @@ def train_plainly(settings: Settings, inputs: stage.Inputs, plan: Plan, model, w
         metric_for_best_model="eval_loss", prediction_loss_only=True, per_device_eval_batch_size=MOST_ROWS,
         logging_strategy="no")
     trainer = Trainer(model, arguments, train_dataset=Rows(inputs.documents, members, settings.train_on_inputs),
-                      eval_dataset=Rows(inputs.documents, inputs.held_out, False),
+                      eval_dataset=Rows(inputs.documents, inputs.parts.held_out, False),
                       data_collator=lambda batch: padded(batch, inputs.end_id))
     trainer.remove_callback(PrinterCallback)
     trainer.train()

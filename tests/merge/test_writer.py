@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny import build_neox
 
 from utils.errors import UsageError
-from utils.files import damage, read_manifest, staged
+from utils.files import staged
 from utils.merge import proof, writer
 from utils.merge.job import open_job
 from utils.model import nf4, shards
 from utils.model.folder import open_model_folder
 from utils.model.loader import choose_device
 from utils.model.tokenizer import end_token_ids
+from utils.seals import damage, read_manifest
 from utils.talk import source
 
 merge = load_script("merge-lora.py").merge

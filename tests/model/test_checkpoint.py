@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from utils import files
+from utils import files, seals
 from utils.errors import UsageError
 from utils.model import checkpoint
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS
@@ -24,11 +24,11 @@ RUN = {"run": {"seed": {"id": 1, "shown": "1"}}, "step": 1, "rows": 1}
 
 def write_checkpoint(output: Path, step: int) -> Path:
     final = output / f"checkpoint-{step}"
-    staging = files.stage(final)
+    staging = seals.stage(final)
     for name in FILES:
         (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_bytes(f"{name} {step}".encode() * 50)
-    files.publish(staging, final, RUN)
+    seals.publish(staging, final, RUN)
     return final
 
 
@@ -37,7 +37,7 @@ def test_published_checkpoint_is_whole_and_leaves_nothing_behind(tmp_path):
     assert checkpoint.damage(final) is None
     assert checkpoint.newest_valid(tmp_path) == final
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
-    assert files.read_manifest(final)["run"] == RUN["run"]
+    assert seals.read_manifest(final)["run"] == RUN["run"]
 
 
 def test_steps_are_ordered_as_numbers_and_other_folders_are_no_checkpoints(tmp_path):
@@ -50,7 +50,7 @@ def test_steps_are_ordered_as_numbers_and_other_folders_are_no_checkpoints(tmp_p
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "grow"])
-@pytest.mark.parametrize("name", [*FILES, files.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, seals.MANIFEST])
 def test_any_harm_to_any_file_is_named_and_the_older_one_is_used(tmp_path, name, harm):
     older, newest = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
     file = newest / name
@@ -72,7 +72,7 @@ def test_any_harm_to_any_file_is_named_and_the_older_one_is_used(tmp_path, name,
                                   '{"files": {"C:\\\\x": {"size": 1}}, "run": {}}', '{"files": {"a": {}}, "run": []}'])
 def test_manifest_of_any_other_shape_is_damage(tmp_path, text):
     final = write_checkpoint(tmp_path, 1)
-    (final / files.MANIFEST).write_text(text, encoding="utf-8")
+    (final / seals.MANIFEST).write_text(text, encoding="utf-8")
     assert checkpoint.damage(final)
 
 
@@ -96,14 +96,14 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
 
 def test_adapter_files_arrive_with_the_manifest_last(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
-    staging = files.stage(tmp_path / "adapter")
+    staging = seals.stage(tmp_path / "adapter")
     for name in ADAPTER_FILES:
         (staging / name).write_bytes(b"new")
-    files.publish_files(staging, tmp_path, RUN)
-    assert files.damage(tmp_path, ADAPTER_FILES) is None
-    assert sorted(file.name for file in tmp_path.iterdir()) == [*ADAPTER_FILES, files.MANIFEST]
+    seals.publish_files(staging, tmp_path, RUN)
+    assert seals.damage(tmp_path, ADAPTER_FILES) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*ADAPTER_FILES, seals.MANIFEST]
     (tmp_path / ADAPTER_WEIGHTS).write_bytes(b"odd")
-    assert ADAPTER_WEIGHTS in files.damage(tmp_path, ADAPTER_FILES)
+    assert ADAPTER_WEIGHTS in seals.damage(tmp_path, ADAPTER_FILES)
 
 
 @pytest.mark.parametrize("error, full", [

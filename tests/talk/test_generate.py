@@ -317,6 +317,6 @@ def test_many_threads_may_ask_at_once(make_answerer):
 def test_without_a_flag_the_fastest_precision_is_chosen(tiny_neox):
     gpu = Device(torch.device("cuda"), torch.bfloat16, "테스트")
     cpu = Device(torch.device("cpu"), torch.float32, "테스트")
-    assert choose_precision(str(tiny_neox), gpu, None, False)[0] == "4bit"
-    assert choose_precision(str(tiny_neox), cpu, None, False)[0] is None
-    assert choose_precision(str(tiny_neox), cpu, True, False)[0] == "4bit"
+    assert choose_precision(str(tiny_neox), gpu, None, False).quantize == "4bit"
+    assert choose_precision(str(tiny_neox), cpu, None, False).quantize is None
+    assert choose_precision(str(tiny_neox), cpu, True, False).quantize == "4bit"

@@ -5,7 +5,7 @@ import pytest
 from conftest import train_settings
 
 from utils.data.blocks import pack
-from utils.files import write_manifest
+from utils.seals import write_manifest
 from utils.train.batch_size import DEFAULT_BATCH, ENOUGH_STEPS, batch_lines, choose_batch
 
 pytestmark = pytest.mark.quick

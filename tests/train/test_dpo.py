@@ -12,7 +12,7 @@ from made_pairs import BETA, BLOCK, make_blocks, make_pairs
 from tiny import build_tokenizer, lora_neox
 from torch.nn import functional as F
 
-from utils.data.blocks import IGNORE, PairedDataset, shifted_targets
+from utils.data.blocks import IGNORE, PairedDataset, Split, shifted_targets
 from utils.data.documents import Documents
 from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
@@ -242,12 +242,12 @@ def test_values_not_given_follow_the_data():
 def test_pairs_that_do_not_fit_are_counted_and_all_is_refused():
     documents, lines = make_pairs(6), []
     documents.cutoff_len = int(np.median(np.diff(documents.offsets).reshape(-1, 2).sum(1)))
-    settings = train_settings(cutoff_len=documents.cutoff_len)
-    train, held_out = pairs.drop_long_pairs(settings, documents, np.arange(8), np.arange(8, 12), lines.append)
+    settings, parts = train_settings(cutoff_len=documents.cutoff_len), Split(np.arange(8), np.arange(8, 12))
+    train, held_out = pairs.drop_long_pairs(settings, documents, parts, lines.append)
     assert not len(train) % 2 and 0 < len(train) + len(held_out) < 12 and "긴 쌍을 뺐다" in lines[0]
     documents.cutoff_len = 5
     with pytest.raises(UsageError, match="--cutoff_len을 늘린다"):
-        pairs.drop_long_pairs(settings, documents, np.arange(8), np.arange(8, 12), lines.append)
+        pairs.drop_long_pairs(settings, documents, parts, lines.append)
 
 
 @pytest.mark.quick

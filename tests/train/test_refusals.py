@@ -12,6 +12,7 @@ from tiny import build_tokenizer
 
 from utils import record
 from utils.data import dataset
+from utils.data.blocks import Split
 from utils.data.documents import Documents
 from utils.data.encoder import Encoder
 from utils.decode.decoder import Reply
@@ -19,7 +20,7 @@ from utils.errors import UsageError
 from utils.model import loader
 from utils.model.targets import choose_targets
 from utils.prompter import make_prompter
-from utils.train import samples, stage
+from utils.train import corpus, samples
 
 finetune_lora = load_script("finetune-lora.py")
 TEXT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
@@ -163,10 +164,10 @@ def test_rows_whose_answer_is_cut_off_are_dropped_and_counted():
     everything, none = np.arange(3), np.arange(0)
     for flag, kept in ((False, [0, 1]), (True, [0, 1, 2])):
         settings = SimpleNamespace(train_on_inputs=flag, cutoff_len=16)
-        train, held = stage.drop_answerless(settings, found, everything, np.array([2]), said.append)
+        train, held = corpus.drop_answerless(settings, found, Split(everything, np.array([2])), said.append)
         assert train.tolist() == kept and held.tolist() == []
     assert "학습 1행, 검증 1행" in said[0] and "학습 0행, 검증 1행" in said[1]
-    stage.drop_answerless(settings, found, np.array([0]), none, said.append)
+    corpus.drop_answerless(settings, found, Split(np.array([0]), none), said.append)
     assert len(said) == 2
 
 
@@ -206,7 +207,7 @@ def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
     inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
                              encoder=dataset.Encoder(tokenizer, 2), documents=documents([10] * 9, [5] * 9, 16),
-                             held_out=np.arange(9), exams=[])
+                             parts=Split(np.arange(0), np.arange(9)), exams=[])
     monkeypatch.setattr(samples.exact, "measure", lambda *given: None)
     problem = samples.answer_samples(SimpleNamespace(data_path="faq.csv"), inputs, None, answers, 60, said.append)
     assert named in problem and "\n" not in problem

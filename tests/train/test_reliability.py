@@ -16,7 +16,7 @@ from conftest import ROOT
 from faults import same, state_of
 from safetensors.torch import load_file
 
-from utils import files
+from utils import files, seals
 from utils.model import adapter, checkpoint, loader
 from utils.train import signals
 
@@ -116,7 +116,7 @@ def test_damage_to_each_real_file_is_named(cut, tmp_path, how):
         shutil.copytree(newest, copy)
         harm(copy / name, how)
         found = checkpoint.damage(copy)
-        assert found is not None and (name in found or name == files.MANIFEST), (name, found)
+        assert found is not None and (name in found or name == seals.MANIFEST), (name, found)
 
 
 def test_damaged_newest_is_refused_by_name_and_the_older_one_goes_on(lab, cut, tmp_path):

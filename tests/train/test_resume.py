@@ -7,7 +7,7 @@ import pytest
 from conftest import write_rows
 from faults import same, state_of
 
-from utils import files
+from utils import seals
 from utils.model import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -73,7 +73,7 @@ def test_micro_batch_halved_for_memory_stays_halved(lab, tmp_path):
     assert done.code == 0 and "micro batch를 2로 줄여" in done.text, done.text
     cut_and_resume(lab, tmp_path / "cut", 10, **options)
     newest = checkpoint.newest_valid(tmp_path / "cut")
-    assert files.read_manifest(newest)["rows"] == 2
+    assert seals.read_manifest(newest)["rows"] == 2
     assert same(state_of(newest), state_of(tmp_path / "whole" / newest.name))
 
 
@@ -157,7 +157,7 @@ def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):
 def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):
     output = tmp_path / "run"
     assert lab.train(output, signals=[[13, "SIGTERM"]]).code == 143
-    before = files.read_manifest(output / "checkpoint-14")["seconds"]
+    before = seals.read_manifest(output / "checkpoint-14")["seconds"]
     done = lab.resume(output, answers=True)
     assert done.code == 0, done.text
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -176,4 +176,4 @@ def test_two_processes_resume_exactly(lab, tmp_path):
         assert done.code == 0, done.text
     last = checkpoint.newest_valid(whole)
     assert same(state_of(output / last.name), state_of(last))
-    assert files.read_manifest(last)["run"]["processes"]["id"] == 2
+    assert seals.read_manifest(last)["run"]["processes"]["id"] == 2

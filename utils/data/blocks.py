@@ -2,6 +2,7 @@
 
 import bisect
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,20 +87,28 @@ def make_even(*datasets: PairedDataset | None) -> None:
         dataset.references = torch.nn.functional.pad(dataset.references, (0, missing), value=torch.nan)
 
 
-def split_by_content(documents: Documents, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(학습 문서 번호 [n] int64, 검증 문서 번호 [m] int64).
+class Split(NamedTuple):
+    """학습 문서 번호 [n] int64와 검증 문서 번호 [m] int64."""
 
-    내용의 해시로 나누므로 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다.
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def split_by_content(documents: Documents, percent: float, seed: int) -> Split:
+    """내용의 해시로 나눈다. 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다.
+
+    Args:
+        percent: 검증에 쓸 행의 비율(퍼센트).
     """
     if percent <= 0 or len(np.unique(documents.digests)) < 2:  # 모두 같은 행이면 나눌 수 없다
-        return np.arange(len(documents)), np.arange(0)
+        return Split(np.arange(len(documents)), np.arange(0))
     # seed마다 다른 수를 섞고 큰 홀수를 곱해(넘친 비트는 버린다) [0, 2^64)에 고르게 흩고, 아래쪽 percent%를 검증에 쓴다
     salt = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
     scrambled = (documents.digests ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     held_out = scrambled < np.uint64(int(percent / 100 * (2**64 - 1)))
     if not held_out.any() or held_out.all():  # 행이 몇 안 될 때도 양쪽에 하나는 있게 한다
         held_out = scrambled == scrambled.min()
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
 def unit_lengths(documents: Documents, members: np.ndarray) -> np.ndarray:
@@ -116,7 +125,7 @@ def fitting_pairs(documents: Documents, members: np.ndarray) -> np.ndarray:
 def with_answers(documents: Documents, members: np.ndarray) -> np.ndarray:
     """`members` 가운데 자른 뒤에도 답이 남은 문서. 답이 모두 잘리면 배울 것이 질문 뒤의 끝 토큰뿐이다."""
     cut = documents.full_lengths()[members] > documents.lengths()[members]
-    lost = [member for member in members[cut] if not documents.document(member)[1][:-1].any()]
+    lost = [member for member in members[cut] if not documents.document(member).learned[:-1].any()]
     return np.setdiff1d(members, lost)
 
 

@@ -215,7 +215,7 @@ def document_faults(documents, train: np.ndarray, held_out: np.ndarray) -> dict[
         long = np.flatnonzero(documents.full_lengths() > documents.lengths())
         fits = int(np.quantile(documents.full_lengths(), 0.99, method="higher"))
         kinds.append(("long", long, f"{len(long) / len(documents):.1%}, 99%가 들어가는 cutoff_len은 {fits}"))
-        kinds.append(("answer_cut", [index for index in long if not documents.document(index)[1][:-1].any()], ""))
+        kinds.append(("answer_cut", [index for index in long if not documents.document(index).learned[:-1].any()], ""))
     found = {}
     for kind, members, note in kinds:
         if len(members):

@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from utils import chat, prompter, turns
 from utils.data import check, encoder, forms, pair_check, preferences, readers, rows, talks, texts, window
 from utils.data.documents import CacheWriter, Documents, open_cache
-from utils.data.encoder import Encoder, content_digest
+from utils.data.encoder import Encoded, Encoder, content_digest
 from utils.data.preferences import Pair
 from utils.data.talks import BadTurns
 from utils.data.window import Window
@@ -58,7 +59,7 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
                       str(cutoff_len if _holds_talks(data_path, cache_dir) else None))
     folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
     cached = open_cache(folder)
-    if cached is None or (cached[1]["skipped"] and not skip_bad):  # 건너뛴 행이 있으면 다시 읽어 그 행을 말한다
+    if cached is None or (cached.meta["skipped"] and not skip_bad):  # 건너뛴 행이 있으면 다시 읽어 그 행을 말한다
         _fill_cache(folder, data_path, prompter, encoder, cutoff_len, cache_dir, on_row, skip_bad)
         cached = open_cache(folder)
     arrays, meta = cached
@@ -94,9 +95,9 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
     try:
         for batch, encoded in _encode_ahead(documents, encoder):
             writer.append({
-                "tokens": [token for ids, _ in encoded for token in ids],
-                "answer": [flag for _, marks in encoded for flag in marks],
-                "lengths": [len(ids) for ids, _ in encoded],
+                "tokens": [token for each in encoded for token in each.tokens],
+                "answer": [mark for each in encoded for mark in each.marks],
+                "lengths": [len(each.tokens) for each in encoded],
                 "digests": [document.digest for document in batch],
                 "questions": [document.question for document in batch],
                 "numbers": [document.number for document in batch],
@@ -160,12 +161,19 @@ def say_pair(prompter, row: dict, form: forms.Form, number: int, source: str | P
         BadTurns: 행이나 템플릿이 받지 않는다. 행의 번호를 말한다.
     """
     sides = [say_row(prompter, said, number, source) for said in forms.read_pair(row, form, number, source)]
-    return Pair(*(said for said, _ in sides), *(documents[-1] for _, documents in sides))
+    return Pair(*(side.turns for side in sides), *(side.documents[-1] for side in sides))
+
+
+class Said(NamedTuple):
+    """행 하나: 템플릿에 맞추어 읽은 글들과, 그것을 말한 문서들."""
+
+    turns: list[turns.Turn]
+    documents: list[turns.Pieces]
 
 
 def say_row(prompter, said: list[turns.Turn], number: int, source: str | Path,
-            say: Callable | None = None) -> tuple[list[turns.Turn], list[turns.Pieces]]:
-    """(템플릿에 맞추어 읽은 글들, 그 문서들).
+            say: Callable | None = None) -> Said:
+    """행의 글들을 템플릿으로 말한 것.
 
     Args:
         say: 글들을 문서들로 바꾸는 것. 없으면 `prompter.talk`다.
@@ -181,11 +189,11 @@ def say_row(prompter, said: list[turns.Turn], number: int, source: str | Path,
     answer = documents[-1][0][1] if said[0].role == "text" else said[-1].text
     if not answer.strip():
         raise BadTurns(f"{source}의 {number}번째 행에 text의 답이 없거나 비었다. {forms.ADVICE}", "empty")
-    return said, documents
+    return Said(said, documents)
 
 
 def _encode_ahead(documents: Iterator[_Document],
-                  encoder: Encoder) -> Iterator[tuple[list[_Document], list[tuple[list[int], list[int]]]]]:
+                  encoder: Encoder) -> Iterator[tuple[list[_Document], list[Encoded]]]:
     """(문서들, 토큰들)을 한 묶음씩 준다. 묶음을 토큰으로 바꾸는 동안 다음 묶음을 읽는다."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,13 @@ _FLAT = {"tokens": np.int32, "answer": np.int8}
 _PER_DOCUMENT = {"lengths": np.int64, "digests": np.uint64, "questions": np.uint64, "numbers": np.int64}
 
 MUTED = 2  # 답이지만 배우지 않는 자리(weight 0)의 표시
+
+
+class Document(NamedTuple):
+    """문서 하나: 토큰 [n] int32와, 토큰마다 배우는 답인지 [n] bool."""
+
+    tokens: np.ndarray
+    learned: np.ndarray
 
 
 @dataclass
@@ -77,15 +85,15 @@ class Documents:
         """블록보다 길어 잘리는 문서의 수."""
         return int((self.full_lengths() > self.lengths()).sum())
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """문서 하나의 (토큰 [n] int32, 배우는 답인지 [n] bool)."""
+    def document(self, index: int) -> Document:
+        """문서 하나. 길면 자르고 끝 토큰을 둔다."""
         start, end = self.offsets[index], self.offsets[index + 1]
         if self.cutoff_len is None or end - start <= self.cutoff_len:
-            return self.tokens[start:end], self.answer[start:end] == 1
+            return Document(self.tokens[start:end], self.answer[start:end] == 1)
         kept = slice(start, start + self.cutoff_len - 1)  # 한 자리는 끝 토큰의 것이다
         tokens = np.append(self.tokens[kept], np.int32(self.end_id))
         learned_end = self.answer[kept.stop] != MUTED
-        return tokens, np.append(self.answer[kept] == 1, learned_end)
+        return Document(tokens, np.append(self.answer[kept] == 1, learned_end))
 
     def muted(self, index: int) -> np.ndarray:
         """질문까지 배울 때에도 배우지 않는 토큰인지. [`document(index)`의 길이] bool."""
@@ -148,8 +156,15 @@ class CacheWriter:
                           "디스크의 여유 공간을 늘리거나 --cache_dir로 다른 폴더를 적는다")
 
 
-def open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
-    """(배열들, 함께 적어 둔 것). 없거나 온전하지 않으면 None이다. 토큰은 디스크에 둔 채 필요한 만큼만 읽힌다."""
+class Cache(NamedTuple):
+    """연 캐시: 배열의 이름 -> 배열, 그리고 함께 적어 둔 것."""
+
+    arrays: dict[str, np.ndarray]
+    meta: dict
+
+
+def open_cache(folder: Path) -> Cache | None:
+    """캐시 폴더. 없거나 온전하지 않으면 None이다. 토큰은 디스크에 둔 채 필요한 만큼만 읽힌다."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         for name, kind in {**_FLAT, **_PER_DOCUMENT}.items():
@@ -162,7 +177,7 @@ def open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         return None
     with contextlib.suppress(OSError):  # 읽기만 되는 폴더의 캐시도 쓴다
         (folder / _META).touch()
-    return arrays, meta
+    return Cache(arrays, meta)
 
 
 def _drop_old(parent: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,18 @@ from utils.data.documents import MUTED
 from utils.errors import UsageError
 from utils.files import text_sha256
 from utils.turns import Joined, Pieces, Unlearned
+
+
+class Encoded(NamedTuple):
+    """토큰으로 바꾼 문서 하나. 두 목록은 길이가 같다.
+
+    Attributes:
+        tokens: 토큰의 번호.
+        marks: 그 토큰이 답이면 1, 배우지 않는 답(`turns.Unlearned`)이면 `MUTED`, 아니면 0. 답에는 그 끝 토큰도 든다.
+    """
+
+    tokens: list[int]
+    marks: list[int]
 
 
 class Encoder:
@@ -52,14 +65,12 @@ class Encoder:
     def encode_asked(self, pieces: Pieces) -> list[int]:
         """답이 시작되기 직전까지의 토큰. user로 끝나는 대화의 `Prompter.talk`가 주는 문서를 받는다."""
         if isinstance(pieces, Joined):
-            return self._encode_joined([pieces])[0][0]
+            return self._encode_joined([pieces])[0].tokens
         *past, (prompt, _) = pieces
-        return self.encode_batch([past])[0][0] + self.encode_prompt(prompt)
+        return self.encode_batch([past])[0].tokens + self.encode_prompt(prompt)
 
-    def encode_batch(self, batch: Sequence[Pieces]) -> list[tuple[list[int], list[int]]]:
-        """문서마다 (토큰, 그 토큰이 답인지). 한 문서의 두 목록은 길이가 같다. 답에는 그 끝 토큰도 든다.
-
-        배우지 않는 답(`turns.Unlearned`)의 자리에는 1 대신 `MUTED`가 적힌다.
+    def encode_batch(self, batch: Sequence[Pieces]) -> list[Encoded]:
+        """문서마다의 토큰.
 
         Args:
             batch: 문서마다의 (프롬프트, 답)들. 여러 번 주고받은 행이면 여럿이다.
@@ -72,7 +83,7 @@ class Encoder:
         """문서의 토큰의 수. 경계에서 나누어 토큰화하는 문서에서는 몇 토큰 다를 수 있다."""
         if isinstance(pieces, Joined):
             return len(self._encode_guarded(["".join(part for piece in pieces for part in piece)])[0])
-        return len(self.encode_batch([pieces])[0][0])
+        return len(self.encode_batch([pieces])[0].tokens)
 
     def fingerprint(self) -> str:
         """같은 글에서 같은 토큰이 나오는지를 가리는 해시."""
@@ -81,7 +92,7 @@ class Encoder:
         chat = getattr(self._tokenizer, "chat_template", None)
         return text_sha256(content, str(chat), str(self._end_id), str(self._n_rows))
 
-    def _encode_apart(self, batch: list[Pieces]) -> list[tuple[list[int], list[int]]]:
+    def _encode_apart(self, batch: list[Pieces]) -> list[Encoded]:
         """조각을 따로 토큰화하고 답마다 끝 토큰을 붙인다."""
         prompts = self._encode([prompt for pieces in batch for prompt, _ in pieces])
         answers = self._encode([answer for pieces in batch for _, answer in pieces])
@@ -93,10 +104,10 @@ class Encoder:
                 tokens += prompts[at] + answers[at] + [self._end_id]
                 marks += [0] * len(prompts[at]) + [_mark(piece)] * (len(answers[at]) + 1)
                 at += 1
-            encoded.append((tokens, marks))
+            encoded.append(Encoded(tokens, marks))
         return encoded
 
-    def _encode_joined(self, batch: list[Joined]) -> list[tuple[list[int], list[int]]]:
+    def _encode_joined(self, batch: list[Joined]) -> list[Encoded]:
         """한 글로 토큰화하고, 조각의 경계를 토큰의 자리로 옮긴다.
 
         경계 앞의 글만 토큰화한 것이 전체의 앞부분이어야, 그 자리에서 모델에게 묻는 토큰이 배운 토큰과 같다. 답이
@@ -126,7 +137,7 @@ class Encoder:
                 marks += [_mark(piece)] * (ends[answer_end] - len(marks))
             if pieces.open_end:
                 tokens, marks = [*tokens, self._end_id], [*marks, 1]
-            encoded.append((tokens, marks))
+            encoded.append(Encoded(tokens, marks))
         return encoded
 
     def _heads(self, text: str, tokens: list[int], edges: list[int]) -> dict[int, tuple[str, int]]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.data import check, encoder, forms, rows, texts
 from utils.data.dataset import say_pair, say_row
@@ -53,12 +54,13 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
             forms.require_alike(row, form, number, source)
             fixed = fix_row(row, form, prompter)
             try:
-                pieces, answers = read_fixed(fixed, form, prompter, number, source)
+                said = read_fixed(fixed, form, prompter, number, source)
             except UsageError as error:
                 drop(number, str(error))
                 continue
-            digest = encoder.content_digest(pieces)
-            if digest in seen or any(map(check.is_placeholder, answers)) or len(set(answers)) < len(answers):
+            digest = encoder.content_digest(said.pieces)
+            is_repeated = len(set(said.answers)) < len(said.answers)  # 선호 쌍의 두 답이 같다
+            if digest in seen or is_repeated or any(map(check.is_placeholder, said.answers)):
                 drop(number, "")
                 continue
             seen.add(digest)
@@ -70,18 +72,27 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
     return Repaired(**counts)
 
 
-def read_fixed(row: dict, form: forms.Form, prompter, number: int, source: str | Path) -> tuple[Pieces, list[str]]:
-    """행의 (문서의 조각들, 마지막 답들). 선호 쌍이면 두 문서의 조각을 잇고 답이 둘이다.
+class Fixed(NamedTuple):
+    """고친 행의 문서의 조각들과 마지막 답. 선호 쌍이면 두 문서의 조각을 이은 것이고 답이 둘이다."""
+
+    pieces: Pieces
+    answers: list[str]
+
+
+def read_fixed(row: dict, form: forms.Form, prompter, number: int, source: str | Path) -> Fixed:
+    """고친 행을 템플릿으로 말해 본다.
 
     Raises:
         UsageError: 쓸 수 없는 행이다.
     """
     if form.is_preference:
         pair = say_pair(prompter, row, form, number, source)
-        return [*pair.chosen, *pair.rejected], [pair.better[-1].text.strip(), pair.worse[-1].text.strip()]
-    said, documents = say_row(prompter, forms.read_row(row, form, number, source), number, source)
+        answers = [turns[-1].text.strip() for turns in (pair.better, pair.worse)]
+        return Fixed([*pair.chosen, *pair.rejected], answers)
+    turns, documents = say_row(prompter, forms.read_row(row, form, number, source), number, source)
     pieces = documents[-1]
-    return pieces, [pieces[-1][1] if said[0].role == "text" else said[-1].text]
+    answer = pieces[-1][1] if turns[0].role == "text" else turns[-1].text
+    return Fixed(pieces, [answer])
 
 
 def fix_row(row: dict, form: forms.Form, prompter) -> dict:

@@ -1,5 +1,7 @@
 """transformers의 forward 한 번: cache에 잇거나, 처음부터 하거나, CUDA graph로 한다. `read`로 읽고 `next`로 잇는다."""
 
+from typing import NamedTuple
+
 import torch
 from transformers import StaticCache
 
@@ -116,11 +118,21 @@ class CapturedStep:
             self._logits = self._forward(self._ids, self._positions, self._mask, self._cache)
 
 
-def pad_left(questions: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """질문들의 왼쪽을 채운 (토큰, mask, 위치), 모두 [질문의 수, 가장 긴 질문]."""
+class Padded(NamedTuple):
+    """왼쪽을 채운 질문들의 토큰과 mask와 위치. 모두 [질문의 수, 가장 긴 질문] int64."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
+def pad_left(questions: list[list[int]], device: torch.device) -> Padded:
+    """질문들의 왼쪽을 0으로 채워 길이를 맞춘다."""
     longest = max(map(len, questions))
-    padding = [longest - len(question) for question in questions]
-    ids = torch.tensor([[0] * empty + question for empty, question in zip(padding, questions, strict=True)])
-    mask = torch.tensor([[0] * empty + [1] * (longest - empty) for empty in padding])
+    ids = torch.zeros(len(questions), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(questions):
+        ids[row, longest - len(question):] = torch.tensor(question)
+        mask[row, longest - len(question):] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # 진짜 토큰만 0부터 센다. mask 0 0 1 1 1 -> 0 0 0 1 2
-    return ids.to(device), mask.to(device), positions.to(device)
+    return Padded(ids.to(device), mask.to(device), positions.to(device))

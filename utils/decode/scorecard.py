@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from utils.data.encoder import Encoder
 from utils.data.exams import Exam, Item
@@ -69,13 +70,14 @@ def measure(ask: Ask, names: Sequence[str], exams: Sequence[Exam], encoder: Enco
         together = [pair for options in pairs for pair in options]
         right = {name: count_right(exam.items, ask(name, together)) for name in names}
         seconds = time.perf_counter() - began
-        kinds = [(0, exam.name, exam.title)]
+        found = [Score(exam.name, exam.title, len(exam.items),
+                       {name: each.plain for name, each in right.items()}, seconds)]
         if exam.by_length:
-            kinds.append((1, f"{exam.name}_norm", f"{exam.title}(글자 수로 나눔)"))
-        for place, name, title in kinds:
-            counts = {model: found[place] for model, found in right.items()}
-            scores.append(Score(name, title, len(exam.items), counts, seconds))
-            say(scores[-1].line())
+            found.append(Score(f"{exam.name}_norm", f"{exam.title}(글자 수로 나눔)", len(exam.items),
+                               {name: each.by_length for name, each in right.items()}, seconds))
+        for score in found:
+            say(score.line())
+        scores += found
     return scores
 
 
@@ -101,8 +103,15 @@ def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair
     return [(question[-max(1, context - len(answer)):], answer) for question, answer in pairs]
 
 
-def count_right(items: Sequence[Item], values: Sequence[Likelihood]) -> tuple[int, int]:
-    """(맞힌 문항의 수, 로그 가능도를 보기의 글자 수로 나누어 고를 때 맞힌 수).
+class Right(NamedTuple):
+    """맞힌 문항의 수와, 로그 가능도를 보기의 글자 수로 나누어 고를 때 맞힌 수."""
+
+    plain: int
+    by_length: int
+
+
+def count_right(items: Sequence[Item], values: Sequence[Likelihood]) -> Right:
+    """모델 하나가 맞힌 문항을 센다.
 
     Args:
         values: 문항의 차례로, 문항마다 보기의 차례로 이은 값.
@@ -118,4 +127,4 @@ def count_right(items: Sequence[Item], values: Sequence[Likelihood]) -> tuple[in
         shares = [total / len(option) for total, option in zip(totals, item.options, strict=True)]
         plain += totals.index(max(totals)) == item.answer
         by_length += shares.index(max(shares)) == item.answer
-    return plain, by_length
+    return Right(plain, by_length)

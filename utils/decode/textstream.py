@@ -4,16 +4,18 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from tokenizers.decoders import DecodeStream
 
 _EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 
 
+@cache
 def byte_alphabet() -> dict[str, int]:
     """바이트 수준 BPE가 바이트를 적는 글자 256개. GPT-2의 `bytes_to_unicode`를 뒤집은 표다."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # 보이는 글자는 그 글자로 적는다
-    hidden = [byte for byte in range(256) if byte not in set(plain)]  # 공백과 제어 문자는 U+0100부터 차례로 적는다
+    hidden = [byte for byte in range(256) if byte not in plain]  # 공백과 제어 문자는 U+0100부터 차례로 적는다
     letters = {chr(byte): byte for byte in plain}
     return letters | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
 

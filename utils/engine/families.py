@@ -201,15 +201,15 @@ def _odd_size(family: Family) -> str | None:
 
 def _odd_modules(base: nn.Module, family: Family) -> str | None:
     """선형층이 평범하거나 NF4이고 모양이 구조와 맞는지 본다."""
-    widths = list(family.linears().values())
+    shapes = list(family.linears().values())
     for layer in layer_modules(base, family):
-        for wrapped, (_, columns, rows) in zip((m for group in layer.linears() for m in group), widths, strict=True):
+        for wrapped, shape in zip((m for group in layer.linears() for m in group), shapes, strict=True):
             linear = unwrap(wrapped)
             state = getattr(linear.weight, "quant_state", None)
             four_bit = state is not None and state.quant_type == "nf4" and state.blocksize == NF4_BLOCK
             if type(linear) is not nn.Linear and not four_bit and type(linear).__name__ != "Linear8bitLt":
                 return f"모르는 선형층({type(linear).__name__})이나 NF4가 아닌 4비트"
-            if (linear.in_features, linear.out_features) != (columns, rows):
+            if (linear.in_features, linear.out_features) != (shape.columns, shape.rows):
                 return f"설정과 다른 모양의 선형층({linear.out_features} x {linear.in_features})"
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:

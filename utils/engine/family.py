@@ -1,10 +1,24 @@
 """모델 구조 하나를 데이터로 적은 것. 학습과 답 만들기의 커널이 이 값을 읽는다."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 GEMMA = {"gemma", "gemma3_text"}
+
+
+class LinearShape(NamedTuple):
+    """선형층 하나의 자리와 모양.
+
+    Attributes:
+        slot: 무엇을 읽고 어디에 쓰는 층인지. `LayerModules`의 항목(qkv, out, mlp, down)이다.
+        columns, rows: 입력과 출력의 폭.
+    """
+
+    slot: str
+    columns: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -90,17 +104,22 @@ class Family:
             return float(torch.tensor(self.embedding_scale).to(dtype))
         return self.embedding_scale
 
-    def linears(self) -> dict[str, tuple[str, int, int]]:
-        """선형층의 이름 -> (읽는 곳, 입력의 폭, 출력의 폭). 읽는 곳은 `LayerModules`의 항목이다.
-
-        같은 곳을 읽는 층들은 행렬 곱 하나로 함께 계산한다.
-        """
+    def linears(self) -> dict[str, LinearShape]:
+        """선형층의 이름 -> 놓인 곳과 모양. 같은 곳을 읽는 층들은 행렬 곱 하나로 함께 계산한다."""
         if self.interleaved:
-            return {"query_key_value": ("qkv", self.hidden, self.qkv_width),
-                    "dense": ("out", self.q_width, self.hidden),
-                    "dense_h_to_4h": ("mlp", self.hidden, self.ff), "dense_4h_to_h": ("down", self.ff, self.hidden)}
+            return {
+                "query_key_value": LinearShape("qkv", self.hidden, self.qkv_width),
+                "dense": LinearShape("out", self.q_width, self.hidden),
+                "dense_h_to_4h": LinearShape("mlp", self.hidden, self.ff),
+                "dense_4h_to_h": LinearShape("down", self.ff, self.hidden),
+            }
         kv_width = self.kv_heads * self.head_dim
-        return {"q_proj": ("qkv", self.hidden, self.q_width), "k_proj": ("qkv", self.hidden, kv_width),
-                "v_proj": ("qkv", self.hidden, kv_width), "o_proj": ("out", self.q_width, self.hidden),
-                "gate_proj": ("mlp", self.hidden, self.ff), "up_proj": ("mlp", self.hidden, self.ff),
-                "down_proj": ("down", self.ff, self.hidden)}
+        return {
+            "q_proj": LinearShape("qkv", self.hidden, self.q_width),
+            "k_proj": LinearShape("qkv", self.hidden, kv_width),
+            "v_proj": LinearShape("qkv", self.hidden, kv_width),
+            "o_proj": LinearShape("out", self.q_width, self.hidden),
+            "gate_proj": LinearShape("mlp", self.hidden, self.ff),
+            "up_proj": LinearShape("mlp", self.hidden, self.ff),
+            "down_proj": LinearShape("down", self.ff, self.hidden),
+        }

@@ -31,8 +31,8 @@ class Tails:
     def of(cls, family: Family, targets: tuple[str, ...], rank: int) -> "Tails":
         """`targets`는 선형층의 이름들이다."""
         widths = dict.fromkeys(("qkv", "out", "mlp", "down"), 0)
-        for name, (place, _, _) in family.linears().items():
-            widths[place] += pad_rank(rank) if name in targets else 0
+        for name, shape in family.linears().items():
+            widths[shape.slot] += pad_rank(rank) if name in targets else 0
         return cls(**widths)
 
     def total(self) -> int:

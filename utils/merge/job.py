@@ -4,17 +4,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from utils import hub
 from utils.errors import UsageError
-from utils.files import read_manifest
 from utils.model import diskmap, lora, nf4, shards
 from utils.model.adapter import find_adapter
 from utils.model.folder import ModelFolder, TensorEntry, model_digest, open_model_folder
 from utils.model.loader import require_base
 from utils.paths import find_input, find_recorded
+from utils.seals import read_manifest
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,24 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     config = lora.read_config(adapter)
     updates = lora.read_updates(adapter, config)
     facts = (read_manifest(adapter) or {}).get("run", {})
-    folder, warning = find_base(base_model, config, facts, cache_dir)
-    base = open_model_folder(folder)
+    found = find_base(base_model, config, facts, cache_dir)
+    base = open_model_folder(found.folder)
     disk = diskmap.read(base)
     dtype = getattr(torch, str(facts.get("dtype", {}).get("shown", "float32")), torch.float32)
     matched = lora.match_base(updates, config, adapter, base, disk)
-    return Job(root, adapter, config, base, disk, matched, onto, dtype, (warning,) if warning else ())
+    return Job(root, adapter, config, base, disk, matched, onto, dtype,
+               () if found.warning is None else (found.warning,))
 
 
-def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> tuple[Path, str | None]:
-    """기반 모델의 폴더와 알릴 것. 적지 않았으면 어댑터가 말하는 것이고, hub id면 받아 온다.
+class FoundBase(NamedTuple):
+    """기반 모델의 폴더와, 배울 때의 것과 달라 보이면 알릴 말."""
+
+    folder: Path
+    warning: str | None
+
+
+def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str | None) -> FoundBase:
+    """기반 모델을 찾는다. 적지 않았으면 어댑터가 말하는 것이고, hub id면 받아 온다.
 
     맞는지는 모양이 정한다. 사용자가 손수 적은 것의 이름이나 설정이 다르면 알리기만 한다.
 
@@ -92,4 +101,4 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     differs = expected != model_digest(asked) if from_folder else bool(name) and name != given
     warning = (f"기반 모델 {asked}는 어댑터가 말하는 {trained_on}과 이름이나 설정이 다르다. 모양이 맞으면 합친다. "
                "배운 기반 모델이 맞는지 본다")
-    return Path(asked), warning if differs else None
+    return FoundBase(Path(asked), warning if differs else None)

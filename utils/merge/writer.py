@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UsageError
-from utils.files import file_sha256, read_json, write_manifest
+from utils.files import file_sha256, read_json
 from utils.merge.job import Job
 from utils.model import lora, nf4, shards
 from utils.model.adapter import ADAPTER_FOLDER, PROMPT_FILE, read_prompt_info
 from utils.model.folder import ADAPTER_FILES, TensorEntry, model_digest, text_config
 from utils.model.shards import Planned
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.seals import write_manifest
 
 _CARD = """---
 base_model: {base}

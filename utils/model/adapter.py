@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from utils.errors import UsageError, first_line
-from utils.files import MANIFEST, damage, read_json
+from utils.files import read_json
 from utils.model.checkpoint import newest_valid
 from utils.model.folder import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS
 from utils.paths import looks_like_hub_id
+from utils.seals import MANIFEST, damage
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FOLDER = "adapter"

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from utils import files
+from utils import seals
 from utils.files import STAGING, rename
 from utils.model.folder import ADAPTER_FILES
 
@@ -32,7 +32,7 @@ def step_of(checkpoint: Path) -> int:
 
 def damage(folder: Path) -> str | None:
     """이어 갈 수 없는 체크포인트면 무엇이 손상되었는지 한마디로 말한다. 온전하면 None이다."""
-    return files.damage(folder, RESUMABLE)
+    return seals.damage(folder, RESUMABLE)
 
 
 def newest_valid(output_dir: str | Path) -> Path | None:

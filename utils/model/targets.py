@@ -6,8 +6,12 @@ from collections.abc import Collection
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from utils import hub
 from utils.errors import UsageError
+from utils.model import diskmap
 from utils.model.diskmap import DiskMap
+from utils.model.folder import open_model_folder
+from utils.model.shape import empty_model
 
 ATTENTION_TARGETS = {
     "gpt_neox": ("query_key_value",),
@@ -20,6 +24,30 @@ TRANSPOSED = ("gpt2", "openai-gpt")  # 가중치를 [in, out]으로 두는 구�
 COMMON_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 COMMON_LINEARS = (*COMMON_TARGETS, "gate_proj", "up_proj", "down_proj")
 FUSED_TARGETS = (("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("in_proj",))
+
+
+def find_targets(base_model: str, asked: tuple[str, ...], config: dict, cache_dir: str | None) -> tuple[str, ...]:
+    """LoRA를 붙일 층을, 가중치가 없는 모델에서 미리 찾는다. 데이터를 읽기 전에 쓸 수 없는 이름을 가린다.
+
+    Args:
+        asked: 사용자가 적은 이름들.
+        config: 기반 모델의 config.json.
+
+    Raises:
+        UsageError: 모델에 없는 층이거나, LoRA를 붙이지 못하거나 배워도 합칠 수 없는 층이다.
+    """
+    from transformers import AutoConfig
+
+    empty = empty_model(AutoConfig.from_pretrained(base_model, cache_dir=cache_dir, trust_remote_code=False))
+    unfit = unfit_names(empty, diskmap.read(open_model_folder(hub.folder(base_model, cache_dir))))
+    names = linear_names(empty) - unfit.keys()
+    targets = choose_targets(asked, config, names, attention_names(empty) - unfit.keys())
+    refused = [target for target in targets if target in unfit]
+    if refused:
+        raise UsageError(f"{unfit[refused[0]]}이라 배워도 합칠 수 없다: {', '.join(refused)}. --lora_target_modules에 "
+                         f"쓸 수 있는 이름: {', '.join(sorted(names))}")
+    require_targets(empty, targets)
+    return targets
 
 
 def choose_targets(asked: tuple[str, ...], config: dict, names: Collection[str] | None = None,

@@ -11,7 +11,7 @@ from utils.decode.textstream import Opening, TextStream
 from utils.errors import UsageError
 from utils.prompter import CHAT, Turn
 from utils.sampling import Sampling
-from utils.talk.line import Line
+from utils.talk.line import Line, Task
 from utils.turns import as_talk
 
 REASONS = {"stop": "스스로 멈춤", "length": "최대 길이에 닿음", "cancelled": "사용자가 멈춤", "error": "오류로 멈춤"}
@@ -169,9 +169,9 @@ class Answerer:
         """
         self.line.submit(*(self.task(answer) for answer in answers))
 
-    def task(self, answer: Answer) -> tuple[Callable[[Answer], None], Answer]:
+    def task(self, answer: Answer) -> Task:
         """줄에 세울 일 하나. 다른 어댑터의 것과 함께 세울 때 쓴다."""
-        return self._make, answer
+        return Task(self._make, answer)
 
     def ahead(self, answer: Answer) -> int:
         """이 답보다 먼저 만들 일의 수."""

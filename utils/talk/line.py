@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from utils.errors import UsageError
 
@@ -27,7 +27,11 @@ class Job(Protocol):
     cleared: bool
 
 
-Task = tuple[Callable[[Job], None], Job]  # (답을 끝까지 만드는 함수, 그 답)
+class Task(NamedTuple):
+    """줄에 세운 일: 답을 끝까지 만드는 함수와 그 답."""
+
+    make: Callable[[Job], None]
+    job: Job
 
 
 class Line:
@@ -58,17 +62,17 @@ class Line:
     def ahead(self, job: Job) -> int:
         """이 답보다 먼저 만들 일의 수."""
         for place, group in enumerate(list(self._waiting)):
-            if any(each is job for _, each in group):
+            if any(task.job is job for task in group):
                 return place
         return 0
 
     def leave(self, session: str, clear: bool = False) -> None:
         """브라우저가 멈춤을 눌렀거나 떠났거나(`clear`면) 화면을 지웠다. 그가 물은 답을 모두 멈춘다."""
         for group in list(self._waiting):
-            for _, job in group:
-                if session and job.session == session:
-                    job.cleared = job.cleared or clear
-                    job.stop.set()
+            for task in group:
+                if session and task.job.session == session:
+                    task.job.cleared = task.job.cleared or clear
+                    task.job.stop.set()
 
     async def follow(self, *jobs: Job) -> AsyncIterator[int]:
         """답들이 바뀔 때마다 앞에 남은 일의 수를 내놓고, 다 되거나 지워지면 끝난다. 그만 따라가면 답도 멈춘다."""
@@ -92,15 +96,16 @@ class Line:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 group = self._waiting[0]
-            for make, job in group:
-                self._finish(make, job)
+            for task in group:
+                self._finish(task)
             with self._changed:
                 self._waiting.popleft()
 
-    def _finish(self, make: Callable[[Job], None], job: Job) -> None:
+    def _finish(self, task: Task) -> None:
         """답 하나를 끝까지 만든다. 무엇이 잘못되어도 그 답만 끝난다."""
+        job = task.job
         try:
-            make(job)
+            task.make(job)
         except UsageError as error:
             job.error, job.finish_reason = str(error), "error"
         except Exception as error:

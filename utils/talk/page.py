@@ -4,6 +4,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio를 부르기 전에 꺼야 한다
 
@@ -101,8 +102,15 @@ def free_port(server_name: str, first: int) -> int:
     raise UsageError(f"{server_name}의 {first}번부터 {PORTS_TRIED}개의 포트를 모두 열 수 없다. --server_port를 바꾼다")
 
 
-def launch(page: gr.Blocks, models: Models, access: Access) -> tuple[str, str | None]:
-    """페이지를 열고 (이 컴퓨터의 주소, 공유 주소)를 돌려준다. 기다리지는 않는다.
+class Opened(NamedTuple):
+    """열린 페이지의 주소: 이 컴퓨터의 것과, 청했으면 공유하는 것."""
+
+    local: str
+    shared: str | None
+
+
+def launch(page: gr.Blocks, models: Models, access: Access) -> Opened:
+    """페이지를 연다. 닫히기를 기다리지는 않는다.
 
     Raises:
         UsageError: 포트가 없거나 공유 링크를 만들지 못했다.
@@ -125,7 +133,7 @@ def launch(page: gr.Blocks, models: Models, access: Access) -> tuple[str, str | 
                     "routes": api.routes(models, access.auth) if access.api else []})
     if access.share and not share_url:
         raise UsageError("공유 링크를 만들지 못했다. 인터넷 연결을 본다")
-    return local_url, share_url
+    return Opened(local_url, share_url)
 
 
 def _theme() -> gr.themes.Base:

@@ -143,17 +143,17 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     device = loader.choose_device()
     say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
     base_model = sources[0].base_model
-    quantize, reason = choose_precision(base_model, device, load_4bit, load_8bit)
-    say(f"가중치: {reason}")
+    precision = choose_precision(base_model, device, load_4bit, load_8bit)
+    say(f"가중치: {precision.reason}")
     tokenizer = load_tokenizer(base_model, cache_dir)
     prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]
     can_compare = sources[0].adapter is not None
-    if quantize == "4bit" and not can_compare and has_adapter(base_model):
+    if precision.quantize == "4bit" and not can_compare and has_adapter(base_model):
         model = load_merged_4bit(base_model, device, cache_dir)
         can_compare = True
         say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
     else:
-        model = loader.load_base(base_model, device, quantize, cache_dir)
+        model = loader.load_base(base_model, device, precision.quantize, cache_dir)
         for source, name in zip(sources, _peft_names(sources), strict=True):
             if source.adapter:
                 model = load_adapter(model, source.adapter, name)

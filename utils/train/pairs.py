@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from utils.data import blocks
+from utils.data.blocks import Split
 from utils.data.documents import Documents
 from utils.data.pair_check import answer_lengths
 from utils.errors import UsageError
@@ -14,22 +14,21 @@ from utils.train.loop import Loop
 from utils.train.records import Result, Settings
 
 
-def drop_long_pairs(settings: Settings, documents: Documents, chosen: np.ndarray, held_out: np.ndarray,
-                    say: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray]:
-    """두 답이 함께 블록에 들어가지 않는 선호 쌍을 뺀 (학습 문서 번호, 검증 문서 번호). 쌍은 자르지 않는다.
+def drop_long_pairs(settings: Settings, documents: Documents, parts: Split, say: Callable[[str], None]) -> Split:
+    """두 답이 함께 블록에 들어가지 않는 선호 쌍을 뺀다. 쌍은 자르지 않는다.
 
     Raises:
         UsageError: 배울 쌍이 하나도 남지 않는다.
     """
-    kept, measured = (blocks.fitting_pairs(documents, members) for members in (chosen, held_out))
-    dropped = (len(chosen) - len(kept)) // 2, (len(held_out) - len(measured)) // 2
+    kept = Split(*(blocks.fitting_pairs(documents, members) for members in parts))
+    dropped = [(len(members) - len(left)) // 2 for members, left in zip(parts, kept, strict=True)]
     if any(dropped):
         say(f"두 답을 합쳐 cutoff_len {settings.cutoff_len}보다 긴 쌍을 뺐다: 학습 {dropped[0]:,}, 검증 {dropped[1]:,}")
-    if not len(kept):
-        shortest = int(blocks.unit_lengths(documents, chosen).min()) if len(chosen) else 0
+    if not len(kept.train):
+        shortest = int(blocks.unit_lengths(documents, parts.train).min()) if len(parts.train) else 0
         raise UsageError(f"모든 쌍의 두 답이 cutoff_len {settings.cutoff_len}에 들어가지 않아 배울 것이 없다. 가장 "
                          f"짧은 쌍도 {shortest}토큰이다. --cutoff_len을 늘린다")
-    return kept, measured
+    return kept
 
 
 def lengths_line(documents: Documents) -> str:

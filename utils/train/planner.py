@@ -178,13 +178,13 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     recompute = min(recompute, layers - 1)
     linears = family.linears()
     trained_linears = {name: shape for name, shape in linears.items() if name in targets}
-    quantized = sum(_nf4_bytes(rows * columns) for _, columns, rows in linears.values())
+    quantized = sum(_nf4_bytes(shape.rows * shape.columns) for shape in linears.values())
     # 층의 작은 것: norm의 weight와 bias(16비트와 엔진이 읽는 fp32 사본, 여섯 개까지)와 선형층의 bias(16비트)
     small = 6 * 6 * family.hidden + 2 * (family.qkv_width + family.mlp_width + 2 * family.hidden)
     # 출력 행렬 하나만 GPU에 있다. 입력 embedding은 그것과 한 tensor이거나 CPU 메모리로 옮긴다
     table = _segments(2 * family.vocab * family.hidden)
     # 층마다의 A [r, columns]와 B [rows, r]
-    trained = layers * sum(rank * (columns + rows) for _, columns, rows in trained_linears.values())
+    trained = layers * sum(rank * (shape.columns + shape.rows) for shape in trained_linears.values())
     # 아래의 2는 모두 16비트 값 하나의 바이트다
     kept = 2 * tokens * (layers * sum(kept_widths(family, tails).values()) + family.hidden)  # 마지막 층의 출력까지
     saved = 2 * tokens * sum(saved_widths(family, tails).values())
@@ -194,7 +194,7 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     work = saved + 2 * tokens * sum(work_widths(family, tails).values())
     scratch = 2 * scratch_elements(family, tails, tokens, recompute)
     # dA [r, columns]는 토큰 TILE_ROWS개마다 따로 더한 fp32 부분합 [조각의 수, r, columns]을 거친다. 선형층 하나씩이다
-    widest = max((columns for _, columns, _ in trained_linears.values()), default=0)
+    widest = max((shape.columns for shape in trained_linears.values()), default=0)
     tiles = -(-tokens // TILE_ROWS)  # 올림
     partial = 4 * tiles * rank * widest
     return {

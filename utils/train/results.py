@@ -90,7 +90,7 @@ def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result)
         "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents) // inputs.documents.per_row,
                  "cut": inputs.documents.n_cut,
                  "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
-                 "validation_rows": len(inputs.held_out) // inputs.documents.per_row,
+                 "validation_rows": len(inputs.parts.held_out) // inputs.documents.per_row,
                  "questions": [one.sample["question"] for one in user_questions(inputs)[:N_SHOWN]]},
         "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
                  "batch_size": inputs.batch.size, "block_len": inputs.batch.block_len,

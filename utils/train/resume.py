@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from utils import files
+from utils import files, seals
 from utils.errors import UsageError
 from utils.model import adapter, checkpoint
 from utils.train.group import Group
@@ -62,7 +62,7 @@ class Checkpoints:
         with self.run.saving(checkpoint_bytes(self.n_trainable)):
             staging = files.staging_of(final)
             if self.group.is_first:
-                files.stage(final)
+                seals.stage(final)
             self.group.wait()  # 0번이 폴더를 만든 다음에 모두가 제 것을 쓴다
             loop.weights.save_adapter(staging)
             if loop.weights.writes_optimizer():
@@ -81,7 +81,7 @@ class Checkpoints:
     def publish(self, loop: Resumable, staging: Path, final: Path) -> None:
         """쓴 것을 봉하고 이름을 바꾼 다음, 오래된 것을 지운다."""
         adapter.write_prompt_info(staging, self.run.prompt_info)
-        files.publish(staging, final, self.facts(loop))
+        seals.publish(staging, final, self.facts(loop))
         best = loop.state.best_global_step
         checkpoint.prune(self.run.folder, KEEP, None if best is None else self.folder(best))
 
@@ -92,7 +92,7 @@ class Checkpoints:
         """실행의 체크포인트에서 이어 갈 수 있게 되돌린다. 없으면 처음부터다."""
         folder = self.run.checkpoint
         if folder is not None:
-            manifest = files.read_manifest(folder)
+            manifest = seals.read_manifest(folder)
             self.earlier_seconds = manifest.get("seconds", 0.0)
             loop.step.rows = min(loop.step.rows, manifest["rows"])  # 줄인 micro batch도 이어받아야 더하는 순서가 같다
             loop.state = TrainState.read(folder, loop.state.max_steps)
@@ -136,12 +136,12 @@ class Checkpoints:
             final = self.run.folder / "adapter"
             staging = files.staging_of(final)
             if self.group.is_first:
-                files.stage(final)
+                seals.stage(final)
             self.group.wait()
             loop.weights.save_adapter(staging)
             if self.group.is_first:
                 adapter.write_prompt_info(staging, self.run.prompt_info)
-                files.publish_files(staging, self.run.folder, self.facts(loop))
+                seals.publish_files(staging, self.run.folder, self.facts(loop))
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import files
+from utils import files, seals
 from utils.cli import flag_name
 from utils.console import shown_command
 from utils.errors import UsageError
@@ -110,7 +110,7 @@ def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None
         require_fresh(folder)
         return None
     chosen = _newest(folder, say) if asked is True else _named(folder, Path(asked))
-    changed = differences(files.read_manifest(chosen)["run"], facts)
+    changed = differences(seals.read_manifest(chosen)["run"], facts)
     if changed:
         raise UsageError(f"조건이 바뀌어 {chosen}에서 이어 갈 수 없다. {' / '.join(changed)}. "
                          "같은 조건으로 다시 실행하거나 다른 --output_dir에서 새로 시작한다")
@@ -136,8 +136,8 @@ def require_fresh(folder: Path) -> None:
 
 def is_finished(folder: Path, facts: dict) -> bool:
     """같은 epoch까지 배운 온전한 어댑터와 기록이 있는지."""
-    manifest = files.read_manifest(folder)
-    if manifest is None or files.damage(folder, ADAPTER_FILES) or not (folder / RUN_FILE).is_file():
+    manifest = seals.read_manifest(folder)
+    if manifest is None or seals.damage(folder, ADAPTER_FILES) or not (folder / RUN_FILE).is_file():
         return False
     return manifest["run"].get(EPOCHS, {}).get("id", 0) >= facts[EPOCHS]["id"]
 
@@ -177,7 +177,7 @@ def earlier_batch(settings: Settings) -> EarlierBatch | None:
     if not asked:
         return None
     last = checkpoint.newest_valid(Path(settings.output_dir)) if asked is True else Path(asked)
-    manifest = (files.read_manifest(last) if last else None) or {}
+    manifest = (seals.read_manifest(last) if last else None) or {}
     found = manifest.get("run", {}).get("batch_size", {}).get("id")
     if isinstance(found, int):  # 블록을 cutoff_len까지 채운 실행(`_batch_fact`)
         return EarlierBatch(found, settings.cutoff_len, settings.cutoff_len)

@@ -78,7 +78,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
         seconds: 답을 만드는 데 쓸 수 있는 시간(초).
     """
     try:
-        samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.held_out))
+        samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.parts.held_out))
         samples.scores = measure_exams(inputs, model)
         fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
@@ -165,8 +165,8 @@ def questions_to_ask(settings: Settings, inputs: Inputs) -> list[Asked]:
 def user_questions(inputs: Inputs) -> list[Asked]:
     """사용자의 검증 질문. 검증하지 않았으면 학습에 쓴 질문 몇 개다."""
     asked = inputs.documents.asked
-    if len(inputs.held_out):
-        return row_questions(inputs, asked(inputs.held_out), HELD_OUT)
+    if len(inputs.parts.held_out):
+        return row_questions(inputs, asked(inputs.parts.held_out), HELD_OUT)
     return row_questions(inputs, asked(np.sort(np.concatenate(inputs.train_set.blocks))), TRAINED)[:N_COMPARED]
 
 

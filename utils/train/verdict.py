@@ -1,6 +1,7 @@
 """학습이 잘되었는지의 판단과, 잘되지 않았을 때 해 볼 것."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from utils.record import SAMPLES_FILE
 from utils.train import pairs, run_folder
@@ -27,11 +28,12 @@ class Verdict:
 
 def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     """검증 loss로, 검증하지 않았으면 학습 loss의 처음과 끝으로 판단한다."""
-    what, before, after = measured(result)
-    if before is None:
+    losses = measured(result)
+    if losses is None:
         return Verdict(True)
+    before, after = losses.before, losses.after
     outcome = pairs.outcome_line(result)
-    figures = f"{what} loss {before:.4f} -> {after:.4f}" + (f", {outcome}" if outcome else "")
+    figures = f"{losses.kind} loss {before:.4f} -> {after:.4f}" + (f", {outcome}" if outcome else "")
     if after >= before:
         return Verdict(False, (f"주의: 학습한 모델이 학습 전보다 나쁘다({figures}, {after / before - 1:.1%} 늘었다).",
                                *advice(settings, plan, worse=True)))
@@ -41,15 +43,23 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result)))
 
 
-def measured(result: Result) -> tuple[str, float | None, float | None]:
-    """(무엇의 loss인지, 앞, 뒤). 학습 loss는 흔들리므로 앞뒤의 10분의 1씩을 평균한다."""
+class Losses(NamedTuple):
+    """학습 앞과 뒤의 loss. kind는 무엇의 것인지("검증", "학습")다."""
+
+    kind: str
+    before: float
+    after: float
+
+
+def measured(result: Result) -> Losses | None:
+    """판단할 loss. 학습 loss는 흔들리므로 앞뒤의 10분의 1씩을 평균한다. 둘 다 없으면 None이다."""
     if result.before is not None and result.after is not None:
-        return "검증", result.before, result.after
+        return Losses("검증", result.before, result.after)
     losses = [row["loss"] for row in result.state.log_history if "loss" in row]
     if len(losses) < 2:
-        return "학습", None, None
+        return None
     part = max(1, len(losses) // 10)
-    return "학습", sum(losses[:part]) / part, sum(losses[-part:]) / part
+    return Losses("학습", sum(losses[:part]) / part, sum(losses[-part:]) / part)
 
 
 def advice(settings: Settings, plan: Plan, worse: bool) -> list[str]:
