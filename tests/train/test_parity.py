@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils import console
 from utils.data.encoder import require_known_ids
+from utils.engine.attention import DocumentAttention
+from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
 from utils.model.loss import Head
 from utils.train import parity, truth
@@ -192,33 +195,76 @@ def test_a_wrong_gradient_is_caught_and_without_another_way_refused():
     assert "\n" not in str(refused.value)
 
 
-class Precise(AutogradStep):
-    """16비트 모델을 fp32로 계산하는 micro-step. 모델의 forward보다 참값에 가깝다."""
-
-    def train(self, batch):
-        with truth.in_fp32(self.model):
-            return super().train(batch)
-
-    def evaluate(self, batch):
-        with truth.in_fp32(self.model):
-            return super().evaluate(batch)
-
-
-class PreciseHalved(Halved, Precise):
-    """그런데 gradient가 절반인 것."""
-
-
-def test_a_step_nearer_to_fp32_than_the_model_itself_is_taken():
-    """attention이 날카로운 모델은 bf16의 forward가 제 gradient를 크게 틀린다. 그때도 틀린 길은 가려낸다."""
-    model = build("llama", {"num_hidden_layers": 6}, ATTENTION)
+def shaky(**changes):
+    """attention이 날카로워 bf16의 forward가 제 gradient를 크게 틀리는 모델."""
+    model = build("llama", {"num_hidden_layers": 6, "num_key_value_heads": 2, **changes}, [*ATTENTION, "down_proj"])
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            parameter.data = (parameter.data * (16 if "_proj" in name else 1)).to(torch.bfloat16)
+            parameter.data = (parameter.data * (8 if "_proj" in name else 1)).to(torch.bfloat16)
+    return model
+
+
+def test_rounding_that_shakes_the_model_as_much_does_not_refuse_the_engine():
+    model = shaky()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    step, said = chosen(model, [lambda: Precise(model, whole=True), lambda: AutogradStep(model)])
-    assert type(step) is Precise and "fp32" in said[0]
+    step, said = chosen(model, [lambda: TrainStep(model, 0, 4), lambda: AutogradStep(model)])
+    assert type(step) is TrainStep and step.dtype is torch.bfloat16
+    assert len(said) == 1 and "fp32로 계산하면 같으므로" in said[0]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    step, said = chosen(model, [lambda: PreciseHalved(model, whole=True), lambda: AutogradStep(model)])
+
+
+class Mistaken(TrainStep):
+    """손으로 쓴 길의 한 가지를 틀리게 한 것."""
+
+    def __init__(self, model, mistake: str):
+        super().__init__(model, 0, 4)
+        self.mistake = mistake
+        if mistake == "norm에 더하는 수":
+            self.layers = [replace(layer, norm1=replace(layer.norm1, weight=layer.norm1.weight + 0.1))
+                           for layer in self.layers]
+        elif mistake == "attention의 배율":
+            self.attention = DocumentAttention(self.family.attention_scale * 1.05)
+        elif mistake == "빠진 LoRA":
+            last = self.layers[-1]
+            self.layers[-1] = replace(last, down=replace(last.down, adapters=(), tail=0))
+        elif mistake == "바뀐 q와 k":
+            rotate = self.ops.rotate
+            self.ops.rotate = lambda *given: [rotate(*given)[place] for place in (1, 0, 2)]
+
+    def _rotary_table(self, kind, block):
+        table = super()._rotary_table(kind, block)
+        if self.mistake == "rotary의 base":  # 각도가 모두 조금 크다
+            cos, sin = table.chunk(2, -1)
+            angle = torch.atan2(sin, cos) * 1.01
+            table = torch.cat([angle.cos(), angle.sin()], -1)
+        return table
+
+
+MISTAKES = ["norm에 더하는 수", "attention의 배율", "rotary의 base", "바뀐 q와 k", "빠진 LoRA"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_hidden_by_the_rounding_is_still_caught(mistake):
+    model = shaky()
+    step, said = chosen(model, [lambda: Mistaken(model, mistake), lambda: AutogradStep(model)])
+    assert type(step) is AutogradStep and said
+
+
+class Miscompiled(TrainStep):
+    """식은 맞지만 16비트에서만 gradient의 일부가 틀린 것. 커널의 잘못이 이렇다."""
+
+    def train(self, batch):
+        loss = super().train(batch)
+        if self.dtype is torch.bfloat16:
+            for name, parameter in truth.trainable(self.base):
+                if "layers.3" in name:
+                    parameter.grad.mul_(-1.0)
+        return loss
+
+
+def test_a_mistake_only_in_half_precision_is_caught():
+    model = shaky()
+    step, said = chosen(model, [lambda: Miscompiled(model, 0, 4), lambda: AutogradStep(model)])
     assert type(step) is AutogradStep and "gradient" in said[0]
 
 

@@ -57,6 +57,9 @@ class Forward:
         self.dtype, self.device = self.head.dtype, self.head.device
         if self.device.type == "cuda" and self.head.data_ptr() != self._table().data_ptr():
             move_embedding(self.base)
+        # 모듈이 쥔 배율이 16비트로 반올림되어 있으면 fp32로 계산할 때도 그 값이다
+        scale = getattr(self.base.get_input_embeddings(), "embed_scale", None)
+        self.embedding_scale = family.scale_of_embedding(self.dtype) if scale is None else float(scale.to(self.dtype))
         self.layers = read_layers(self.base, family, self.dtype)
         self.tails = largest_tails(self.layers)
         self.final_norm = read_norm(self.base.get_submodule(family.final_norm), family)
@@ -159,9 +162,8 @@ class Forward:
         rows, block = batch["input_ids"].shape
         self._prepare(rows, block)
         self.ops.embed(self._table(), batch["input_ids"], self.x[0])
-        scale = self.family.scale_of_embedding(self.dtype)
-        if scale != 1.0:
-            self.x[0].mul_(scale)
+        if self.embedding_scale != 1.0:
+            self.x[0].mul_(self.embedding_scale)
         return Documents.find(batch["position_ids"], self.max_documents * rows)
 
     def _forward_layer(self, layer: Layer, documents: Documents, keys) -> None:

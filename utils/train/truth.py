@@ -88,21 +88,28 @@ def find_exact(model: nn.Module, dataset, max_documents: int, device: torch.devi
 
 @contextlib.contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """모델을 fp32로 계산하게 하고, 끝나면 되돌린다. 4비트 가중치는 16비트로 푼 값 그대로다."""
+    """모델을 fp32로 계산하게 하고, 끝나면 되돌린다. 4비트 가중치도 fp32로 푼다."""
     halves = [(parameter, parameter.data) for parameter in model.parameters()
               if parameter.dtype in (torch.bfloat16, torch.float16) and not hasattr(parameter, "quant_state")]
-    quantized = [(module, module.compute_dtype) for module in model.modules() if hasattr(module, "compute_dtype")]
+    # 4비트 선형층이 계산하는 dtype과, 가중치를 푸는 dtype
+    owners = [(module, "compute_dtype") for module in model.modules() if hasattr(module, "compute_dtype")]
+    owners += [(parameter.quant_state, "dtype") for parameter in model.parameters()
+               if getattr(parameter, "quant_state", None) is not None]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in owners]
+    embedding = model.get_input_embeddings()  # 손으로 쓴 길은 이것을 CPU의 표로 바꾸어 둔다
     try:
         for parameter, value in halves:
             parameter.data = value.float()
-        for module, _ in quantized:
-            module.compute_dtype = torch.float32
+        for owner, name in owners:
+            setattr(owner, name, torch.float32)
         yield
     finally:
+        if model.get_input_embeddings() is not embedding:
+            model.set_input_embeddings(embedding)
         for parameter, value in halves:
             parameter.data = value
-        for module, dtype in quantized:
-            module.compute_dtype = dtype
+        for owner, name, dtype in kept:
+            setattr(owner, name, dtype)
 
 
 def take_documents(dataset) -> list[torch.Tensor]:
