@@ -45,12 +45,13 @@ class Lab:
         self.can_count = self.warm.can_count
 
     def train(self, output: Path, *, fault: tuple[str, int] | None = None, signals: list | None = None,
-              oom: int | None = None, seconds: float = 1200, answers: bool = False, memory: bool = False,
-              world: int = 1, through: tuple[Path, ...] = (), **flags) -> Outcome:
+              oom: int | None = None, seconds: float = 1200, answers: bool = False, records: bool = False,
+              memory: bool = False, world: int = 1, through: tuple[Path, ...] = (), **flags) -> Outcome:
         """`output`에 학습한다. 플래그의 값이 None이면 그 플래그를 뺀다.
 
         Args:
-            answers: 예시 답과 곡선까지 쓴다. 오래 걸리므로 보통은 어댑터까지만 쓴다.
+            answers: 기록과 예시 답까지 쓴다. 오래 걸리므로 보통은 어댑터까지만 쓴다.
+            records: 기록(run.json, 곡선)까지 쓰고 예시 답은 만들지 않는다.
             memory: 진행을 알리는 줄마다 쓰는 RAM(바이트)을 `[RAM]`으로 적는다.
             world: 함께 배우는 프로세스의 수. 신호는 마지막 프로세스에만 보낸다.
             through: 학습 스크립트를 대신 시작해 줄 스크립트와 그 인자.
@@ -58,8 +59,8 @@ class Lab:
         merged = {**self.base_flags, **flags, "output_dir": str(output)}
         words = [word for name, value in merged.items() if value is not None for word in (f"--{name}", str(value))]
         script, *rest = (*through, HERE.parent / "finetune-lora.py")
-        faults = {"fault": fault, "signals": signals or [], "oom": oom, "answers": answers, "memory": memory,
-                  "folder": str(output), "counted": str(self.counted)}
+        faults = {"fault": fault, "signals": signals or [], "oom": oom, "answers": answers, "records": records,
+                  "memory": memory, "folder": str(output), "counted": str(self.counted)}
         self.counted.write_text("-1", encoding="utf-8")
         done = self.warm.run(script, *map(str, rest), *words, world=world, faults=faults, seconds=seconds)
         code = next((code for code in done.codes if code), 0)
@@ -100,9 +101,11 @@ def arm(faults: dict, rank: int, world: int) -> None:
         follow_lines(faults["signals"], faults["memory"])
     elif rank == world - 1:
         follow_steps(faults["signals"])
-    if not faults["answers"]:
-        from utils.train import results
+    from utils.train import results
 
+    if faults["records"]:
+        results.answer_samples = lambda *everything: None
+    elif not faults["answers"]:
         results.write = lambda *everything: None
     if faults["oom"] is not None:
         run_out_of_memory(faults["oom"])

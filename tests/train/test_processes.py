@@ -14,7 +14,7 @@ from gather_too import compare
 from safetensors.torch import load_file
 
 HERE = ROOT / "tests"
-SETTINGS = {"batch_size": 8, "num_train_epochs": 1, "answers": True}
+SETTINGS = {"batch_size": 8, "num_train_epochs": 1, "records": True}
 not_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows의 gloo는 따로 설정해야 한다")
 
 

@@ -139,7 +139,7 @@ def test_nothing_is_resumed_unasked_and_a_named_checkpoint_is_that_one(lab, tmp_
 
 def test_finished_run_says_so_and_more_epochs_go_on(lab, tmp_path):
     output = tmp_path / "run"
-    assert lab.train(output, answers=True, num_train_epochs=1).code == 0
+    assert lab.train(output, records=True, num_train_epochs=1).code == 0
     again = lab.resume(output, num_train_epochs=1)
     assert again.code == 2 and "이미 끝난 실행" in again.error and str(output) in again.error
     fresh = lab.train(output, num_train_epochs=1)
@@ -158,7 +158,7 @@ def test_record_of_a_resumed_run_counts_all_its_seconds(lab, tmp_path):
     output = tmp_path / "run"
     assert lab.train(output, signals=[[13, "SIGTERM"]]).code == 143
     before = seals.read_manifest(output / "checkpoint-14")["seconds"]
-    done = lab.resume(output, answers=True)
+    done = lab.resume(output, records=True)
     assert done.code == 0, done.text
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
     assert 0 < before < run["train_seconds"] < before + done.seconds
