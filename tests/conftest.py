@@ -3,11 +3,9 @@
 import gc
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,7 +19,6 @@ from tiny import build_neox
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / room) for room in ("bench", "engine"))]
-MEMORY, MEMORY_BYTES = Path("/dev/shm"), 4 << 30  # 리눅스의 메모리 파일 시스템과, 거기에 있어야 할 여유 공간
 
 
 def write_rows(path: Path, n: int = 40) -> Path:
@@ -181,15 +178,7 @@ def train_settings(**changed):
     return Settings(**given | changed)
 
 
-def use_memory_for_temporary_files() -> None:
-    """임시 폴더를 메모리에 둔다. 체크포인트를 쓰며 fsync를 수만 번 하는데, 디스크에서는 한 번에 몇 ms다."""
-    if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
-        os.environ["TMPDIR"] = str(MEMORY)
-        tempfile.tempdir = None  # 다음에 물을 때 TMPDIR를 다시 읽는다
-
-
 def pytest_configure(config):
-    use_memory_for_temporary_files()
     config.option.loadscopereorder = False  # 파일을 놓인 차례로 나눈다. 오래 걸리는 파일이 끝에 몰리지 않는다
     for number in (getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) is signal.SIG_IGN:  # nohup이나 &로 시작했다. 띄우는 프로세스까지 무시하지 않게 한다

@@ -92,10 +92,8 @@ class Warm:
 @cache
 def shared() -> Warm:
     """테스트들이 함께 쓰는 것. 처음 청할 때 띄우고, 테스트가 끝나면 닫는다."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    warm = Warm(folder)
-    atexit.register(warm.stop)  # 나중에 적은 것부터 부른다: 멈춘 다음에 지운다
+    warm = Warm(Path(tempfile.mkdtemp(prefix="warm-")))
+    atexit.register(warm.stop)
     return warm
 
 
