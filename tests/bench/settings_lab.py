@@ -20,7 +20,8 @@ import torch
 from conftest import train_settings
 
 from utils.data.blocks import PackedDataset
-from utils.data.exams import Exam, load_exams, make_exam, read_task
+from utils.data.exams import Exam, load_exams, make_exam
+from utils.data.kobest import find_task, read_task
 from utils.decode import likelihood, scorecard
 from utils.engine import cuda
 from utils.model import loader
@@ -196,9 +197,10 @@ class Lab:
             order = shuffle(len(rows))
             return [rows[at] for at in order[:KOALPACA_TRAIN]], [rows[at] for at in order[KOALPACA_TRAIN:]]
         files = {file.name.lower(): file for file in self.kobest.glob("*.tsv")}
-        kind, held_out = read_task(files[f"{task}-dev.tsv"])
+        kind = find_task(files[f"{task}-dev.tsv"])
+        held_out = read_task(files[f"{task}-dev.tsv"], kind)
         if f"{task}-train.tsv" in files:
-            learned = read_task(files[f"{task}-train.tsv"])[1]
+            learned = read_task(files[f"{task}-train.tsv"], kind)
         else:
             order = shuffle(len(held_out))
             learned = [held_out[at] for at in order[:BOOLQ_TRAIN]]
