@@ -126,7 +126,7 @@ class Lab:
         cuda.compile_to_cubin = compile_once
         step.choose_step = lambda candidates, *others, **more: candidates[0]()
         if torch.cuda.is_available():
-            likelihood.LOGIT_BYTES, likelihood.ROW_TOKENS = 1 << 30, 16384
+            likelihood.LOGIT_BYTES, likelihood.ROW_TOKENS = 1 << 29, 16384
 
     def run(self, case: dict) -> dict:
         """설정 하나의 결과: 맞힌 비율, 정답의 loss, 학습의 기록, 걸린 시간."""
