@@ -81,13 +81,13 @@ def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
     from pathlib import Path
 
-    from utils.data.exams import is_kobest
+    from utils.data.exams import is_on_hub
     from utils.record import RUN_FILE
     from utils.talk.guard import exposure_problem
 
     ask, exam, peft_root = flags["ask"], flags["eval"], flags["peft_root"]
     counted = exam is not None and exam.lstrip("-").isdigit()
-    known = exam is None or counted or is_kobest(exam) or Path(find_input(exam)).exists()
+    known = exam is None or counted or is_on_hub(exam) or Path(find_input(exam)).exists()
     problem = exposure_problem(flags["server_name"], flags["share_gradio"], flags["auth"])
     blank = [folder for folder in flags["run_dirs"] if not (Path(find_input(folder)) / RUN_FILE).is_file()]
     cli.check(

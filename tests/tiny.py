@@ -129,6 +129,15 @@ def build_tokenizer(folder: Path, vocab_size: int = 384):
     return tokenizer
 
 
+def add_head(tokenizer):
+    """토크나이저가 Gemma와 Llama처럼 글머리에 토큰(1번) 하나를 스스로 붙이게 한다."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{SPECIAL[1]} $A",
+                                                                    special_tokens=[(SPECIAL[1], 1)])
+    return tokenizer
+
+
 def build_neox(folder: Path, *, layers: int = 2, hidden: int = 64, heads: int = 2, context: int = 256,
                vocab_size: int = 384, dtype: torch.dtype = torch.float16, seed: int = 0, brief: bool = False) -> Path:
     """polyglot의 특이한 점을 모두 가진 작은 GPT-NeoX를 무작위 가중치로 쓴다.

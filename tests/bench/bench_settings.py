@@ -1,12 +1,13 @@
 """학습 설정을 잰다: 설정만 바꾸어 씨앗 여럿으로 가르치고, 배우지 않은 문항을 얼마나 맞히는지 본다.
 
     python tests/bench/bench_settings.py run GEMMA KOBEST KOALPACA --out settings.jsonl --workers 10 --minutes 6
+    python tests/bench/bench_settings.py run GEMMA KOBEST KOALPACA --only epoch rank
     python tests/bench/bench_settings.py table settings.jsonl
 
 GEMMA는 기반 모델의 폴더, KOBEST는 {COPA,SentiNeg}-{train,dev}.tsv와 BoolQ-dev.tsv가 든 폴더, KOALPACA는 textonly
 파일이다. 일꾼 여럿이 카드 하나에서 함께 배우고, 하나가 끝날 때마다 한 줄을 덧붙인다. 시간이 다 되면 그만두고, 다시
-부르면 남은 것부터 한다. 물음은 값진 것부터다. 뒤의 물음은 앞에서 가장 좋았던 층과 학습률에서 묻는다. 마지막 줄은
-JSON이다.
+부르면 남은 것부터 한다. 물음은 값진 것부터다. 층과 학습률의 표 다음의 물음은 도구의 기본값에서 하나씩 바꾸어 묻는다.
+`--only`를 적으면 이름이 그렇게 시작하는 물음만, 적은 차례로 한다. 마지막 줄은 JSON이다.
 """
 
 import argparse
@@ -17,128 +18,16 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-TARGETS = ("attention", "all")
-RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3)
-SEEDS = (1, 2, 3)
-EPOCHS = {"sentineg": 2, "copa": 2, "boolq": 3, "koalpaca": 3}
-RANK_AT = 8  # lora_alpha 16이 배율 2가 되는 rank. rank를 바꾸어도 배율을 따라 재려고 기준으로 삼는다
+from settings_questions import FIRST, TARGETS, Question, Results, best, key_of, questions, values_of  # noqa: E402
+
 LEFT_SECONDS = 20  # 시간이 다 된 다음 하던 것을 마치게 두는 시간
-Results = dict[str, dict]
-
-
-def case(task: str, targets: str = "attention", rate: float = 1e-3, rows: int = 0, extra: dict | None = None,
-         **flags) -> dict:
-    """씨앗을 뺀 설정 하나."""
-    flags = {"num_train_epochs": EPOCHS[task], "learning_rate": rate, "lora_target_modules": [targets], **flags}
-    return {"task": task, "rows": rows, "flags": flags, "extra": extra or {}}
-
-
-def key_of(one: dict) -> str:
-    return json.dumps(one, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Question:
-    """물음 하나.
-
-    Attributes:
-        rows: 표의 줄마다 (이름, 설정).
-        seeds: 줄마다 배울 씨앗.
-    """
-
-    title: str
-    rows: list[tuple[str, dict]]
-    seeds: tuple[int, ...] = SEEDS
-
-    def cases(self) -> Iterator[dict]:
-        """씨앗마다 모든 줄. 도중에 그쳐도 줄끼리 비교할 수 있다."""
-        for seed in self.seeds:
-            for _, one in self.rows:
-                yield {**one, "seed": seed}
-
-    def is_done(self, results: Results) -> bool:
-        return all(key_of(one) in results for one in self.cases())
-
-
-def grid(task: str, targets=TARGETS, rates=RATES) -> list[tuple[str, dict]]:
-    return [(f"{target}, {rate:g}", case(task, target, rate)) for target in targets for rate in rates]
-
-
-SENTINEG = Question("SentiNeg: 층과 학습률", grid("sentineg"))
-KOALPACA = Question("KoAlpaca: 층과 학습률", grid("koalpaca"), SEEDS[:2])
-FIRST = [
-    Question("배우기 전", [(task, case(task, rows=30, extra={"base": True})) for task in EPOCHS], SEEDS[:1]),
-    SENTINEG, KOALPACA,
-    Question("BoolQ: 층과 학습률", grid("boolq", rates=(2e-4, 5e-4, 1e-3, 2e-3)), SEEDS[:2]),
-    Question("COPA: 층과 학습률", grid("copa", rates=(2e-4, 5e-4, 1e-3, 2e-3)), SEEDS[:2]),
-]
-
-
-def questions(results: Results) -> list[Question]:
-    """지금 물을 수 있는 물음들. 뒤의 것은 첫 두 표가 다 찬 다음에 정해진다."""
-    if not (SENTINEG.is_done(results) and KOALPACA.is_done(results)):
-        return FIRST
-    targets, rate = best(results)
-    at, third = {"targets": targets, "rate": rate}, float(f"{rate / 3:.1g}")
-    rank = [(f"r {r}, {name}", case("sentineg", **at, lora_r=r, lora_alpha=alpha))
-            for r in (4, 16, 32) for name, alpha in
-            (("alpha 2r", 2 * r), ("rsLoRA", round(2 * math.sqrt(RANK_AT * r), 3)))]
-    answers = {"train_on_inputs": False}
-    inputs = [(f"{task}, {name}", case(task, **at, **flags))
-              for task in EPOCHS for name, flags in (("모두", {}), ("답만", answers))]
-    inputs.append((f"sentineg, 답만, {rate / 2:g}", case("sentineg", targets, rate / 2, **answers)))
-    epochs = [(f"{n} epoch, {each:g}", case("sentineg", targets, each, num_train_epochs=n))
-              for n in (1, 2, 3, 5) for each in (rate, third)]
-    batches = [(f"batch {n}", case("sentineg", **at, batch_size=n)) for n in (1, 4, 8, 16)]
-    others = [("그대로", case("sentineg", **at)),
-              ("Trainer(PEFT)", case("sentineg", **at, extra={"trainer": True})),
-              ("16비트 기반", case("sentineg", **at, extra={"wide": True})),
-              ("채우지 않음", case("sentineg", **at, extra={"alone": True})),
-              ("LoRA+ 16", case("sentineg", **at, extra={"lora_plus": 16})),
-              ("LoRA+ 16, 학습률 1/4", case("sentineg", targets, rate / 4, extra={"lora_plus": 16})),
-              ("dropout 0", case("sentineg", **at, lora_dropout=0.0)),
-              ("NEFTune 5", case("sentineg", **at, extra={"neftune": True}))]
-    small = [(f"{rows}행, {n} epoch, {each:g}", case("sentineg", targets, each, rows, num_train_epochs=n))
-             for rows in (30, 60, 100, 200, 400) for n in (3, 10) for each in (third, rate)]
-    faq = [(f"{rows}행, {n} epoch, {each:g}", case("koalpaca", targets, each, rows, num_train_epochs=n))
-           for rows in (30, 60, 100, 200) for n in (3, 10) for each in (third, rate)]
-    return [*FIRST, Question("질문도 배우기", inputs), Question(f"다른 방법({targets}, {rate:g})", others),
-            Question("epoch", epochs), Question("적은 행: SentiNeg", small), Question("rank", rank),
-            Question("batch", batches), Question("적은 행: KoAlpaca", faq, SEEDS[:2])]
-
-
-def best(results: Results) -> tuple[str, float]:
-    """두 시험에서 함께 가장 덜 뒤지는 (층, 학습률). 뒤진 것은 SentiNeg에서 놓친 %p와 KoAlpaca에서 커진 loss의 %다."""
-    behind: dict[tuple[str, float], float] = {}
-    for question, measure in ((SENTINEG, "accuracy"), (KOALPACA, "answer_loss")):
-        means = {}
-        for _, one in question.rows:
-            values = values_of(results, one, question.seeds, measure)
-            place = one["flags"]["lora_target_modules"][0], one["flags"]["learning_rate"]
-            means[place] = statistics.mean(values) if len(values) == len(question.seeds) else None
-        found = [value for value in means.values() if value is not None]
-        for place, value in means.items():
-            if value is None:
-                lost = math.inf
-            elif measure == "accuracy":
-                lost = 100 * (max(found) - value)
-            else:
-                lost = 100 * (value / min(found) - 1)
-            behind[place] = behind.get(place, 0.0) + lost
-    return min(behind, key=behind.get)
-
-
-def values_of(results: Results, one: dict, seeds, measure: str) -> list[float]:
-    found = [results.get(key_of({**one, "seed": seed}), {}).get(measure) for seed in seeds]
-    return [value for value in found if value is not None]
 
 
 def work(pipe, options: dict) -> None:
@@ -173,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     results, started = read_results(out), set()
     spawn, until = multiprocessing.get_context("spawn"), began + 60 * options.minutes
     settings = {"base": options.base, "kobest": options.kobest, "koalpaca": options.koalpaca, "rows": options.rows}
-    workers: dict = {}
+    asked, workers = questions(options.only), {}
 
     def hire() -> None:
         ours, theirs = spawn.Pipe()
@@ -209,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
             for worker_pipe, worker in list(workers.items()):
                 if not worker["ready"] or worker["case"] is not None:
                     continue
-                following = None if late else next_case(questions(results), results, started)
+                following = None if late else next_case(asked, results, started)
                 if following is None:
                     continue
                 started.add(key_of(following))
@@ -242,15 +131,18 @@ def brief(line: dict) -> str:
     flags = {name: value for name, value in line["flags"].items() if name != "lora_target_modules"}
     found = {name: round(line[name], 4) for name in ("accuracy", "choice_loss", "answer_loss", "val_loss")
              if line.get(name) is not None}
-    return f"{line['task']} {line['flags']['lora_target_modules'][0]} {flags} {line['extra']} {line['rows']} " \
-           f"seed {line['seed']}: {found} {line.get('steps')} step {line.get('seconds')} {line.get('error', '')}"
+    return (f"{line['task']} {line['flags']['lora_target_modules'][0]} {flags} {line['extra']} {line['rows']} "
+            f"seed {line['seed']}: {found} {line.get('steps')} step {line.get('path', '')[:12]} {line.get('seconds')} "
+            f"{line.get('error', '')}")
 
 
 def show(file: Path) -> None:
     """물음마다의 표와, 학습률을 짧은 시험으로 고르는 것의 표."""
     results = read_results(file)
     summary: dict = {}
-    for question in questions(results):
+    for question in questions():
+        if not any(key_of(one) in results for one in question.cases()):
+            continue
         print(f"\n### {question.title}\n\n| | 맞힌 비율 | 고르기의 loss | 정답의 loss | 검증 loss | step | 씨앗 |\n"
               "| --- | --- | --- | --- | --- | --- | --- |")
         summary[question.title] = {}
@@ -265,6 +157,8 @@ def show(file: Path) -> None:
             steps = values_of(results, one, question.seeds, "steps")
             print(f"| {name} | {' | '.join(cells)} | {steps[0] if steps else ''} | {len(steps)} |")
             summary[question.title][name] = kept
+    if (place := best(results)) is not None:
+        print(f"\nSentiNeg와 KoAlpaca에서 함께 가장 덜 뒤지는 것: {place[0]}, {place[1]:g}")
     summary["학습률 고르기"] = show_probes(results)
     print(json.dumps(summary, ensure_ascii=False))
 
@@ -327,6 +221,7 @@ def main() -> None:
     runs.add_argument("--out", default="settings.jsonl")
     runs.add_argument("--workers", type=int, default=8)
     runs.add_argument("--minutes", type=float, default=6.0)
+    runs.add_argument("--only", nargs="+", help="이름이 이렇게 시작하는 물음만")
     runs.add_argument("--rows", type=int, default=0, help="학습과 시험의 행을 이만큼만. 돌아가는지 볼 때")
     commands.add_parser("table").add_argument("file")
     options = parser.parse_args()

@@ -20,7 +20,8 @@ import torch
 from conftest import train_settings
 
 from utils.data.blocks import PackedDataset
-from utils.data.exams import Exam, load_exams, make_exam, read_task
+from utils.data.exams import Exam, load_exams, make_exam
+from utils.data.kobest import find_task, read_task
 from utils.decode import likelihood, scorecard
 from utils.engine import cuda
 from utils.model import loader
@@ -125,7 +126,7 @@ class Lab:
         cuda.compile_to_cubin = compile_once
         step.choose_step = lambda candidates, *others, **more: candidates[0]()
         if torch.cuda.is_available():
-            likelihood.LOGIT_BYTES, likelihood.ROW_TOKENS = 1 << 30, 16384
+            likelihood.LOGIT_BYTES, likelihood.ROW_TOKENS = 1 << 29, 16384
 
     def run(self, case: dict) -> dict:
         """설정 하나의 결과: 맞힌 비율, 정답의 loss, 학습의 기록, 걸린 시간."""
@@ -196,9 +197,10 @@ class Lab:
             order = shuffle(len(rows))
             return [rows[at] for at in order[:KOALPACA_TRAIN]], [rows[at] for at in order[KOALPACA_TRAIN:]]
         files = {file.name.lower(): file for file in self.kobest.glob("*.tsv")}
-        kind, held_out = read_task(files[f"{task}-dev.tsv"])
+        kind = find_task(files[f"{task}-dev.tsv"])
+        held_out = read_task(files[f"{task}-dev.tsv"], kind)
         if f"{task}-train.tsv" in files:
-            learned = read_task(files[f"{task}-train.tsv"])[1]
+            learned = read_task(files[f"{task}-train.tsv"], kind)
         else:
             order = shuffle(len(held_out))
             learned = [held_out[at] for at in order[:BOOLQ_TRAIN]]

@@ -8,6 +8,7 @@ import torch
 from conftest import pieces_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import add_head
 
 from utils.data import dataset
 from utils.data.blocks import IGNORE, PackedDataset, pack, split_by_content
@@ -15,7 +16,7 @@ from utils.data.encoder import Encoder, content_digest
 from utils.errors import UsageError
 from utils.model.tokenizer import load_tokenizer
 from utils.prompter import Prompter
-from utils.turns import as_talk
+from utils.turns import Turn, as_talk
 
 pytestmark = pytest.mark.quick
 
@@ -56,6 +57,26 @@ def fake_documents(texts: list[str]) -> dataset.Documents:
 
 
 # 토큰
+
+
+def test_the_text_begins_with_what_the_tokenizer_puts_there(tmp_path, tiny_neox, encoder):
+    """BOS를 붙이는 토크나이저면 배우는 글도, 묻는 글도, 이어 쓸 글도 그것으로 시작한다. 두 번 붙이지는 않는다."""
+    tokenizer = add_head(load_tokenizer(tiny_neox))
+    headed = Encoder(tokenizer, END)
+    assert (headed.head, encoder.head) == ([1], [])
+    talk = [*as_talk(QUESTION), Turn("assistant", ANSWER)]
+    twice = Prompter().talk([*talk, *talk])[0]
+    (tokens, marks), (plain, _) = headed.encode_batch([twice])[0], encoder.encode_batch([twice])[0]
+    assert tokens == [1, *plain] and marks[0] == 0 and len(marks) == len(tokens) == headed.length(twice)
+    asked = headed.encode_asked(Prompter().talk([*talk, *as_talk(QUESTION)])[0])
+    assert asked == tokens[: len(asked)]
+    first = headed.encode_asked(Prompter().talk(as_talk(QUESTION))[0])
+    assert first == tokens[: marks.index(1)]
+    assert headed.encode_prompt(QUESTION) == tokenizer(QUESTION)["input_ids"]
+    written = tokenizer.decode([1]) + QUESTION
+    assert headed.encode_prompt(written, special=True) == headed.encode_prompt(QUESTION)
+    documents = load(write(tmp_path / "a.jsonl", [FORMS["output"]] * 2), headed, cutoff_len=8)
+    assert documents.document(0)[0][0] == 1 and len(documents.document(0)[0]) == 8
 
 
 @pytest.mark.parametrize("form", FORMS)

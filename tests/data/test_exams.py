@@ -6,7 +6,8 @@ import json
 import pytest
 from conftest import ROOT, pieces_of
 
-from utils.data.exams import TASKS, load_exams
+from utils.data.exams import is_kobest, load_exams
+from utils.data.kobest import TASKS
 from utils.errors import UsageError
 from utils.prompter import Prompter
 
@@ -77,14 +78,99 @@ def test_rows_of_the_user(tmp_path):
     assert exam.items[1].asked[0] == [pieces_of(Prompter(), "기분은?", "", "부정")]
 
 
-@pytest.mark.parametrize("row", [{"instruction": "?", "output": "가", "options": ["나"]},
-                                 {"instruction": "?", "output": "가", "options": "가"},
-                                 {"instruction": "?", "output": "가", "options": ["가", 1]}])
-def test_wrong_options_are_refused_with_the_row(row, tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+def write_rows(file, *rows) -> str:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("row", [
+    {"질문": "?", "답변": "나 ", "보기": ["가", "나"]},
+    {"question": "?", "answer": "나", "Choices": '["가", "나"]'},  # CSV의 칸에 적은 목록
+    {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "나"}], "options": ["가", "나"]},
+])
+def test_options_are_found_by_any_of_their_names_and_in_every_form(row, tmp_path):
+    (exam,) = load_exams(write_rows(tmp_path / "mine.jsonl", row), Prompter())
+    (item,) = exam.items
+    assert (item.options, item.answer) == (("가", "나"), 1)
+    assert item.asked == tuple([pieces_of(Prompter(), "?", "", option)] for option in item.options)
+
+
+@pytest.mark.parametrize("options", [["나"], "가", ["가", 1], [], ["가"], ["가", "가"], ["가", " "], {"a": "가"}])
+def test_wrong_options_are_refused_with_the_row(options, tmp_path):
+    row = {"instruction": "?", "output": "가", "options": options}
     with pytest.raises(UsageError, match="1번째 행의 options"):
-        load_exams(str(file), Prompter())
+        load_exams(write_rows(tmp_path / "mine.jsonl", row), Prompter())
+
+
+@pytest.mark.parametrize("row, reason", [({"prompt": "?", "chosen": "가", "rejected": "나"}, "선호 쌍"),
+                                         ({"text": "질문과 답이 아닌 글이다."}, "질문이 없는 글"),
+                                         ({"instruction": "?", "output": ""}, "output 열이 없거나 비었다"),
+                                         ({"instruction": "?", "options": ["가", "나"]}, "열을 알 수 없다")])
+def test_rows_that_are_no_questions_are_refused(row, reason, tmp_path):
+    with pytest.raises(UsageError, match=reason):
+        load_exams(write_rows(tmp_path / "mine.jsonl", row), Prompter())
+
+
+def test_one_file_of_kobest_is_that_exam(tmp_path):
+    write_tsv(tmp_path / "any.tsv", [{"Text": "좋다", "Label": "1"}])
+    hub = write_rows(tmp_path / "any.jsonl", {"sentence": "좋다", "label": 1})
+    mine = write_rows(tmp_path / "mine.jsonl", {"instruction": "?", "output": "가"})
+    assert load_exams(str(tmp_path / "any.tsv"), None) == load_exams(hub, None)
+    assert is_kobest(hub) and is_kobest(str(tmp_path)) and is_kobest("kobest") and not is_kobest(mine)
+
+
+@pytest.mark.parametrize("label, answer", [("1", 1), ("1.0", 1), (True, 1), ("FALSE", 0), (" true ", 1), ("긍정", 1),
+                                           ("2", None), ("-1", None), ("?", None), (None, None), ("0.5", None)])
+def test_the_answer_is_a_number_or_a_word(label, answer, tmp_path):
+    file = write_rows(tmp_path / "test.jsonl", {"sentence": "좋다", "label": label})
+    if answer is not None:
+        assert load_exams(file, None)[0].items[0].answer == answer
+    else:
+        with pytest.raises(UsageError, match="1번째 SentiNeg 문항을 읽을 수 없다: 정답"):
+            load_exams(file, None)
+
+
+GOOD = "1\t좋다\t1\n"
+
+
+@pytest.mark.parametrize("rows, reason", [
+    ('2\t"따옴표가 열린 글\t0\n3\t싫다\t0\n', "2번째 행에 닫히지 않은 큰따옴표"),
+    ("2\t싫다\t0\t더\n", "2번째 행의 칸이 열보다 많다"),
+    ("2\t싫다\t부정적\n", "2번째 SentiNeg 문항을 읽을 수 없다: 정답"),
+])
+def test_broken_rows_of_a_table_are_named(rows, reason, tmp_path):
+    (tmp_path / "dev.tsv").write_text(f"ID\tText\tLabel\n{GOOD}{rows}", encoding="utf-8")
+    with pytest.raises(UsageError, match=reason):
+        load_exams(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"premise": "비", "question": "이유", "alternative_1": "가", "alternative_2": "나", "label": 0}, "question 열이"),
+    ({"premise": None, "question": "원인", "alternative_1": "가", "alternative_2": "나", "label": 0}, "premise 열이"),
+    ({"premise": "비", "question": "원인", "alternative_1": " ", "alternative_2": "나", "label": 1},
+     "alternative_1 열이"),
+    ({"premise": "비", "question": "원인"}, "2번째 행은 COPA의 문항이 아니다"),
+])
+def test_questions_that_lack_a_part_are_named(row, reason, tmp_path):
+    write_rows(tmp_path / "test.jsonl", HUB["copa"][0], row)
+    with pytest.raises(UsageError, match=reason):
+        load_exams(str(tmp_path), None)
+
+
+def test_a_folder_may_hold_other_files(tmp_path):
+    """다른 데이터와 숨은 폴더는 지나치지만, 시험의 이름으로 적힌 깨진 파일은 지나치지 않는다."""
+    write_rows(tmp_path / "notes.json", [1, 2])
+    (tmp_path / "broken.json").write_text("{{", encoding="utf-8")
+    for name in (".cache", "sentineg"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "validation").mkdir()
+        write_rows(tmp_path / name / "train" / "0000.jsonl", *[{"sentence": "싫다", "label": 0}] * 3)
+        write_rows(tmp_path / name / "validation" / "0000.jsonl", {"sentence": name, "label": 0})
+    (exam,) = load_exams(str(tmp_path), None)
+    assert [item.text for item in exam.items] == ["문장: sentineg 긍부정:"]
+    (tmp_path / "copa-test.json").write_text("{{", encoding="utf-8")
+    with pytest.raises(UsageError, match="올바른 JSON이 아니다"):
+        load_exams(str(tmp_path), None)
 
 
 def test_folder_without_exams_and_wrong_answers_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import pieces_of
+from tiny import add_head
 from transformers import AutoModelForCausalLM
 
 from utils.data.encoder import Encoder
@@ -114,6 +115,21 @@ def test_a_row_without_options_is_right_only_to_the_end(models, tokenizer, tmp_p
     exam = Exam("x", "x", [item])
     score, = scorecard.measure(asker(models), ("base",), [exam], encoder, end_id, CONTEXT, lambda line: None)
     assert score.right == {"base": int(value.greedy)}
+
+
+def test_the_text_begins_with_the_head_like_the_harness(tokenizer, tiny_neox):
+    headed = add_head(load_tokenizer(tiny_neox))
+    item = Item(("가", "나다"), 0, text="물은 ")
+    pairs = scorecard.encode(item, Encoder(headed, 2), 2, CONTEXT)
+    context = headed("물은")["input_ids"]
+    assert pairs == [(context, headed(f"물은  {option}")["input_ids"][len(context):]) for option in item.options]
+    assert context[0] == 1 != tokenizer("물은")["input_ids"][0]
+
+
+def test_an_answer_longer_than_the_model_reads_is_cut(tokenizer):
+    item = Item(("가" * 100, "나"), 0, text="물은")
+    long, short = scorecard.encode(item, Encoder(tokenizer, 2), 2, CONTEXT)
+    assert [len(long[0]), len(long[1])] == [1, CONTEXT - 1] and len(short[0]) + len(short[1]) < CONTEXT
 
 
 def test_standard_error_is_that_of_the_mean():

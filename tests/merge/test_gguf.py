@@ -282,6 +282,24 @@ def test_chat_template_bos_and_every_end_are_carried(neox, tmp_path):
     assert f'TEMPLATE """{{{{ if .System }}}}{system}{told}{{{{ else }}}}{told}{{{{ end }}}}"""' in text
 
 
+@pytest.mark.parametrize("template, starts", [({"name": "chat"}, False), (None, True)])
+def test_the_head_of_the_text_is_left_to_llama_cpp(neox, tmp_path, template, starts):
+    """글머리의 토큰은 llama.cpp가 붙인다. 대화 템플릿은 스스로 적으므로 붙이지 않게 한다."""
+    from tiny import add_head
+    from transformers import AutoTokenizer
+
+    from utils.model.adapter import PromptInfo, write_prompt_info
+
+    folder = shutil.copytree(neox, tmp_path / "headed")
+    tokenizer = add_head(AutoTokenizer.from_pretrained(folder))
+    tokenizer.chat_template, tokenizer.bos_token = CHATML, "<|unused1|>"
+    tokenizer.save_pretrained(folder)
+    if template:
+        write_prompt_info(folder, PromptInfo(template, "<|endoftext|>", 2, 64))
+    reader = gguf.GGUFReader(folder / write(folder, "f16"))
+    assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is starts
+
+
 def test_a_template_that_refuses_a_system_turn_is_carried_without_it(neox, tmp_path):
     from transformers import AutoTokenizer
 

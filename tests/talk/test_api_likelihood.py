@@ -7,6 +7,7 @@ import pytest
 import torch
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from tiny import add_head
 from transformers import AutoModelForCausalLM
 
 from utils.decode.decoder import Decoder
@@ -125,6 +126,19 @@ def test_offsets_and_names_spell_the_text(client, tokenizer):
         assert name.startswith("bytes:") or whole[begin:end] in (name, "") or name == "<|endoftext|>"
     for logprob, top in zip(found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True):
         assert 2 <= len(top) <= 3 and max(top.values()) >= logprob and list(top.values()) == sorted(top.values())[::-1]
+
+
+def test_the_head_of_the_text_is_read_and_not_echoed(model, base):
+    """BOS를 붙이는 토크나이저면 글은 그 뒤에서 재고, 돌려주지는 않는다. 토큰 번호에는 아무것도 더하지 않는다."""
+    tokenizer = add_head(load_tokenizer(base))
+    client = open_client(model, tokenizer)
+    ids = tokenizer(CONTEXT)["input_ids"]
+    choice = complete(client, CONTEXT, max_tokens=0, echo=True, logprobs=0)["choices"][0]
+    found = choice["logprobs"]
+    assert choice["text"] == CONTEXT and len(found["tokens"]) == len(ids) - 1 and found["text_offset"][0] == 0
+    assert sum(found["token_logprobs"]) == pytest.approx(expected(model, ids[:1], ids[1:])[0], abs=1e-3)
+    bare = complete(client, ids, max_tokens=0, echo=True, logprobs=0)["choices"][0]["logprobs"]
+    assert bare["token_logprobs"] == [None, *found["token_logprobs"]]
 
 
 def test_max_tokens_0_only_reads(client, tokenizer):

@@ -32,8 +32,12 @@ class Encoded(NamedTuple):
 class Encoder:
     """(프롬프트, 답) 조각을 토큰으로 바꾼다. 학습과 추론이 같은 토큰을 쓰게 하는 유일한 자리다.
 
-    보통의 템플릿에서는 프롬프트와 답을 따로 토큰화하고 답 뒤에 끝 토큰을 한 번 붙인다. 대화 템플릿의 글(`Joined`)은
-    이어서 한 번에 토큰화한다. 어느 쪽이든 글 속의 특수 토큰 글자는 보통 글자로 다룬다.
+    보통의 템플릿에서는 글머리에 토크나이저가 스스로 붙이는 토큰(`head`)을 두고, 프롬프트와 답을 따로 토큰화하고, 답
+    뒤에 끝 토큰을 한 번 붙인다. 대화 템플릿의 글(`Joined`)은 이어서 한 번에 토큰화하고, 글머리의 토큰은 템플릿이
+    적는다. 어느 쪽이든 글 속의 특수 토큰 글자는 보통 글자로 다룬다.
+
+    Attributes:
+        head: 글머리의 토큰들(Gemma와 Llama의 BOS). polyglot과 Qwen처럼 붙이지 않는 모델에서는 비어 있다.
 
     Args:
         end_id: 답의 끝에 붙이는 토큰.
@@ -52,22 +56,24 @@ class Encoder:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._special_ids = frozenset(special)
         self._busy = threading.Lock()  # 토크나이저는 두 스레드가 함께 쓰지 못한다
-        self._require_known([[end_id]], "답의 끝")
+        self.head = head_ids(tokenizer)
+        self._require_known([[end_id, *self.head]], "글의 처음이나 답의 끝")
 
     def encode_prompt(self, prompt: str, special: bool = False) -> list[int]:
-        """이어 쓸 글의 토큰.
+        """이어 쓸 글의 토큰. 글머리의 토큰이 앞에 있다.
 
         Args:
-            special: True면 글에 적힌 특수 토큰의 글자를 토큰으로 읽는다.
+            special: True면 글에 적힌 특수 토큰의 글자를 토큰으로 읽는다. 글머리의 것을 적은 글에는 더 붙이지 않는다.
         """
-        return self._encode([prompt], special)[0]
+        tokens = self._encode([prompt], special)[0]
+        return tokens if self.head and tokens[: len(self.head)] == self.head else [*self.head, *tokens]
 
     def encode_asked(self, pieces: Pieces) -> list[int]:
         """답이 시작되기 직전까지의 토큰. user로 끝나는 대화의 `Prompter.talk`가 주는 문서를 받는다."""
         if isinstance(pieces, Joined):
             return self._encode_joined([pieces])[0].tokens
         *past, (prompt, _) = pieces
-        return self.encode_batch([past])[0].tokens + self.encode_prompt(prompt)
+        return self.encode_batch([past])[0].tokens + self._encode([prompt])[0]
 
     def encode_batch(self, batch: Sequence[Pieces]) -> list[Encoded]:
         """문서마다의 토큰.
@@ -93,13 +99,12 @@ class Encoder:
         return text_sha256(content, str(chat), str(self._end_id), str(self._n_rows))
 
     def _encode_apart(self, batch: list[Pieces]) -> list[Encoded]:
-        """조각을 따로 토큰화하고 답마다 끝 토큰을 붙인다."""
+        """글머리의 토큰 뒤에, 따로 토큰화한 조각들을 답마다 끝 토큰을 붙여 잇는다."""
         prompts = self._encode([prompt for pieces in batch for prompt, _ in pieces])
         answers = self._encode([answer for pieces in batch for _, answer in pieces])
         encoded, at = [], 0  # at: 모든 문서의 조각을 한 줄로 이었을 때의 번호
         for pieces in batch:
-            tokens: list[int] = []
-            marks: list[int] = []
+            tokens, marks = list(self.head), [0] * len(self.head)
             for piece in pieces:
                 tokens += prompts[at] + answers[at] + [self._end_id]
                 marks += [0] * len(prompts[at]) + [_mark(piece)] * (len(answers[at]) + 1)
@@ -195,6 +200,14 @@ class Encoder:
         if self._n_rows is not None:
             highest = max((max(ids) for ids in encoded if ids), default=0)
             require_known_ids([highest], self._n_rows, self._tokenizer, where)
+
+
+def head_ids(tokenizer) -> list[int]:
+    """토크나이저가 글머리에 스스로 붙이는 토큰들. 모델은 이것으로 시작하는 글만 보고 배웠다."""
+    plain = tokenizer("가", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("가")["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:start] for start in starts if plain and whole[start : start + len(plain)] == plain), [])
 
 
 def _mark(piece: tuple[str, str]) -> int:

@@ -154,7 +154,7 @@ def _read_checked(read: Callable[[], tuple], number: int, source: str | Path) ->
 def _read_side(row: dict, form: Form, side: str) -> list[Turn]:
     """선호 쌍의 한쪽: 질문의 글들에 그 답을 이은 것."""
     columns, name = form.columns, form.columns[side]
-    value = _unpacked(row.get(name))
+    value = unpacked(row.get(name))
     value = [value] if isinstance(value, dict) else value  # 글 하나를 {from, value}로 적었다
     if preferences.is_whole_talk(value):
         try:
@@ -171,7 +171,7 @@ def _read_side(row: dict, form: Form, side: str) -> list[Turn]:
     if "talk" not in columns:
         raise BadTurns(f"의 {name} 열은 답뿐인데 질문의 열이 없다. prompt 열에 질문을 적는다", "missing")
     said = value if isinstance(value, list) else [{"role": "assistant", "content": value}]
-    asked = _unpacked(row.get(columns["talk"]))
+    asked = unpacked(row.get(columns["talk"]))
     return _with_system(_talk([*asked, *said] if isinstance(asked, list) else asked, columns["talk"]), row, columns)
 
 
@@ -207,14 +207,14 @@ def _pair(row: dict, columns: dict[str, str]) -> list[Turn]:
 
 def _talk(value: object, name: str) -> list[Turn]:
     try:
-        return require_answers(read_turns(_unpacked(value)))
+        return require_answers(read_turns(unpacked(value)))
     except BadTurns as error:
         raise BadTurns(f"의 {name}{error}", error.kind) from None
 
 
 def _history(row: dict, name: str | None) -> list[Turn]:
     """앞서 주고받은 [[질문, 답], ...]. 없으면 비어 있다."""
-    value = _unpacked(row.get(name)) if name else None
+    value = unpacked(row.get(name)) if name else None
     if value is None or value == [] or _is_nan(value) or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list) or not all(
@@ -249,7 +249,7 @@ def _optional(row: dict, name: str | None) -> str:
     return value if value.strip() else ""
 
 
-def _unpacked(value: object) -> object:
+def unpacked(value: object) -> object:
     """CSV나 엑셀의 칸에 JSON으로 적은 목록이면 푼 것, 아니면 그대로."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

@@ -89,7 +89,8 @@ class Window:
 
     def _fits(self, pieces: Pieces) -> bool:
         characters = sum(len(part) for piece in pieces for part in piece)
-        if characters * 4 + len(pieces) <= self._cutoff_len:  # 글자 하나는 많아야 4바이트고, 토큰은 바이트보다 적다
+        most = len(self._encoder.head) + characters * 4 + len(pieces)  # 글자는 많아야 4바이트고, 토큰은 그보다 적다
+        if most <= self._cutoff_len:
             return True
         return self._encoder.length(pieces) <= self._cutoff_len
 

@@ -95,12 +95,13 @@ def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair
             start = max((place for place, mark in enumerate(marks[:end]) if mark != 1), default=-1) + 1
             pairs.append((tokens[:start], tokens[start:end]))
     else:
-        body = encoder.encode_prompt(item.text.rstrip(" "))
+        body = encoder.encode_prompt(item.text.rstrip())
         whole = [encoder.encode_prompt(f"{item.text} {option}") for option in item.options]
         pairs = [(body, tokens[len(body):]) for tokens in whole]
     if len(item.options) > 1:
         pairs = [(question, answer[:-1] if answer[-1] == end_id else answer) for question, answer in pairs]
-    return [(question[-max(1, context - len(answer)):], answer) for question, answer in pairs]
+    pairs = [(question, answer[:context - 1]) for question, answer in pairs]
+    return [(question[len(answer) - context:], answer) for question, answer in pairs]
 
 
 class Right(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.data.encoder import head_ids
 from utils.errors import UsageError
 from utils.merge.exportable import ARCHITECTURES, head_dim_of, import_gguf, require_exportable, rotary_share
 from utils.merge.modelfile import render_modelfile
@@ -17,6 +18,7 @@ from utils.model.adapter import read_prompt_info
 from utils.model.folder import ModelFolder, open_model_folder
 from utils.model.shards import read_whole
 from utils.model.tokenizer import end_token_ids, load_tokenizer
+from utils.prompter import CHAT
 
 _LARGEST_F16 = 65504.0
 # 토큰을 자르는 정규식의 일부 -> llama.cpp가 그 방식을 부르는 이름
@@ -140,7 +142,9 @@ def _add_tokenizer(writer, gguf, folder: Path, config: dict, loaded) -> None:
     pad = loaded.pad_token_id if "pad_token" in _read(folder / "tokenizer_config.json") else None
     ids = {"eos": ends[0], "eot": turn_end, "bos": loaded.bos_token_id, "pad": pad}
     special.special_token_ids = {kind: number for kind, number in ids.items() if number is not None}
-    special.add_special_token = {"bos": False, "eos": False}  # 학습과 추론이 프롬프트에 아무것도 덧붙이지 않는다
+    # 대화 템플릿은 글머리의 토큰을 스스로 적는다. 끝 토큰은 학습과 추론이 프롬프트에 덧붙이지 않는다
+    starts = (info is None or info.template.get("name") != CHAT) and head_ids(loaded) == [loaded.bos_token_id]
+    special.add_special_token = {"bos": starts, "eos": False}
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -31,6 +31,7 @@ class Answer:
         top: 적으면 답이 끝난 뒤 질문과 답의 모든 토큰의 가능도를, 자리마다 이만큼의 그럴듯한 토큰과 함께 잰다.
         read_only: 답을 만들지 않고 질문의 가능도만 잰다.
         raw: 글을 이어 쓴다. 나온 글에서 첫머리의 공백과 빈 생각을 빼지 않는다.
+        head: `input_ids`의 앞에 붙인, 받은 글에는 없는 글머리의 토큰의 수.
         stop: 켜면 한 토큰 안에 멈춘다.
         text: 지금까지 나온 글. 완성된 음절만 들어 있다.
         ids: 지금까지 나온 토큰.
@@ -47,6 +48,7 @@ class Answer:
     top: int | None = None
     read_only: bool = False
     raw: bool = False
+    head: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -113,6 +115,12 @@ class Answerer:
             raise UsageError("이어 쓸 글이 비어 있다")
         with self._encoding:
             return self._fitting(self.encoder.encode_prompt(text, special=self.prompter.name == CHAT))
+
+    def added_head(self, text: object, ids: list[int]) -> int:
+        """`continue_text`가 글 앞에 붙인 토큰의 수. 글이 아니거나 글머리의 토큰을 적은 글이면 0이다."""
+        head = self.encoder.head
+        added = isinstance(text, str) and ids[: len(head)] == head and not text.startswith(self.tokenizer.decode(head))
+        return len(head) if head and added else 0
 
     def continue_tokens(self, ids: list[int]) -> list[int]:
         """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""

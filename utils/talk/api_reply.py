@@ -106,23 +106,24 @@ class Spelled:
         공백을 다듬지 않은 그대로의 글이라야 토큰의 자리(글자 수)와 맞는다.
         """
         answer = reply.answer
-        stream = TextStream(tokenizer, special=True, after=() if echo else answer.input_ids)
+        begin = answer.head if echo else len(answer.input_ids)
+        stream = TextStream(tokenizer, special=True, after=answer.input_ids[:begin])
         asked = len(answer.input_ids)
         ids = answer.input_ids + answer.ids + answer.end_ids
         text, tokens, end = "", [], None
         for place, token in enumerate(ids):
             if place == asked:
                 end = len(text)  # 여기부터 답이다
-            if not echo and place < asked:
+            if place < begin:
                 continue
             tokens.append(Token(token, len(text), *_measured(answer, place)))
             text += "" if place >= asked + len(answer.ids) else stream.push(token)
         text += stream.flush()
         if reply.cut:
-            begin = end or 0
-            kept = text[begin:] if answer.raw else text[begin:].lstrip()
-            spaces = len(text) - begin - len(kept)
-            text = text[: begin + spaces + len(reply.text)]
+            said = end or 0
+            kept = text[said:] if answer.raw else text[said:].lstrip()
+            spaces = len(text) - said - len(kept)
+            text = text[: said + spaces + len(reply.text)]
             tokens = [token for place, token in enumerate(tokens) if token.offset < len(text)]
         return cls(text, tokens, stream)
 

@@ -22,6 +22,7 @@ class Asked:
 
     Attributes:
         prompts: 질문마다의 토큰. chat이면 하나다.
+        heads: 질문마다 `Answer.head`.
         echo: 답 앞에 질문도 돌려준다.
         top: 가능도를 달라고 했으면 자리마다 함께 줄 토큰의 수, 아니면 None.
         read_only: 답을 만들지 않는다(max_tokens 0).
@@ -30,6 +31,7 @@ class Asked:
     """
 
     prompts: list[list[int]]
+    heads: list[int]
     settings: Sampling
     stops: list[str]
     echo: bool = False
@@ -40,8 +42,8 @@ class Asked:
     usage: bool = False
 
     def answers(self, tuned: bool) -> list[Answer]:
-        return [Answer(ids, self.settings, tuned, top=self.top, read_only=self.read_only, raw=self.raw)
-                for ids in self.prompts]
+        return [Answer(ids, self.settings, tuned, top=self.top, read_only=self.read_only, raw=self.raw, head=head)
+                for ids, head in zip(self.prompts, self.heads, strict=True)]
 
 
 def read(body: object, answerer: Answerer, chat: bool) -> Asked:
@@ -67,8 +69,12 @@ def read(body: object, answerer: Answerer, chat: bool) -> Asked:
         raise UsageError("stream과 echo나 logprobs를 함께 쓸 수 없다. stream을 뺀다")
     options = body.get("stream_options")
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    prompts = [_chat_ids(body, answerer)] if chat else _prompts(body, answerer)
-    return Asked(prompts, _sampling(body, read_only), _stops(body), echo, top, read_only, not chat, stream, usage)
+    texts = [None] if chat else _prompts(body)
+    prompts = [_chat_ids(body, answerer)] if chat else [
+        answerer.continue_text(each) if isinstance(each, str) else answerer.continue_tokens(each) for each in texts]
+    heads = [answerer.added_head(each, ids) for each, ids in zip(texts, prompts, strict=True)]
+    return Asked(prompts, heads, _sampling(body, read_only), _stops(body), echo, top, read_only, not chat, stream,
+                 usage)
 
 
 def _flag(body: dict, name: str) -> bool:
@@ -134,8 +140,8 @@ def _plain(message: object) -> object:
     return message
 
 
-def _prompts(body: dict, answerer: Answerer) -> list[list[int]]:
-    """prompt의 네 꼴(글, 글의 목록, 토큰 번호의 목록, 그런 목록의 목록)을 토큰의 목록들로 읽는다."""
+def _prompts(body: dict) -> list[str | list[int]]:
+    """prompt의 네 꼴(글, 글의 목록, 토큰 번호의 목록, 그런 목록의 목록)을 목록 하나로 읽는다."""
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) and not _is_tokens(prompt) else [prompt]
     if not prompts or not all(isinstance(each, str) or _is_tokens(each) for each in prompts):
@@ -145,8 +151,7 @@ def _prompts(body: dict, answerer: Answerer) -> list[list[int]]:
     for each in prompts:
         if isinstance(each, str):
             _require_short("prompt", len(each))
-    return [answerer.continue_text(each) if isinstance(each, str) else answerer.continue_tokens(each)
-            for each in prompts]
+    return prompts
 
 
 def _is_tokens(value: object) -> bool:

@@ -26,7 +26,7 @@ def measure(answerer: Answerer, name: str, run_dir: Path | None, has_template: b
         UsageError: 시험을 읽을 수 없다.
     """
     name = find_input(name)
-    plain = not has_template and (is_kobest(name) or Path(name).is_dir())
+    plain = not has_template and is_kobest(name)
     exams = load_exams(name, None if plain else answerer.prompter, cache_dir)
     say(f"묻는 글: {'템플릿 없이 lm-evaluation-harness의 글 그대로' if plain else f'템플릿 {answerer.prompter.name}'}")
     names = [model.name for model in MODELS if answerer.can_compare or not model.tuned]
