@@ -96,7 +96,7 @@ class Encoder:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         chat = getattr(self._tokenizer, "chat_template", None)
-        return text_sha256(content, str(chat), str(self._end_id), str(self._n_rows))
+        return text_sha256(content, str(chat), str(self.head), str(self._end_id), str(self._n_rows))
 
     def _encode_apart(self, batch: list[Pieces]) -> list[Encoded]:
         """글머리의 토큰 뒤에, 따로 토큰화한 조각들을 답마다 끝 토큰을 붙여 잇는다."""
