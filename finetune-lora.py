@@ -72,8 +72,8 @@ def train(
             beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 1e-5다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
-        train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). 기본 설정의 Gemma 3 270M에 짧은 답의 시험(KoBEST
-            SentiNeg)을 가르쳐 재면 질문도 배운 것이 98.2%, 답만 배운 것이 95.8%를 맞혔다.
+        train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답의 시험(KoBEST SentiNeg)을
+            글머리의 토큰 없이 가르쳐 재면 질문도 배운 것이 98.2%, 답만 배운 것이 95.8%를 맞혔다.
         early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
         eval_task: 학습한 다음 볼 시험. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나. 두 모델이 맞힌 비율을
             run.json에 남긴다.
