@@ -60,7 +60,7 @@ def train(
 
     Args:
         base_model: 기반 모델의 폴더나 hub id. 기본은 함께 든 데모 모델이다.
-        data_path: 데이터 파일(.json .jsonl .csv .xlsx .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
+        data_path: 데이터 파일(.json .jsonl .csv .tsv .xlsx .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
         output_dir: 결과를 쓸 폴더.
         cache_dir: 받은 모델과 데이터를 둘 폴더.
         num_train_epochs: 데이터를 몇 번 볼지.

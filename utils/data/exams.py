@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.data.columns import require_form
 from utils.data.dataset import say_row
-from utils.data.forms import read_row, require_form, unpacked
+from utils.data.forms import read_row, unpacked
 from utils.data.kobest import TASKS, Task, choose_files, find_task, read_task
 from utils.data.preferences import plain
 from utils.data.rows import fetch, read_rows

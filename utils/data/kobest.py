@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.readers import MAX_ROW_CHARS, READERS, detect_encoding
+from utils.data.encoding import MAX_ROW_CHARS, detect_encoding
+from utils.data.readers import READERS
 from utils.data.rows import read_rows
 from utils.errors import UsageError, why
 
@@ -119,7 +120,7 @@ def find_task(file: Path) -> Task | None:
     Raises:
         UsageError: 첫 행을 읽을 수 없다.
     """
-    first = next(_rows(file), None) if file.suffix.lower() in (".tsv", *READERS) else None
+    first = next(_rows(file), None) if file.suffix.lower() in READERS else None
     return next((task for task in TASKS if first is not None and task.renamed(first) is not None), None)
 
 
