@@ -81,9 +81,9 @@ def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
     from pathlib import Path
 
-    from utils.data.exams import is_on_hub
+    from utils.data.kobest import is_on_hub
     from utils.record import RUN_FILE
-    from utils.talk.guard import exposure_problem
+    from utils.talk.exposure import exposure_problem
 
     ask, exam, peft_root = flags["ask"], flags["eval"], flags["peft_root"]
     counted = exam is not None and exam.lstrip("-").isdigit()

@@ -11,9 +11,15 @@ from utils.data.readers import READERS
 from utils.data.rows import read_rows
 from utils.errors import UsageError, why
 
+KOBEST, KOBEST_HUB = "kobest", "skt/kobest_v1"
 WORDS = {"true": 1, "false": 0}  # 정답을 참과 거짓으로 적은 것
 PARTS = ("test", "dev", "valid")  # 폴더에서 고르는 차례
 TRAIN = "train"
+
+
+def is_on_hub(name: str) -> bool:
+    """hub에서 받는 KoBEST의 이름인지."""
+    return name in (KOBEST, KOBEST_HUB)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 from utils.console import printable
 from utils.errors import UsageError
 from utils.sampling import Sampling
+from utils.talk.exposure import LOOPBACK, is_loopback
 
 MAX_CHARS = 8000
 MAX_BODY = 256 * 1024
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # 이름: (최소, 최대, 정수인가). 슬라이더와 서버의 검사가 함께 쓴다
 BOUNDS = {
     "temperature": (0.0, 2.0, False),
@@ -40,21 +40,6 @@ CONTENT_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe
                   "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'")
 HEADERS = [(b"content-security-policy", CONTENT_POLICY.encode()), (b"x-content-type-options", b"nosniff"),
            (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
-
-
-def is_loopback(server_name: str) -> bool:
-    return server_name.strip("[]").lower() in LOOPBACK or server_name.startswith("127.")
-
-
-def exposure_problem(server_name: str, share: bool, auth: str | None) -> str:
-    """이 설정으로 열면 안 되는 이유. 열어도 되면 빈 글이다."""
-    user, colon, password = (auth or "").partition(":")
-    if auth and not (user and colon and password):
-        return "--auth는 사용자:암호 꼴로 적는다"
-    if not auth and (share or not is_loopback(server_name)):
-        where = "--share_gradio True" if share else f"--server_name {server_name}"
-        return f"{where}는 다른 사람도 들어올 수 있다. --auth 사용자:암호를 함께 적는다"
-    return ""
 
 
 def same_secret(given: str, expected: str) -> bool:

@@ -13,7 +13,7 @@ from gradio import queueing
 from starlette.middleware import Middleware
 
 from utils.errors import UsageError
-from utils.talk import api, guard, page_turns
+from utils.talk import api, exposure, guard, page_turns
 from utils.talk.models import Models
 from utils.talk.page_form import form_tab
 from utils.talk.page_history import history_tab
@@ -46,7 +46,7 @@ class Access:
     @property
     def is_private(self) -> bool:
         """이 컴퓨터에서만 들어올 수 있는가. 프로세스를 시작하는 일은 이때만 연다."""
-        return guard.is_loopback(self.server_name) and not self.share
+        return exposure.is_loopback(self.server_name) and not self.share
 
 
 def build(models: Models, title: str, results: Results, runs: Runs | None = None) -> gr.Blocks:
