@@ -9,7 +9,7 @@ from typing import TextIO
 from utils.data.encoding import MAX_ROW_CHARS, BadRow, detect_encoding, refuse_row
 from utils.data.tables import is_table, read_csv, read_xlsx
 from utils.data.texts import END_TOKEN
-from utils.errors import UsageError
+from utils.errors import UsageError, json_reason
 
 _CHUNK = 1 << 20
 _GAP = re.compile(r"[ \t\r\n]*")
@@ -17,12 +17,6 @@ _STRING = r'"(?:[^"\\]|\\.)*"'
 _SCALAR = rf"{_STRING}\s*:\s*(?:{_STRING}|-?[\d.]+|true|false|null)\s*"
 # {"version": "1.0", "data": [행, ...]}처럼 행의 배열을 객체로 감싼 파일의 앞과 뒤
 _WRAPPER = re.compile(rf'\{{\s*(?:{_SCALAR},\s*)*"(?:data|rows|train|examples|items)"\s*:\s*(?=\[)')
-_JSON_WORDS = {  # json 모듈의 오류 -> 사람의 말
-    "Expecting value": "값이 있어야 할 자리다", "Expecting property name": "큰따옴표로 감싼 이름이 있어야 할 자리다",
-    "Expecting ',' delimiter": "쉼표나 닫는 괄호가 있어야 할 자리다", "Extra data": "값이 끝난 뒤에 다른 글이 있다",
-    "Expecting ':' delimiter": "콜론이 있어야 할 자리다", "Unterminated string": "큰따옴표가 닫히지 않았다",
-    "Invalid control character": "따옴표 안의 줄바꿈이나 탭은 \\n, \\t로 적는다", "Invalid \\": "\\ 뒤의 글자가 틀렸다",
-    "Illegal trailing comma": "마지막 값 뒤의 쉼표를 뺀다"}
 _WRAPPER_END = re.compile(rf"\s*(?:,\s*{_SCALAR})*\}}\s*")
 
 
@@ -111,8 +105,8 @@ def _read_lines(stream: TextIO, path: Path, on_bad: BadRow) -> Iterator[tuple[in
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                on_bad(number, f"{number}번째 줄이 올바른 JSON이 아니다: {_reason(error)}. 한 줄에 객체 하나를 적거나 "
-                               "모두 [ ]로 감싼다")
+                on_bad(number, f"{number}번째 줄이 올바른 JSON이 아니다: {json_reason(error)}. 한 줄에 객체 하나를 "
+                               "적거나 모두 [ ]로 감싼다")
                 continue
             yield number, row
 
@@ -148,7 +142,7 @@ def _read_array(stream: TextIO, path: Path, on_bad: BadRow, wrapped: int | None)
                 left = len(buffer) - at
                 more = stream.read(max(_CHUNK, left)) if _may_continue(error, len(buffer), at) else ""
                 if not more:
-                    return on_bad(number + 1, f"{number + 1}번째 행이 올바른 JSON이 아니다: {_reason(error)}")
+                    return on_bad(number + 1, f"{number + 1}번째 행이 올바른 JSON이 아니다: {json_reason(error)}")
                 buffer, at = buffer[at:] + more, 0
                 continue
             number, after_comma = number + 1, False
@@ -160,10 +154,3 @@ def _may_continue(error: Exception, end: int, start: int) -> bool:
     if not isinstance(error, json.JSONDecodeError) or end - start > MAX_ROW_CHARS:
         return False
     return error.msg.startswith("Unterminated") or error.pos > end - 16
-
-
-def _reason(error: Exception) -> str:
-    if not isinstance(error, json.JSONDecodeError):
-        return type(error).__name__
-    words = next((words for start, words in _JSON_WORDS.items() if error.msg.startswith(start)), error.msg)
-    return f"{words}({error.colno}번째 글자)"

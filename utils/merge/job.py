@@ -11,7 +11,7 @@ import torch
 from utils import hub
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
-from utils.model.adapter import find_adapter
+from utils.model.adapter import find_adapter, read_prompt_info
 from utils.model.folder import ModelFolder, TensorEntry, model_digest, open_model_folder
 from utils.model.loader import require_base
 from utils.paths import find_input, find_recorded
@@ -60,6 +60,7 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     config = lora.read_config(adapter)
     updates = lora.read_updates(adapter, config)
     facts = (read_manifest(adapter) or {}).get("run", {})
+    read_prompt_info(adapter)  # 다 쓴 다음에 깨진 것을 알지 않게 한다
     found = find_base(base_model, config, facts, cache_dir)
     base = open_model_folder(found.folder)
     disk = diskmap.read(base)

@@ -108,7 +108,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
     Raises:
         UsageError: 헤더가 깨졌거나 지나치게 크다, 또는 파일이 잘렸다.
     """
-    broken = UsageError(f"{file}이 깨졌거나 덜 받아졌다. 지우고 다시 받는다")
+    broken = UsageError(f"깨졌거나 덜 받아진 파일이다: {file}. 지우고 다시 받는다")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

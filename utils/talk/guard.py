@@ -69,11 +69,11 @@ def check_text(**texts: object) -> None:
     """
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise UsageError(f"{name}은 글이어야 한다")
+            raise UsageError(f"글이어야 한다: {name}")
         if len(text) > MAX_CHARS:
-            raise UsageError(f"{name}이 너무 길다: {len(text):,}글자. {MAX_CHARS:,}글자까지 받는다")
+            raise UsageError(f"글이 너무 길다({name}): {len(text):,}글자. {MAX_CHARS:,}글자까지 받는다")
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UsageError(f"{name}에 글자가 될 수 없는 값(짝 없는 surrogate)이 들어 있다")
+            raise UsageError(f"글자가 될 수 없는 값(짝 없는 surrogate)이 들어 있다: {name}")
 
 
 def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
