@@ -100,11 +100,13 @@ def test_talk_of_several_turns(page):
     question(page).press_sequentially("둘째 줄")
     assert question(page).input_value() == "첫 줄\n둘째 줄"
     set_tokens(page, 60)
-    question(page).press("Enter")
-    page.wait_for_function("""() => {
+    page.evaluate("""() => {
         const shown = (name) => document.querySelector(`#talk-question .${name}`)?.offsetParent;
-        return shown("stop-button") && !shown("submit-button");
-    }""")  # 답하는 동안에는 보내기 자리에 멈추기가 선다
+        new MutationObserver(() => { window.swapped ||= shown("stop-button") && !shown("submit-button"); })
+            .observe(document.body, { childList: true, subtree: true, attributes: true });
+    }""")  # 답이 짧아 금방 지나가도 본다
+    question(page).press("Enter")
+    page.wait_for_function("() => window.swapped")  # 답하는 동안에는 보내기 자리에 멈추기가 선다
     wait_answer(page)
     set_tokens(page, SHORT)
     assert question(page).input_value() == ""
