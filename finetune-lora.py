@@ -1,7 +1,7 @@
 """한국어 언어 모델을 QLoRA 4비트로 미세조정한다."""
 
 from utils import cli, console
-from utils.paths import BASE_DEMO, DATA_DEMO, find_input, shown
+from utils.paths import BASE_DEMO, DATA_DEMO, find_input, script, shown
 
 MAX_BATCH, MAX_BLOCK, MAX_RANK, MAX_EPOCHS = 1 << 16, 1 << 17, 1 << 13, 100_000
 RETIRED = {
@@ -192,8 +192,8 @@ def say_end(verdict, base_model: str, output_dir: str) -> None:
     if verdict.learned:
         merged = f"{output_dir.rstrip('/')}-merged"
         console.say("다음 명령:")
-        console.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
-        console.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
+        console.say(f'  대화:   python {script("generate.py")} --peft_root "{output_dir}"')
+        console.say(f'  합치기: python {script("merge-lora.py")} --peft_root "{output_dir}" --output_dir "{merged}"')
 
 
 if __name__ == "__main__":

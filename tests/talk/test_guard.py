@@ -100,6 +100,13 @@ def test_opening_to_others_needs_a_password(server_name, share, auth, problem):
     assert bool(exposure.exposure_problem(server_name, share, auth)) is problem
 
 
+@pytest.mark.parametrize("server_name, named", [
+    ("127.0.0.1", ""), ("0.0.0.0", ""), ("10.255.255.1", "10.255.255.1"), ("없는곳", "없는곳"), ("a" * 300, "주소가")])
+def test_an_address_of_another_machine_is_refused_before_the_model(server_name, named):
+    problem = exposure.address_problem(server_name)
+    assert bool(problem) == bool(named) and named in problem
+
+
 @pytest.mark.parametrize("values", [
     {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": float("nan")}, {"temperature": "0.7"},
     {"temperature": None}, {"temperature": True}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 1.5}, {"top_k": -1},

@@ -129,10 +129,10 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
     assert talk["visible"] and enter["visible"] and talk["value"] == shown_command(words)
     assert find_source(None, words[-1], print).adapter.resolve() == folder
     pages = Opened()
-    url = pages.open(folder)
-    assert pages.open(folder) == url and "배움" in httpx.get(url).text, "같은 학습은 한 번만 연다"
+    url = pages.url_of(folder)
+    assert pages.url_of(folder) == url and "배움" in httpx.get(url).text, "같은 학습은 한 번만 연다"
     with pytest.raises(UsageError, match="어댑터가 없다"):
-        pages.open(lab / "resources")
+        pages.url_of(lab / "resources")
     (process, _), = pages._pages.values()
     pages.close()
     assert process.wait(30) is not None

@@ -12,9 +12,9 @@ from utils import hub
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
 from utils.model.adapter import find_adapter, read_prompt_info
-from utils.model.folder import ModelFolder, TensorEntry, model_digest, open_model_folder
+from utils.model.folder import ModelFolder, TensorEntry, find_trained_base, model_digest, open_model_folder
 from utils.model.loader import require_base
-from utils.paths import find_input, find_recorded
+from utils.paths import find_input
 from utils.seals import read_manifest
 
 
@@ -88,7 +88,7 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     trained_on = str(config.get("base_model_name_or_path") or "")
     if base_model is None and not trained_on:
         raise UsageError("어댑터가 기반 모델을 말하지 않는다. --base_model을 적는다")
-    asked = find_input(base_model) if base_model else find_recorded(trained_on)
+    asked = find_input(base_model) if base_model else find_trained_base(trained_on, facts)
     try:
         require_base(asked, shapes=False)  # 이름과 모양은 diskmap과 match_base가 본다
         asked = str(hub.folder(asked, cache_dir))

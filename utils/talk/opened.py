@@ -27,8 +27,8 @@ class Opened:
         """여는 명령의 낱말들."""
         return [sys.executable, short(ROOT / SCRIPT), "--peft_root", short(folder)]
 
-    def open(self, folder: Path) -> str:
-        """페이지의 주소. 모델을 다 올릴 때까지 기다린다. 이미 열려 있으면 그 주소다.
+    def url_of(self, folder: Path) -> str:
+        """그 학습과 대화하는 페이지의 주소. 닫혀 있으면 열고, 모델을 다 올릴 때까지 기다린다.
 
         Raises:
             UsageError: 열리지 않았다. 그 이유를 말한다.

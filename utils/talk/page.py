@@ -87,6 +87,8 @@ def free_port(server_name: str, first: int) -> int:
     Raises:
         UsageError: 이 주소에는 열 수 없거나, 빈 포트가 없다.
     """
+    if problem := exposure.address_problem(server_name):
+        raise UsageError(problem)
     family = socket.AF_INET6 if ":" in server_name else socket.AF_INET
     for port in range(first, min(first + PORTS_TRIED, 65536)):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -95,8 +97,6 @@ def free_port(server_name: str, first: int) -> int:
             try:
                 probe.bind((server_name, port))
                 return port
-            except socket.gaierror:
-                raise UsageError(f"--server_name이 이 컴퓨터의 주소가 아니다: {server_name}") from None
             except OSError:
                 continue
     raise UsageError(f"{server_name}의 {first}번부터 {PORTS_TRIED}개의 포트를 모두 열 수 없다. --server_port를 바꾼다")

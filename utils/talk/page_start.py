@@ -96,7 +96,7 @@ def start_tab(runs: Runs, tab: gr.Tab, tabs: gr.Tabs) -> None:
     def open_talk(picked):
         yield "모델을 올리고 있어요. 큰 모델이면 몇 분이 걸려요"
         try:
-            url = pages.open(runs.folder(picked))
+            url = pages.url_of(runs.folder(picked))
             yield f"[{url}]({url})에서 대화할 수 있어요. 이 페이지를 끄면 함께 꺼져요"
         except UsageError as error:
             yield str(error)
