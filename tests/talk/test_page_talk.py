@@ -222,6 +222,10 @@ def test_examples_fill_the_question(page):
     chip = page.locator("#chips button").first
     expect(chip).to_contain_text("더하기", timeout=30_000)  # 사용자의 검증 질문
     assert chip.bounding_box()["y"] < question(page).bounding_box()["y"]
+    text = chip.locator("div").first
+    shape = text.evaluate("one => { const style = getComputedStyle(one);"
+                          " return [style.display, style.textOverflow, style.whiteSpace]; }")
+    assert shape == ["block", "ellipsis", "nowrap"], "긴 질문은 줄임표로 끝난다"
     chip.click()
     expect(question(page)).to_have_value(chip.inner_text().strip())
     question(page).fill("")
