@@ -234,7 +234,7 @@ def _is_address(name: str) -> bool:
 
 async def _refuse(status: int, send, as_json: bool = False) -> None:
     """한 줄로 거절한다. API에는 OpenAI의 오류 꼴로 적는다."""
-    reasons = {403: "거절했다: 이 페이지의 주소로 온 요청이 아니다", 404: "없는 길이다",
+    reasons = {403: "거절했다: 이 페이지의 주소로 온 요청이 아니다", 404: "없는 경로다",
                411: "본문의 길이를 알려 주지 않은 요청은 받지 않는다",
                413: f"본문이 너무 크다. {MAX_BODY // 1024} KB까지 받는다. 여럿을 나누어 보낸다"}
     body, kind = reasons[status], b"text/plain; charset=utf-8"
