@@ -1,9 +1,9 @@
 """한국어 언어 모델을 QLoRA 4비트로 미세조정한다."""
 
 from utils import cli, console
-from utils.paths import BASE_DEMO, DATA_DEMO, find_input, shown
+from utils.paths import BASE_DEMO, DATA_DEMO, find_input, script, shown
 
-MAX_BATCH = 1 << 16
+MAX_BATCH, MAX_BLOCK, MAX_RANK, MAX_EPOCHS = 1 << 16, 1 << 17, 1 << 13, 100_000
 RETIRED = {
     "load_4bit": "학습은 언제나 4비트다.",
     "load_8bit": "학습은 언제나 4비트다.",
@@ -60,7 +60,7 @@ def train(
 
     Args:
         base_model: 기반 모델의 폴더나 hub id. 기본은 함께 든 데모 모델이다.
-        data_path: 데이터 파일(.json .jsonl .csv .xlsx .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
+        data_path: 데이터 파일(.json .jsonl .csv .tsv .xlsx .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
         output_dir: 결과를 쓸 폴더.
         cache_dir: 받은 모델과 데이터를 둘 폴더.
         num_train_epochs: 데이터를 몇 번 볼지.
@@ -94,7 +94,7 @@ def train(
         report_to: none, tensorboard, wandb 가운데 하나.
         wandb_project: 적으면 이 프로젝트로 wandb에 기록한다. 적지 않으면 wandb를 부르지 않는다.
         wandb_run_name: wandb에서 보일 이름.
-        wandb_watch: wandb의 watch(false, gradients, all).
+        wandb_watch: wandb의 watch(false, gradients, parameters, all).
         wandb_log_model: wandb에 모델도 올린다(false, checkpoint, end).
         verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
 
@@ -146,32 +146,40 @@ def say_plan(settings) -> None:
 
 def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값의 범위를 모두 본다."""
+    idle = [name for name in ("wandb_run_name", "wandb_watch", "wandb_log_model") if flags[name] is not None]
     batch, micro = flags["batch_size"], flags["micro_batch_size"]
     divisors = [n for n in range(1, min(batch or 0, MAX_BATCH) + 1) if batch % n == 0]
     below = max((n for n in divisors if n <= (micro or 1)), default=1)
     above = min((n for n in divisors if n >= (micro or 1)), default=max(batch or 1, 1))
     cli.check(
         [
-            (flags["num_train_epochs"] > 0, f"num_train_epochs는 0보다 커야 한다: {flags['num_train_epochs']}"),
+            (0 < flags["num_train_epochs"] <= MAX_EPOCHS,
+             f"num_train_epochs는 0보다 크고 {MAX_EPOCHS:,} 이하여야 한다: {flags['num_train_epochs']:g}"),
             (batch is None or 1 <= batch <= MAX_BATCH, f"batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {batch}"),
             (micro is None or 1 <= micro <= MAX_BATCH,
              f"micro_batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {micro}"),
             (None in (batch, micro) or micro < 1 or batch < 1 or batch % micro == 0,
              f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
-            (flags["learning_rate"] is None or flags["learning_rate"] > 0,
-             f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
-            (flags["dpo_beta"] is None or flags["dpo_beta"] > 0, f"dpo_beta는 0보다 커야 한다: {flags['dpo_beta']}"),
-            (8 <= flags["cutoff_len"] <= 1 << 17, f"cutoff_len은 8 이상이어야 한다: {flags['cutoff_len']}"),
+            (flags["learning_rate"] is None or 0 < flags["learning_rate"] <= 100,
+             f"learning_rate는 0보다 크고 100 이하여야 한다: {flags['learning_rate']}"),
+            (flags["dpo_beta"] is None or 0 < flags["dpo_beta"] <= 100,
+             f"dpo_beta는 0보다 크고 100 이하여야 한다: {flags['dpo_beta']}"),
+            (8 <= flags["cutoff_len"] <= MAX_BLOCK,
+             f"cutoff_len은 8 이상 {MAX_BLOCK:,} 이하여야 한다: {flags['cutoff_len']}"),
             (0 <= flags["val_set_size"] < 100, f"val_set_size는 0 이상 100 미만의 퍼센트다: {flags['val_set_size']}"),
-            (flags["lora_r"] >= 1, f"lora_r은 1 이상이어야 한다: {flags['lora_r']}"),
-            (flags["lora_alpha"] > 0, f"lora_alpha는 0보다 커야 한다: {flags['lora_alpha']}"),
+            (1 <= flags["lora_r"] <= MAX_RANK, f"lora_r은 1 이상 {MAX_RANK:,} 이하여야 한다: {flags['lora_r']}"),
+            (0 < flags["lora_alpha"] <= 1e6, f"lora_alpha는 0보다 크고 1e6 이하여야 한다: {flags['lora_alpha']:g}"),
             (0 <= flags["lora_dropout"] < 1, f"lora_dropout은 0 이상 1 미만이다: {flags['lora_dropout']}"),
             (flags["vram_gb"] is None or flags["vram_gb"] > 0, f"vram_gb는 0보다 커야 한다: {flags['vram_gb']}"),
             (0 <= flags["seed"] < 2**32, f"seed는 0 이상 2^32 미만이다: {flags['seed']}"),
+            (flags["early_stopping_patience"] is None or flags["early_stopping_patience"] >= 1,
+             f"early_stopping_patience는 1 이상이어야 한다: {flags['early_stopping_patience']}"),
             (flags["early_stopping_patience"] is None or flags["val_set_size"] > 0,
              "early_stopping_patience에는 검증이 필요하다. val_set_size를 0보다 크게 한다"),
             (flags["report_to"] in ("none", "tensorboard", "wandb"),
              f"report_to는 none, tensorboard, wandb 가운데 하나다: {flags['report_to']}"),
+            (not idle or flags["wandb_project"] is not None or flags["report_to"] == "wandb",
+             f"{', '.join(idle)}은 wandb에 기록할 때 쓴다. --wandb_project를 함께 적는다"),
         ]
     )
 
@@ -184,8 +192,8 @@ def say_end(verdict, base_model: str, output_dir: str) -> None:
     if verdict.learned:
         merged = f"{output_dir.rstrip('/')}-merged"
         console.say("다음 명령:")
-        console.say(f'  대화:   python generate.py --peft_root "{output_dir}"')
-        console.say(f'  합치기: python merge-lora.py --peft_root "{output_dir}" --output_dir "{merged}"')
+        console.say(f'  대화:   python {script("generate.py")} --peft_root "{output_dir}"')
+        console.say(f'  합치기: python {script("merge-lora.py")} --peft_root "{output_dir}" --output_dir "{merged}"')
 
 
 if __name__ == "__main__":

@@ -81,18 +81,20 @@ def check_flags(flags: dict) -> None:
     """모델을 올리기 전에 값을 모두 본다."""
     from pathlib import Path
 
-    from utils.data.exams import is_on_hub
+    from utils.data.kobest import is_on_hub
     from utils.record import RUN_FILE
-    from utils.talk.guard import exposure_problem
+    from utils.talk.exposure import address_problem, exposure_problem
 
     ask, exam, peft_root = flags["ask"], flags["eval"], flags["peft_root"]
     counted = exam is not None and exam.lstrip("-").isdigit()
     known = exam is None or counted or is_on_hub(exam) or Path(find_input(exam)).exists()
     problem = exposure_problem(flags["server_name"], flags["share_gradio"], flags["auth"])
+    nowhere = "" if ask is not None or exam is not None else address_problem(flags["server_name"])
     blank = [folder for folder in flags["run_dirs"] if not (Path(find_input(folder)) / RUN_FILE).is_file()]
     cli.check(
         [
             (not problem, problem),
+            (bool(problem) or not nowhere, nowhere),
             (1 <= flags["server_port"] <= 65535, f"server_port는 1에서 65535까지다: {flags['server_port']}"),
             (not (flags["load_4bit"] and flags["load_8bit"]), "--load_4bit와 --load_8bit 가운데 하나만 쓴다"),
             (ask is None or exam is None, "--ask와 --eval 가운데 하나만 쓴다"),

@@ -4,7 +4,7 @@ import gc
 from dataclasses import asdict
 
 from utils import cli, console
-from utils.paths import find_input, shown
+from utils.paths import find_input, script, shown
 
 ONTO = ("original", "quantized")
 EXPORTS = (None, "gguf")
@@ -72,7 +72,7 @@ def merge(
             console.say(f"GGUF: {gguf.write(folder, gguf_type)}")
         writer.finish(folder, job, hashed, proof)
     console.say(f"합친 모델: {shown(output_dir)}")
-    console.say(f'  대화: python generate.py --base_model "{output_dir}"')
+    console.say(f'  대화: python {script("generate.py")} --base_model "{output_dir}"')
 
 
 def prove(job, folder) -> dict:

@@ -21,7 +21,8 @@ def download(*, source: str = HUB_ID, output: str = str(TARGET), cache_dir: str 
         output: 쓸 파일. 다 쓴 뒤에야 이 이름으로 나타난다.
         cache_dir: 받은 원본을 둘 폴더.
     """
-    from utils.data.forms import read_row, require_form
+    from utils.data.columns import require_form
+    from utils.data.forms import read_row
     from utils.data.rows import read_rows
     from utils.data.texts import END_TOKEN
     from utils.files import staged_file

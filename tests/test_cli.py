@@ -129,7 +129,7 @@ def test_a_needed_flag_without_a_value_is_missing(argv):
         cli.parse(needy, argv, {})
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "help", "/?", "--HELP"])
+@pytest.mark.parametrize("word", ["--help", "-h", "help", "/?", "--HELP", "--h", "--help=True"])
 def test_help_is_korean_grouped_and_whole(word, capsys):
     assert cli.parse(needy, [word], {}) is None
     text = capsys.readouterr().out

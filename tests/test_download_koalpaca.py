@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import pieces_of, run_script
 
-from utils.data import forms, rows
+from utils.data import columns, forms, rows
 from utils.data.texts import END_TOKEN
 from utils.prompter import Prompter
 
@@ -37,7 +37,8 @@ def test_received_file_becomes_the_text_that_training_reads(tmp_path, suffix):
     prompter = Prompter()
     assert [row["text"] for _, row in written] == [
         prompter.prompt(row["instruction"], "") + row["output"] + END_TOKEN for row in ROWS]
-    read_back = [prompter.talk(forms.read_row(row, forms.choose_form(row), number, output)) for number, row in written]
+    read_back = [prompter.talk(forms.read_row(row, columns.choose_form(row), number, output))
+                 for number, row in written]
     assert read_back == [[[pieces_of(prompter, row["instruction"], "", row["output"])]] for row in ROWS]
     assert [file.name for file in output.parent.iterdir()] == ["out.json"]
 

@@ -16,7 +16,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ENGINE_DOORS = {"utils.train.step", "utils.decode.decoder"}
 # 계산하지 않고 구조와 크기만 말하는 것. train과 decode는 어디서든 물을 수 있다
 ENGINE_FACTS = {"utils.engine.families", "utils.engine.family", "utils.engine.train_memory"}
-WITHOUT_TORCH = ("utils.cli", "utils.prompter")
+WITHOUT_TORCH = ("utils.cli", "utils.prompter", "utils.talk.exposure", "utils.data.kobest", "utils.record")
 MAX_FILE_LINES, MAX_SCRIPT_LINES = 280, 200
 TOP_LEVEL = {*SCRIPTS, "utils", "ko-datasets", "templates", "resources", ".create-symbolic-links.bat",
              "INSTALL-Win.md", "INSTALL-WSL.md", "requirements.txt", "tests", "README.md", "LICENSE", "assets"}

@@ -37,6 +37,19 @@ def test_recorded_path_is_found_after_the_repository_moved(repository, recorded,
     assert Path(paths.find_recorded(recorded)) == repository / found
 
 
+def test_a_base_that_was_renamed_is_found_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    for name, content in (("새 이름", "{}"), ("다른 것", "[]")):
+        (tmp_path / "resources" / name).mkdir(parents=True)
+        (tmp_path / "resources" / name / "config.json").write_text(content)
+    renamed = tmp_path / "resources" / "새 이름"
+    facts = {"base_model": {"id": folder.model_digest(renamed), "shown": "옛 이름"}}
+    assert Path(folder.find_trained_base("/전에/resources/옛-이름", facts)) == renamed
+    for recorded, other in (("EleutherAI/polyglot-ko-1.3b", facts), ("/전에/옛-이름", {})):
+        assert folder.find_trained_base(recorded, other) == recorded
+
+
 @pytest.mark.parametrize("recorded", ["EleutherAI/polyglot-ko-1.3b", "/gone/resources/other", "other"])
 def test_what_is_not_here_stays_as_it_is_written(repository, recorded):
     assert paths.find_recorded(recorded) == recorded

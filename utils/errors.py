@@ -1,6 +1,7 @@
 """사용자가 스스로 고칠 수 있는 오류 하나."""
 
 import errno
+import json
 
 _WHY = {
     errno.ENOENT: "그런 자리가 없다",
@@ -13,6 +14,12 @@ _WHY = {
     errno.ENOSPC: "디스크가 찼다",
     errno.ENAMETOOLONG: "이름이 너무 길다",
 }
+_JSON_WORDS = {  # json 모듈의 오류 -> 사람의 말
+    "Expecting value": "값이 있어야 할 자리다", "Expecting property name": "큰따옴표로 감싼 이름이 있어야 할 자리다",
+    "Expecting ',' delimiter": "쉼표나 닫는 괄호가 있어야 할 자리다", "Extra data": "값이 끝난 뒤에 다른 글이 있다",
+    "Expecting ':' delimiter": "콜론이 있어야 할 자리다", "Unterminated string": "큰따옴표가 닫히지 않았다",
+    "Invalid control character": "따옴표 안의 줄바꿈이나 탭은 \\n, \\t로 적는다", "Invalid \\": "\\ 뒤의 글자가 틀렸다",
+    "Illegal trailing comma": "마지막 값 뒤의 쉼표를 뺀다"}
 
 
 class UsageError(Exception):
@@ -31,3 +38,12 @@ def why(error: OSError) -> str:
 def first_line(error: Exception) -> str:
     """라이브러리가 던진 오류의 첫 줄. 글이 없으면 오류의 이름이다."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def json_reason(error: Exception) -> str:
+    """JSON으로 읽히지 않는 이유와 자리. JSON의 오류가 아니면 오류의 이름이다."""
+    if not isinstance(error, json.JSONDecodeError):
+        return type(error).__name__
+    words = next((words for start, words in _JSON_WORDS.items() if error.msg.startswith(start)), error.msg)
+    line = f"{error.lineno}번째 줄 " if error.lineno > 1 else ""
+    return f"{words}({line}{error.colno}번째 글자)"

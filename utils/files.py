@@ -17,7 +17,7 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
-from utils.errors import UsageError, why
+from utils.errors import UsageError, json_reason, why
 from utils.process import is_first_process
 
 STAGING = ".tmp-"
@@ -171,7 +171,7 @@ def read_json(path: Path, missing: str) -> dict:
     except OSError:
         raise UsageError(missing) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}가 올바른 JSON이 아니다: {error}") from None
+        raise UsageError(f"올바른 JSON이 아니다: {path}. {json_reason(error)}") from None
 
 
 def is_full_disk(error: BaseException) -> bool:

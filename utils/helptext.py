@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.paths import ROOT
 
 WIDEST, INDENT = 100, 6
-HELP_WORDS = {"--help", "-h", "-help", "-?"}
+HELP_WORDS = {"--help", "-h", "--h", "-help", "-?"}
 _ARGUMENT = re.compile(r"^    (\w+): (.*)$")
 _GROUP = re.compile(r"^    # (.+)$")
 _PARAMETER = re.compile(r"^    (\w+):")
@@ -18,7 +18,7 @@ _PARAMETER = re.compile(r"^    (\w+):")
 
 def asks_help(argv: list[str]) -> bool:
     """도움말을 물었는지. Windows의 `/?`도 안다."""
-    return bool(HELP_WORDS & {token.lower() for token in argv}) or argv[:1] in (["help"], ["/?"])
+    return bool(HELP_WORDS & {token.lower().partition("=")[0] for token in argv}) or argv[:1] in (["help"], ["/?"])
 
 
 def help_text(stage: Callable) -> str:

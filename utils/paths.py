@@ -38,6 +38,12 @@ def shown(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def script(name: str) -> str:
+    """지금 폴더에서 실행할 수 있는 스크립트의 경로. 빈칸이 있으면 따옴표로 감싼다."""
+    path = shown(ROOT / name)
+    return f'"{path}"' if " " in path else path
+
+
 def looks_like_hub_id(name: str | Path) -> bool:
     """hub가 허락하는 글자로 된 `소유자/이름`이고, 앞부분이 이 저장소나 지금 폴더의 폴더가 아니면 hub id로 본다."""
     parts = str(name).replace("\\", "/").split("/")

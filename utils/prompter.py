@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.chat import CHAT, ChatPrompter
-from utils.errors import UsageError
+from utils.errors import UsageError, json_reason
 from utils.turns import Pieces, Turn, Unlearned, filled, shift_space
 from utils.turns import fill_placeholder as fill_placeholder
 
@@ -132,7 +132,7 @@ def _read_template(template: str | Path) -> dict:
         names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.json")))
         raise UsageError(f"템플릿 '{template}'을 읽지 못했다. 쓸 수 있는 이름: {names}, {CHAT}") from None
     except ValueError as error:
-        raise UsageError(f"템플릿 {path}가 올바른 JSON이 아니다: {error}") from None
+        raise UsageError(f"템플릿이 올바른 JSON이 아니다: {path}. {json_reason(error)}") from None
 
 
 def _check_template(template: dict) -> None:

@@ -62,6 +62,9 @@ def banned_by_ngram(answer: list[int], size: int) -> list[int]:
     return [answer[end] for end in range(size - 1, len(answer)) if answer[end - size + 1 : end] == tail]
 
 
+BROKEN_LOGITS = "다음 토큰의 확률이 수가 아니다(NaN). 모델이나 어댑터의 가중치가 깨졌거나 잘못 배웠다"
+
+
 def penalize(logits: torch.Tensor, answer: list[int], settings: Sampling) -> torch.Tensor:
     """답에 이미 나온 토큰에 벌점을 주고 되풀이되는 n-gram을 막은 로짓 [vocab]."""
     logits = logits.float()
@@ -98,4 +101,9 @@ def pick(logits: torch.Tensor, answer: list[int], settings: Sampling, generator:
     logits = penalize(logits, answer, settings)
     if settings.temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(probabilities(logits, settings), 1, generator=generator))
+    try:
+        return int(torch.multinomial(probabilities(logits, settings), 1, generator=generator))
+    except RuntimeError:
+        if not (logits.isnan() | logits.isposinf()).any():
+            raise
+        raise UsageError(BROKEN_LOGITS) from None

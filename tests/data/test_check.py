@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, load_script
 
 from utils import cli
-from utils.data import blocks, check, dataset, forms, repair, rows
+from utils.data import blocks, check, columns, dataset, repair, rows
 from utils.data.encoder import Encoder
 from utils.errors import UsageError
 from utils.model import tokenizer
@@ -193,7 +193,7 @@ def test_reversible_mojibake_is_restored(garbled):
     {"messages": [{"role": "user", "content": "가?"}, {"role": "assistant", "content": "나"}]},
 ])
 def test_good_row_is_left_as_it_is(row):
-    assert repair.fix_row(row, forms.choose_form(row), Prompter()) == row
+    assert repair.fix_row(row, columns.choose_form(row), Prompter()) == row
 
 
 @pytest.mark.parametrize("target, named", [("seeded.jsonl", "입력 파일"), ("other.jsonl", "이미 있는"),

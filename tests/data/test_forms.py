@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from utils.data import check, dataset, forms, rows
+from utils.data import check, columns, dataset, forms, rows
 from utils.data.encoder import Encoder
 from utils.data.window import Window
 from utils.errors import UsageError
@@ -65,7 +65,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_gives_the_same_talk(name):
     row, turns = FORMS[name]
-    assert forms.read_row(row, forms.require_form(row, "a.json"), 1, "a.json") == turns
+    assert forms.read_row(row, columns.require_form(row, "a.json"), 1, "a.json") == turns
 
 
 BAD = {
@@ -95,7 +95,7 @@ BAD = {
 def test_a_bad_row_is_one_line_with_its_number_and_the_way_out(name):
     row, words = BAD[name]
     with pytest.raises(UsageError, match=f"a.json의 7번째 행.*{words}.*--check_data") as error:
-        forms.read_row(row, forms.require_form(row, "a.json"), 7, "a.json")
+        forms.read_row(row, columns.require_form(row, "a.json"), 7, "a.json")
     assert "\n" not in str(error.value)
 
 
@@ -105,13 +105,13 @@ def test_a_bad_row_is_one_line_with_its_number_and_the_way_out(name):
 ])
 def test_columns_that_are_almost_right_are_asked_about(names, guess):
     with pytest.raises(UsageError, match=f"혹시.*{guess}") as error:
-        forms.require_form(names, "a.json")
+        columns.require_form(names, "a.json")
     assert all(name in str(error.value) for name in names)
 
 
 def test_columns_far_from_any_form_are_only_named():
     with pytest.raises(UsageError, match="열을 알 수 없다: 가나다, xyzzy|xyzzy, 가나다") as error:
-        forms.require_form(("가나다", "xyzzy"), "a.json")
+        columns.require_form(("가나다", "xyzzy"), "a.json")
     assert "혹시" not in str(error.value)
 
 
@@ -143,7 +143,7 @@ def test_nan_in_a_csv_is_an_empty_cell(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\n가?,나\n다?,NaN\n", encoding="utf-8")
     _, row = read(tmp_path / "a.csv")
     with pytest.raises(UsageError, match="2번째 행.*answer"):
-        forms.read_row(row, forms.require_form(row, "a.csv"), 2, "a.csv")
+        forms.read_row(row, columns.require_form(row, "a.csv"), 2, "a.csv")
 
 
 def write_xlsx(path, table: list[list]) -> None:
@@ -242,7 +242,8 @@ def test_a_long_talk_is_cut_at_a_turn_from_the_front_and_keeps_its_system(tmp_pa
     lengths = {}
     for kept in range(1, min(n, cutoff_len // 2) + 1):
         row = {"messages": [said("system", "짧게"), *exchanges(n)[-2 * kept :]]}
-        (lengths[kept], _), = encoder.encode_batch(Prompter().talk(forms.read_row(row, forms.choose_form(row), 1, "")))
+        turns = forms.read_row(row, columns.choose_form(row), 1, "")
+        (lengths[kept], _), = encoder.encode_batch(Prompter().talk(turns))
     most = max(kept for kept, ids in lengths.items() if len(ids) <= cutoff_len)
     assert tokens == lengths[most] and documents.n_cut == 0
     assert documents.found.get("cut_talk", {}).get("note", "주고받음 0번") == f"주고받음 {n - most:,}번"

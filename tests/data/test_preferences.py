@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from utils.data import blocks, check, dataset, forms, rendered
+from utils.data import blocks, check, columns, dataset, forms, rendered
 from utils.data.encoder import Encoder
 from utils.data.questions import held_out_members, read_question
 from utils.data.repair import repair
@@ -56,7 +56,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_becomes_two_talks_that_differ_in_the_last_answer(name):
     row, expected = FORMS[name]
-    form = forms.require_form(row, "파일")
+    form = columns.require_form(row, "파일")
     assert form.is_preference
     for turns, answer in zip(forms.read_pair(row, form, 1, "파일"), (GOOD, BAD), strict=True):
         assert [(turn.role, turn.text, turn.input) for turn in turns] == [
@@ -77,7 +77,7 @@ def test_every_form_becomes_two_talks_that_differ_in_the_last_answer(name):
 ])
 def test_unreadable_pairs_name_the_row_and_the_cure(row, reason):
     with pytest.raises(BadTurns, match=reason) as found:
-        forms.read_pair(row, forms.require_form(row, "f.jsonl"), 3, "f.jsonl")
+        forms.read_pair(row, columns.require_form(row, "f.jsonl"), 3, "f.jsonl")
     assert "f.jsonl의 3번째 행" in str(found.value) and "--repair_data" in str(found.value)
 
 
@@ -179,5 +179,5 @@ def test_the_page_exports_what_is_read():
     assert all(f"{name}: " in body for name in ("prompt", "chosen", "rejected"))
     row = {"prompt": [{"role": "system", "content": "짧게"}, user("물은?"), said("끓습니다."), user(ASKED)],
            "chosen": [said(GOOD)], "rejected": [said(BAD)]}
-    chosen, rejected = forms.read_pair(row, forms.require_form(row, "파일"), 1, "파일")
+    chosen, rejected = forms.read_pair(row, columns.require_form(row, "파일"), 1, "파일")
     assert [turn.text for turn in chosen] == ["짧게", "물은?", "끓습니다.", ASKED, GOOD] and rejected[-1].text == BAD

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.data import dataset, forms, readers, rows
+from utils.data import columns, dataset, forms, readers, rows
 from utils.errors import UsageError
 from utils.prompter import Prompter
 
@@ -31,7 +31,7 @@ def read(folder, name: str, content: str | bytes) -> list[tuple[int, dict]]:
 
 def pieces_of(row: dict, number: int = 1) -> list[tuple[str, str]]:
     """행 하나를 default 템플릿의 조각으로."""
-    said = forms.read_row(row, forms.require_form(row, "a.json"), number, "a.json")
+    said = forms.read_row(row, columns.require_form(row, "a.json"), number, "a.json")
     return dataset.say_row(Prompter(), said, number, "a.json")[1][0]
 
 
@@ -187,8 +187,8 @@ def test_row_without_its_text_is_refused_by_number(row, named):
 
 
 def test_unknown_columns_are_named():
-    with pytest.raises(UsageError, match="question, 답"):
-        forms.require_form({"답", "question"}, "a.json")
+    with pytest.raises(UsageError, match="번호, 이름"):
+        columns.require_form(["번호", "이름"], "a.json")
 
 
 def consume(path, content: bytes) -> None:
@@ -197,7 +197,7 @@ def consume(path, content: bytes) -> None:
     form = None
     try:
         for number, row in rows.read_rows(path):
-            form = form or forms.require_form(row, path)
+            form = form or columns.require_form(row, path)
             said = forms.read_row(row, form, number, path)
             assert all(prompt + answer for prompt, answer in Prompter().talk(said)[0])
     except UsageError as error:

@@ -9,8 +9,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from utils.data import blocks, check, dataset, repair
+from utils.data.columns import choose_form
 from utils.data.encoder import Encoder
-from utils.data.forms import choose_form, read_row
+from utils.data.forms import read_row
 from utils.data.rendered import rendered_lines
 from utils.errors import UsageError
 from utils.model import tokenizer

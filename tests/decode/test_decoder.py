@@ -185,6 +185,15 @@ def test_probabilities_equal_the_warpers_of_generate(settings):
         assert torch.allclose(probabilities(logits[0], settings), expected.softmax(-1)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_are_one_line(bad):
+    """NaN이 든 가중치로 답하게 하면 torch의 traceback이 아니라 무엇이 잘못되었는지가 나온다."""
+    logits = torch.zeros(8)
+    logits[3] = bad
+    with pytest.raises(UsageError, match="NaN.*가중치가 깨졌거나"):
+        pick(logits, [], Sampling(), torch.Generator())
+
+
 def test_sampling_follows_the_distribution():
     """20,000번 뽑은 도수의 카이제곱 값이 자유도에 맞는다(p > 0.001)."""
     generator, settings = torch.Generator().manual_seed(2), Sampling(temperature=0.9, top_p=0.95, top_k=20)

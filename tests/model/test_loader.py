@@ -1,11 +1,15 @@
 """기반 모델을 올리는 일."""
 
+import shutil
+
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from tiny import build_neox
 
+from utils.errors import UsageError
 from utils.model import loader
+from utils.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.quick
 
@@ -22,3 +26,12 @@ def test_widths_that_the_cpu_reads_wrongly_are_named(width, named, tmp_path):
     by_hand = (chosen.view(-1, state.blocksize) * scales[:, None]).view(state.shape)
     assert torch.allclose(bnb.dequantize_4bit(weight.data, state), by_hand, atol=1e-6) is (not named)
     assert loader.inexact_widths(model) == named
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path, tiny_neox):
+    """transformers는 파일이 없으면 낱말이 없는 토크나이저를 만든다."""
+    folder = shutil.copytree(tiny_neox, tmp_path / "base")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UsageError, match="토크나이저.*가 없다"):
+        load_tokenizer(folder)

@@ -147,7 +147,7 @@ def test_every_refusal_has_the_form_of_openai(client, talk_server):
         error = reply.json()["error"]
         assert reply.status_code in (404, 413, 403) and any("가" <= char <= "힣" for char in error["message"])
         assert set(error) == {"message", "type", "param", "code"}
-    with pytest.raises(openai.NotFoundError, match="있는 길: GET /v1/models"):
+    with pytest.raises(openai.NotFoundError, match="있는 경로: GET /v1/models"):
         client.embeddings.create(model="run", input="가")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from conftest import call_script, load_answerer
 
-from utils.data import dataset, forms
+from utils.data import columns, dataset, forms
 from utils.data.questions import held_out_members, read_question
 from utils.model.adapter import read_prompt_info
 from utils.model.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def test_what_is_asked_is_the_beginning_of_what_was_learned(tmp_path, tiny_neox,
                                        str(tmp_path / "cache"))
     for number in range(24):
         row = talk(number)
-        turns = forms.read_row(row, forms.require_form(row, data), number + 1, data)
+        turns = forms.read_row(row, columns.require_form(row, data), number + 1, data)
         tokens, learned = documents.document(number)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         assert tokens.tolist() == list(tokenizer.apply_chat_template(messages)["input_ids"])

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from utils.errors import UsageError
-from utils.talk import guard
+from utils.talk import exposure, guard
 
 pytestmark = pytest.mark.quick
 
@@ -97,7 +97,14 @@ def test_large_and_unmeasured_bodies_are_refused():
     ("127.0.0.1", True, None, True), ("0.0.0.0", True, "a:b", False), ("0.0.0.0", False, "a:", True),
     ("127.0.0.1", False, "name", True), ("0.0.0.0", False, ":b", True)])
 def test_opening_to_others_needs_a_password(server_name, share, auth, problem):
-    assert bool(guard.exposure_problem(server_name, share, auth)) is problem
+    assert bool(exposure.exposure_problem(server_name, share, auth)) is problem
+
+
+@pytest.mark.parametrize("server_name, named", [
+    ("127.0.0.1", ""), ("0.0.0.0", ""), ("10.255.255.1", "10.255.255.1"), ("없는곳", "없는곳"), ("a" * 300, "주소가")])
+def test_an_address_of_another_machine_is_refused_before_the_model(server_name, named):
+    problem = exposure.address_problem(server_name)
+    assert bool(problem) == bool(named) and named in problem
 
 
 @pytest.mark.parametrize("values", [

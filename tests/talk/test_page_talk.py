@@ -100,11 +100,13 @@ def test_talk_of_several_turns(page):
     question(page).press_sequentially("둘째 줄")
     assert question(page).input_value() == "첫 줄\n둘째 줄"
     set_tokens(page, 60)
-    question(page).press("Enter")
-    page.wait_for_function("""() => {
+    page.evaluate("""() => {
         const shown = (name) => document.querySelector(`#talk-question .${name}`)?.offsetParent;
-        return shown("stop-button") && !shown("submit-button");
-    }""")  # 답하는 동안에는 보내기 자리에 멈추기가 선다
+        new MutationObserver(() => { window.swapped ||= shown("stop-button") && !shown("submit-button"); })
+            .observe(document.body, { childList: true, subtree: true, attributes: true });
+    }""")  # 답이 짧아 금방 지나가도 본다
+    question(page).press("Enter")
+    page.wait_for_function("() => window.swapped")  # 답하는 동안에는 보내기 자리에 멈추기가 선다
     wait_answer(page)
     set_tokens(page, SHORT)
     assert question(page).input_value() == ""
@@ -220,6 +222,10 @@ def test_examples_fill_the_question(page):
     chip = page.locator("#chips button").first
     expect(chip).to_contain_text("더하기", timeout=30_000)  # 사용자의 검증 질문
     assert chip.bounding_box()["y"] < question(page).bounding_box()["y"]
+    text = chip.locator("div").first
+    shape = text.evaluate("one => { const style = getComputedStyle(one);"
+                          " return [style.display, style.textOverflow, style.whiteSpace]; }")
+    assert shape == ["block", "ellipsis", "nowrap"], "긴 질문은 줄임표로 끝난다"
     chip.click()
     expect(question(page)).to_have_value(chip.inner_text().strip())
     question(page).fill("")

@@ -37,6 +37,16 @@ def test_other_model_reads_its_own_answers():
     assert [turn.text for turn in kept.turns(other=True)] == ["질문", "오른쪽 답", "둘째"]
 
 
+@pytest.mark.parametrize("other, shown", [(None, "왼쪽 답"), ("", "(빈 답)"), ("오른쪽 답", "오른쪽 답")])
+def test_an_empty_answer_of_the_other_model_is_shown_empty(other, shown):
+    """기반 모델이 한 글자도 답하지 않았을 때 학습한 모델의 답이 그 자리에 보였다."""
+    kept = talk("질문", "왼쪽 답")
+    kept.said[1].other = other
+    assert read_talk(kept.to_json()) == kept
+    assert kept.shown(other=True)[1]["content"][0]["text"] == shown
+    assert kept.shown()[1]["content"][0]["text"] == "왼쪽 답"
+
+
 def test_long_talks_lose_their_oldest_pair_and_keep_the_system():
     turns = talk("하나", "답", "둘", "답", "셋", system="짧게").turns()
     shorter = shorten(turns)

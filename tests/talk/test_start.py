@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from conftest import write_rows
@@ -19,7 +20,9 @@ from tiny import build_neox
 from utils.console import shown_command
 from utils.errors import UsageError
 from utils.model import checkpoint
+from utils.paths import ROOT
 from utils.talk import page_start
+from utils.talk.opened import Opened
 from utils.talk.order import Order, base_models, data_files, free_name
 from utils.talk.runs import PROCESS_FILE, Runs
 from utils.talk.source import find_source
@@ -82,15 +85,15 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
     for each in clicks:
         each.join()
     assert len(refused) == 3
-    assert all("이미 학습하고 있다: 배움" in line or "다른 페이지가 지금" in line for line in refused), refused
+    assert all("이미 학습하고 있어요: 배움" in line or "다른 페이지가 지금" in line for line in refused), refused
     process = runs._process(lab / "train" / "배움")
     shown = page_start.shown_command(runs.command(order))
     if sys.platform == "linux":
         assert process.cmdline() == shlex.split(shown), "보인 명령이 그대로 돈다"
         assert os.getsid(process.pid) == process.pid != os.getsid(0), "서버의 Ctrl+C와 닫힘이 닿지 않는다"
-    with pytest.raises(UsageError, match="이미 학습하고 있다"):
+    with pytest.raises(UsageError, match="이미 학습하고 있어요"):
         runs.start(Order.checked(**{**GOOD, "name": "다른-것"}))
-    with pytest.raises(UsageError, match="이미 학습하고 있다: .*배움"):
+    with pytest.raises(UsageError, match="이미 학습하고 있어요: .*배움"):
         Runs(home=lab / "다른 폴더").start(order)  # 다른 폴더에서 연 페이지도 같은 카드를 쓴다
 
     reopened = Runs()  # 서버를 다시 열었다
@@ -107,24 +110,32 @@ def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):
     assert saved is not None and not (lab / "train" / "배움" / "run.json").exists()
     with pytest.raises(UsageError, match="돌고 있지 않은"):
         reopened.stop("배움")
-    with pytest.raises(UsageError, match="이미 무언가 있다"):
+    with pytest.raises(UsageError, match="이미 무언가 있어요"):
         reopened.start(order)
 
     reopened.resume("배움")
-    with pytest.raises(UsageError, match="이미 학습하고 있다"):
+    with pytest.raises(UsageError, match="이미 학습하고 있어요"):
         reopened.resume("배움")
     done = wait(reopened, "배움", lambda progress: progress.state != "running")
     assert done.state == "finished", done.log
     log = (lab / "train" / "배움" / "train.log").read_text(encoding="utf-8")
     assert "이어 가기: " in log and saved.name in log
     assert done.log.total == done.log.step == max(done.log.losses) and 0 in done.log.evals
-    _, status, _, curve, stop, resume, talk, clock = page_start.follow(reopened, "배움")
+    _, status, _, curve, stop, resume, talk, enter, clock = page_start.follow(reopened, "배움")
     assert curve.count("<polyline") == 2 and not clock["active"]
     assert status.startswith("끝났어요") and not stop["visible"] and not resume["visible"]
     folder = lab / "train" / "배움"
-    words = ["python", "generate.py", "--peft_root", str(folder.relative_to(lab))]
-    assert talk["visible"] and talk["value"] == shown_command(words)
+    words = ["python", str(ROOT / "generate.py"), "--peft_root", str(folder.relative_to(lab))]
+    assert talk["visible"] and enter["visible"] and talk["value"] == shown_command(words)
     assert find_source(None, words[-1], print).adapter.resolve() == folder
+    pages = Opened()
+    url = pages.url_of(folder)
+    assert pages.url_of(folder) == url and "배움" in httpx.get(url).text, "같은 학습은 한 번만 연다"
+    with pytest.raises(UsageError, match="어댑터가 없다"):
+        pages.url_of(lab / "resources")
+    (process, _), = pages._pages.values()
+    pages.close()
+    assert process.wait(30) is not None
     assert "약" in reopened._time_line("블록: 1,000개 x 1024 토큰(채움 90.0%)", order)
 
 
@@ -242,7 +253,7 @@ def test_a_record_that_was_changed_is_checked_again(runs, lab):
         with pytest.raises(UsageError) as error:
             runs.order("옛것")
         assert "\n" not in str(error.value)
-        with pytest.raises(UsageError, match="체크포인트가 없다"):
+        with pytest.raises(UsageError, match="체크포인트가 없어요"):
             runs.resume("옛것")
     with pytest.raises(UsageError, match="목록에서"):
         runs.progress("../../etc")

@@ -26,7 +26,7 @@ def refuse(capsys, *flags: str) -> str:
     (["--batch_size", "0", "--lora_dropout", "1", "--val_set_size", "100"], "lora_dropout"),
     (["--batch_size", "16", "--micro_batch_size", "5"], "4, 8"),
     (["--learning_rate", "fast"], "숫자"),
-    (["--dpo_beta", "0"], "dpo_beta는 0보다 커야"),
+    (["--dpo_beta", "0"], "dpo_beta는 0보다 크고"),
     (["--report_to", "mlflow"], "tensorboard"),
     (["--early_stopping_patience", "2", "--val_set_size", "0"], "검증"),
 ])

@@ -7,6 +7,7 @@ import pytest
 from conftest import load_script, train_settings
 
 from utils import cli
+from utils.paths import BASE_DEMO, DATA_DEMO
 from utils.train.records import Schedule
 from utils.train.verdict import judge
 
@@ -53,6 +54,16 @@ def test_learned_ends_with_the_next_commands(output, capsys):
     assert found.learned and found.lines == ()
     finetune_lora.say_end(found, "base", output)
     assert "다음 명령" in capsys.readouterr().out
+
+
+def test_the_demo_model_is_not_blamed_on_my_own_data(output):
+    """데모 모델에 내 데이터를 가르치면 loss는 줄어도 답은 엉뚱하다. 무엇을 해야 하는지 말한다."""
+    found = verdict(4.0, 3.0, output_dir=output, base_model=str(BASE_DEMO), data_path="faq.csv")
+    assert found.learned and "데모 모델" in found.lines[0]
+    assert command_of(found)["base_model"] == "resources/polyglot-ko-1.3b"
+    for flags in ({"base_model": str(BASE_DEMO), "data_path": str(DATA_DEMO)}, {"data_path": "faq.csv",
+                                                                                "base_model": "other"}):
+        assert verdict(4.0, 3.0, output_dir=output, **flags).lines == ()
 
 
 @pytest.mark.parametrize("flags, steps, changed", [

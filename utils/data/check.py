@@ -6,17 +6,22 @@ from pathlib import Path
 import numpy as np
 
 from utils.chat import CHAT
-from utils.data.forms import Form
+from utils.data.columns import Form
+from utils.data.encoding import detect_encoding
 from utils.data.pair_check import PairCheck, find_long
 from utils.data.preferences import Pair
-from utils.data.readers import BINARY, detect_encoding
-from utils.data.texts import END_TOKEN, compose
+from utils.data.readers import BINARY
+from utils.data.row_check import row_faults
+from utils.data.tables import unread_sheets
+from utils.data.texts import END_TOKEN
 from utils.turns import Pieces, Turn
 
 N_EXAMPLES, N_UNUSED = 5, 20
 # 종류 -> 사람에게 보이는 말. 적힌 차례로 보인다.
 KINDS = {
     "encoding": "UTF-8이 아니어서 바꾸어 읽은 행",
+    "sheets": "읽지 않은 시트(시트 하나만 읽는다. 한 시트에 모은다)",
+    "guessed": "질문과 답으로 읽은 열",
     "broken": "읽을 수 없는 행",
     "unused": "쓰지 않는 열",
     "missing": "필요한 열이 없거나 글이 아닌 행",
@@ -50,12 +55,6 @@ KINDS = {
     "long": "블록보다 길어 잘리는 행(끝 토큰은 남긴다)",
     "answer_cut": "질문만으로 블록이 차서 답이 남지 않는 행",
 }
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-FOREIGN_END = re.compile(r"(?:</s>|<\|(?:im_end|eot_id|end|end_of_text)\|>|<eos>|<pad>|<end_of_turn>|\[EOS\])\s*$")
-_CONTINUATION = "\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
-_MOJIBAKE = re.compile(f"\ufffd|占쏙옙|[\xea-\xed][{_CONTINUATION}]{{2}}|[\xa1-\xfe]{{6}}")
-_QUESTION_MARKS = re.compile(r"\?[가-힣]")
-_PLACEHOLDERS = {"nan", "none", "null", "n/a", "#n/a", "undefined", "todo", "tbd", "-", ".", "..."}
 _NOT_PROSE = re.compile(r"(?:https?://\S+|[\d.,:/%+-]+|[0-9a-fA-F-]{8,})")
 
 
@@ -66,11 +65,13 @@ class Inspector:
         found: 종류 -> {"count": 행의 수, "rows": 앞의 몇 행의 번호}. 파일 전체에 대한 것이면 "rows"가 비고
             "note"가 있을 수 있다.
         n_rows, n_skipped: 본 행과, 읽을 수 없거나 쓸 수 없어 건너뛴 행의 수.
+        first_error: 쓸 수 없는 첫 행의 오류.
     """
 
     def __init__(self, prompter, source: str | Path):
         self.found: dict[str, dict] = {}
         self.n_rows, self.n_skipped, self.pairs = 0, 0, PairCheck()
+        self.first_error: Exception | None = None
         self._source, self._is_chat = Path(source), prompter.name == CHAT
         self._head = prompter.template.get("prompt_no_input", "").split("{instruction}")[0].rstrip()
         self._glued = re.compile("^" + re.escape(self._head), re.MULTILINE) if self._head.strip() else None
@@ -79,6 +80,7 @@ class Inspector:
         self._exchanges_cut = 0
         self._unended: dict = {"count": 0, "rows": []}
         self._unused: set[str] = set()
+        self._guessed: list[str] = []
         self._ignored: set[str] = set()
 
     def look(self, number: int, row: dict, form: Form, turns: list[Turn], documents: list[Pieces]) -> None:
@@ -110,19 +112,23 @@ class Inspector:
         self._exchanges_cut += n_exchanges
 
     def broken(self, number: int, reason: str) -> None:
-        """읽을 수 없는 행 하나를 센다."""
+        """읽을 수 없는 행 하나를 센다. 첫 이유를 남긴다."""
         self.n_skipped += 1
         self._count("broken", number)
+        self.found["broken"].setdefault("note", reason)
 
     def unusable(self, number: int, error: Exception) -> None:
         """쓸 수 없는 행 하나를 센다. `error.kind`가 그 종류다."""
         self.n_skipped += 1
+        self.first_error = self.first_error or error
         self._count(error.kind, number)
 
     def finish(self) -> dict[str, dict]:
         """파일 전체를 보아야 아는 것을 더하고 `found`를 돌려준다."""
         if self._unended["count"] and self._ends:
             self.found["end_missing"] = self._unended
+        if self._guessed:
+            self.found["guessed"] = {"count": len(self._guessed), "rows": [], "note": ", ".join(self._guessed)}
         if self._unused:
             shown = sorted(self._unused)[:N_UNUSED]
             more = ", ..." if len(self._unused) > N_UNUSED else ""
@@ -142,6 +148,8 @@ class Inspector:
             encoding = detect_encoding(self._source)
             if encoding not in ("utf-8", "utf-8-sig"):
                 self.found["encoding"] = {"count": self.n_rows, "rows": [], "note": encoding.upper()}
+        if self._source.suffix.lower() == ".xlsx" and (sheets := unread_sheets(self._source)):
+            self.found["sheets"] = {"count": len(sheets), "rows": [], "note": ", ".join(sheets)}
         return self.found
 
     def _look_at_text(self, number: int, raw: str, prompt: str, answer: str) -> None:
@@ -158,6 +166,7 @@ class Inspector:
             self._count("glued", number)
 
     def _look_at_columns(self, row: dict, form: Form, question: str, answer: str) -> None:
+        self._guessed = form.guessed
         answer = answer.strip()
         self._answers_asked += answer.endswith(("?", "?"))
         self._not_prose += bool(_NOT_PROSE.fullmatch(answer))
@@ -174,32 +183,6 @@ class Inspector:
 
     def _count(self, kind: str, number: int) -> None:
         _add(self.found.setdefault(kind, {"count": 0, "rows": []}), number)
-
-
-def row_faults(raw: list[str], pieces: Pieces, frame: int) -> list[str]:
-    """행 하나의 글에서 보이는 잘못의 종류.
-
-    Args:
-        raw: 행에 적힌 그대로의 글들.
-        pieces: 그 행의 (질문, 답)들.
-        frame: 질문에 섞인 템플릿의 글자의 수.
-    """
-    whole = "\x1e".join(raw)
-    answers = [answer.strip() for _, answer in pieces]
-    inside = any(END_TOKEN in prompt or END_TOKEN in answer for prompt, answer in pieces)
-    # 답이 질문에 들어 있고, 템플릿의 글자를 빼면 질문에 다른 글이 없다
-    copied = any(answer in prompt and len(prompt) - len(answer) <= frame
-                 for (prompt, _), answer in zip(pieces, answers, strict=True))
-    return [kind for kind, wrong in (
-        ("copied", copied),
-        ("placeholder", any(map(is_placeholder, answers))),
-        ("end_inside", inside),
-        ("foreign_end", any(FOREIGN_END.search(answer[-20:]) for answer in answers)),
-        ("nfd", any(compose(text) is not text for text in raw)),
-        ("mojibake", is_garbled(whole)),
-        ("control", CONTROL.search(whole.replace("\x1e", ""))),
-        ("escaped", any("\n" not in answer and answer.count("\\n") >= 2 for answer in answers)),
-    ) if wrong]
 
 
 def document_faults(documents, train: np.ndarray, held_out: np.ndarray) -> dict[str, dict]:
@@ -235,19 +218,6 @@ def short_lines(found: dict[str, dict]) -> list[str]:
             where = f": {', '.join(map(str, numbers))}{more}번째 행" if numbers else ""
             lines.append(f"  {words}{note} {found[kind]['count']:,}개{where}")
     return lines
-
-
-def is_placeholder(answer: str) -> bool:
-    """nan, null, TODO처럼 답을 적지 않은 자리의 글인가."""
-    return answer.strip().lower() in _PLACEHOLDERS
-
-
-def is_garbled(text: str) -> bool:
-    """다른 인코딩으로 잘못 읽은 글처럼 보이는가."""
-    if _MOJIBAKE.search(text):
-        return True
-    marks = _QUESTION_MARKS.findall(text) if text.count("?") >= 3 else []
-    return len(marks) >= 3 and len(marks) * 20 >= len(text)
 
 
 def _strings(value: object) -> list[str]:

@@ -11,7 +11,22 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import chat, prompter, turns
-from utils.data import check, encoder, forms, pair_check, preferences, readers, rows, talks, texts, window
+from utils.data import (
+    check,
+    columns,
+    encoder,
+    encoding,
+    forms,
+    pair_check,
+    preferences,
+    readers,
+    row_check,
+    rows,
+    tables,
+    talks,
+    texts,
+    window,
+)
 from utils.data.documents import CacheWriter, Documents, open_cache
 from utils.data.encoder import Encoded, Encoder, content_digest
 from utils.data.preferences import Pair
@@ -82,7 +97,7 @@ def _holds_talks(data_path: str | Path, cache_dir: str | None) -> bool:
     if Path(data_path).suffix.lower() == ".txt":
         return False
     _, row = next(rows.read_rows(data_path, cache_dir, lambda number, reason: None), (0, {}))
-    form = forms.choose_form(row)
+    form = columns.choose_form(row)
     names = form.columns if form else {}
     return "talk" in names or "history" in names or isinstance(row.get(names.get("question")), list)
 
@@ -107,7 +122,7 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
         if inspector.n_rows and inspector.n_rows == inspector.pairs.n_same:
             raise UsageError(f"{data_path}의 모든 쌍은 고른 답과 버린 답이 같아 배울 것이 없다. 다른 답을 적는다")
         if not inspector.n_rows:
-            raise UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
+            raise inspector.first_error or UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
         writer.commit({"found": inspector.finish(), "skipped": inspector.n_skipped,
                        "pairs": inspector.pairs.count > 0})
     finally:
@@ -119,7 +134,7 @@ def _usable_documents(data_path: str | Path, prompter, window: Window, inspector
     """문서를 하나씩 준다. 지나가는 행을 `inspector`가 본다."""
     form = None
     for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
-        form = form or forms.require_form(row, data_path)
+        form = form or columns.require_form(row, data_path)
         forms.require_alike(row, form, number, data_path)
         try:
             if form.is_preference:
@@ -154,7 +169,7 @@ def _pair_documents(number: int, pair: Pair) -> Iterator[_Document]:
         yield _Document(number, pieces, digest, question)
 
 
-def say_pair(prompter, row: dict, form: forms.Form, number: int, source: str | Path) -> Pair:
+def say_pair(prompter, row: dict, form: columns.Form, number: int, source: str | Path) -> Pair:
     """선호 쌍의 행 하나를 템플릿으로 말한 두 문서.
 
     Raises:
@@ -208,8 +223,8 @@ def _encode_ahead(documents: Iterator[_Document],
 
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
-    modules = (readers, rows, forms, preferences, talks, texts, window, encoder, turns, chat, prompter, check,
-               pair_check)
+    modules = (encoding, tables, readers, rows, columns, forms, preferences, talks, texts, window, encoder, turns, chat,
+               prompter, check, row_check, pair_check)
     return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
                        Path(__file__).read_text(encoding="utf-8"))
 

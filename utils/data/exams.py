@@ -4,16 +4,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.data.columns import require_form
 from utils.data.dataset import say_row
-from utils.data.forms import read_row, require_form, unpacked
-from utils.data.kobest import TASKS, Task, choose_files, find_task, read_task
+from utils.data.forms import read_row, unpacked
+from utils.data.kobest import KOBEST_HUB, TASKS, Task, choose_files, find_task, is_on_hub, read_task
 from utils.data.preferences import plain
 from utils.data.rows import fetch, read_rows
 from utils.data.texts import compose, strip_end
 from utils.errors import UsageError
 from utils.turns import Pieces, Turn
 
-KOBEST, KOBEST_HUB = "kobest", "skt/kobest_v1"
 OPTIONS = ("options", "choices", "보기")  # 사용자의 행에서 보기들이 든 열
 
 
@@ -42,11 +42,6 @@ class Exam:
     title: str
     items: list[Item]
     by_length: bool = False
-
-
-def is_on_hub(name: str) -> bool:
-    """hub에서 받는 KoBEST의 이름인지."""
-    return name in (KOBEST, KOBEST_HUB)
 
 
 def is_kobest(name: str) -> bool:

@@ -1,101 +1,18 @@
-"""열 이름에서 행의 꼴(`Form`)을, 행에서 차례대로 말한 글(`Turn`)들을 정한다. 형식을 적는 플래그는 없다."""
+"""행에서 차례대로 말한 글(`Turn`)들로: 꼴(`Form`)이 말하는 열을 읽는다."""
 
 import json
-import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.data import preferences
-from utils.data.preferences import PREFERENCES, plain
+from utils.data.columns import Form, choose_form
 from utils.data.talks import BadTurns, read_turns, require_answers
 from utils.data.texts import SURROGATE, compose, strip_end
 from utils.errors import UsageError
 from utils.turns import Turn
 
-# (질문, 답)의 열. 앞의 것부터 고른다
-PAIRS = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
-         ("question", "answer"), ("query", "response"), ("질문", "답변"), ("질문", "답"), ("질문", "대답"),
-         ("질문", "정답"), ("문제", "정답"), ("문제", "답"), ("명령", "출력"), ("지시", "응답"), ("입력", "출력"),
-         ("input", "output"), ("q", "a"))
-TALKS = ("messages", "conversations", "conversation")
 SIDES = ("chosen", "rejected")  # 선호 쌍에서 답의 차례. 문서도 이 차례로 놓인다
-# 함께 있으면 쓰는 열 -> 그 이름들
-EXTRAS = {"input": ("input", "context", "입력", "맥락"), "system": ("system", "system_prompt", "시스템"),
-          "history": ("history",)}
-SHOWN = ("messages / conversations / instruction+output / prompt+completion / question+answer / 질문+답변 / text / "
-         "prompt+chosen+rejected")
 ADVICE = "--check_data True로 모두 찾고 --repair_data로 고치거나 뺀다"
-_CLOSE = 0.75  # 이보다 비슷하면 잘못 적은 이름으로 본다
-
-
-@dataclass(frozen=True)
-class Form:
-    """행의 꼴.
-
-    Attributes:
-        columns: 뜻 -> 파일에 적힌 열의 이름. 뜻은 "talk"(대화의 목록), "text"(글 하나), "question"과 "answer", 그리고
-            `EXTRAS`의 것이다. 선호 쌍이면 "chosen"과 "rejected"가 있고 "answer"는 없다.
-    """
-
-    columns: dict[str, str]
-
-    @property
-    def is_preference(self) -> bool:
-        """선호 쌍의 꼴인가."""
-        return "chosen" in self.columns
-
-    def unused(self, names: Iterable[str]) -> set[str]:
-        """이 꼴이 쓰지 않는 열."""
-        return set(names) - set(self.columns.values())
-
-
-def choose_form(names: Iterable[str]) -> Form | None:
-    """열 이름으로 정한 꼴. 아는 이름이 없으면 None이다. 대소문자와 앞뒤의 공백은 가리지 않는다."""
-    names = [name for name in names if isinstance(name, str)]
-    known = {**{plain(name): name for name in reversed(names)}, **{name: name for name in names}}
-    columns: dict[str, str] = {}
-    answers = preferences.find_answers(tuple(names))
-    pair = next((pair for pair in PAIRS[:4] if known.keys() >= set(pair)), None)
-    talk = next((name for name in TALKS if name in known), None)
-    pair = pair or (None if talk else next((pair for pair in PAIRS if known.keys() >= set(pair)), None))
-    if answers:
-        columns = {"chosen": answers[0], "rejected": answers[1]}
-        pair = preferences.asked_column(known)
-        if pair:
-            columns["question"] = known[pair]
-        elif talk:
-            columns["talk"] = known[talk]
-    elif pair:
-        columns = {"question": known[pair[0]], "answer": known[pair[1]]}
-    elif talk:
-        columns = {"talk": known[talk]}
-    elif "text" in known:
-        return Form({"text": known["text"]})
-    else:
-        return None
-    for meaning, cousins in EXTRAS.items():
-        present = [known[name] for name in cousins if name in known]
-        found = next((name for name in present if name not in columns.values()), None)
-        if found is not None and (pair or meaning == "system"):
-            columns[meaning] = found
-    return Form(columns)
-
-
-def require_form(names: Iterable[str], source: str | Path) -> Form:
-    """`choose_form`과 같다.
-
-    Raises:
-        UsageError: 아는 이름이 없다. 있는 열을 말하고, 잘못 적은 것 같으면 옳은 이름을 묻는다.
-    """
-    names = sorted(map(str, names))
-    form = choose_form(names)
-    if form is None:
-        guesses = [f"{name} -> {guess}" for name in names if (guess := _closest(name))]
-        meant = f" 혹시 이 이름들인가: {', '.join(guesses)}." if guesses else ""
-        raise UsageError(f"{source}의 열을 알 수 없다: {', '.join(names) or '없음'}.{meant} 쓸 수 있는 열: {SHOWN}")
-    return form
 
 
 def read_row(row: dict, form: Form, number: int, source: str | Path) -> list[Turn]:
@@ -261,12 +178,3 @@ def unpacked(value: object) -> object:
 
 def _is_nan(value: object) -> bool:
     return isinstance(value, float) and value != value
-
-
-def _closest(name: str) -> str:
-    """비슷한 이름. 아는 이름이거나 비슷한 것이 없으면 빈 글이다."""
-    named = {name for names in (*PAIRS, *PREFERENCES, *EXTRAS.values()) for name in names}
-    every = {*TALKS, "text", *named} - {"q", "a"}  # 한 글자는 무엇과도 비슷하다
-    spelled = {unicodedata.normalize("NFD", each): each for each in sorted(every)}  # 한글은 자모로 비교한다
-    found = get_close_matches(unicodedata.normalize("NFD", plain(name)), spelled, 1, _CLOSE)
-    return spelled[found[0]] if found and spelled[found[0]] != plain(name) else ""

@@ -6,13 +6,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.readers import MAX_ROW_CHARS, READERS, detect_encoding
+from utils.data.encoding import MAX_ROW_CHARS, detect_encoding
+from utils.data.readers import READERS
 from utils.data.rows import read_rows
 from utils.errors import UsageError, why
 
+KOBEST, KOBEST_HUB = "kobest", "skt/kobest_v1"
 WORDS = {"true": 1, "false": 0}  # 정답을 참과 거짓으로 적은 것
 PARTS = ("test", "dev", "valid")  # 폴더에서 고르는 차례
 TRAIN = "train"
+
+
+def is_on_hub(name: str) -> bool:
+    """hub에서 받는 KoBEST의 이름인지."""
+    return name in (KOBEST, KOBEST_HUB)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def find_task(file: Path) -> Task | None:
     Raises:
         UsageError: 첫 행을 읽을 수 없다.
     """
-    first = next(_rows(file), None) if file.suffix.lower() in (".tsv", *READERS) else None
+    first = next(_rows(file), None) if file.suffix.lower() in READERS else None
     return next((task for task in TASKS if first is not None and task.renamed(first) is not None), None)
 
 

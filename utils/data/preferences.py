@@ -1,6 +1,7 @@
 """선호 쌍의 행: 한 질문의 고른 답(chosen)과 버린 답(rejected). 열 이름에서 꼴을 알고, 두 대화로 읽는다."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,11 +10,13 @@ from utils.data.talks import BadTurns, read_turns
 from utils.turns import Pieces, Turn
 
 # (고른 답, 버린 답)의 열. 앞의 것부터 고른다
-PREFERENCES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("좋은 답", "나쁜 답"),
-               ("좋은 답변", "나쁜 답변"), ("좋은답", "나쁜답"), ("선호", "비선호"), ("고른 답", "버린 답"))
+PREFERENCES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("좋은답", "나쁜답"),
+               ("좋은답변", "나쁜답변"), ("선호", "비선호"), ("고른답", "버린답"))
 # 그 질문의 열. 앞의 것부터 고른다
 ASKED = ("prompt", "instruction", "question", "query", "질문", "문제", "명령", "지시", "input", "입력", "q")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # 두 답이 대화 전체인 글(Anthropic HH)의 표시
+_DECORATION = re.compile(r"\([^()]*\)|\s+|\W+$|^\W+")
+_TAIL = re.compile(r"(?<=[가-힣])(?:내용|사항)$")
 _SPEAKER = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
 
 
@@ -38,8 +41,9 @@ class Pair:
 
 
 def plain(name: str) -> str:
-    """대소문자와 앞뒤의 공백을 가리지 않는 이름."""
-    return name.strip().lower()
+    """대소문자, 빈칸, 괄호 속의 글, 끝의 점과 '내용'을 가리지 않는 이름: `질문 내용(필수)`은 `질문`이다."""
+    bare = _DECORATION.sub("", unicodedata.normalize("NFC", name)).lower()
+    return _TAIL.sub("", bare)
 
 
 @lru_cache(maxsize=256)

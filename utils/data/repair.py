@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.data import check, encoder, forms, rows, texts
+from utils.data import columns, encoder, forms, row_check, rows, texts
 from utils.data.dataset import say_pair, say_row
 from utils.data.texts import END_TOKEN
 from utils.errors import UsageError
@@ -50,7 +50,7 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
 
     with staged_file(Path(target), "고친 파일을 쓰지 못했다") as stream:
         for number, row in rows.read_rows(source, cache_dir, drop):
-            form = form or forms.require_form(row, source)
+            form = form or columns.require_form(row, source)
             forms.require_alike(row, form, number, source)
             fixed = fix_row(row, form, prompter)
             try:
@@ -60,7 +60,7 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
                 continue
             digest = encoder.content_digest(said.pieces)
             is_repeated = len(set(said.answers)) < len(said.answers)  # 선호 쌍의 두 답이 같다
-            if digest in seen or is_repeated or any(map(check.is_placeholder, said.answers)):
+            if digest in seen or is_repeated or any(map(row_check.is_placeholder, said.answers)):
                 drop(number, "")
                 continue
             seen.add(digest)
@@ -79,7 +79,7 @@ class Fixed(NamedTuple):
     answers: list[str]
 
 
-def read_fixed(row: dict, form: forms.Form, prompter, number: int, source: str | Path) -> Fixed:
+def read_fixed(row: dict, form: columns.Form, prompter, number: int, source: str | Path) -> Fixed:
     """고친 행을 템플릿으로 말해 본다.
 
     Raises:
@@ -95,7 +95,7 @@ def read_fixed(row: dict, form: forms.Form, prompter, number: int, source: str |
     return Fixed(pieces, [answer])
 
 
-def fix_row(row: dict, form: forms.Form, prompter) -> dict:
+def fix_row(row: dict, form: columns.Form, prompter) -> dict:
     """쓰는 열의 글을 고친 행. 다른 열은 그대로 둔다."""
     name = form.columns.get("text")
     if name is not None and isinstance(row.get(name), str):
@@ -118,20 +118,20 @@ def fix_text(value: object) -> object:
     """한글을 모아쓰고, 깨진 글자를 되돌리고, 제어 문자와 끝 토큰을 뺀다. 글이 아닌 값은 그대로 둔다."""
     if not isinstance(value, str):
         return value
-    text = check.CONTROL.sub("", texts.compose(ungarble(value)))
-    text = texts.strip_end(check.FOREIGN_END.sub("", texts.strip_end(text)))
+    text = row_check.CONTROL.sub("", texts.compose(ungarble(value)))
+    text = texts.strip_end(row_check.FOREIGN_END.sub("", texts.strip_end(text)))
     return text.replace("\\n", "\n") if "\n" not in text and text.count("\\n") >= 2 else text
 
 
 def ungarble(text: str) -> str:
     """UTF-8이나 CP949를 latin-1 계열로 잘못 읽은 글을 되돌린다. 되돌릴 수 없으면 그대로 둔다."""
-    if not check.is_garbled(text):
+    if not row_check.is_garbled(text):
         return text
     for wrong, right in ((_CP1252, "utf-8"), (_LATIN1, "utf-8"), (_LATIN1, "cp949")):
         try:
             restored = bytes(wrong[char] for char in text).decode(right)
         except (KeyError, UnicodeError):
             continue
-        if not check.is_garbled(restored):
+        if not row_check.is_garbled(restored):
             return restored
     return text

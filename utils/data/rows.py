@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils import hub
-from utils.data.readers import READERS, BadRow
+from utils.data.encoding import BadRow
+from utils.data.readers import READERS
 from utils.errors import UsageError, why
 from utils.paths import ROOT, looks_like_hub_id, shown
 
@@ -23,25 +24,34 @@ def read_rows(data_path: str | Path, cache_dir: str | None = None,
     Raises:
         UsageError: 파일이 없거나 비었다. `on_bad`가 없으면 형식이 깨진 첫 행의 번호도 말한다.
     """
-    path, empty = Path(data_path), True
+    path, empty, first_reason = Path(data_path), True, None
+
+    def skip(number: int, reason: str) -> None:
+        nonlocal first_reason
+        first_reason = first_reason or reason
+        on_bad(number, reason)
+
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise UsageError(f"읽을 수 없는 데이터 형식이다: {path} (쓸 수 있는 형식: {', '.join(SUFFIXES)})")
+            old = " 엑셀에서 .xlsx로 다시 저장한다." if path.suffix.lower() in (".xls", ".xlsb", ".xlsm") else ""
+            raise UsageError(f"읽을 수 없는 데이터 형식이다: {path}.{old} 쓸 수 있는 형식: {', '.join(SUFFIXES)}")
         try:
-            for number, row in READERS[path.suffix.lower()](path, on_bad):
-                empty = False
+            for number, row in READERS[path.suffix.lower()](path, on_bad and skip):
                 if isinstance(row, dict):
+                    empty = False
                     yield number, row
                 elif on_bad is None:
                     raise UsageError(f"{path}의 {number}번째 행이 객체({{...}})가 아니다")
                 else:
-                    on_bad(number, f"{number}번째 행이 객체({{...}})가 아니다")
+                    skip(number, f"{number}번째 행이 객체({{...}})가 아니다")
         except OSError as error:
             raise UsageError(f"데이터 파일을 읽지 못했다: {path} ({why(error)})") from None
     else:
         for number, row in enumerate(load_hub(str(data_path), cache_dir), 1):
             empty = False
             yield number, row
+    if empty and first_reason:
+        raise UsageError(f"{data_path}에 읽을 수 있는 행이 하나도 없다. {first_reason}")
     if empty:
         raise UsageError(f"데이터가 비었다: {data_path}")
 

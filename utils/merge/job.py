@@ -11,10 +11,10 @@ import torch
 from utils import hub
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
-from utils.model.adapter import find_adapter
-from utils.model.folder import ModelFolder, TensorEntry, model_digest, open_model_folder
+from utils.model.adapter import find_adapter, read_prompt_info
+from utils.model.folder import ModelFolder, TensorEntry, find_trained_base, model_digest, open_model_folder
 from utils.model.loader import require_base
-from utils.paths import find_input, find_recorded
+from utils.paths import find_input
 from utils.seals import read_manifest
 
 
@@ -60,6 +60,7 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     config = lora.read_config(adapter)
     updates = lora.read_updates(adapter, config)
     facts = (read_manifest(adapter) or {}).get("run", {})
+    read_prompt_info(adapter)  # 다 쓴 다음에 깨진 것을 알지 않게 한다
     found = find_base(base_model, config, facts, cache_dir)
     base = open_model_folder(found.folder)
     disk = diskmap.read(base)
@@ -87,7 +88,7 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     trained_on = str(config.get("base_model_name_or_path") or "")
     if base_model is None and not trained_on:
         raise UsageError("어댑터가 기반 모델을 말하지 않는다. --base_model을 적는다")
-    asked = find_input(base_model) if base_model else find_recorded(trained_on)
+    asked = find_input(base_model) if base_model else find_trained_base(trained_on, facts)
     try:
         require_base(asked, shapes=False)  # 이름과 모양은 diskmap과 match_base가 본다
         asked = str(hub.folder(asked, cache_dir))

@@ -232,4 +232,4 @@ def _run_settings(root: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))["settings"]
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{file}을 읽지 못했다. 깨졌으면 지우면 함께 든 데이터로 검산한다") from None
+        raise UsageError(f"읽지 못했다: {file}. 깨진 것이면 지운다. 그러면 함께 든 데이터로 검산한다") from None

@@ -92,7 +92,8 @@ def check_target(output_dir: str, job: Job, extra_bytes: int) -> None:
         if output == folder.resolve() or output.is_relative_to(folder.resolve()):
             raise UsageError(f"output_dir이 {owner}의 폴더거나 그 안이다: {output_dir}. 다른 곳을 적는다")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"output_dir이 비어 있지 않다: {output_dir}. 새 폴더를 적거나 먼저 지운다")
+        what = "비어 있지 않다" if output.is_dir() else "폴더가 아니라 파일이다"
+        raise UsageError(f"output_dir이 {what}: {output_dir}. 새 폴더를 적거나 먼저 지운다")
     placeless = sorted(quantised_built(job)) if job.onto == "quantized" else []
     if placeless:
         raise UsageError(f"이 모델의 {placeless[0]}(모두 {len(placeless)}개)는 파일의 tensor 여럿을 합치거나 나누어 "

@@ -62,7 +62,12 @@ def load_adapter(model, adapter: Path, name: str = "default"):
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({first_line(error)}). {advice}") from None
+        reason = first_line(error)
+        if reason.startswith("Target modules"):
+            reason = "배운 층이 이 모델에 없다. 다른 구조의 모델에서 배운 어댑터다"
+        raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({reason}). {advice}") from None
+    if broken := next((key for key, value in state.items() if not value.isfinite().all()), None):
+        raise UsageError(f"어댑터에 NaN이나 inf가 들어 있다: {adapter}의 {broken}. 학습이 잘못되었으니 다시 배운다")
     lost = _lost(found, name)
     if lost:
         raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {lost}. {advice}")
@@ -106,7 +111,7 @@ def find_adapter(peft_root: str | Path) -> Path:
     if not root.is_dir():
         advice = f". hub의 어댑터면 먼저 받는다: hf download {peft_root} --local-dir {root.name}(그 폴더를 " \
                  "--peft_root로 적는다)" if looks_like_hub_id(peft_root) else ""
-        raise UsageError(f"어댑터 폴더가 없다: {root}{advice}")
+        raise UsageError(f"어댑터 폴더가 없다: {root}{advice or _nearby(root.parent)}")
     if all((root / name).is_file() for name in ADAPTER_FILES):
         found = damage(root, ADAPTER_FILES) if (root / MANIFEST).exists() else None
         if found is None:
@@ -118,7 +123,14 @@ def find_adapter(peft_root: str | Path) -> Path:
         return checkpoint
     if (root / ADAPTER_CONFIG).is_file():
         raise UsageError(f"어댑터에 가중치({ADAPTER_WEIGHTS})가 없다: {root}")
-    raise UsageError(f"어댑터가 없다: {root} (finetune-lora.py의 --output_dir를 적는다)")
+    raise UsageError(f"어댑터가 없다: {root}. finetune-lora.py의 --output_dir를 적는다{_nearby(root)}")
+
+
+def _nearby(folder: Path) -> str:
+    """적은 자리 가까이에 있는 어댑터들을 말하는 글. 없으면 빈 글이다."""
+    found = {file.parent for place in (folder, Path("train")) for file in place.glob(f"*/{ADAPTER_CONFIG}")}
+    names = sorted(each.as_posix() for each in found if not each.name.startswith("checkpoint-"))
+    return f". 있는 어댑터: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
 
 
 def read_adapter_config(adapter: Path) -> dict:

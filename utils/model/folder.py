@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils.errors import UsageError
 from utils.files import read_json
+from utils.paths import ROOT, find_recorded, looks_like_hub_id
 
 SAMPLE_BYTES = 1 << 20  # model_digest가 파일의 양끝에서 읽는 바이트
 MAX_HEADER_BYTES = 64 * 2**20
@@ -108,7 +109,7 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
     Raises:
         UsageError: 헤더가 깨졌거나 지나치게 크다, 또는 파일이 잘렸다.
     """
-    broken = UsageError(f"{file}이 깨졌거나 덜 받아졌다. 지우고 다시 받는다")
+    broken = UsageError(f"깨졌거나 덜 받아진 파일이다: {file}. 지우고 다시 받는다")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -163,6 +164,20 @@ def _expected_shards(path: Path) -> dict[str, str]:
         names = ", ".join(gone[:3])
         raise UsageError(f"{path}의 모델이 덜 받아졌다. 없는 파일: {names}(모두 {len(gone)}개). 다시 받는다")
     return weight_map
+
+
+def find_trained_base(recorded: str, facts: dict) -> str:
+    """어댑터가 말하는 기반 모델. 그 자리에도 그 이름으로도 없으면 resources에서 내용이 같은 폴더를 찾는다.
+
+    Args:
+        facts: 학습할 때 적어 둔 실행의 조건(manifest.json의 run). 기반 모델의 `model_digest`가 들어 있다.
+    """
+    found = find_recorded(recorded)
+    if Path(found).exists() or looks_like_hub_id(recorded):
+        return found
+    digest = facts.get("base_model", {}).get("id")
+    folders = (file.parent for file in sorted((ROOT / "resources").glob("*/config.json")))
+    return next((str(folder) for folder in folders if model_digest(folder) == digest), found)
 
 
 def model_digest(base_model: str | Path) -> str:

@@ -21,7 +21,9 @@ def load_tokenizer(model: str | Path, cache_dir: str | None = None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({first_line(error)})") from None
+        raise UsageError(f"토크나이저를 읽지 못했다: {model} ({first_line(error)}). 그 파일들을 다시 받는다") from None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers는 파일이 없으면 낱말이 없는 것을 만든다
+        raise UsageError(f"모델 폴더에 토크나이저(tokenizer.json이나 tokenizer.model)가 없다: {model}. 다시 받는다")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"토크나이저에 끝 토큰(eos_token)이 없다: {model}")
     if tokenizer.pad_token is None:

@@ -42,7 +42,7 @@ def routes(models: Models, auth: str | None) -> list[Route]:
 
     async def nothing(request: Request) -> Response:
         asked = f"{request.method} {request.url.path[:80]}"
-        return _error(404, f"없는 길이다: {asked}. 있는 길: GET {PATHS[0]}, POST {PATHS[1]}, POST {PATHS[2]}",
+        return _error(404, f"없는 경로다: {asked}. 있는 경로: GET {PATHS[0]}, POST {PATHS[1]}, POST {PATHS[2]}",
                       "invalid_request_error", "unknown_url")
 
     return [Route(PATHS[0], list_models), Route(f"{PATHS[0]}/{{name}}", one_model),

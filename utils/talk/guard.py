@@ -16,10 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 from utils.console import printable
 from utils.errors import UsageError
 from utils.sampling import Sampling
+from utils.talk.exposure import LOOPBACK, is_loopback
 
 MAX_CHARS = 8000
 MAX_BODY = 256 * 1024
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # 이름: (최소, 최대, 정수인가). 슬라이더와 서버의 검사가 함께 쓴다
 BOUNDS = {
     "temperature": (0.0, 2.0, False),
@@ -40,21 +40,6 @@ CONTENT_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe
                   "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'")
 HEADERS = [(b"content-security-policy", CONTENT_POLICY.encode()), (b"x-content-type-options", b"nosniff"),
            (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
-
-
-def is_loopback(server_name: str) -> bool:
-    return server_name.strip("[]").lower() in LOOPBACK or server_name.startswith("127.")
-
-
-def exposure_problem(server_name: str, share: bool, auth: str | None) -> str:
-    """이 설정으로 열면 안 되는 이유. 열어도 되면 빈 글이다."""
-    user, colon, password = (auth or "").partition(":")
-    if auth and not (user and colon and password):
-        return "--auth는 사용자:암호 꼴로 적는다"
-    if not auth and (share or not is_loopback(server_name)):
-        where = "--share_gradio True" if share else f"--server_name {server_name}"
-        return f"{where}는 다른 사람도 들어올 수 있다. --auth 사용자:암호를 함께 적는다"
-    return ""
 
 
 def same_secret(given: str, expected: str) -> bool:
@@ -84,11 +69,11 @@ def check_text(**texts: object) -> None:
     """
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise UsageError(f"{name}은 글이어야 한다")
+            raise UsageError(f"글이어야 한다: {name}")
         if len(text) > MAX_CHARS:
-            raise UsageError(f"{name}이 너무 길다: {len(text):,}글자. {MAX_CHARS:,}글자까지 받는다")
+            raise UsageError(f"글이 너무 길다({name}): {len(text):,}글자. {MAX_CHARS:,}글자까지 받는다")
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UsageError(f"{name}에 글자가 될 수 없는 값(짝 없는 surrogate)이 들어 있다")
+            raise UsageError(f"글자가 될 수 없는 값(짝 없는 surrogate)이 들어 있다: {name}")
 
 
 def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
@@ -249,7 +234,7 @@ def _is_address(name: str) -> bool:
 
 async def _refuse(status: int, send, as_json: bool = False) -> None:
     """한 줄로 거절한다. API에는 OpenAI의 오류 꼴로 적는다."""
-    reasons = {403: "거절했다: 이 페이지의 주소로 온 요청이 아니다", 404: "없는 길이다",
+    reasons = {403: "거절했다: 이 페이지의 주소로 온 요청이 아니다", 404: "없는 경로다",
                411: "본문의 길이를 알려 주지 않은 요청은 받지 않는다",
                413: f"본문이 너무 크다. {MAX_BODY // 1024} KB까지 받는다. 여럿을 나누어 보낸다"}
     body, kind = reasons[status], b"text/plain; charset=utf-8"

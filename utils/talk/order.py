@@ -38,19 +38,19 @@ class Order:
         Raises:
             UsageError: 없거나, 이 폴더와 저장소의 밖이거나, 쓸 수 없는 값이다.
         """
-        data, base = _inside(data_path, "데이터 파일"), _inside(base_model, "기반 모델")
+        data, base = _inside(data_path, "데이터 파일", "data"), _inside(base_model, "기반 모델", "resources")
         if not data.is_file() or data.suffix.lower() not in READERS:
-            raise UsageError(f"데이터 파일이 아니다: {data_path}. 읽는 형식: {', '.join(READERS)}")
+            raise UsageError(f"데이터 파일이 아니에요: {data_path}. 읽는 형식: {', '.join(READERS)}")
         if not (base / "config.json").is_file():
-            raise UsageError(f"기반 모델의 폴더가 아니다(config.json이 없다): {base_model}")
+            raise UsageError(f"기반 모델의 폴더가 아니에요(config.json이 없어요): {base_model}")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith(".") \
                 or name.split(".")[0].lower() in _WINDOWS:
-            raise UsageError(f"이름은 한글, 영문, 숫자와 . _ -로 60자까지 적는다: {str(name)[:80]}")
+            raise UsageError(f"이름은 빈칸 없이 한글, 영문, 숫자와 . _ -로 60자까지 적어 주세요: {str(name)[:80]}")
         number = isinstance(epochs, int | float) and not isinstance(epochs, bool) and math.isfinite(epochs)
         if not number or not 0 < epochs <= MAX_EPOCHS:
-            raise UsageError(f"epoch는 0보다 크고 {MAX_EPOCHS} 이하다: {str(epochs)[:40]}")
+            raise UsageError(f"epoch은 0보다 크고 {MAX_EPOCHS} 이하의 수로 적어 주세요: {str(epochs)[:40]}")
         if template not in template_names():
-            raise UsageError(f"템플릿은 {', '.join(template_names())} 가운데 하나다: {str(template)[:40]}")
+            raise UsageError(f"템플릿은 {', '.join(template_names())} 가운데 하나를 골라 주세요: {str(template)[:40]}")
         return cls(str(data), str(base), name, epochs, template)
 
     def flags(self, home: Path) -> list[str]:
@@ -95,11 +95,11 @@ def _roots() -> tuple[Path, ...]:
     return tuple(dict.fromkeys((Path.cwd(), ROOT)))
 
 
-def _inside(path: object, what: str) -> Path:
-    """지금 폴더나 저장소 안의 절대 경로. `..`을 풀어서 보고, 사용자가 만든 링크는 따라간다."""
+def _inside(path: object, what: str, home: str) -> Path:
+    """지금 폴더나 저장소 안의 절대 경로. `..`을 풀어서 보고, 사용자가 만든 링크는 따라간다. `home`은 옮길 폴더다."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
-        raise UsageError(f"{what}을 고른다")
+        raise UsageError(f"{what}을 골라 주세요")
     found = Path(os.path.normpath(Path.cwd() / path))
     if not any(found.is_relative_to(root) for root in _roots()):
-        raise UsageError(f"{what}은 지금 폴더나 저장소 안에 있어야 한다: {path[:200]}. data 폴더로 옮긴다")
+        raise UsageError(f"{what}은 지금 폴더나 저장소 안에 있어야 해요: {path[:200]}. {home} 폴더로 옮겨 주세요")
     return found

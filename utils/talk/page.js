@@ -170,8 +170,8 @@ window.lite = (() => {
       const question = !input ? instruction : /\{[^{}]*\}/.test(instruction)
         ? instruction.replace(/\{[^{}]*\}/g, () => input) : `${instruction}\n\n${input}`;
       keep({ id: `form-${Date.now()}`, system: "", model: status, said: [
-        { role: "user", text: question, good: null, draft: "", other: "" },
-        { role: "assistant", text: answer, good: null, draft: "", other: other || "" }] });
+        { role: "user", text: question, good: null, draft: "", other: null },
+        { role: "assistant", text: answer, good: null, draft: "", other: other || null }] });
     },
     exportTraining() {
       saveLines("polyglot-ko-lite-train.jsonl", read().map(trainingRow).filter(Boolean),

@@ -13,7 +13,7 @@ from gradio import queueing
 from starlette.middleware import Middleware
 
 from utils.errors import UsageError
-from utils.talk import api, guard, page_turns
+from utils.talk import api, exposure, guard, page_turns
 from utils.talk.models import Models
 from utils.talk.page_form import form_tab
 from utils.talk.page_history import history_tab
@@ -46,7 +46,7 @@ class Access:
     @property
     def is_private(self) -> bool:
         """이 컴퓨터에서만 들어올 수 있는가. 프로세스를 시작하는 일은 이때만 연다."""
-        return guard.is_loopback(self.server_name) and not self.share
+        return exposure.is_loopback(self.server_name) and not self.share
 
 
 def build(models: Models, title: str, results: Results, runs: Runs | None = None) -> gr.Blocks:
@@ -87,6 +87,8 @@ def free_port(server_name: str, first: int) -> int:
     Raises:
         UsageError: 이 주소에는 열 수 없거나, 빈 포트가 없다.
     """
+    if problem := exposure.address_problem(server_name):
+        raise UsageError(problem)
     family = socket.AF_INET6 if ":" in server_name else socket.AF_INET
     for port in range(first, min(first + PORTS_TRIED, 65536)):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -95,8 +97,6 @@ def free_port(server_name: str, first: int) -> int:
             try:
                 probe.bind((server_name, port))
                 return port
-            except socket.gaierror:
-                raise UsageError(f"--server_name이 이 컴퓨터의 주소가 아니다: {server_name}") from None
             except OSError:
                 continue
     raise UsageError(f"{server_name}의 {first}번부터 {PORTS_TRIED}개의 포트를 모두 열 수 없다. --server_port를 바꾼다")

@@ -21,6 +21,7 @@ GOOD, BAD = "좋은 답으로 남겼어요", "나쁜 답으로 남겼어요"
 MARKED = ". '내 기록'에서 학습 데이터로 내려받을 수 있어요"
 
 
+SILENT = "모델이 한 글자도 답하지 않았어요. 다시 보내거나 다르게 물어보세요"
 LONG = "질문이 너무 길어요. 줄여서 다시 보내 주세요"
 LIVE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # 모든 이벤트의 설정
 
@@ -70,7 +71,8 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
     if talk.said[-1].text:
         yield screen(talk, note + _summary(picked, answers), waiting())
     else:  # 한 글자도 나오지 않았으면 질문을 되돌려 놓는다
-        yield screen(talk.cut(place), alert(describe(answer)), {**waiting(), "value": text})
+        told_empty = f"{SILENT} · " if answer.finish_reason == "stop" else ""
+        yield screen(talk.cut(place), alert(told_empty + describe(answer)), {**waiting(), "value": text})
 
 
 def compared(models: Models, name: object, other: object) -> list[Choice]:
@@ -111,9 +113,9 @@ def _answers(picked: Sequence[Choice], talk: Talk, sampling: Sampling, session: 
 
 
 def _fill(talk: Talk, answers: Sequence[Answer], done: bool = False) -> None:
-    """지금까지 나온 글을 대화의 마지막 답에 적는다. 다 되었으면 끝의 줄바꿈을 뗀다."""
-    texts = [answer.text.rstrip() if done else answer.text for answer in answers]
-    talk.said[-1].text, talk.said[-1].other = texts[0], texts[1] if len(texts) > 1 else ""
+    """지금까지 나온 글을 대화의 마지막 답에 적는다. 다 되었으면 끝의 줄바꿈을 떼고, 아직 비었으면 줄임표를 둔다."""
+    texts = [answer.text.rstrip() if done else answer.text or "…" for answer in answers]
+    talk.said[-1].text, talk.said[-1].other = texts[0], texts[1] if len(texts) > 1 else None
 
 
 def _summary(picked: Sequence[Choice], answers: Sequence[Answer], ahead: int = 0) -> str:

@@ -4,7 +4,8 @@ import gradio as gr
 
 from utils.console import shown_command
 from utils.errors import UsageError
-from utils.talk.order import Order, base_models, data_files, free_name, short, template_names
+from utils.talk.opened import Opened
+from utils.talk.order import Order, base_models, data_files, free_name, template_names
 from utils.talk.page_curve import curve_svg
 from utils.talk.page_reply import LIVE
 from utils.talk.page_settings import status_line, unchecked
@@ -46,11 +47,16 @@ def start_tab(runs: Runs, tab: gr.Tab, tabs: gr.Tabs) -> None:
                              elem_id="start-log", min_width=280)
             with gr.Column(min_width=280):
                 curve = gr.HTML(elem_id="start-curve")
-        talk = gr.Textbox(label="끝난 학습과 대화하는 명령", interactive=False, buttons=["copy"], elem_id="start-talk")
+        with gr.Row(equal_height=True):
+            talk = gr.Textbox(label="끝난 학습과 대화하는 명령", interactive=False, buttons=["copy"],
+                              elem_id="start-talk")
+            enter = gr.Button("대화 페이지 열기", variant="primary", elem_id="start-open", scale=0, min_width=160)
+        link = gr.Markdown(elem_id="start-link")
         run = _picker("따라갈 학습", "start-run")
-    clock, here = gr.Timer(EVERY, active=False), gr.State(False)
+    clock, here, pages = gr.Timer(EVERY, active=False), gr.State(False), Opened()
 
-    asked, followed = [data, base, name, epochs, template], [following, status, log, curve, stop, resume, talk, clock]
+    asked = [data, base, name, epochs, template]
+    followed = [following, status, log, curve, stop, resume, talk, enter, clock]
 
     def fill(*chosen):
         """고를 것들을 다시 읽는다. 이미 고른 것은 그대로 둔다."""
@@ -87,6 +93,14 @@ def start_tab(runs: Runs, tab: gr.Tab, tabs: gr.Tabs) -> None:
     def go_on(picked):
         return _said(lambda: runs.resume(picked), "이어 하는 중"), clock_of(True)
 
+    def open_talk(picked):
+        yield "모델을 올리고 있어요. 큰 모델이면 몇 분이 걸려요"
+        try:
+            url = pages.url_of(runs.folder(picked))
+            yield f"[{url}]({url})에서 대화할 수 있어요. 이 페이지를 끄면 함께 꺼져요"
+        except UsageError as error:
+            yield str(error)
+
     def shown(picked, watching):
         return follow(runs, picked, watching)
 
@@ -102,12 +116,15 @@ def start_tab(runs: Runs, tab: gr.Tab, tabs: gr.Tabs) -> None:
     go.click(begin, asked, [run, status, name, clock], **LIVE)
     stop.click(halt, run, status, **LIVE)
     resume.click(go_on, run, [status, clock], **LIVE)
+    enter.click(open_talk, run, link, **LIVE)
+    run.change(lambda: "", None, link, **LIVE)
     for trigger in (clock.tick, run.change):
         trigger(shown, [run, here], followed, **LIVE)
 
 
 def follow(runs: Runs, name: object, watching: bool = True) -> tuple:
-    """화면의 값: 따라갈 것이 있는지, 상태 한 줄, 로그, 곡선, 멈추기, 이어 하기, 대화하는 명령, 다시 읽을지.
+    """화면의 값: 따라갈 것이 있는지, 상태 한 줄, 로그, 곡선, 멈추기, 이어 하기, 대화하는 명령, 대화 열기, 다시
+    읽을지.
 
     Args:
         watching: 이 탭을 보고 있는지. 아니면 도는 학습이어도 다시 읽지 않는다.
@@ -115,12 +132,13 @@ def follow(runs: Runs, name: object, watching: bool = True) -> tuple:
     try:
         progress = runs.progress(name)
     except UsageError:
-        return gr.update(visible=False), "", "", "", *[gr.update(visible=False)] * 3, clock_of(False)
-    words = ["python", "generate.py", "--peft_root", short(runs.home / str(name))]
+        return gr.update(visible=False), "", "", "", *[gr.update(visible=False)] * 4, clock_of(False)
+    words = ["python", *Opened.command(runs.home / str(name))[1:]]
+    finished = progress.state == "finished"
     return (gr.update(visible=True), progress.line, "\n".join(progress.log.lines[-SHOWN_LINES:]),
             curve_svg(progress.log), gr.update(visible=progress.state == "running"),
             gr.update(visible=progress.state == "stopped"),
-            gr.update(value=shown_command(words), visible=progress.state == "finished"),
+            gr.update(value=shown_command(words), visible=finished), gr.update(visible=finished),
             clock_of(watching and progress.state == "running"))
 
 

@@ -10,7 +10,7 @@ from utils.talk.page_settings import main_sliders, more_settings, status_line, u
 from utils.talk.page_turns import Talk, plain
 from utils.turns import Turn, filled
 
-HEIGHT = "max(200px, calc(100dvh - 330px))"  # 질문과 보내기가 첫 화면에 함께 보이는 높이
+HEIGHT = "max(200px, calc(100dvh - 340px))"  # 질문과 보내기가 첫 화면에 함께 보이는 높이
 
 
 def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown,
@@ -26,7 +26,7 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
         fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")
         chips = gr.Dataset(components=[gr.Textbox(render=False)], samples=chips_of(results),
                            label="예시 질문", show_label=False, layout="gallery", elem_id="chips", container=False)
-    question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=6, autofocus=True, elem_id="talk-question",
+    question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=4, autofocus=True, elem_id="talk-question",
                           max_length=guard.MAX_CHARS, submit_btn="보내기", container=False,
                           placeholder="질문 (Enter 보내기 · Shift+Enter 줄바꿈)")
     status = status_line("talk-status")

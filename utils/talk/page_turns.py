@@ -9,6 +9,7 @@ from utils.errors import UsageError
 from utils.talk.guard import MAX_CHARS, check_text
 from utils.turns import Turn
 
+EMPTY_ANSWER = "(빈 답)"
 MAX_SAID = 400  # 말의 수
 MAX_TALK = 8 * MAX_CHARS  # 대화 전체의 글자 수. 본문의 한계(guard.MAX_BODY)에 넉넉히 든다
 # 보이지 않는 글자. HTML과 그림과 mermaid로 읽힐 자리에 끼우면 글자 그대로 보이고, 복사할 때는 page.js가 뺀다
@@ -24,14 +25,14 @@ class Said:
         role: "user"나 "assistant".
         good: 사람이 고른 답이면 True, 나쁘다고 한 답이면 False.
         draft: 사람이 답을 고쳐 썼으면, 모델이 처음에 한 답.
-        other: 나란히 비교한 모델의 답.
+        other: 나란히 비교한 모델의 답. 비교하지 않았으면 None이고, 빈 글은 그 모델이 빈 답을 한 것이다.
     """
 
     role: str
     text: str
     good: bool | None = None
     draft: str = ""
-    other: str = ""
+    other: str | None = None
 
 
 @dataclass
@@ -60,9 +61,10 @@ class Talk:
         return system + [Turn(said.role, said.other if other and said.other else said.text) for said in self.said]
 
     def shown(self, other: bool = False) -> list[dict]:
-        """Chatbot에 보일 말들."""
-        return [{"role": turn.role, "content": [{"type": "text", "text": inert(turn.text)}]}
-                for turn in self.turns(other) if turn.role != "system"]
+        """Chatbot에 보일 말들. 비교한 모델의 빈 답을 다른 모델의 답으로 채우지 않는다."""
+        texts = [said.other if other and said.other is not None else said.text for said in self.said]
+        return [{"role": said.role, "content": [{"type": "text", "text": inert(text or EMPTY_ANSWER)}]}
+                for said, text in zip(self.said, texts, strict=True)]
 
     def marks(self) -> list[str | None]:
         """답마다의 엄지: Chatbot의 feedback_value."""
@@ -85,11 +87,12 @@ def read_talk(value: object) -> Talk:
     fits = all(isinstance(text, str) for text in (talk.id, talk.system, talk.model))
     for place, said in enumerate(talk.said):
         fits &= said.role == ("assistant" if place % 2 else "user") and said.good in (None, True, False)
-        fits &= all(isinstance(text, str) for text in (said.text, said.draft, said.other))
+        fits &= all(isinstance(text, str) for text in (said.text, said.draft, said.other or ""))
     if not fits or len(talk.id) > 64 or len(talk.model) > 200:
         raise UsageError("저장된 대화를 읽지 못했어요. 새 대화를 시작해 주세요")
     check_text(시스템=talk.system)
-    if len(talk.said) > MAX_SAID or sum(len(said.text + said.draft + said.other) for said in talk.said) > MAX_TALK:
+    n_chars = sum(len(said.text + said.draft + (said.other or "")) for said in talk.said)
+    if len(talk.said) > MAX_SAID or n_chars > MAX_TALK:
         raise UsageError("대화가 너무 길어요. 새 대화를 시작해 주세요")
     return talk
 

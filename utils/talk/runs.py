@@ -76,7 +76,7 @@ class Runs:
             UsageError: 페이지에서 시작한 학습이 아니다.
         """
         if not isinstance(name, str) or name not in self.names():
-            raise UsageError("목록에서 학습을 고른다")
+            raise UsageError("목록에서 학습을 골라 주세요")
         return self.home / name
 
     def command(self, order: Order, resume: bool = False) -> list[str]:
@@ -91,16 +91,16 @@ class Runs:
             UsageError: 이미 검사하고 있거나, 검사가 거절했거나, 너무 오래 걸린다.
         """
         if not self._checking.acquire(blocking=False):
-            raise UsageError("이미 데이터를 검사하고 있다. 끝난 뒤에 다시 누른다")
+            raise UsageError("이미 데이터를 검사하고 있어요. 끝난 뒤에 다시 눌러 주세요")
         try:
             done = subprocess.run([*self.command(order), "--check_data", "True"], stdin=subprocess.DEVNULL,
                                   capture_output=True, encoding="utf-8", errors="replace", timeout=CHECK_SECONDS)
         except subprocess.TimeoutExpired:
-            raise UsageError(f"검사가 {CHECK_SECONDS // 60}분 안에 끝나지 않아 그만두었다. 콘솔에서 해 본다") from None
+            raise UsageError(f"검사가 {CHECK_SECONDS // 60}분 안에 끝나지 않았어요. 콘솔에서 해 보세요") from None
         finally:
             self._checking.release()
         if done.returncode:
-            raise UsageError(last_line(done.stderr) or f"검사가 종료 코드 {done.returncode}로 끝났다")
+            raise UsageError(last_line(done.stderr) or f"검사가 종료 코드 {done.returncode}로 끝났어요")
         text = printable(done.stdout.strip())
         found, mark, plan = text.rpartition("\n데이터: ")
         if not mark or "\n계획: " not in plan:
@@ -117,7 +117,7 @@ class Runs:
                 if Path(run["settings"]["base_model"]).name == Path(order.base_model).name:
                     minutes = max(1, round(tokens * order.epochs / run["tokens_per_second"] / 60))
                     return f"걸리는 시간: 약 {minutes:,}분({file.parent.name}을 배운 속도로 어림한 것)"
-        return "걸리는 시간: 이 기반 모델로 배운 기록이 없어 모른다. 시작하면 첫 step 뒤에 남은 시간이 보인다"
+        return "걸리는 시간: 이 기반 모델로 배운 기록이 없어 몰라요. 시작하면 첫 step 뒤에 남은 시간이 보여요"
 
     def start(self, order: Order) -> None:
         """학습을 시작한다. 두 번 눌러도 하나만 시작한다.
@@ -128,7 +128,7 @@ class Runs:
         folder = self.home / order.name
         with self._alone():
             if folder.exists() and any(folder.iterdir()):
-                raise UsageError(f"{shown(folder)}에 이미 무언가 있다. 다른 이름을 적거나, 멈춘 학습이면 이어 한다")
+                raise UsageError(f"{shown(folder)}에 이미 무언가 있어요. 다른 이름을 적거나, 멈춘 학습이면 이어 하세요")
             self._launch(folder, order, resume=False)
 
     def resume(self, name: object) -> None:
@@ -140,7 +140,7 @@ class Runs:
         folder = self.folder(name)
         with self._alone():
             if checkpoint.newest_valid(folder) is None:
-                raise UsageError(f"{shown(folder)}에 이어 갈 체크포인트가 없다. 다른 이름으로 처음부터 시작한다")
+                raise UsageError(f"{shown(folder)}에 이어 갈 체크포인트가 없어요. 다른 이름으로 처음부터 시작해 주세요")
             self._launch(folder, self.order(name), resume=True)
 
     def order(self, name: object) -> Order:
@@ -152,11 +152,11 @@ class Runs:
         folder = self.folder(name)
         record = _read_record(folder)
         if record is None:
-            raise UsageError(f"{shown(folder / PROCESS_FILE)}을 읽지 못했다. 콘솔에서 이어 간다")
+            raise UsageError(f"읽지 못했어요: {shown(folder / PROCESS_FILE)}. 콘솔에서 이어 가세요")
         try:
             return Order.checked(**{**record["order"], "name": folder.name})
         except TypeError:
-            raise UsageError(f"{shown(folder / PROCESS_FILE)}의 항목이 맞지 않는다. 콘솔에서 이어 간다") from None
+            raise UsageError(f"{shown(folder / PROCESS_FILE)}의 항목이 맞지 않아요. 콘솔에서 이어 가세요") from None
 
     def stop(self, name: object) -> None:
         """Ctrl+C와 같은 신호를 보낸다. 학습은 하던 step을 마치고 저장한 뒤 멈춘다.
@@ -167,14 +167,14 @@ class Runs:
         folder = self.folder(name)
         process = self._process(folder)
         if process is None:
-            raise UsageError("돌고 있지 않은 학습이다")
+            raise UsageError("돌고 있지 않은 학습이에요")
         number = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)  # Windows는 묶음에 Ctrl+C를 보내지 못한다
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # nohup처럼 Ctrl+C를 무시하게 열린 서버의 자식도 무시한다
             number = signal.SIGTERM
         try:
             process.send_signal(number)
         except (OSError, ValueError, psutil.Error) as error:
-            raise UsageError(f"멈추라는 신호를 보내지 못했다({error}). 시작한 콘솔에서 Ctrl+C를 누른다") from None
+            raise UsageError(f"멈추라는 신호를 보내지 못했어요({error}). 시작한 콘솔에서 Ctrl+C를 누르세요") from None
 
     def progress(self, name: object) -> Progress:
         """폴더의 기록만 보고 안 진행. 서버를 다시 열었어도 안다."""
@@ -191,14 +191,14 @@ class Runs:
         Raises:
             UsageError: 이미 학습하고 있거나, 다른 페이지가 지금 시작하고 있다.
         """
-        busy = "다른 페이지가 지금 학습을 시작하고 있다. 잠시 뒤에 다시 누른다"
+        busy = "다른 페이지가 지금 학습을 시작하고 있어요. 잠시 뒤에 다시 눌러 주세요"
         with self._lock, locked(self._computer, busy=busy):
             running = [name for name in self.names() if self._process(self.home / name) is not None]
             elsewhere = _read_record(self._computer)
             if not running and elsewhere and _find_process(elsewhere):
                 running = [shown(str(elsewhere.get("folder")))]
             if running:
-                raise UsageError(f"이미 학습하고 있다: {running[0]}. 끝나거나 멈춘 뒤에 시작한다")
+                raise UsageError(f"이미 학습하고 있어요: {running[0]}. 끝나거나 멈춘 뒤에 시작해 주세요")
             yield
 
     def _launch(self, folder: Path, order: Order, resume: bool) -> None:
@@ -211,7 +211,7 @@ class Runs:
                 process = subprocess.Popen(self.command(order, resume), stdin=subprocess.DEVNULL, stdout=log,
                                            stderr=subprocess.STDOUT, **apart)
         except OSError as error:
-            raise UsageError(f"{shown(folder)}에서 학습을 시작하지 못했다({why(error)})") from None
+            raise UsageError(f"{shown(folder)}에서 학습을 시작하지 못했어요({why(error)})") from None
         self._started[folder.name] = process
         record = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "order": asdict(order),
                   "folder": str(folder)}

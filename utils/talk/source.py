@@ -21,11 +21,18 @@ from utils.model.adapter import (
     read_adapter_config,
     read_prompt_info,
 )
-from utils.model.folder import ADAPTER_WEIGHTS, model_digest, open_model_folder, read_safetensors_header
+from utils.model.folder import (
+    ADAPTER_WEIGHTS,
+    find_trained_base,
+    model_digest,
+    open_model_folder,
+    read_safetensors_header,
+)
 from utils.model.loader import Device, load_base, require_base
 from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
-from utils.paths import BASE_DEMO, find_input, find_recorded, shown
+from utils.paths import BASE_DEMO, find_input, shown
 from utils.prompter import make_prompter
+from utils.seals import read_manifest
 from utils.talk.answerer import Answerer
 from utils.talk.line import Line
 from utils.talk.models import BASE, Choice, Models, unique_names
@@ -77,7 +84,8 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
         if not base_model and not trained_on:
             raise UsageError(f"어댑터가 기반 모델을 말하지 않는다: {adapter}. --base_model을 적는다")
         say(f"어댑터: {shown(adapter)}")
-    asked = find_input(base_model) if base_model else find_recorded(trained_on or str(BASE_DEMO))
+    facts = (read_manifest(adapter) or {}).get("run", {}) if adapter else {}
+    asked = find_input(base_model) if base_model else find_trained_base(trained_on or str(BASE_DEMO), facts)
     if trained_on and not base_model and Path(asked).exists() and Path(asked) != Path(find_input(trained_on)):
         say(f"어댑터가 말하는 기반 모델({trained_on})이 그 자리에 없어 {shown(asked)}를 쓴다")
     try:

@@ -18,7 +18,7 @@ from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
 from utils.process import is_first_process, n_processes
-from utils.record import RUN_FILE
+from utils.record import CURVES_FILE, RUN_FILE, SAMPLES_FILE
 from utils.train.records import Settings
 
 KEEP = 2
@@ -26,6 +26,9 @@ OTHER_BYTES = 20 << 20  # run.json, 그림, 예시 답, 로그
 SAME_FLAGS = ("cutoff_len", "learning_rate", "val_set_size", "train_on_inputs", "seed", "lora_r",
               "lora_alpha", "lora_dropout", "early_stopping_patience")
 EPOCHS = "num_train_epochs"
+# 어댑터를 쓰기 전에 끊긴 학습이나, 페이지나, Windows의 탐색기가 남기는 것
+OWN_NAMES = (RUN_FILE, CURVES_FILE, SAMPLES_FILE, "tensorboard", "wandb", "process.json", "train.log", "Thumbs.db",
+             "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None
 
 
 def require_fresh(folder: Path) -> None:
-    """새로 시작할 폴더에 앞선 실행이 없는지 본다."""
+    """새로 시작할 폴더에 앞선 실행도, 다른 파일도 없는지 본다."""
     elsewhere = command_elsewhere(str(folder), {})
     saved = checkpoint.checkpoints(folder)
     if (folder / ADAPTER_WEIGHTS).exists() and ((folder / RUN_FILE).exists() or not saved):
@@ -132,6 +135,18 @@ def require_fresh(folder: Path) -> None:
         raise UsageError(f"끝나지 않은 실행이 있다: {folder}({saved[-1].name}까지). "
                          f"이어 가는 명령: {command({'resume_from_checkpoint': 'True'})} / "
                          f"다른 폴더에서 새로 시작하는 명령: {elsewhere}")
+    if others := strangers(folder):
+        more = f" 밖의 {len(others) - 3}개" if len(others) > 3 else ""
+        raise UsageError(f"output_dir에 다른 파일이 있다: {folder}({', '.join(others[:3])}{more}). 섞이거나 덮이지 "
+                         f"않게 빈 폴더나 새 폴더를 적는다: {elsewhere}")
+
+
+def strangers(folder: Path) -> list[str]:
+    """폴더에 든 것 가운데 학습이 쓴 것이 아닌 것의 이름. 숨은 파일은 세지 않는다."""
+    if not folder.is_dir():
+        return []
+    names = sorted(file.name for file in folder.iterdir())
+    return [name for name in names if name not in OWN_NAMES and not name.startswith((".", "checkpoint-"))]
 
 
 def is_finished(folder: Path, facts: dict) -> bool:
@@ -252,6 +267,7 @@ def _named(folder: Path, asked: Path) -> Path:
 
 
 def _unused(folder: Path) -> str:
+    folder = folder if folder.name else folder.absolute() / "train"  # `.`이나 `/`에는 이름이 없다
     number = 2
     while folder.with_name(f"{folder.name}-{number}").exists():
         number += 1

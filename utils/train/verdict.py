@@ -1,8 +1,10 @@
 """학습이 잘되었는지의 판단과, 잘되지 않았을 때 해 볼 것."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+from utils.paths import BASE_DEMO, DATA_DEMO
 from utils.record import SAMPLES_FILE
 from utils.train import pairs, run_folder
 from utils.train.batch_size import FEW_STEPS
@@ -40,7 +42,8 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     if 1 - after / before < LEAST_FALL:
         return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
                                *advice(settings, plan, worse=False)))
-    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result)))
+    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result),
+                          *small_base(settings)))
 
 
 class Losses(NamedTuple):
@@ -89,6 +92,16 @@ def displaced(settings: Settings, result: Result) -> list[str]:
     return [f"참고: 고른 답의 보상도 내려갔다({reward:.3f}). 두 답을 모두 말하지 않게 되어 답이 깨졌을 수 있으니 "
             f"{SAMPLES_FILE}의 답을 본다.",
             *try_this("깨졌으면 학습률을 낮춘다", settings, learning_rate=f"{settings.learning_rate / 3:.0e}")]
+
+
+def small_base(settings: Settings) -> list[str]:
+    """데모 모델에 내 데이터를 가르쳤으면, 쓸 만한 답은 진짜 기반 모델에서 나온다는 말."""
+    base, data = (Path(path).resolve() for path in (settings.base_model, settings.data_path))
+    if base != BASE_DEMO or data == DATA_DEMO:
+        return []
+    return ["참고: 데모 모델은 과정을 보여 주는 작은 모델이라 내 데이터를 배워도 엉뚱한 답을 한다.",
+            *try_this("진짜 기반 모델을 받아(README의 'polyglot-ko-1.3b로 가는 길') 배운다", settings,
+                      base_model="resources/polyglot-ko-1.3b")]
 
 
 def overfitted(result: Result) -> list[str]:
