@@ -4,6 +4,7 @@ import torch
 
 from utils.engine.train_memory import pad_rank
 from utils.engine.train_ops import TorchOps
+from utils.engine.unpacked import size_of
 
 
 @torch.no_grad()
@@ -79,8 +80,8 @@ def op_errors(cuda, step, dtype: torch.dtype, device, rows: int = 2, block: int 
             return [mine, kept, back, *(adapter.lora_a.grad.clone() for adapter in projection.adapters)]
 
         def weight(ops, copy, projection=projection):
-            size = projection.rows * (projection.columns + projection.tail)
-            return [ops.weight(projection, torch.full((size,), torch.nan, dtype=dtype, device=device)).clone()]
+            room = torch.full((size_of(projection),), torch.nan, dtype=dtype, device=device)
+            return [ops.weight(projection, room).clone()]
 
         def through_norm(ops, copy, projection=projection, d=d):
             back, stats = copy(d), torch.zeros(tokens, 2, device=device)

@@ -5,6 +5,7 @@ import io
 import itertools
 from dataclasses import replace
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -238,6 +239,20 @@ class Mistaken(TrainStep):
             angle = torch.atan2(sin, cos) * 1.01
             table = torch.cat([angle.cos(), angle.sin()], -1)
         return table
+
+
+def test_computing_in_fp32_leaves_the_model_as_it_was():
+    """4비트 가중치도 fp32로 풀고, 그동안 바뀐 입력 embedding까지 되돌린다."""
+    config = AutoConfig.for_model("llama", **SMALL | SIZES | {"hidden_size": 64})
+    model = families.quantize(AutoModelForCausalLM.from_config(config).to(torch.bfloat16), "nf4", True)
+    states = [parameter.quant_state for parameter in model.parameters() if hasattr(parameter, "quant_state")]
+    embedding, before = model.get_input_embeddings(), {name: value.dtype for name, value in model.named_parameters()}
+    with truth.in_fp32(model):
+        assert parity.model_dtype(model) is torch.float32 and {state.dtype for state in states} == {torch.float32}
+        model.set_input_embeddings(nn.Embedding(VOCAB, 64))
+    assert states and {state.dtype for state in states} == {torch.bfloat16}
+    assert model.get_input_embeddings() is embedding
+    assert {name: value.dtype for name, value in model.named_parameters()} == before
 
 
 MISTAKES = ["norm에 더하는 수", "attention의 배율", "rotary의 base", "바뀐 q와 k", "빠진 LoRA"]

@@ -113,7 +113,7 @@ def test_saved_activations_and_buffers_are_what_the_step_really_keeps(name):
         expected = predict(config, BLOCK, 2, recompute, 3, targets, 3)
         assert real == 2 * (expected["저장하는 활성값"] - attended)
         shared = sum(part.nbytes for part in vars(step.saved[-1]).values() if isinstance(part, torch.Tensor))
-        buffers = shared + sum(buffer.nbytes for buffer in [*step.buffers.values(), step.scratch])
+        buffers = shared + sum(buffer.nbytes for buffer in [*step.buffers.values(), step.unpacker.buffer])
         assert buffers / 2 < expected["작업 공간"] - WORKSPACE
 
 

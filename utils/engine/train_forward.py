@@ -12,8 +12,9 @@ from utils.engine.families import describe
 from utils.engine.family import Family
 from utils.engine.train_kernels import CudaOps
 from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers, read_norm
-from utils.engine.train_memory import kept_widths, saved_widths, scratch_elements, work_widths
+from utils.engine.train_memory import kept_widths, pad_row, saved_widths, scratch_elements, work_widths
 from utils.engine.train_ops import TorchOps
+from utils.engine.unpacked import Unpacker
 from utils.model.loss import head_loss
 from utils.model.objective import measured
 
@@ -97,7 +98,7 @@ class Forward:
     def release(self) -> None:
         """잡아 둔 메모리를 놓는다."""
         self._shape = None
-        self.x = self.z = self.stats = self.saved = self.buffers = self.scratch = self.tables = None
+        self.x = self.z = self.stats = self.saved = self.buffers = self.unpacker = self.tables = None
 
     def _prepare(self, rows: int, block: int) -> None:
         """rows x block 토큰의 메모리를 잡는다. 크기는 `train_memory`가 정한다."""
@@ -117,14 +118,17 @@ class Forward:
         self.z = [{name: empty(tokens, part.tail) for name, part in self._named(layer)} for layer in self.layers]
         widths = saved_widths(family, self.tails)
         alone = max(len(self.layers) - self.recompute_layers - 1, 0)
+        stacks = {name: empty(alone + 1, tokens, width) for name, width in widths.items()}
         # 재계산하는 층과, backward가 곧바로 이어지는 마지막 층은 한 벌을 함께 쓴다
-        shared = Saved(**{name: empty(tokens, width) for name, width in widths.items()})
-        stacks = {name: empty(alone, tokens, width) for name, width in widths.items()}
-        own = [Saved(**{name: stack[at] for name, stack in stacks.items()}) for at in range(alone)]
+        shared, *own = [Saved(**{name: stack[at] for name, stack in stacks.items()}) for at in range(alone + 1)]
         self.saved = [*[shared] * self.recompute_layers, *own]
         self.saved += [shared] * (len(self.layers) - len(self.saved))
-        self.buffers = {name: empty(tokens * width) for name, width in work_widths(family, self.tails).items()}
-        self.scratch = empty(scratch_elements(family, self.tails, tokens, self.recompute_layers))
+        widths = work_widths(family, self.tails)
+        # 한꺼번에 잡아, 저마다 할당기의 덩어리 끝을 비워 두지 않게 한다
+        parts = empty(tokens * sum(widths.values())).split([tokens * width for width in widths.values()])
+        self.buffers = dict(zip(widths, parts, strict=True))
+        scratch = empty(scratch_elements(family, self.tails, tokens, self.recompute_layers))
+        self.unpacker = Unpacker(lambda projection, out: self.ops.weight(projection, out), scratch)
         self.tables = [self._rotary_table(kind, block) for kind in family.rotary_kinds]
         self._shape = (rows, block)
 
@@ -143,24 +147,26 @@ class Forward:
 
     def _wide(self, name: str, width: int) -> torch.Tensor:
         """버퍼를 [tokens, width]로 본다. 층마다 LoRA의 칸 수가 다를 수 있어 앞쪽만 쓴다."""
-        tokens = len(self.x[0])
-        return self.buffers[name][:tokens * width].view(tokens, width)
+        tokens, stride = len(self.x[0]), pad_row(width)
+        return self.buffers[name][:tokens * stride].view(tokens, stride)[:, :width]
 
     @torch.no_grad()
     def evaluate(self, batch: dict) -> torch.Tensor:
         """dropout 없이 구한 음의 로그 가능도의 합. 선호 쌍이면 쌍마다의 값(`objective.measured`)이다."""
-        documents = self._begin(batch)
+        documents = self._begin(batch, "evaluate")
         for layer in self.layers:
             self._forward_layer(layer, documents, None)
             self.saved[layer.index].drop()
-        hidden = self._wide("t", self.family.hidden)
+        hidden = self._wide("n1", self.family.hidden)
         self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
         targets = shifted_targets(batch["labels"]).flatten()
-        return measured(head_loss(hidden, self.head, targets, None, None, self.scratch, self.ops.cross_entropy), batch)
+        return measured(head_loss(hidden, self.head, targets, None, None, self.unpacker.lend(),
+                                  self.ops.cross_entropy), batch)
 
-    def _begin(self, batch: dict) -> Documents:
+    def _begin(self, batch: dict, name: str) -> Documents:
         rows, block = batch["input_ids"].shape
         self._prepare(rows, block)
+        self.unpacker.begin(name)
         self.ops.embed(self._table(), batch["input_ids"], self.x[0])
         if self.embedding_scale != 1.0:
             self.x[0].mul_(self.embedding_scale)
@@ -194,7 +200,7 @@ class Forward:
             return  # 함께 읽는 구조의 backward는 attention을 더한 값이 필요 없다
         attended = saved.attended.flatten(1)
         if layer.out.adapters:
-            wide = self._wide("attended", family.q_width + layer.out.tail)
+            wide = self._wide("g", family.q_width + layer.out.tail)
             wide[:, :family.q_width] = attended
             attended = wide
         if family.post_norm:
@@ -233,17 +239,18 @@ class Forward:
     def _multiply(self, projection: Projection, wide, z, keys, again: bool, out) -> None:
         """out = 선형층(LoRA까지)의 출력 [tokens, rows]. wide는 앞의 columns칸이 채워진 입력이다."""
         self._fill_tail(projection, wide, z, keys, again)
-        weight = self.ops.weight(projection, self.scratch)
+        weight = self.unpacker.take(projection)
         if projection.bias is None:
             torch.mm(wide, weight.t(), out=out)
         else:
             torch.addmm(projection.bias, wide, weight.t(), out=out)
+        self.unpacker.give_back()
 
     def _accumulate(self, projection: Projection, wide, z, keys, again: bool, residual) -> None:
         """잔차 [tokens, hidden]에 배율을 곱한 출력을 더한다. bias는 이미 더해져 있다."""
         self._fill_tail(projection, wide, z, keys, again)
-        weight = self.ops.weight(projection, self.scratch)
-        residual.addmm_(wide, weight.t(), alpha=self.family.residual_scale)
+        residual.addmm_(wide, self.unpacker.take(projection).t(), alpha=self.family.residual_scale)
+        self.unpacker.give_back()
 
     def _fill_tail(self, projection: Projection, wide, z, keys, again: bool) -> None:
         """입력의 끝에 z를 적는다. 재계산할 때는 forward가 남긴 것을 쓴다."""

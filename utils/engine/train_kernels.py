@@ -16,7 +16,7 @@ KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_back
            "rotate", "unrotate", "activate", "activate_backward", "cross_entropy", "gather")
 ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
-LORA_ROWS, LORA_THREADS = 16, 512  # lora_down: 블록 하나가 텐서 코어의 높이인 행 16개
+LORA_ROWS, LORA_THREADS = 8, 512  # lora_down: 블록 하나가 텐서 코어의 너비인 행 8개
 TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
@@ -129,7 +129,7 @@ class CudaOps(TorchOps):
         if any(getattr(linear.weight, "quant_state", None) is None for linear in projection.linears):
             return super().weight(projection, out)
         columns, tail = projection.columns, projection.tail
-        out = out[:projection.rows * (columns + tail)].view(projection.rows, columns + tail)
+        out = self.unpacked_view(projection, out)
         by_row = {adapter.row: adapter for adapter in projection.adapters}
         row = 0
         for linear in projection.linears:
@@ -138,7 +138,7 @@ class CudaOps(TorchOps):
             self._flat("dequantize", -(-(count + extra) // 4), linear.weight.data, state.absmax if nested else None,
                        state.state2.absmax if nested else state.absmax, state.state2.code if nested else None,
                        state.offset if nested else None, state.code, adapter and adapter.lora_b.detach(), out[row:],
-                       count, columns, columns + tail, extra, tail, adapter.column if adapter else 0,
+                       count, columns, out.stride(0), extra, tail, adapter.column if adapter else 0,
                        adapter.rank if adapter else 0, adapter.scale if adapter else 1.0)
             row += rows
         return out

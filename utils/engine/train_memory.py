@@ -6,8 +6,9 @@
 from dataclasses import dataclass
 
 from utils.engine.family import Family
-from utils.model.loss import HEAD_CHUNK
 
+LOGIT_ROWS, FEWER_LOGIT_ROWS = 256, 128  # logits를 한 번에 만드는 토큰 수. 메모리가 모자라 재계산하면 뒤의 것
+ROW_UNIT = 64  # 행렬 곱의 행이 시작하는 단위. 16비트 64개가 128바이트다
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
 STATS = 8  # 두 norm의 평균과 1/표준편차. fp32 넷을 16비트로 센 것
 TILE_ROWS = 16  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부분합이 잠시 있다
@@ -16,6 +17,11 @@ TILE_ROWS = 16  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부
 def pad_rank(rank: int) -> int:
     """16바이트 단위로 읽도록 8의 배수로 올린 rank."""
     return -(-rank // RANK_UNIT) * RANK_UNIT
+
+
+def pad_row(width: int) -> int:
+    """행이 128바이트의 배수에서 시작하게 올린 폭. 텐서 코어에 넣는 복사(TMA)가 그 단위다."""
+    return -(-width // ROW_UNIT) * ROW_UNIT
 
 
 @dataclass(frozen=True)
@@ -68,27 +74,30 @@ def attention_bytes(family: Family) -> int:
 
 def work_widths(family: Family, tails: Tails) -> dict[str, int]:
     """한 층을 계산하는 동안만 쓰고 모든 층이 함께 쓰는 버퍼."""
-    widths = {
+    # 행렬 곱의 입력과 출력
+    wide = {
         "n1": family.hidden + (tails.qkv if family.parallel else max(tails.qkv, tails.mlp)),
         "n2": family.hidden + tails.mlp if family.parallel else 0,  # 차례로 읽는 구조는 n1을 다시 쓴다
-        "attended": family.q_width + tails.out,
-        "g": family.ff + tails.down,  # 활성 함수의 뒤, 또는 그 gradient
-        "t": max(family.hidden, family.ff if tails.down else 0),  # 다시 구한 선형층의 입력
-        "qk": (family.heads + family.kv_heads) * family.head_dim if family.qk_norm else 0,
+        # attention의 출력, 활성 함수의 뒤, 그 gradient, 마지막 은닉값의 gradient. 함께 쓰이지 않는다
+        "g": max(family.hidden, family.q_width + tails.out, family.ff + tails.down),
+        # 다시 구한 선형층의 입력, 또는 출력에 거는 norm의 gradient
+        "t": max(family.hidden if family.post_norm else 0, family.ff if tails.down else 0),
     }
-    return widths
+    qk = (family.heads + family.kv_heads) * family.head_dim if family.qk_norm else 0  # norm을 걸고 돌린 q와 k
+    return {name: pad_row(width) for name, width in wide.items()} | {"qk": qk}
 
 
 def scratch_elements(family: Family, tails: Tails, tokens: int, recompute: int) -> int:
     """푼 가중치와 logits 한 조각이 번갈아 쓰는 자리의 원소 수.
 
-    logits는 HEAD_CHUNK 토큰씩 만든다. 재계산해야 할 만큼 메모리가 모자라면 그 반씩 만든다(어휘가 15만이면 78 MB).
+    어휘가 15만이면 logits 한 조각은 78 MB다. 더 크게 만들어도 빨라지지 않는다.
     """
-    rows = HEAD_CHUNK if recompute == 0 else HEAD_CHUNK // 2
+    rows = LOGIT_ROWS if recompute == 0 else FEWER_LOGIT_ROWS
     return max(weight_elements(family, tails), min(tokens, rows) * family.vocab)
 
 
 def weight_elements(family: Family, tails: Tails) -> int:
     """NF4 가중치를 푸는 자리의 원소 수: 함께 곱하는 행렬들을 세로로 쌓고 LoRA의 칸을 덧붙인 것 가운데 가장 큰 것."""
-    return max(family.qkv_width * (family.hidden + tails.qkv), family.hidden * (family.q_width + tails.out),
-               family.mlp_width * (family.hidden + tails.mlp), family.hidden * (family.ff + tails.down))
+    return max(family.qkv_width * pad_row(family.hidden + tails.qkv),
+               family.hidden * pad_row(family.q_width + tails.out),
+               family.mlp_width * pad_row(family.hidden + tails.mlp), family.hidden * pad_row(family.ff + tails.down))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from utils.engine.family import Family
 from utils.engine.train_layers import Adapter, Norm, Projection
+from utils.engine.train_memory import pad_row
 from utils.model.loss import cross_entropy_
 
 DROP_LEVELS = 1 << 16  # dropout의 난수는 16비트다
@@ -149,9 +150,8 @@ class TorchOps:
 
     def weight(self, projection: Projection, out) -> torch.Tensor:
         """쌓은 가중치 [rows, columns + tail]을 `out`에 적어 돌려준다. 끝의 칸에는 `scale * B`가 있다."""
-        columns = projection.columns
-        out = out[:projection.rows * (columns + projection.tail)].view(projection.rows, columns + projection.tail)
-        row = 0
+        columns, row = projection.columns, 0
+        out = self.unpacked_view(projection, out)
         for linear in projection.linears:
             out[row:row + linear.out_features, :columns] = self._matrix(linear)
             row += linear.out_features
@@ -160,6 +160,12 @@ class TorchOps:
             start = columns + part.column
             out[part.row:part.row + part.rows, start:start + part.rank] = part.lora_b.detach() * part.scale
         return out
+
+    @staticmethod
+    def unpacked_view(projection: Projection, out: torch.Tensor) -> torch.Tensor:
+        """1차원의 자리에서 쌓은 가중치가 놓일 곳 [rows, columns + tail]. 행 사이의 간격은 `pad_row`가 정한다."""
+        width = projection.columns + projection.tail
+        return out[:projection.rows * pad_row(width)].view(projection.rows, -1)[:, :width]
 
     def _matrix(self, linear) -> torch.Tensor:
         state = getattr(linear.weight, "quant_state", None)

@@ -26,16 +26,18 @@ class TrainStep(Forward):
             batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 씨앗),
                 factor(fp32 스칼라). 선호 쌍이면 reference와 beta도 있다.
         """
-        documents, keys = self._begin(batch), batch["keys"]
+        documents, keys = self._begin(batch, "train"), batch["keys"]
         for layer in self.layers:
             self._forward_layer(layer, documents, keys)
         targets = shifted_targets(batch["labels"]).flatten()
-        gradient = torch.empty_like(self.x[-1])
-        hidden = self._wide("t", self.family.hidden)
+        hidden, gradient = self._wide("n1", self.family.hidden), self._wide("g", self.family.hidden)
         self.ops.norm(self.x[-1], [(self.final_norm, hidden)])
-        loss = learn(batch, gradient, lambda factor: head_loss(hidden, self.head, targets, factor, gradient,
-                                                               self.scratch, self.ops.cross_entropy))
-        self.ops.norm_backward(self.x[-1], [(self.final_norm, gradient)], gradient)
+        room = self.unpacker.lend()
+        loss = learn(batch, gradient, lambda factor: head_loss(hidden, self.head, targets, factor, gradient, room,
+                                                               self.ops.cross_entropy))
+        # 마지막 층의 출력은 이제 쓰이지 않는다. 그 자리에서 층을 하나씩 지나며 입력의 gradient로 바뀐다
+        self.ops.norm_backward(self.x[-1], [(self.final_norm, gradient)], self.x[-1])
+        gradient = self.x[-1]
         for layer in reversed(self.layers):
             if layer.index < self.recompute_layers:
                 self._recompute_layer(layer, documents, keys)
@@ -78,7 +80,7 @@ class TrainStep(Forward):
         """attention의 입력(norm의 뒤)의 gradient [tokens, hidden + tail]. 더 되돌아갈 곳이 없으면 None."""
         family, ops, saved, z = self.family, self.ops, self.saved[layer.index], self.z[layer.index]
         dy, scale = self._through_post(layer.post1, saved.post1, gradient)
-        wide = self._wide("attended", family.q_width + layer.out.tail)
+        wide = self._wide("g", family.q_width + layer.out.tail)
         self._backward_product(layer.out, dy, scale, z["out"], wide)
         ops.lora_backward(saved.attended.flatten(1), wide, layer.out, keys)
         if layer.index == 0 and not layer.qkv.adapters:
@@ -102,7 +104,7 @@ class TrainStep(Forward):
         """잔차의 gradient에서 선형층의 출력의 gradient와 거기에 곱할 수를 구한다."""
         if norm is None:
             return gradient, self.family.residual_scale
-        dy = self._wide("t", self.family.hidden)
+        dy = self.buffers["t"][:y.numel()].view(y.shape)
         self.ops.norm_backward(y, [(norm, gradient)], dy)  # norm에 잔차의 배율이 들어 있다
         return dy, 1.0
 
@@ -112,10 +114,11 @@ class TrainStep(Forward):
         y = [u | z] [W | sB]^T 이므로 [du | dz] = dy [W | sB], d(sB) = dy^T z다. 여러 선형층을 쌓았으면 dy와 z에서
         저마다의 칸만 곱한다.
         """
-        weight = self.ops.weight(projection, self.scratch)
+        weight = self.unpacker.take(projection)
         if scale == 1.0:
             torch.mm(dy, weight, out=wide)
         else:
             torch.addmm(wide, dy, weight, beta=0.0, alpha=scale, out=wide)
+        self.unpacker.give_back()
         for adapter in projection.adapters:
             self.ops.lora_up(adapter, dy, z, scale)

@@ -1,6 +1,7 @@
 """CUDA graph로 찍어 되풀이하는 micro-step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,12 +16,14 @@ class CapturedStep:
     자리(static tensor)에 복사하고, gradient는 `weights`가 잡아 둔 같은 `.grad`에 더하고, 결과는 베껴서 돌려준다.
 
     첫 번째는 그대로 실행해 워밍업으로 삼는다. 학습과 평가를 따로 찍지만 메모리 풀은 함께 쓴다: 둘은 번갈아 돌 뿐
-    겹치지 않으므로 중간값의 자리를 함께 쓸 수 있다.
+    겹치지 않으므로 중간값의 자리를 함께 쓸 수 있다. cuBLAS는 stream마다 작업 공간을 잡으므로 모두 stream 하나에서 한다.
     """
 
-    def __init__(self, step: Step, device: torch.device):
+    def __init__(self, step: Step, device: torch.device, stream: torch.cuda.Stream | None = None):
+        """stream: 계산할 stream. None이면 GPU에서는 새로 만든다."""
         self.step = step
         self.device = device
+        self.stream = torch.cuda.Stream(device) if stream is None and device.type == "cuda" else stream
         self.enabled = device.type == "cuda" and getattr(step, "capturable", True)
         self._failure = None
         self.release()
@@ -55,16 +58,30 @@ class CapturedStep:
     def _run(self, kind: str, batch: Batch) -> torch.Tensor:
         function = getattr(self.step, kind)
         if not self.enabled:
-            return function({name: value.to(self.device) for name, value in batch.items()})
+            with self._aside():
+                return function({name: value.to(self.device) for name, value in batch.items()})
         batch = self._copy_inputs(batch)
         if kind not in self._graphs:
-            if kind not in self._warm:
-                self._warm.add(kind)
-                return function(batch)
-            if not self._capture(kind, function, batch):
-                return function(batch)  # 찍다가 그만둔 것은 실행되지 않았다
+            with self._aside():
+                if kind not in self._warm:
+                    self._warm.add(kind)
+                    return function(batch)
+                if not self._capture(kind, function, batch):
+                    return function(batch)  # 찍다가 그만둔 것은 실행되지 않았다
         self._graphs[kind].replay()
         return self._outputs[kind].clone()  # 다음 replay가 같은 자리를 덮어쓴다
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """`stream`에서 계산한다. 앞뒤의 stream과 차례를 지킨다."""
+        if self.stream is None:
+            yield
+            return
+        outside = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
 
     def _copy_inputs(self, batch: Batch) -> Batch:
         """입력을 static tensor에 복사한다. CPU의 입력도 그대로 받는다."""
@@ -84,7 +101,7 @@ class CapturedStep:
         torch.cuda.synchronize()  # 찍는 동안에는 다른 stream의 일이 끼어들 수 없다
         torch.cuda.empty_cache()  # 워밍업이 쓰던 메모리를 graph의 풀이 쓸 수 있게 한다
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
                 self._outputs[kind] = function(batch)
         except torch.OutOfMemoryError:
             raise

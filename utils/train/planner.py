@@ -21,8 +21,9 @@ from utils.errors import UsageError
 GB = 1e9
 MARGIN = 0.3 * GB  # 다른 프로그램이 조금 늘어나도 견디는 여유
 CONTEXT = 0.55 * GB  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
-WORKSPACE = 2 * (32 << 20)  # cuBLAS의 작업 공간 32 MiB. 보통의 stream과 graph를 찍는 stream에 하나씩
+WORKSPACE = 32 << 20  # cuBLAS의 작업 공간. 계산하는 stream 하나에만 있다
 FRAGMENTS = 0.02  # 할당기가 쪼개져 쓰지 못하고 남기는 비율
+SPARE = 20 << 20  # 할당기는 10 MiB보다 작은 것들을 20 MiB의 덩어리에 담는다. 모두 합쳐 그 하나쯤이 비어 있다
 SAFETY = 1.03  # 예측이 이만큼 모자라도 예산을 넘지 않게 한다
 TARGET_TOKENS = 1024  # micro-step의 토큰이 이보다 적으면 행렬 곱이 GPU를 채우지 못한다
 MOST_TOKENS = 4096  # 이보다 많으면 메모리만 늘고 거의 빨라지지 않는다
@@ -166,7 +167,7 @@ def predict(config: dict, block: int, micro: int, recompute: int, rank: int, tar
         parts = _predict_autograd(config, block, micro, recompute, rank, len(targets))
     else:
         parts = _predict_engine(family, block * micro, recompute, rank, targets, max_documents * micro, processors)
-    parts["작업 공간"] += FRAGMENTS * sum(parts.values()) + WORKSPACE
+    parts["작업 공간"] += FRAGMENTS * sum(parts.values()) + WORKSPACE + SPARE
     parts["CUDA context"] = CONTEXT
     return parts
 
@@ -199,11 +200,10 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     partial = 4 * tiles * rank * widest
     return {
         "가중치": layers * (quantized + small) + table,
-        # fp32 다섯 벌: 값, gradient, Adam의 평균 둘, 메모리가 모자랄 때 되돌릴 gradient의 사본
-        "어댑터와 optimizer": 5 * 4 * trained,
+        # fp32 네 벌: 값, gradient, Adam의 평균 둘
+        "어댑터와 optimizer": 4 * 4 * trained,
         "저장하는 활성값": stored,
         "작업 공간": work + scratch + partial + _flash_backward(family, tokens, documents, processors),
-        "손실": 2 * tokens * family.hidden,  # 마지막 은닉값의 gradient. 층을 지나며 제자리에서 바뀐다
     }
 
 

@@ -35,8 +35,14 @@ def open_step(model: nn.Module, plan: MemoryPlan, train_set, eval_set, device: t
         candidates.insert(0, lambda: TrainStep(model, plan.recompute_layers, documents, plan.exact))
     else:
         say("이 모델에는 빠른 계산을 쓸 수 없어 자동미분으로 배운다. 결과는 같고 더 느리다(이유: --verbose True)")
-    step = choose_step(candidates, model, train_set, documents, device, say, reject=lambda: restore_embedding(model))
-    return SplittingStep(CapturedStep(step, device), model, plan.micro_batch_size, gradients, say)
+    stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # 올리던 가중치가 다 올라온 다음에
+    with torch.cuda.stream(stream):
+        step = choose_step(candidates, model, train_set, documents, device, say,
+                           reject=lambda: restore_embedding(model))
+    return SplittingStep(CapturedStep(step, device, stream), model, plan.micro_batch_size, gradients, say)
 
 
 class SplittingStep:
@@ -61,7 +67,8 @@ class SplittingStep:
             UsageError: 블록 하나도 계산할 수 없다.
         """
         blocks = {name: value for name, value in batch.items() if name != "factor"}
-        before = None if self.step.captured else self.gradients.clone()  # 찍힌 graph는 메모리를 새로 잡지 않는다
+        # 찍힌 graph는 메모리를 새로 잡지 않는다. 사본은 찍기 전의 몇 번뿐이라 CPU에 둔다
+        before = None if self.step.captured else self.gradients.to("cpu", copy=True)
         while True:
             parts = split_rows(blocks, self.rows)
             try:

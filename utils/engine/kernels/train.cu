@@ -155,46 +155,40 @@ __device__ __forceinline__ void split_two(float first, float second, u32& high, 
     low = pack_two(first - widen<BF16>((u16)(high & 0xffff)), second - widen<BF16>((u16)(high >> 16)));
 }
 
-// LORA_ROWS(16)개의 행: z = dropout(u) A^T. 입력 wide [tokens, stride]의 끝(columns + own부터)과 z [tokens, tail]에 적는다.
-// grid.y가 LoRA 하나씩을 맡는다. 텐서 코어로 곱한다: 행 16개 x 열 16개의 u와, rank 8개 x 열 16개의 A다. 워프마다 열을
-// 32개씩 맡아 더하고 끝에 블록이 합친다. 레인 4g + t는 행 g와 g + 8, 그리고 A의 행 g에서 이웃한 여덟 열 8t..8t + 7을
-// 읽는다. u와 A가 열의 차례를 똑같이 바꾸므로 합은 같다.
+// LORA_ROWS(8)개의 행: z = dropout(u) A^T. 입력 wide [tokens, stride]의 끝(columns + own부터)과 z [tokens, tail]에 적는다.
+// grid.y가 LoRA 하나씩을 맡는다. 텐서 코어로 곱한다: 높이 16은 rank 8개의 A의 위와 아래 절반, 너비 8은 행 8개의 u다. 워프마다
+// 열을 32개씩 맡아 더하고 끝에 블록이 합친다. 레인 4g + t는 u의 행 g와 A의 행 g에서 이웃한 여덟 열 8t..8t + 7을 읽는다.
+// u와 A가 열의 차례를 똑같이 바꾸므로 합은 같다.
 extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
     u16* wide, Loras loras, u16* z, const int* keys, int tokens, int stride, int columns, int tail, int block_len) {
     __shared__ float parts[LORA_THREADS / 32][LORA_ROWS * SPAN];
     Lora lora = pick(loras, blockIdx.y);
     Dropout drop = {keys, block_len, lora.site, lora.threshold, lora.keep_scale};
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quarter = lane % 4;
-    int first_row = blockIdx.x * LORA_ROWS;
-    int rows[2] = {min(first_row + group, tokens - 1), min(first_row + group + 8, tokens - 1)};
-    uint2 seeds[2] = {drop_seed(drop, rows[0]), drop_seed(drop, rows[1])};
+    int first_row = blockIdx.x * LORA_ROWS, own_row = min(first_row + group, tokens - 1);
+    uint2 seed = drop_seed(drop, own_row);
     for (int first = 0; first < lora.padded; first += SPAN) {
         // rank를 넘는 행은 아무것이나 읽고, 합을 적을 때 0으로 바꾼다
         const float* line = lora.a + (size_t)min(first + group, lora.rank - 1) * columns;
         float sum[4] = {};
 #pragma unroll 4
         for (int column = warp * 32 + quarter * 8; column - quarter * 8 < columns; column += LORA_THREADS) {
-            uint4 u[2] = {};
+            uint4 u = {};
             Eight a = {};
             if (column < columns) {
                 a = load_float(line + column, 0.f);
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    u[n] = *(const uint4*)(wide + (size_t)rows[n] * stride + column);
-                    drop_eight(drop, seeds[n], rows[n], columns, column, u[n]);
-                }
+                u = *(const uint4*)(wide + (size_t)own_row * stride + column);
+                drop_eight(drop, seed, own_row, columns, column, u);
             }
             u32 high[4], low[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) split_two(a.v[2 * i], a.v[2 * i + 1], high[i], low[i]);
-            mma<BF16>(sum, u[0].x, u[1].x, u[0].y, u[1].y, high[0], high[1]);
-            mma<BF16>(sum, u[0].z, u[1].z, u[0].w, u[1].w, high[2], high[3]);
-            mma<BF16>(sum, u[0].x, u[1].x, u[0].y, u[1].y, low[0], low[1]);
-            mma<BF16>(sum, u[0].z, u[1].z, u[0].w, u[1].w, low[2], low[3]);
+            mma<BF16>(sum, high[0], low[0], high[1], low[1], u.x, u.y);
+            mma<BF16>(sum, high[2], low[2], high[3], low[3], u.z, u.w);
         }
-        // 레인 4g + t의 넷: (행 g, rank 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-        float* mine = parts[warp] + group * SPAN + quarter * 2;
-        mine[0] = sum[0], mine[1] = sum[1], mine[8 * SPAN] = sum[2], mine[8 * SPAN + 1] = sum[3];
+        // 레인 4g + t의 넷: rank g와 (행 2t, 행 2t + 1)의 위 절반 둘, 아래 절반 둘
+        float* mine = parts[warp] + quarter * 2 * SPAN + group;
+        mine[0] = sum[0] + sum[2], mine[SPAN] = sum[1] + sum[3];
         __syncthreads();
         int row = first_row + threadIdx.x / SPAN, r = first + threadIdx.x % SPAN;
         if (threadIdx.x < LORA_ROWS * SPAN && row < tokens) {
