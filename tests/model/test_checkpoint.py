@@ -191,9 +191,9 @@ def test_unfinished_and_finished_folders_are_pointed_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("names, others", [
     ((), []), ((".lock", ".DS_Store", "checkpoint-3", "train.log", "process.json", "tensorboard"), []),
     (("run.json", "samples.md", "curves.png"), []), (("README.md",), ["README.md"]),
-    (("model.safetensors", "config.json"), ["config.json", "model.safetensors"]), (("faq.csv",), ["faq.csv"])])
-def test_a_new_run_does_not_mix_with_other_files(tmp_path, names, others):
-    """기반 모델이나 데이터의 폴더에 쓰면 그 README.md를 덮고, 어댑터와 섞인 모델이 된다."""
+    (("model.safetensors", "config.json"), ["config.json", "model.safetensors"]), (("faq.csv", "out.txt"), [])])
+def test_a_new_run_does_not_mix_with_another_model(tmp_path, names, others):
+    """기반 모델의 폴더에 쓰면 그 README.md를 덮고, 어댑터와 섞인 모델이 된다."""
     for name in names:
         (tmp_path / name).touch()
     assert run_folder.strangers(tmp_path) == others
@@ -204,6 +204,6 @@ def test_a_new_run_does_not_mix_with_other_files(tmp_path, names, others):
 
 def test_a_folder_without_a_name_has_another_name_to_offer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "faq.csv").touch()
-    with pytest.raises(UsageError, match="faq.csv.*train-2"):
+    (tmp_path / "README.md").touch()
+    with pytest.raises(UsageError, match="README.md.*train-2"):
         run_folder.require_fresh(Path())

@@ -18,7 +18,7 @@ from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
 from utils.process import is_first_process, n_processes
-from utils.record import CURVES_FILE, RUN_FILE, SAMPLES_FILE
+from utils.record import RUN_FILE
 from utils.train.records import Settings
 
 KEEP = 2
@@ -26,9 +26,9 @@ OTHER_BYTES = 20 << 20  # run.json, 그림, 예시 답, 로그
 SAME_FLAGS = ("cutoff_len", "learning_rate", "val_set_size", "train_on_inputs", "seed", "lora_r",
               "lora_alpha", "lora_dropout", "early_stopping_patience")
 EPOCHS = "num_train_epochs"
-# 어댑터를 쓰기 전에 끊긴 학습이나, 페이지나, Windows의 탐색기가 남기는 것
-OWN_NAMES = (RUN_FILE, CURVES_FILE, SAMPLES_FILE, "tensorboard", "wandb", "process.json", "train.log", "Thumbs.db",
-             "desktop.ini")
+# 학습이 덮어쓰거나, 어댑터와 섞여 다른 모델처럼 보이게 하는 것
+CLASHING = ("README.md", "config.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None
 
 
 def require_fresh(folder: Path) -> None:
-    """새로 시작할 폴더에 앞선 실행도, 다른 파일도 없는지 본다."""
+    """새로 시작할 폴더에 앞선 실행도, 다른 모델도 없는지 본다."""
     elsewhere = command_elsewhere(str(folder), {})
     saved = checkpoint.checkpoints(folder)
     if (folder / ADAPTER_WEIGHTS).exists() and ((folder / RUN_FILE).exists() or not saved):
@@ -142,11 +142,9 @@ def require_fresh(folder: Path) -> None:
 
 
 def strangers(folder: Path) -> list[str]:
-    """폴더에 든 것 가운데 학습이 쓴 것이 아닌 것의 이름. 숨은 파일은 세지 않는다."""
-    if not folder.is_dir():
-        return []
-    names = sorted(file.name for file in folder.iterdir())
-    return [name for name in names if name not in OWN_NAMES and not name.startswith((".", "checkpoint-"))]
+    """폴더에 든 것 가운데 학습이 덮어쓰거나 어댑터와 섞일 것의 이름. 로그나 데이터 파일은 함께 있어도 된다."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file.name for file in files if file.name in CLASHING or file.suffix in WEIGHT_SUFFIXES)
 
 
 def is_finished(folder: Path, facts: dict) -> bool:
