@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,7 +141,8 @@ def test_first_command_in_short_learns_and_says_what_it_learnt(tmp_path):
     assert exact["rows"] >= 30
     assert exact["base"] <= 0.05 * exact["rows"] and exact["tuned"] >= 0.5 * exact["rows"], exact
     assert f"검증 질문 {exact['rows']}개 가운데 정답과 똑같은 답" in done.stdout
-    assert set(re.findall(r"python (\S+\.py)", done.stdout)) == {"merge-lora.py", "generate.py"}
+    scripts = {Path(name) for name in re.findall(r"다음 명령.*", done.stdout, re.DOTALL)[0].split() if ".py" in name}
+    assert scripts == {ROOT / "merge-lora.py", ROOT / "generate.py"}, "다른 폴더에서 실행해도 그대로 칠 수 있다"
     assert "모범 답" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
 
 

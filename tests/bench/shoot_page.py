@@ -72,7 +72,7 @@ def ask(page, example: int) -> None:
         temperature.press("Tab")
         page.locator("#talk-settings button").first.click()
     page.locator("#talk-question textarea").press("Enter")
-    expect(page.locator("#talk-question .stop-button")).to_be_visible(timeout=60_000)
+    expect(page.locator("#talk-question textarea")).to_have_value("", timeout=60_000)  # 답하기 시작했다
     wait(page, "#talk-status")
     expect(page.locator("#talk-question .submit-button")).to_be_visible(timeout=120_000)
 
