@@ -53,7 +53,8 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
         answers, cut = _answers(picked, talk, sampling, session)
         submit(picked, answers)
     except UsageError as error:
-        yield screen(None, status=alert(told(error)), question=gr.update(value=text) if index is None else gr.skip())
+        kept = gr.update(value=text) if index is None else gr.skip()
+        yield screen(None, status=alert(told(error)), question=kept)
         return
     answer, note = answers[0], f"앞의 대화 {cut}번은 길어서 빼고 물었어요 · " if cut else ""
     talk.said += [Said("assistant", "")]
@@ -115,7 +116,9 @@ def _answers(picked: Sequence[Choice], talk: Talk, sampling: Sampling, session: 
 def _fill(talk: Talk, answers: Sequence[Answer], done: bool = False) -> None:
     """지금까지 나온 글을 대화의 마지막 답에 적는다. 다 되었으면 끝의 줄바꿈을 떼고, 아직 비었으면 줄임표를 둔다."""
     texts = [answer.text.rstrip() if done else answer.text or "…" for answer in answers]
-    talk.said[-1].text, talk.said[-1].other = texts[0], texts[1] if len(texts) > 1 else None
+    last = talk.said[-1]
+    last.text = texts[0]
+    last.other = texts[1] if len(texts) > 1 else None
 
 
 def _summary(picked: Sequence[Choice], answers: Sequence[Answer], ahead: int = 0) -> str:
