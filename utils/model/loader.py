@@ -21,6 +21,15 @@ class Device:
     dtype: torch.dtype
     reason: str
 
+    @property
+    def dtype_name(self) -> str:
+        """bfloat16처럼 적은 dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def line(self) -> str:
+        """고른 것과 이유 한 줄."""
+        return f"장치: {self.device} / {self.dtype_name}. {self.reason}"
+
 
 def choose_device() -> Device:
     """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""

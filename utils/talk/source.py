@@ -149,7 +149,7 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     템플릿과 끝 토큰은 어댑터마다 제 prompt.json의 것이고, 모델과 줄은 함께 쓴다.
     """
     device = loader.choose_device()
-    say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    say(device.line())
     base_model = sources[0].base_model
     precision = choose_precision(base_model, device, load_4bit, load_8bit)
     say(f"가중치: {precision.reason}")

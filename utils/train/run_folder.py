@@ -164,7 +164,7 @@ def describe(settings: Settings, inputs) -> dict:
         "data_path": _fact(settings.data_path, inputs.data_sha256),
         "prompt_template": _fact(inputs.prompter.name, hashlib.sha256(template.encode()).hexdigest()),
         "lora_target_modules": _fact(",".join(inputs.targets)),
-        "dtype": _fact(str(inputs.device.dtype).removeprefix("torch.")),
+        "dtype": _fact(inputs.device.dtype_name),
         "processes": _fact(n_processes()),
         "batch_size": _batch_fact(inputs.batch, settings.cutoff_len),
         **facts,
