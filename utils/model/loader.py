@@ -166,6 +166,28 @@ def _scales(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (parameter,) if parameter.is_floating_point() else ()
 
 
+def receive_base(asked: str, cache_dir: str | None, recorded: bool, shapes: bool = True) -> Path:
+    """기반 모델의 온전한 폴더. hub id면 받아 온다.
+
+    Args:
+        recorded: 사용자가 적은 것이 아니라 어댑터가 말하는 것인지. 쓸 수 없으면 손수 적으라고 한다.
+        shapes: `require_base`의 것.
+
+    Raises:
+        UsageError: 폴더가 없거나, 받지 못했거나, 온전하지 않다.
+    """
+    try:
+        if require_base(asked, shapes) is not None:
+            return Path(asked)
+        folder = hub.folder(asked, cache_dir)
+        require_base(folder, shapes)
+        return folder
+    except UsageError as error:
+        if not recorded:
+            raise
+        raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
+
+
 def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:
     """기반 모델이 로컬 폴더면 온전한지 검사해 config를 돌려준다. hub id면 None이다.
 
