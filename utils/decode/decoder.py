@@ -95,7 +95,9 @@ class Decoder:
         self.end_token = -1
         self.stats = Stats()
         model.eval()
-        self._model, self._adapter, self._adapter_on = model, adapter, True
+        self._model = model
+        self._adapter = adapter
+        self._adapter_on = True
         self._select()
         self.notice = ""
         self._tokenizer = tokenizer

@@ -47,7 +47,10 @@ class StreamedWeight(torch.Tensor):
     @classmethod
     def make(cls, entry: TensorEntry, rows: Rows, update: Update | None, device: torch.device) -> "StreamedWeight":
         weight = torch.empty(entry.shape, device="meta").as_subclass(cls)
-        weight.entry, weight.read, weight.update, weight.place = entry, rows, update, device
+        weight.entry = entry
+        weight.read = rows
+        weight.update = update
+        weight.place = device
         return weight
 
     @classmethod

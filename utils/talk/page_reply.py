@@ -147,7 +147,9 @@ def correct(value, index: int, text: str) -> tuple:
         return screen(talk, alert("고친 답이 비었거나 너무 길어요"))
     said = talk.said[index]
     if text != said.text:
-        said.draft, said.text, said.good = said.draft or said.text, text, True
+        said.draft = said.draft or said.text
+        said.text = text
+        said.good = True
     return screen(talk, "고친 답을 남겼어요" + MARKED)
 
 
@@ -156,8 +158,9 @@ def mark(value, index: object, liked: object) -> tuple:
     talk = reread(value)
     if not isinstance(index, int) or not 0 <= index < len(talk.said):
         return gr.skip(), gr.skip(), gr.skip()
-    talk.said[index].good = liked if isinstance(liked, bool) else None
-    told = {True: GOOD + MARKED, False: BAD, None: "표시를 지웠어요"}[talk.said[index].good]
+    said = talk.said[index]
+    said.good = liked if isinstance(liked, bool) else None
+    told = {True: GOOD + MARKED, False: BAD, None: "표시를 지웠어요"}[said.good]
     return talk.to_json(), gr.update(feedback_value=talk.marks()), told
 
 
@@ -175,8 +178,9 @@ def screen(talk: Talk | None, status="", question=None, keep=None) -> tuple:
     status = gr.update(value=status, elem_classes="status") if isinstance(status, str) else status
     if talk is None:
         return gr.skip(), gr.skip(), gr.skip(), question, status
-    return (talk.to_json() if keep is None else keep, gr.update(value=talk.shown(), feedback_value=talk.marks()),
-            talk.shown(other=True), question, status)
+    kept = talk.to_json() if keep is None else keep
+    shown = gr.update(value=talk.shown(), feedback_value=talk.marks())
+    return kept, shown, talk.shown(other=True), question, status
 
 
 def alert(text: str) -> dict:

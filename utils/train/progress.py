@@ -26,7 +26,9 @@ class Speed:
 
     def __init__(self, tokens_per_step: float = 0.0):
         self.tokens_per_step = tokens_per_step
-        self.busy, self.done, self._began = 0.0, 0, 0.0
+        self.busy = 0.0
+        self.done = 0
+        self._began = 0.0
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()

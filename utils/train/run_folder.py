@@ -199,9 +199,11 @@ def differences(old: dict, new: dict) -> list[str]:
     """달라진 조건을 `이름: 앞 -> 뒤`로 적는다. epoch은 늘어난 것이면 괜찮다."""
     changed = []
     for name, fact in new.items():
-        before = old.get(name) if isinstance(old.get(name), dict) else {"id": None, "shown": "없음"}
-        longer = name == EPOCHS and isinstance(before.get("id"), int | float) and before["id"] <= fact["id"]
-        if before.get("id") != fact["id"] and not longer:
+        before = old.get(name)
+        before = before if isinstance(before, dict) else {"id": None, "shown": "없음"}
+        was, now = before.get("id"), fact["id"]
+        longer = name == EPOCHS and isinstance(was, int | float) and was <= now
+        if was != now and not longer:
             content = "(내용이 다르다)" if before.get("shown") == fact["shown"] else ""
             changed.append(f"{name}: {before.get('shown')} -> {fact['shown']}{content}")
     return changed
