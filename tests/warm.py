@@ -168,6 +168,10 @@ def wait(children: list[int], seconds: float) -> list[int]:
 
 def run_trial(trial: dict, rank: int, port: int) -> None:
     """갈라진 프로세스: 표준 입출력을 바꾸고 스크립트를 `__main__`으로 부른 뒤 끝난다."""
+    import torch
+
+    # 갈라진 프로세스는 torch의 스레드 풀을 다시 짓는다. 여러 스레드가 함께 처음 부르면 서로 겹쳐 죽으므로 먼저 짓는다
+    torch.set_num_threads(1)
     for stream, name in ((0, os.devnull), (1, trial["out"]), (2, trial["err"])):
         os.dup2(os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_APPEND), stream)
     os.environ |= trial["env"]

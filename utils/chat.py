@@ -119,7 +119,10 @@ class ChatPrompter:
         asked = last.told[: last.start]
         end = len(last.told) if self.end_tokens else last.end
         history = [each for before, each in said.items() if before < place]
-        muted = max(asked.rfind(self._content(turns[place - 1]).strip()), 0) if history else 0
+        muted = 0  # 이 앞의 글자는 질문까지 배울 때에도 배우지 않는다
+        if history:
+            question = self._content(turns[place - 1]).strip()
+            muted = max(asked.rfind(question), 0)
         read = [replace(each, learned=False) for each in _begun(asked, history)]
         return Joined(_pieces(last.told, [*read, last], end, muted), open_end=not self.end_tokens)
 
@@ -197,7 +200,10 @@ class ChatPrompter:
         """글자로 적힌 특수 토큰을 가른 글. 질문에 딸린 글은 빈 줄 하나를 두고 뒤에 붙는다."""
         question, context = filled(turn)
         text = f"{question}\n\n{context}" if context else question
-        return self._special.sub(lambda found: found[0][0] + GUARD + found[0][1:], text.replace(GUARD, ""))
+        def guarded(found: re.Match) -> str:
+            return found[0][0] + GUARD + found[0][1:]
+
+        return self._special.sub(guarded, text.replace(GUARD, ""))
 
     def _probe(self) -> tuple[str, str]:
         """(묻는 글에 더 적어야 할 답의 표제, 템플릿이 답 뒤에 놓는 글). 템플릿을 쓸 수 없으면 빈 글들이다."""

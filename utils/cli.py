@@ -179,11 +179,13 @@ def _loose_hint(token: str) -> str:
 def _refuse_missing(argv: list[str], stage: Callable) -> None:
     given = {flag_name(token) for token, value in pairwise([*argv, "--"])
              if "=" in token or not value.startswith("--")}  # 값 없이 적은 것도 없는 것이다
-    missing = [name for name, parameter in inspect.signature(stage).parameters.items()
-               if parameter.default is inspect.Parameter.empty and name not in given]
+    parameters = inspect.signature(stage).parameters
+    required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    missing = [name for name in required if name not in given]
     if missing:
-        first_sentences = {name: text.split(". ")[0].rstrip(".") for name, text in descriptions(stage).items()}
-        names = " / ".join(f"--{name}({first_sentences.get(name, '')})" for name in missing)
+        described = descriptions(stage)
+        first_sentences = {name: described.get(name, "").split(". ")[0].rstrip(".") for name in missing}
+        names = " / ".join(f"--{name}({sentence})" for name, sentence in first_sentences.items())
         example = next((f". 예: {line}" for line in examples(stage)), "")
         raise UsageError(f"꼭 필요한 값이 없다: {names}{example}")
 

@@ -20,7 +20,12 @@ def say(text: str = "") -> None:
 
 def printable(text: str) -> str:
     """터미널을 조종하는 제어 문자를 뺀다. 줄바꿈과 탭은 남긴다."""
-    return "".join(char for char in text if char in "\n\t" or (ord(char) >= 32 and not 127 <= ord(char) < 160))
+    return "".join(char for char in text if char in "\n\t" or not is_control(char))
+
+
+def is_control(char: str) -> bool:
+    """제어 문자(C0, DEL, C1)인가."""
+    return ord(char) < 32 or 127 <= ord(char) < 160
 
 
 def one_line(text: str, limit: int = 120) -> str:

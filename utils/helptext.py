@@ -25,14 +25,18 @@ def help_text(stage: Callable) -> str:
     """`stage`의 도움말. 플래그마다 뜻과 기본값이 있고, 끝에 보기가 있다."""
     described = descriptions(stage)
     parameters = inspect.signature(stage).parameters
-    lines = [*_opening(stage), "", f"쓰는 법: python {_program()}{' --이름 값 ...' if parameters else ''}"]
+    flags = " --이름 값 ..." if parameters else ""
+    lines = [*_opening(stage), "", f"쓰는 법: python {_program()}{flags}"]
     for title, names in groups(stage):
         lines += ["", title]
         for name in names:
+            meaning = _wrap(described.get(name, ""))
             lines.append(f"  --{name}")
-            lines += [" " * INDENT + line for line in (*_wrap(described.get(name, "")), *_default(parameters[name]))]
+            lines += [" " * INDENT + line for line in (*meaning, *_default(parameters[name]))]
     shown = examples(stage)
-    return "\n".join([*lines, *(["", "보기", *(f"  {line}" for line in shown)] if shown else [])])
+    if shown:
+        lines += ["", "보기", *(f"  {line}" for line in shown)]
+    return "\n".join(lines)
 
 
 def groups(stage: Callable) -> list[tuple[str, list[str]]]:

@@ -27,8 +27,9 @@ def find_recorded(path: str) -> str:
     if Path(found).exists() or looks_like_hub_id(path):
         return found
     parts = [part for part in path.replace("\\", "/").split("/") if part]
-    inside = (ROOT.joinpath(*parts[at:]) for at in range(1, len(parts) - 1))
-    places = (*inside, *(ROOT / folder / parts[-1] for folder in ("resources", "ko-datasets") if parts))
+    places = [ROOT.joinpath(*parts[at:]) for at in range(1, len(parts) - 1)]  # 저장소 안의 같은 자리
+    if parts:
+        places += [ROOT / folder / parts[-1] for folder in ("resources", "ko-datasets")]  # 같은 이름
     return str(next((place for place in places if place.exists()), found))
 
 

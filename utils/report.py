@@ -136,15 +136,20 @@ def _draw_panel(axis, panel: Panel, histories: list[list[dict]]) -> None:
 def _mark_best(axis, steps: list[int], values: list[float], color: str) -> None:
     """검증 loss가 가장 낮은 step에 별을 찍고 그 값을 적는다."""
     best = min(range(len(values)), key=values.__getitem__)
-    axis.plot(steps[best], values[best], "*", color=color, markersize=16)
-    axis.annotate(f"가장 좋은 step {steps[best]:,}: {values[best]:.3f}", (steps[best], values[best]), xytext=(0, 20),
-                  fontsize=11, textcoords="offset points", ha="right" if best > len(values) / 2 else "left",
-                  color=color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
+    step, value = steps[best], values[best]
+    axis.plot(step, value, "*", color=color, markersize=16)
+    side = "right" if best > len(values) / 2 else "left"  # 글이 그림 밖으로 나가지 않게 한다
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+    axis.annotate(f"가장 좋은 step {step:,}: {value:.3f}", (step, value), xytext=(0, 20), fontsize=11,
+                  textcoords="offset points", ha=side, color=color, bbox=ground)
 
 
 def plain_number(value: float) -> str:
     """지수(1e-4) 없이 적은 수. 유효 숫자 넷까지다."""
-    text = f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+    if not value:
+        return "0"
+    places = max(0, 3 - math.floor(math.log10(abs(value))))  # 소수점 아래의 자리
+    text = f"{value:.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

@@ -58,8 +58,9 @@ def banned_by_ngram(answer: list[int], size: int) -> list[int]:
     """`answer` 뒤에 오면 길이 `size`의 n-gram을 되풀이하게 되는 토큰들."""
     if size < 1 or len(answer) < size:
         return []
-    tail = answer[len(answer) - size + 1 :]
-    return [answer[end] for end in range(size - 1, len(answer)) if answer[end - size + 1 : end] == tail]
+    before = size - 1  # n-gram의 마지막 토큰 앞에 오는 것의 수
+    tail = answer[len(answer) - before :]
+    return [answer[end] for end in range(before, len(answer)) if answer[end - before : end] == tail]
 
 
 BROKEN_LOGITS = "다음 토큰의 확률이 수가 아니다(NaN). 모델이나 어댑터의 가중치가 깨졌거나 잘못 배웠다"

@@ -110,8 +110,8 @@ def test_an_address_of_another_machine_is_refused_before_the_model(server_name, 
 @pytest.mark.parametrize("values", [
     {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": float("nan")}, {"temperature": "0.7"},
     {"temperature": None}, {"temperature": True}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 1.5}, {"top_k": -1},
-    {"max_new_tokens": 0}, {"max_new_tokens": 10**9}, {"repetition_penalty": 0}, {"no_repeat_ngram_size": 11},
-    {"seed": -1}, {"seed": 2**60}, {"seed": "1"}, {"seed": float("nan")}])
+    {"max_new_tokens": 0}, {"max_new_tokens": 10**9}, {"max_new_tokens": 10**400}, {"repetition_penalty": 0},
+    {"no_repeat_ngram_size": 11}, {"seed": -1}, {"seed": 2**60}, {"seed": "1"}, {"seed": float("nan")}])
 def test_values_outside_the_sliders_are_refused(values):
     with pytest.raises(UsageError):
         guard.bounded_sampling(**values)

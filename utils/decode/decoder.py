@@ -14,7 +14,7 @@ from utils.decode.likelihood import Likelihood, Pair, measure
 from utils.decode.transformers_engine import ForwardDecode
 from utils.engine.cuda import CompileError
 from utils.engine.decode_engine import FastDecode, why_not
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.sampling import Sampling
 
 
@@ -95,7 +95,9 @@ class Decoder:
         self.end_token = -1
         self.stats = Stats()
         model.eval()
-        self._model, self._adapter, self._adapter_on = model, adapter, True
+        self._model = model
+        self._adapter = adapter
+        self._adapter_on = True
         self._select()
         self.notice = ""
         self._tokenizer = tokenizer
@@ -223,6 +225,6 @@ def _engine(model, context: int, vocab: int) -> tuple[Engine, str]:
             engine = FastDecode(model, vocab)
             return engine, engine.path
         except CompileError as error:
-            reason = f"커널을 컴파일하지 못함: {str(error).splitlines()[0][:100]}"
+            reason = f"커널을 컴파일하지 못함: {first_line(error)}"
     engine = ForwardDecode(model, context, vocab)
     return engine, f"{engine.path} - 전용 커널을 쓰지 않은 이유: {reason}"

@@ -15,7 +15,9 @@ class EagerStep:
     """
 
     def __init__(self, forward, cache, device: torch.device):
-        self._forward, self._cache, self._device = forward, cache, device
+        self._forward = forward
+        self._cache = cache
+        self._device = device
 
     def read(self, questions: list[list[int]]) -> torch.Tensor:
         """질문들을 읽고 다음 토큰의 로짓 [rows, vocab]을 준다."""
@@ -75,7 +77,10 @@ class CapturedStep:
     adapter_on = True
 
     def __init__(self, forward, config, device: torch.device, rows: int, capacity: int):
-        self.rows, self.capacity, self._forward, self._device = rows, capacity, forward, device
+        self.rows = rows
+        self.capacity = capacity
+        self._forward = forward
+        self._device = device
         self._cache = StaticCache(config=config, max_cache_len=capacity)
         self._ids, self._positions = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(2))
         self._mask = torch.ones(rows, capacity, dtype=torch.long, device=device)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from utils.model.adapter import base_of
+
 ROW_TOKENS = 8192         # forward 한 번에 읽는 토큰의 수(채운 것까지)
 LOGIT_BYTES = 128 << 20   # forward 한 번이 만드는 fp32 로짓의 크기
 Pair = tuple[Sequence[int], Sequence[int]]  # (문맥의 토큰, 이어지는 글의 토큰). 둘 다 하나 이상이다
@@ -114,7 +116,7 @@ def _logits(model, batch: list) -> torch.Tensor:
     for row, (_, context, tokens) in enumerate(batch):
         line = torch.tensor([*context, *tokens[:-1]], dtype=torch.long)
         ids[row, : len(line)] = line
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = base_of(model)
     can_keep = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
     extra = {"logits_to_keep": kept} if can_keep else {}  # 출력 행렬은 필요한 자리에만 곱한다
     return model(input_ids=ids.to(model.device), use_cache=False, **extra).logits[:, -kept:]

@@ -40,7 +40,7 @@ def choose_precision(base_model: str, device: Device, load_4bit: bool | None, lo
         return Precision("8bit", "--load_8bit")
     kind = device.device.type
     width = device.dtype.itemsize
-    name = f"{width * 8}비트({str(device.dtype).removeprefix('torch.')})"
+    name = f"{width * 8}비트({device.dtype_name})"
     folder = open_model_folder(base_model)
     if load_4bit is None and kind == "cuda" and isinstance(describe(folder.config), Family):
         return Precision("4bit", "4비트(NF4). 전용 커널이 바로 읽고, 읽을 가중치가 적어 가장 빠르다. "

@@ -11,6 +11,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from utils.decode.forward_step import CapturedStep, EagerStep, FreshStep
+from utils.errors import first_line
+from utils.model.adapter import base_of
 from utils.sampling import Sampling, pick
 
 ROWS = 16      # 한꺼번에 답하는 질문의 수
@@ -35,7 +37,7 @@ class ForwardDecode:
         self._model = model
         self._context = context
         self._vocab = vocab
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal_lm = base_of(model)
         parameters = inspect.signature(causal_lm.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._config = causal_lm.config
@@ -177,7 +179,7 @@ class ForwardDecode:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self._not_captured = f"CUDA graph로 캡처하지 못함: {str(error).splitlines()[0][:100]}"
+                self._not_captured = f"CUDA graph로 캡처하지 못함: {first_line(error)}"
                 self.path = f"transformers forward(cuda, {self._not_captured})"
                 return None
             step.adapter_on = self._adapter_on

@@ -84,8 +84,9 @@ def multiply_4bit(device: str, dtype) -> str:
         inputs = torch.randn(8, 256, device=device, dtype=dtype, requires_grad=True)
         outputs = layer(inputs)
         outputs.sum().backward()
-        pairs = ((outputs.detach(), inputs.detach() @ weight.T), (inputs.grad, weight.sum(0).expand_as(inputs)))
-        error = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
+        forward = outputs.detach(), inputs.detach() @ weight.T
+        backward = inputs.grad, weight.sum(0).expand_as(inputs)
+        error = max(float((got - wanted).norm() / wanted.norm()) for got, wanted in (forward, backward))
         return "" if error < MAX_NF4_ERROR else f"답이 {error:.0%} 어긋난다"
     except Exception as error:  # 드라이버, 라이브러리, 메모리의 어떤 잘못이든 그대로 보여 준다
         return f"{type(error).__name__}: {first_line(error)}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from utils.engine.family import GEMMA, Family
+from utils.model.adapter import base_of
 
 NF4_BLOCK = 64
 STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}  # 글의 길이에 따라 주파수가 달라지지 않는 것들
@@ -48,7 +49,7 @@ def describe(source, training: bool = False) -> Family | str:
             올리기 전에 물을 수 있다. 모델을 주면 선형층의 종류까지 본다.
         training: 학습할 것인지. 모델이 스스로 거는 dropout과 LoRA의 변형을 함께 본다.
     """
-    base = source.get_base_model() if hasattr(source, "get_base_model") else source
+    base = base_of(source)
     config = _config(base)
     if isinstance(config, str):
         return config

@@ -8,6 +8,7 @@ from torch import nn
 from utils.engine.families import LayerModules, layer_modules, unwrap
 from utils.engine.family import Family
 from utils.engine.train_memory import Tails, pad_rank
+from utils.model.adapter import base_of
 
 SITES = 8  # 한 층에서 dropout을 거는 자리의 수보다 작지 않은 2의 거듭제곱
 
@@ -41,7 +42,7 @@ def move_embedding(base: nn.Module) -> None:
 
 def restore_embedding(model: nn.Module) -> None:
     """`HostEmbedding`을 GPU의 평범한 embedding으로 되돌린다. 학습 뒤의 답 만들기는 GPU에 있는 표를 읽는다."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     host = base.get_input_embeddings()
     if isinstance(host, HostEmbedding):
         base.set_input_embeddings(nn.Embedding.from_pretrained(host.table.to(host.device), freeze=True))

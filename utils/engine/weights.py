@@ -8,6 +8,7 @@ import torch
 from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
 from utils.engine.families import NF4_BLOCK, LayerModules, layer_modules, rotary_frequencies
 from utils.engine.family import Family
+from utils.model.adapter import base_of
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Weights:
     """
 
     def __init__(self, model, family: Family):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.family = family
         self.embedding = base.get_input_embeddings().weight.detach()
         self.head = _whole_rows(base.get_output_embeddings().weight.detach())
@@ -168,13 +169,13 @@ class Weights:
 
 def shape_dtype(model) -> torch.dtype:
     """활성값과 16비트 가중치의 dtype."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return base.get_input_embeddings().weight.dtype
 
 
 def why_not_weights(model, family: Family) -> str | None:
     """구조는 알지만 가중치의 꼴이나 어댑터를 커널이 읽지 못하는 이유. 읽을 수 있으면 None."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     edges = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     dtype = edges[0].dtype
     if {edge.dtype for edge in edges} not in ({torch.float16}, {torch.bfloat16}):

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from utils import hub
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
 from utils.model.adapter import find_adapter, read_prompt_info
 from utils.model.folder import ModelFolder, TensorEntry, find_trained_base, model_digest, open_model_folder
-from utils.model.loader import require_base
+from utils.model.loader import receive_base
 from utils.paths import find_input
 from utils.seals import read_manifest
 
@@ -89,17 +88,12 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     if base_model is None and not trained_on:
         raise UsageError("어댑터가 기반 모델을 말하지 않는다. --base_model을 적는다")
     asked = find_input(base_model) if base_model else find_trained_base(trained_on, facts)
-    try:
-        require_base(asked, shapes=False)  # 이름과 모양은 diskmap과 match_base가 본다
-        asked = str(hub.folder(asked, cache_dir))
-    except UsageError as error:
-        if base_model is not None:
-            raise
-        raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
+    # 이름과 모양은 diskmap과 match_base가 본다
+    folder = receive_base(asked, cache_dir, recorded=base_model is None, shapes=False)
     expected = facts.get("base_model", {}).get("id")
     from_folder = expected not in (None, hashlib.sha256(trained_on.encode()).hexdigest())
     name, given = (Path(text.replace("\\", "/")).name for text in (trained_on, base_model or trained_on))
-    differs = expected != model_digest(asked) if from_folder else bool(name) and name != given
-    warning = (f"기반 모델 {asked}는 어댑터가 말하는 {trained_on}과 이름이나 설정이 다르다. 모양이 맞으면 합친다. "
+    differs = expected != model_digest(folder) if from_folder else bool(name) and name != given
+    warning = (f"기반 모델 {folder}는 어댑터가 말하는 {trained_on}과 이름이나 설정이 다르다. 모양이 맞으면 합친다. "
                "배운 기반 모델이 맞는지 본다")
-    return FoundBase(Path(asked), warning if differs else None)
+    return FoundBase(folder, warning if differs else None)

@@ -47,7 +47,10 @@ class StreamedWeight(torch.Tensor):
     @classmethod
     def make(cls, entry: TensorEntry, rows: Rows, update: Update | None, device: torch.device) -> "StreamedWeight":
         weight = torch.empty(entry.shape, device="meta").as_subclass(cls)
-        weight.entry, weight.read, weight.update, weight.place = entry, rows, update, device
+        weight.entry = entry
+        weight.read = rows
+        weight.update = update
+        weight.place = device
         return weight
 
     @classmethod
@@ -147,8 +150,10 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
     state = {name: torch.zeros(()).expand(entry.shape) for name, entry in used.items()}  # 값 하나를 되풀이해 가리킨다
     state |= {name: read_whole(used[name]).to(source.dtype).float() for name in needed}
     loaded = diskmap.load_labelled(source.folder.path, state, "cpu").state_dict()
-    return {name: nf4.round_trip(loaded[name], source.dtype).float() if name in source.rounded else loaded[name]
-            for name in source.disk.built}
+    built = {name: loaded[name] for name in source.disk.built}
+    for name in built.keys() & source.rounded:
+        built[name] = nf4.round_trip(built[name], source.dtype).float()
+    return built
 
 
 def read_plain(entry: TensorEntry) -> Rows:

@@ -172,7 +172,10 @@ def require_finite(chunk: memoryview, dtype: str, entry: TensorEntry) -> None:
     sign = 2 ** (8 * kind - 1)
     bits = np.frombuffer(chunk, f"i{kind}")
     # 부호 있는 정수의 최댓값은 양수 쪽을, 부호 없는 정수의 최댓값은 부호 비트가 켜진 음수 쪽을 본다
-    if bits.size and (bits.max() >= largest or bits.view(f"u{kind}").max() >= largest + sign):
+    if not bits.size:
+        return
+    positive, negative = bits.max(), bits.view(f"u{kind}").max()
+    if positive >= largest or negative >= largest + sign:
         raise UsageError(f"{entry.name}에 NaN이나 inf가 있거나 16비트에 담기지 않는다: {entry.file}")
 
 

@@ -36,6 +36,11 @@ class PromptInfo:
     end_token_ids: tuple[int, ...] = ()
 
 
+def base_of(model):
+    """PEFT로 감싼 모델이면 그 안의 기반 모델, 아니면 그대로."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load_adapter(model, adapter: Path, name: str = "default"):
     """`find_adapter`가 찾은 어댑터를 모델에 얹는다. 병합하지 않는다.
 

@@ -10,7 +10,7 @@ import torch
 
 from utils.errors import UsageError, first_line
 from utils.model.folder import ModelFolder, TensorEntry
-from utils.model.shape import _quiet
+from utils.model.shape import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_labelled(path: Path, state: dict[str, torch.Tensor], device: str, dtype
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    with _quiet():
+    with quiet_transformers():
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         return kind.from_pretrained(None, config=config, state_dict=state, device_map={"": device}, dtype=dtype,

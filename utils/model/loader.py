@@ -21,6 +21,15 @@ class Device:
     dtype: torch.dtype
     reason: str
 
+    @property
+    def dtype_name(self) -> str:
+        """bfloat16처럼 적은 dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def line(self) -> str:
+        """고른 것과 이유 한 줄."""
+        return f"장치: {self.device} / {self.dtype_name}. {self.reason}"
+
 
 def choose_device() -> Device:
     """장치와 dtype을 한 번 고른다. bf16은 하드웨어가 직접 지원할 때(compute capability 8.0부터)만 쓴다."""
@@ -155,6 +164,28 @@ def _scales(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if state is not None:
         return (state.offset, state.state2.absmax) if state.nested else (state.absmax,)
     return (parameter,) if parameter.is_floating_point() else ()
+
+
+def receive_base(asked: str, cache_dir: str | None, recorded: bool, shapes: bool = True) -> Path:
+    """기반 모델의 온전한 폴더. hub id면 받아 온다.
+
+    Args:
+        recorded: 사용자가 적은 것이 아니라 어댑터가 말하는 것인지. 쓸 수 없으면 손수 적으라고 한다.
+        shapes: `require_base`의 것.
+
+    Raises:
+        UsageError: 폴더가 없거나, 받지 못했거나, 온전하지 않다.
+    """
+    try:
+        if require_base(asked, shapes) is not None:
+            return Path(asked)
+        folder = hub.folder(asked, cache_dir)
+        require_base(folder, shapes)
+        return folder
+    except UsageError as error:
+        if not recorded:
+            raise
+        raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
 
 
 def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:

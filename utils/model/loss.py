@@ -1,6 +1,8 @@
 """출력 행렬과 cross entropy를 토큰 조각마다 계산한다. logits 전체를 메모리에 두지 않는다."""
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -136,14 +138,27 @@ def measure_head(causal: nn.Module) -> Head | None:
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     text = causal.config.get_text_config(decoder=True)
     caps = {getattr(text, name, None) for name in CAPS} | {None}
-    found = [(rough, Head(weight, bias, scale, cap)) for cap in caps
-             for rough, scale in _measure_scale(raw[0], final, cap, text)]
-    # 값이 작은 logits는 한계에 닿지 않아 가릴 수 없다. 그때는 설정에 적힌 한계를 믿는다
-    return min(found, key=lambda pair: pair[0] * (1 if pair[1].cap else 1.5), default=(0, None))[1]
+    best, least = None, math.inf
+    for cap in caps:
+        fit = _measure_scale(raw[0], final, cap, text)
+        if fit is None:
+            continue
+        # 값이 작은 logits는 한계에 닿지 않아 가릴 수 없다. 그때는 설정에 적힌 한계를 믿는다
+        rough = fit.rough if cap else 1.5 * fit.rough
+        if rough < least:
+            best, least = Head(weight, bias, fit.scale, cap), rough
+    return best
 
 
-def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, config) -> list[tuple[float, float]]:
-    """`final = cap * tanh(scale * raw / cap)`인 (어긋난 정도, scale). 그런 수가 없으면 빈 목록이다.
+class _Fit(NamedTuple):
+    """알아낸 배율과, 그것으로 설명하지 못하고 남는 비율."""
+
+    scale: float
+    rough: float
+
+
+def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, config) -> _Fit | None:
+    """`final = cap * tanh(scale * raw / cap)`인 scale. 그런 수가 없으면 None이다.
 
     Args:
         raw, final: 출력 행렬이 낸 것과 모델이 내놓은 logits. [1, PROBE_TOKENS, vocab] fp64.
@@ -155,10 +170,11 @@ def _measure_scale(raw: torch.Tensor, final: torch.Tensor, cap: float | None, co
     # 최소제곱: sum (straight - m raw)^2을 가장 작게 하는 m = sum(raw straight) / sum(raw^2)
     size = raw.square().sum()
     if not size > 0:
-        return []
+        return None
     measured = float((raw * straight).sum() / size)
     rough = float((straight - measured * raw).norm() / straight.norm())
     numbers = [value for value in config.to_dict().values() if type(value) in (int, float) and value]
     known = [1.0, *map(float, numbers), *(1 / value for value in numbers)]
     nearest = min(known, key=lambda value: abs(measured / value - 1))
-    return [(rough, nearest)] if rough < STRAIGHT and abs(measured / nearest - 1) < STRAIGHT else []
+    is_straight = rough < STRAIGHT and abs(measured / nearest - 1) < STRAIGHT
+    return _Fit(nearest, rough) if is_straight else None

@@ -25,7 +25,9 @@ class NF4Rows:
         """
         from bitsandbytes import functional as bnb
 
-        self._entry, self._dtype, self._whole = entry, dtype, None
+        self._entry = entry
+        self._dtype = dtype
+        self._whole = None
         self.spans = list(row_spans(entry.shape))
         if transposed or (entry.shape[1] % BLOCK and len(self.spans) > 1):  # 블록이 행을 걸치면 조각으로 나눌 수 없다
             self._whole = round_trip(read_whole(entry), dtype, transposed)

@@ -90,18 +90,24 @@ def log_ratios(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
 def score(ratios: torch.Tensor, batch: Batch) -> torch.Tensor:
     """`FIGURES`의 앞의 넷의 합 [4]. 두 답의 보상이 같은 쌍은 반만 맞은 것으로 센다."""
     rewards = _rewards(ratios, batch)
-    real, margins = ~ratios[:, 0::2].isnan(), rewards[:, 0::2] - rewards[:, 1::2]
+    chosen, rejected = rewards[:, 0::2], rewards[:, 1::2]  # [rows, pairs]
+    margins = chosen - rejected
+    real = ~ratios[:, 0::2].isnan()  # 쌍이 있는 자리
     loss = torch.where(real, F.softplus(-margins), 0.0).sum()  # -log sigmoid(m) = log(1 + e^-m)
     right = torch.where(real, (margins.sign() + 1) / 2, 0.0)
-    return torch.stack([loss, *(value.sum().detach() for value in (margins, right, rewards[:, 0::2]))])
+    figures = [value.sum().detach() for value in (margins, right, chosen)]
+    return torch.stack([loss, *figures])
 
 
 def slopes(nll: torch.Tensor, batch: Batch) -> torch.Tensor:
     """자리마다의 factor * dL/dnll [rows, block]. 정답이 없는 자리의 값은 뜻이 없다."""
     rewards = _rewards(log_ratios(nll, batch), batch)
-    slope = batch["factor"] * batch["beta"][:, None] * torch.sigmoid(rewards[:, 1::2] - rewards[:, 0::2])
-    slope = torch.stack([slope, -slope], -1).flatten(1)  # [rows, 2 pairs]
-    return slope.gather(1, _documents(batch).clamp(max=slope.shape[1] - 1))
+    chosen, rejected = rewards[:, 0::2], rewards[:, 1::2]  # [rows, pairs]
+    wrong = torch.sigmoid(rejected - chosen)  # 쌍의 순서를 거꾸로 볼 확률
+    slope = batch["factor"] * batch["beta"][:, None] * wrong
+    slope = torch.stack([slope, -slope], -1).flatten(1)  # 고른 답, 버린 답의 차례로 [rows, 2 pairs]
+    place = _documents(batch).clamp(max=slope.shape[1] - 1)
+    return slope.gather(1, place)
 
 
 def _rewards(ratios: torch.Tensor, batch: Batch) -> torch.Tensor:

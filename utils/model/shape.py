@@ -41,7 +41,7 @@ def require_shapes(folder: ModelFolder) -> None:
     empty = {name: torch.empty(entry.shape, dtype=torch.float16, device="meta")
              for name, entry in folder.tensors.items()}
     try:
-        with _quiet():
+        with quiet_transformers():
             _, found = kind.from_pretrained(None, config=config, state_dict=empty, device_map={"": "meta"},
                                             output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception:  # 빈 tensor로는 해 볼 수 없는 구조다. 맞지 않으면 실제로 읽을 때 드러난다
@@ -75,7 +75,7 @@ def empty_model(config):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """해 보기만 하는 것이므로 막대도 경고도 보이지 않게 한다."""
     from transformers.utils import logging
 

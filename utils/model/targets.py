@@ -87,8 +87,11 @@ def linear_names(model: nn.Module) -> set[str]:
 
 def attention_names(model: nn.Module) -> set[str]:
     """attention 안에 있는 층의 이름. 이름에 attn이나 attention이 든 부분의 안을 본다."""
-    paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    inside = {path[-1] for path in paths if any("attn" in part or "attention" in part for part in path[:-1])}
+    inside = set()
+    for path, module in model.named_modules():
+        outer, _, name = path.rpartition(".")
+        if isinstance(module, nn.Linear | Conv1D) and ("attn" in outer or "attention" in outer):
+            inside.add(name)
     return inside & linear_names(model)
 
 
@@ -141,4 +144,5 @@ def peft_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str] | str:
     inside = next((name for name, module in model.named_modules() if module is body), "")
     if model.config.get_text_config(decoder=True) is model.config or not inside:
         return list(targets)
-    return rf"{re.escape(inside)}\..*\b({'|'.join(map(re.escape, targets))})"
+    names = "|".join(map(re.escape, targets))
+    return rf"{re.escape(inside)}\..*\b({names})"

@@ -119,8 +119,9 @@ class Answerer:
     def added_head(self, text: object, ids: list[int]) -> int:
         """`continue_text`가 글 앞에 붙인 토큰의 수. 글이 아니거나 글머리의 토큰을 적은 글이면 0이다."""
         head = self.encoder.head
-        added = isinstance(text, str) and ids[: len(head)] == head and not text.startswith(self.tokenizer.decode(head))
-        return len(head) if head and added else 0
+        if not head or not isinstance(text, str) or ids[: len(head)] != head:
+            return 0
+        return 0 if text.startswith(self.tokenizer.decode(head)) else len(head)
 
     def continue_tokens(self, ids: list[int]) -> list[int]:
         """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from utils.decode.textstream import TextStream
 from utils.talk.answerer import Answer
@@ -38,7 +39,9 @@ class Shape:
     """
 
     def __init__(self, chat: bool, model_name: str, asked: Asked, tokenizer):
-        self._chat, self._asked, self._tokenizer = chat, asked, tokenizer
+        self._chat = chat
+        self._asked = asked
+        self._tokenizer = tokenizer
         self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
                       "model": model_name}
 
@@ -151,13 +154,21 @@ class Spelled:
         return {"token": self.stream.name(number), "logprob": logprob, "bytes": list(self.stream.raw(number))}
 
 
-def _measured(answer: Answer, place: int) -> tuple[float | None, list[tuple[int, float]]]:
-    """`place`번째 토큰의 (로그 가능도, 그 자리의 그럴듯한 토큰들). 앞이 없는 첫 토큰은 재지 않는다."""
+class _Measured(NamedTuple):
+    """토큰 하나의 로그 가능도와, 그 자리의 그럴듯한 (토큰, 로그 가능도)들."""
+
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+def _measured(answer: Answer, place: int) -> _Measured:
+    """`place`번째 토큰의 값. 앞이 없는 첫 토큰은 재지 않는다."""
     found = answer.likelihood
     if found is None or place == 0:
-        return None, []
-    ids, scores = found.top_ids[place - 1].tolist(), found.top_logprobs[place - 1].tolist()
-    return float(found.logprobs[place - 1]), list(zip(ids, scores, strict=True))[: answer.top]
+        return _Measured(None, [])
+    at = place - 1
+    top = list(zip(found.top_ids[at].tolist(), found.top_logprobs[at].tolist(), strict=True))
+    return _Measured(float(found.logprobs[at]), top[: answer.top])
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict:

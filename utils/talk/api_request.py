@@ -115,7 +115,8 @@ def _sampling(body: dict, read_only: bool) -> Sampling:
 def _stops(body: dict) -> list[str]:
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+    fits = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not fits or not all(isinstance(text, str) and text for text in stops):
         raise UsageError(f"stop에는 글을 {MAX_STOPS}개까지 적는다")
     return stops
 

@@ -76,6 +76,13 @@ def check_text(**texts: object) -> None:
             raise UsageError(f"글자가 될 수 없는 값(짝 없는 surrogate)이 들어 있다: {name}")
 
 
+def is_number(value: object) -> bool:
+    """브라우저나 파일에서 온 값이 유한한 수인가. JSON의 true는 수가 아니다."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int) or math.isfinite(value)  # isfinite는 아주 큰 정수를 받지 못한다
+
+
 def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
     """범위를 서버에서 다시 본 설정. 슬라이더 밖의 값은 브라우저가 아니라 여기서 막는다.
 
@@ -85,12 +92,12 @@ def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
     numbers = {}
     for name, value in values.items():
         low, high, whole = BOUNDS[name]
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not low <= value <= high or (whole and value != int(value)):
+        fits = is_number(value) and low <= value <= high
+        if not fits or (whole and value != int(value)):
             kind = "정수" if whole else "수"
             raise UsageError(f"{name}은 {low}에서 {high}까지의 {kind}다. 받은 값: {str(value)[:40]}")
         numbers[name] = int(value) if whole else float(value)
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | float) or not 0 <= seed < 2**53):
+    if seed is not None and not (is_number(seed) and 0 <= seed < 2**53):
         raise UsageError("seed는 0 이상 2^53 미만의 정수다")
     return Sampling(**numbers, seed=None if seed is None else int(seed))
 

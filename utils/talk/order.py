@@ -1,6 +1,5 @@
 """페이지에서 시작할 학습의 주문: 무엇을 배울지의 값과, 그 값이 안전하고 있는 것인지의 검사."""
 
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from utils.data.readers import READERS
 from utils.errors import UsageError
 from utils.paths import ROOT
 from utils.prompter import CHAT, TEMPLATES
+from utils.talk.guard import is_number
 
 DATA_FOLDERS = (".", "data", "ko-datasets")
 MAX_EPOCHS = 1000
@@ -46,8 +46,7 @@ class Order:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith(".") \
                 or name.split(".")[0].lower() in _WINDOWS:
             raise UsageError(f"이름은 빈칸 없이 한글, 영문, 숫자와 . _ -로 60자까지 적어 주세요: {str(name)[:80]}")
-        number = isinstance(epochs, int | float) and not isinstance(epochs, bool) and math.isfinite(epochs)
-        if not number or not 0 < epochs <= MAX_EPOCHS:
+        if not is_number(epochs) or not 0 < epochs <= MAX_EPOCHS:
             raise UsageError(f"epoch은 0보다 크고 {MAX_EPOCHS} 이하의 수로 적어 주세요: {str(epochs)[:40]}")
         if template not in template_names():
             raise UsageError(f"템플릿은 {', '.join(template_names())} 가운데 하나를 골라 주세요: {str(template)[:40]}")

@@ -19,24 +19,29 @@ def curve_svg(log: RunLog) -> str:
     high = high if high > low else low + 1
     last = max(log.total, log.step, 1)
 
-    def place(step: int, loss: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
-        return round(x, 1), round(TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low), 1)
+    def across(step: int) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * step / last, 1)
+
+    def down(loss: float) -> float:
+        share = (high - loss) / (high - low)  # 위에서부터
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * share, 1)
 
     def line(points: Mapping[int, float], kind: str) -> str:
-        every = -(-len(points) // MOST)
-        places = [place(*point) for number, point in enumerate(sorted(points.items())) if number % every == 0]
-        dots = "".join(f'<circle class="{kind}" cx="{x}" cy="{y}" r="3"/>' for x, y in places)
+        every = -(-len(points) // MOST)  # 올림
+        places = [(across(step), down(loss)) for step, loss in sorted(points.items())[::every]]
         drawn = " ".join(f"{x},{y}" for x, y in places)
-        return f'<polyline class="{kind}" points="{drawn}"/>{dots if kind == "eval" or len(places) == 1 else ""}'
+        curve = f'<polyline class="{kind}" points="{drawn}"/>'
+        if kind == "train" and len(places) > 1:
+            return curve
+        return curve + "".join(f'<circle class="{kind}" cx="{x}" cy="{y}" r="3"/>' for x, y in places)
 
     marks = []
     for loss in (low, (low + high) / 2, high):
-        y = place(0, loss)[1]
-        marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{plain_number(loss)}</text>')
+        y = down(loss)
+        marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        marks.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{plain_number(loss)}</text>')
     for step, anchor in ((0, "start"), (last, "end")):
-        marks.append(f'<text x="{place(step, low)[0]}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,} step</text>')
+        marks.append(f'<text x="{across(step)}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,} step</text>')
     legend = f'<text class="train" x="{LEFT}" y="16">● 학습 loss</text>'
     if log.evals:
         legend += f'<text class="eval" x="{LEFT + 110}" y="16">● 검증 loss</text>'

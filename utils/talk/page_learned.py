@@ -43,8 +43,9 @@ class Results:
         """예시로 보일 (질문, Input)들: 학습의 기록에 적힌 사용자의 질문, 없으면 늘 있는 예시."""
         data = next(iter(self.runs.values())).get("data") if self.load else None
         asked = data.get("questions") if isinstance(data, dict) else None
-        texts = [text for text in asked if isinstance(text, str)] if isinstance(asked, list) else []
-        return [(text, "") for text in texts] or list(EXAMPLES)
+        if not isinstance(asked, list):
+            return list(EXAMPLES)
+        return [(text, "") for text in asked if isinstance(text, str)] or list(EXAMPLES)
 
     def question(self, number: object) -> scores.Question:
         """`number`번째 검증 질문. 브라우저가 보낸 번호이므로 범위를 다시 본다."""

@@ -53,7 +53,8 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
         answers, cut = _answers(picked, talk, sampling, session)
         submit(picked, answers)
     except UsageError as error:
-        yield screen(None, status=alert(told(error)), question=gr.update(value=text) if index is None else gr.skip())
+        kept = gr.update(value=text) if index is None else gr.skip()
+        yield screen(None, status=alert(told(error)), question=kept)
         return
     answer, note = answers[0], f"앞의 대화 {cut}번은 길어서 빼고 물었어요 · " if cut else ""
     talk.said += [Said("assistant", "")]
@@ -115,7 +116,9 @@ def _answers(picked: Sequence[Choice], talk: Talk, sampling: Sampling, session: 
 def _fill(talk: Talk, answers: Sequence[Answer], done: bool = False) -> None:
     """지금까지 나온 글을 대화의 마지막 답에 적는다. 다 되었으면 끝의 줄바꿈을 떼고, 아직 비었으면 줄임표를 둔다."""
     texts = [answer.text.rstrip() if done else answer.text or "…" for answer in answers]
-    talk.said[-1].text, talk.said[-1].other = texts[0], texts[1] if len(texts) > 1 else None
+    last = talk.said[-1]
+    last.text = texts[0]
+    last.other = texts[1] if len(texts) > 1 else None
 
 
 def _summary(picked: Sequence[Choice], answers: Sequence[Answer], ahead: int = 0) -> str:
@@ -144,7 +147,9 @@ def correct(value, index: int, text: str) -> tuple:
         return screen(talk, alert("고친 답이 비었거나 너무 길어요"))
     said = talk.said[index]
     if text != said.text:
-        said.draft, said.text, said.good = said.draft or said.text, text, True
+        said.draft = said.draft or said.text
+        said.text = text
+        said.good = True
     return screen(talk, "고친 답을 남겼어요" + MARKED)
 
 
@@ -153,8 +158,9 @@ def mark(value, index: object, liked: object) -> tuple:
     talk = reread(value)
     if not isinstance(index, int) or not 0 <= index < len(talk.said):
         return gr.skip(), gr.skip(), gr.skip()
-    talk.said[index].good = liked if isinstance(liked, bool) else None
-    told = {True: GOOD + MARKED, False: BAD, None: "표시를 지웠어요"}[talk.said[index].good]
+    said = talk.said[index]
+    said.good = liked if isinstance(liked, bool) else None
+    told = {True: GOOD + MARKED, False: BAD, None: "표시를 지웠어요"}[said.good]
     return talk.to_json(), gr.update(feedback_value=talk.marks()), told
 
 
@@ -172,8 +178,9 @@ def screen(talk: Talk | None, status="", question=None, keep=None) -> tuple:
     status = gr.update(value=status, elem_classes="status") if isinstance(status, str) else status
     if talk is None:
         return gr.skip(), gr.skip(), gr.skip(), question, status
-    return (talk.to_json() if keep is None else keep, gr.update(value=talk.shown(), feedback_value=talk.marks()),
-            talk.shown(other=True), question, status)
+    kept = talk.to_json() if keep is None else keep
+    shown = gr.update(value=talk.shown(), feedback_value=talk.marks())
+    return kept, shown, talk.shown(other=True), question, status
 
 
 def alert(text: str) -> dict:

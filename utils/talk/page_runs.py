@@ -46,9 +46,13 @@ def curves_html(runs: Sequence[tuple[str, dict]]) -> str:
 
 def run_table(runs: dict[str, dict]) -> str:
     """학습마다 한 열: 결과(loss, 속도, 최대 VRAM)와 설정."""
-    rows = [[figure.title, *(figure.shown(run) or "-" for run in runs.values())] for figure in FIGURES
-            if any(map(figure.shown, runs.values()))]
-    rows += [[key, *(_setting(run, key) for run in runs.values())] for key in SHOWN_SETTINGS]
+    rows = []
+    for figure in FIGURES:
+        shown = [figure.shown(run) for run in runs.values()]
+        if any(shown):
+            rows.append([figure.title, *(value or "-" for value in shown)])
+    for key in SHOWN_SETTINGS:
+        rows.append([key, *(_setting(run, key) for run in runs.values())])
     return html_table(["항목", *runs], rows)
 
 
@@ -66,6 +70,9 @@ def _setting(run: dict, key: str) -> str:
 def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """글이 잘리지 않고 좁으면 옆으로 밀어 보는 표. 값은 모두 글자 그대로다."""
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-    return (f'<div class="table-box"><table><thead>{line(headers, "th")}</thead>'
-            f'<tbody>{"".join(line(row, "td") for row in rows)}</tbody></table></div>')
+        inside = "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{inside}</tr>"
+
+    head = line(headers, "th")
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="table-box"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'

@@ -56,9 +56,11 @@ def read_sampling(values: Sequence[object]) -> Sampling:
 
 def _slider(label: str, name: str, step: float, prefix: str, context: int) -> gr.Slider:
     low, high, _ = guard.BOUNDS[name]
-    high = min(high, context) if name == "max_new_tokens" else high
-    return unchecked(gr.Slider(low, high, value=min(getattr(Sampling(), name), high), step=step, label=label,
-                               elem_id=prefix + name.replace("_", "-")))
+    if name == "max_new_tokens":
+        high = min(high, context)
+    usual = min(getattr(Sampling(), name), high)
+    element = prefix + name.replace("_", "-")
+    return unchecked(gr.Slider(low, high, value=usual, step=step, label=label, elem_id=element))
 
 
 def unchecked(component: gr.components.Component) -> gr.components.Component:

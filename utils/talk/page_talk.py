@@ -76,10 +76,12 @@ def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, m
 
     def open_talk(value):
         """저장된 대화를 편다. 답을 받지 못한 마지막 질문은 질문 칸에 되돌려 놓는다."""
-        said = reread(value)
-        left = said.said[-1].text if len(said.said) % 2 else ""
-        said = said.cut(len(said.said) - 1) if left else said
-        return *screen(said, question=gr.update(value=left) if left else gr.skip()), said.system or gr.skip()
+        talk = reread(value)
+        question = gr.skip()
+        if len(talk.said) % 2 and talk.said[-1].text:
+            question = gr.update(value=talk.said[-1].text)
+            talk = talk.cut(len(talk.said) - 1)
+        return *screen(talk, question=question), talk.system or gr.skip()
 
     def columns(picked):
         side = gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))

@@ -42,8 +42,8 @@ def keep_scores(run_dir: Path, scores: Sequence[Score]) -> None:
     """run.json의 성적표에 더한다. 같은 시험의 앞선 성적은 바뀐다."""
     run = record.read_run(run_dir)
     kept = {score["name"]: score for score in run.get("scorecard", ())}
-    record.write_run(run_dir, {**run, "scorecard": list((kept | {score.name: score.as_dict() for score in scores})
-                                                        .values())})
+    kept |= {score.name: score.as_dict() for score in scores}
+    record.write_run(run_dir, {**run, "scorecard": list(kept.values())})
 
 
 def table(run: dict) -> list[list[str]]:

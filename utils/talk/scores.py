@@ -169,14 +169,19 @@ def echo(text: str, question: str) -> float:
 
 def average(rows: Sequence[Row], model: str) -> dict[str, float]:
     """행들의 점수를 지표마다 평균한 것."""
-    return {metric.name: sum(row.answers[model].points[metric.name] for row in rows) / len(rows) for metric in METRICS}
+    every = [row.answers[model].points for row in rows]
+    return {metric.name: sum(points[metric.name] for points in every) / len(rows) for metric in METRICS}
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """지표마다 [제목, 기반 모델, 학습한 모델, 차이]."""
     base, tuned = average(rows, "base"), average(rows, "tuned")
-    return [[metric.title + (" ↑" if metric.better_high else " ↓"), f"{base[metric.name]:.1f}",
-             f"{tuned[metric.name]:.1f}", f"{tuned[metric.name] - base[metric.name]:+.1f}"] for metric in METRICS]
+    lines = []
+    for metric in METRICS:
+        title = metric.title + (" ↑" if metric.better_high else " ↓")
+        before, after = base[metric.name], tuned[metric.name]
+        lines.append([title, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"])
+    return lines
 
 
 def to_csv(rows: Sequence[Row]) -> str:

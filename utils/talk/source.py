@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from utils import hub
 from utils.console import detail
 from utils.decode.decoder import Decoder
 from utils.decode.precision import choose_precision
@@ -28,7 +27,7 @@ from utils.model.folder import (
     open_model_folder,
     read_safetensors_header,
 )
-from utils.model.loader import Device, load_base, require_base
+from utils.model.loader import Device, load_base
 from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.paths import BASE_DEMO, find_input, shown
 from utils.prompter import make_prompter
@@ -88,15 +87,8 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
     asked = find_input(base_model) if base_model else find_trained_base(trained_on or str(BASE_DEMO), facts)
     if trained_on and not base_model and Path(asked).exists() and Path(asked) != Path(find_input(trained_on)):
         say(f"어댑터가 말하는 기반 모델({trained_on})이 그 자리에 없어 {shown(asked)}를 쓴다")
-    try:
-        folder = asked
-        if require_base(asked) is None:
-            folder = str(hub.folder(asked, cache_dir))
-            require_base(folder)
-    except UsageError as error:
-        if base_model or not trained_on:
-            raise
-        raise UsageError(f"어댑터가 말하는 기반 모델을 쓸 수 없다({error}). 있는 곳을 --base_model로 적는다") from None
+    recorded = bool(trained_on) and not base_model
+    folder = str(loader.receive_base(asked, cache_dir, recorded))
     if trained_on and base_model and _last(trained_on) != _last(base_model):
         say(f"주의: 기반 모델 {base_model}은 어댑터가 말하는 {trained_on}과 이름이 다르다. 배운 기반 모델이 맞는지 "
             "본다")
@@ -149,7 +141,7 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     템플릿과 끝 토큰은 어댑터마다 제 prompt.json의 것이고, 모델과 줄은 함께 쓴다.
     """
     device = loader.choose_device()
-    say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    say(device.line())
     base_model = sources[0].base_model
     precision = choose_precision(base_model, device, load_4bit, load_8bit)
     say(f"가중치: {precision.reason}")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from utils.data.blocks import IGNORE, document_mask, shifted_targets
+from utils.model.adapter import base_of
 from utils.model.loss import Head, head_loss, measure_head
 from utils.model.objective import is_preference, measured, objective
 from utils.model.targets import find_backbone
@@ -62,7 +63,7 @@ class AutogradStep:
     def __init__(self, model: nn.Module, recompute: bool = False, reason: str = "", whole: bool = False,
                  separate: bool = False):
         self.model = model
-        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.causal = base_of(model)
         self.separate = separate
         self.capturable = not separate  # 문서의 수와 길이가 블록마다 다르면 CUDA graph로 찍을 수 없다
         self.head = None if whole else measure_head(self.causal)
@@ -152,7 +153,7 @@ def autograd_ways(model: nn.Module, **settings) -> list[Callable[[], AutogradSte
     Args:
         settings: `AutogradStep`에 그대로 주는 것.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = base_of(model)
     separates = (True,) if getattr(causal, "_is_stateful", False) else (False, True)
     # 차례: 묶어서 조각으로, 묶어서 한 번에, 문서마다 조각으로, 문서마다 한 번에
     return [partial(AutogradStep, model, whole=whole, separate=separate, **settings)

@@ -14,7 +14,7 @@ from utils.data.blocks import pack
 from utils.errors import UsageError
 from utils.process import n_processes
 from utils.train import run_folder
-from utils.train.records import Schedule, Settings
+from utils.train.records import BatchShape, Schedule, Settings
 
 DEFAULT_BATCH = 16
 ENOUGH_STEPS = 100  # 스스로 고를 때 채우려는 step의 수. 작은 데이터의 loss가 다 내려가는 데 이만큼이 든다
@@ -24,19 +24,13 @@ BLOCK_UNIT = 32
 
 
 @dataclass(frozen=True)
-class BatchSize:
-    """optimizer step 하나가 쓰는 것.
+class BatchSize(BatchShape):
+    """고른 모양.
 
     Attributes:
-        size: 블록의 수.
-        block_len: 블록의 길이(토큰). cutoff_len이거나, 데이터가 적으면 그보다 짧다.
-        room: 블록 하나에 문서를 이만큼(토큰)까지만 담는다. 이보다 긴 문서는 블록 하나를 혼자 쓴다.
         steps: 이렇게 나누면 모두 몇 step인지.
     """
 
-    size: int
-    block_len: int
-    room: int
     steps: int
 
 

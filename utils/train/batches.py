@@ -1,6 +1,7 @@
 """블록을 micro batch로 나누는 법: 섞는 순서, 모자라는 자리, 블록마다의 dropout 씨앗."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class MicroBatches:
         # 1번은 2, 3번과 6, 7번을 갖는다
         first = self.group.rank * self.rows
         micros = [order[at:at + self.rows] for at in range(first, len(order), stride)]
-        return [micros[at:at + self.accumulation] for at in range(0, len(micros), self.accumulation)]
+        return list(in_groups(micros, self.accumulation))
 
 
 def evaluation_batches(size: int, rows: int, group: Group) -> list[list[int]]:
@@ -60,7 +61,13 @@ def evaluation_batches(size: int, rows: int, group: Group) -> list[list[int]]:
     most = math.ceil(size / group.world)
     share = math.ceil(most / rows) * rows
     mine += [-1] * (share - len(mine))
-    return [mine[at:at + rows] for at in range(0, share, rows)]
+    return list(in_groups(mine, rows))
+
+
+def in_groups(values: list, size: int) -> Iterator[list]:
+    """차례대로 `size`개씩. 마지막 묶음은 모자랄 수 있다."""
+    for begin in range(0, len(values), size):
+        yield values[begin:begin + size]
 
 
 def read_blocks(dataset, indices: list[int], pin: bool = False) -> Batch:

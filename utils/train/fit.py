@@ -121,5 +121,6 @@ def report_end(plan: Plan, before: float | None, after: float | None, say: Calla
     if plan.memory.parts:
         say(plan.memory.outcome(torch.cuda.max_memory_reserved()))
     if before is not None:
-        change = f"{1 - after / before:.1%} 줄었다" if after < before else f"{after / before - 1:.1%} 늘었다"
+        grown = after / before - 1
+        change = f"{-grown:.1%} 줄었다" if after < before else f"{grown:.1%} 늘었다"
         say(f"학습 후 검증 loss {after:.4f}(학습 전 {before:.4f}, {change})")

@@ -50,7 +50,10 @@ class ShardedStep:
     path = "FSDP(모델을 여러 프로세스에 나눈다), 자동미분(손실은 한 번에), 모든 층을 재계산"
 
     def __init__(self, model: FSDP, rows: int, group: Group, device: torch.device):
-        self.model, self.rows, self.group, self.device = model, rows, group, device
+        self.model = model
+        self.rows = rows
+        self.group = group
+        self.device = device
 
     def _move(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -92,7 +95,9 @@ class ShardedWeights:
     """카드마다 한 조각씩 나누어 가진 LoRA 가중치."""
 
     def __init__(self, model: FSDP, peft_config, group: Group, fp16: bool = False):
-        self.model, self.peft_config, self.group = model, peft_config, group
+        self.model = model
+        self.peft_config = peft_config
+        self.group = group
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.scaler = ShardedGradScaler(self.parameters[0].device.type, enabled=fp16)
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from utils.errors import first_line
 from utils.train.micro_step import Batch, Step
 
 
@@ -108,7 +109,7 @@ class CapturedStep:
         except RuntimeError as error:
             self.enabled = False
             self._graphs.clear()
-            self._failure = str(error).strip().splitlines()[0][:120]
+            self._failure = first_line(error)
             torch.cuda.synchronize()
             return False
         self._graphs[kind] = graph

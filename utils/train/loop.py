@@ -32,9 +32,16 @@ class Loop:
     def __init__(self, step: RunningStep, weights: Weights, recipe: Recipe, train_set, eval_set=None, *, group: Group,
                  device: torch.device, checkpoints: Checkpoints | None = None, listeners: Iterable[Listener] = (),
                  speed: Speed | None = None):
-        self.step, self.weights, self.recipe, self.train_set, self.eval_set = step, weights, recipe, train_set, eval_set
-        self.group, self.device, self.checkpoints = group, device, checkpoints
-        self.listeners, self.speed = tuple(listeners), speed or Speed()
+        self.step = step
+        self.weights = weights
+        self.recipe = recipe
+        self.train_set = train_set
+        self.eval_set = eval_set
+        self.group = group
+        self.device = device
+        self.checkpoints = checkpoints
+        self.listeners = tuple(listeners)
+        self.speed = speed or Speed()
         self.state = TrainState(max_steps=recipe.steps)
         self.batches = MicroBatches(len(train_set), recipe.rows, recipe.accumulation, recipe.seed, group)
         self.optimizer = torch.optim.AdamW(weights.parameters, recipe.learning_rate, weight_decay=0.0, fused=True)

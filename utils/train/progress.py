@@ -26,7 +26,9 @@ class Speed:
 
     def __init__(self, tokens_per_step: float = 0.0):
         self.tokens_per_step = tokens_per_step
-        self.busy, self.done, self._began = 0.0, 0, 0.0
+        self.busy = 0.0
+        self.done = 0
+        self._began = 0.0
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
@@ -92,10 +94,15 @@ class Progress:
     def _line(self, row: dict[str, float], state: TrainState) -> str:
         # 80칸의 터미널에서 한 줄에 들어간다
         left = self.speed.seconds_left(state.max_steps - state.global_step)
-        width = len(str(state.max_steps))
-        return (f"  {state.global_step:>{width}}/{state.max_steps}  loss {row['loss']:.3f}{pair_note(row)}  "
-                f"기울기 {row['grad_norm']:.2f}  학습률 {row['learning_rate']:.1e}  "
-                f"{row['tokens_per_second']:,.0f} 토큰/초  {clock(left)} 남음")
+        digits = len(str(state.max_steps))
+        return "  ".join([
+            f"  {state.global_step:>{digits}}/{state.max_steps}",
+            f"loss {row['loss']:.3f}{pair_note(row)}",
+            f"기울기 {row['grad_norm']:.2f}",
+            f"학습률 {row['learning_rate']:.1e}",
+            f"{row['tokens_per_second']:,.0f} 토큰/초",
+            f"{clock(left)} 남음",
+        ])
 
     def _write(self, line: str) -> None:
         self.bar.clear()
@@ -111,10 +118,16 @@ def pair_note(row: dict[str, float], prefix: str = "") -> str:
 
 def summary_lines(run: dict) -> list[str]:
     """run.json의 내용을 끝에 보여 줄 표로 만든다."""
-    rows = [(figure.title, value) for figure in FIGURES if (value := figure.shown(run)) is not None]
+    rows = [(figure.title, figure.shown(run)) for figure in FIGURES]
+    rows = [(name, value) for name, value in rows if value is not None]
     left = max((width(name) for name, _ in rows), default=0)
     right = max((width(value) for _, value in rows), default=0)
-    return [f"  {name}{' ' * (left - width(name))}  {' ' * (right - width(value))}{value}" for name, value in rows]
+    lines = []
+    for name, value in rows:
+        after_name = " " * (left - width(name))
+        before_value = " " * (right - width(value))
+        lines.append(f"  {name}{after_name}  {before_value}{value}")
+    return lines
 
 
 def width(text: str) -> int:

@@ -51,6 +51,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class BatchShape:
+    """optimizer step 하나가 쓰는 블록들의 모양.
+
+    Attributes:
+        size: 블록의 수.
+        block_len: 블록의 길이(토큰). cutoff_len이거나, 데이터가 적으면 그보다 짧다.
+        room: 블록 하나에 문서를 이만큼(토큰)까지만 담는다. 이보다 긴 문서는 블록 하나를 혼자 쓴다.
+    """
+
+    size: int
+    block_len: int
+    room: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다.
 

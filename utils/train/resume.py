@@ -41,7 +41,11 @@ class Checkpoints:
     """
 
     def __init__(self, run: Run, tokenizer, n_trainable: int, group: Group, say: Callable[[str], None]):
-        self.run, self.tokenizer, self.n_trainable, self.group, self.say = run, tokenizer, n_trainable, group, say
+        self.run = run
+        self.tokenizer = tokenizer
+        self.n_trainable = n_trainable
+        self.group = group
+        self.say = say
         self.earlier_seconds = 0.0  # 이어 가기 전에 배우던 시간
         self.began = time.perf_counter()
 

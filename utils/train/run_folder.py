@@ -19,7 +19,7 @@ from utils.model.adapter import PromptInfo
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
 from utils.process import is_first_process, n_processes
 from utils.record import RUN_FILE
-from utils.train.records import Settings
+from utils.train.records import BatchShape, Settings
 
 KEEP = 2
 OTHER_BYTES = 20 << 20  # run.json, 그림, 예시 답, 로그
@@ -164,7 +164,7 @@ def describe(settings: Settings, inputs) -> dict:
         "data_path": _fact(settings.data_path, inputs.data_sha256),
         "prompt_template": _fact(inputs.prompter.name, hashlib.sha256(template.encode()).hexdigest()),
         "lora_target_modules": _fact(",".join(inputs.targets)),
-        "dtype": _fact(str(inputs.device.dtype).removeprefix("torch.")),
+        "dtype": _fact(inputs.device.dtype_name),
         "processes": _fact(n_processes()),
         "batch_size": _batch_fact(inputs.batch, settings.cutoff_len),
         **facts,
@@ -172,16 +172,7 @@ def describe(settings: Settings, inputs) -> dict:
     }
 
 
-@dataclass(frozen=True)
-class EarlierBatch:
-    """이어 갈 실행이 쓰던 것. 뜻은 `batch_size.BatchSize`와 같다."""
-
-    size: int
-    block_len: int
-    room: int
-
-
-def earlier_batch(settings: Settings) -> EarlierBatch | None:
+def earlier_batch(settings: Settings) -> BatchShape | None:
     """이어 갈 실행의 batch와 블록. 새로 시작하거나 이어 갈 것이 없으면 None이다.
 
     스스로 고른 batch는 epoch의 수에 따라 달라지므로, 더 배우려고 이어 가도 처음에 고른 것을 쓴다.
@@ -193,11 +184,11 @@ def earlier_batch(settings: Settings) -> EarlierBatch | None:
     manifest = (seals.read_manifest(last) if last else None) or {}
     found = manifest.get("run", {}).get("batch_size", {}).get("id")
     if isinstance(found, int):  # 블록을 cutoff_len까지 채운 실행(`_batch_fact`)
-        return EarlierBatch(found, settings.cutoff_len, settings.cutoff_len)
-    return EarlierBatch(*found) if isinstance(found, list) and len(found) == 3 else None
+        return BatchShape(found, settings.cutoff_len, settings.cutoff_len)
+    return BatchShape(*found) if isinstance(found, list) and len(found) == 3 else None
 
 
-def _batch_fact(batch, cutoff_len: int) -> dict:
+def _batch_fact(batch: BatchShape, cutoff_len: int) -> dict:
     """batch의 조건. 블록을 cutoff_len까지 채우면 수 하나이고, 아니면 (batch, 블록의 길이, 담는 양)이다."""
     if batch.room == cutoff_len:
         return _fact(batch.size)
@@ -208,9 +199,11 @@ def differences(old: dict, new: dict) -> list[str]:
     """달라진 조건을 `이름: 앞 -> 뒤`로 적는다. epoch은 늘어난 것이면 괜찮다."""
     changed = []
     for name, fact in new.items():
-        before = old.get(name) if isinstance(old.get(name), dict) else {"id": None, "shown": "없음"}
-        longer = name == EPOCHS and isinstance(before.get("id"), int | float) and before["id"] <= fact["id"]
-        if before.get("id") != fact["id"] and not longer:
+        before = old.get(name)
+        before = before if isinstance(before, dict) else {"id": None, "shown": "없음"}
+        was, now = before.get("id"), fact["id"]
+        longer = name == EPOCHS and isinstance(was, int | float) and was <= now
+        if was != now and not longer:
             content = "(내용이 다르다)" if before.get("shown") == fact["shown"] else ""
             changed.append(f"{name}: {before.get('shown')} -> {fact['shown']}{content}")
     return changed

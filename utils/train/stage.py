@@ -56,7 +56,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     config = open_base(settings)
     lora_targets = targets.find_targets(settings.base_model, settings.lora_target_modules, config, settings.cache_dir)
     device = loader.choose_device()
-    say(f"장치: {device.device} / {str(device.dtype).removeprefix('torch.')}. {device.reason}")
+    say(device.line())
 
     read = corpus.read(settings)
     exams = open_exams(settings, read.prompter)

@@ -35,7 +35,9 @@ class TrainState:
     def remember(self, eval_loss: float) -> None:
         """검증 loss 하나를 가장 좋은 것과 비교한다."""
         if eval_loss < (math.inf if self.best_metric is None else self.best_metric):
-            self.best_metric, self.best_global_step, self.waited = eval_loss, self.global_step, 0
+            self.best_metric = eval_loss
+            self.best_global_step = self.global_step
+            self.waited = 0
         else:
             self.waited += 1
 

@@ -54,7 +54,11 @@ class SplittingStep:
 
     def __init__(self, step: CapturedStep, model: nn.Module, rows: int, gradients: torch.Tensor,
                  say: Callable[[str], None]):
-        self.step, self.model, self.rows, self.gradients, self.say = step, model, rows, gradients, say
+        self.step = step
+        self.model = model
+        self.rows = rows
+        self.gradients = gradients
+        self.say = say
 
     @property
     def path(self) -> str:

@@ -125,7 +125,9 @@ class Wandb:
     def __init__(self, choice: TrackerChoice, settings: Settings, model):
         import wandb
 
-        self.choice, self.model, self.wandb = choice, model, wandb
+        self.choice = choice
+        self.model = model
+        self.wandb = wandb
         self.run = wandb.init(project=choice.project, name=choice.run_name, dir=str(choice.folder),
                               config={**asdict(settings), "model": model.config.to_dict()})
         self.run.define_metric("train/global_step")

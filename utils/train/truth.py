@@ -14,6 +14,7 @@ from torch import nn
 
 from utils.data.blocks import IGNORE, shifted_targets
 from utils.errors import UsageError
+from utils.model.adapter import base_of
 from utils.model.loss import HEAD_CHUNK
 
 LOSS_TOKENS = 2048  # 손실을 비교하는 글의 가장 긴 길이. backward가 없어 메모리를 거의 쓰지 않는다
@@ -220,7 +221,7 @@ def sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def keeps_some_logits(model: nn.Module) -> bool:
     """`forward`가 logits를 얻을 자리를 고르게 해 주는가."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
