@@ -16,7 +16,7 @@ from utils.engine.prefill import Prefill
 from utils.engine.weights import Weights, why_not_weights
 
 VOCAB = 300
-MULTIPROCESSORS, SHARED = 4, 100_000
+MULTIPROCESSORS, SHARED = 8, 100_000
 
 
 def prepare(model, folder) -> tuple[DecodeStep, Prefill]:
@@ -40,7 +40,7 @@ def follow(step: DecodeStep, prefill: Prefill, ids: list[int], prompt: int) -> t
     rows = [step.logits.clone()]
     for token in ids[prompt:]:
         step.x.copy_(step.weights.embedding[token].float() * step.weights.embedding_scale)
-        step.run(overlap=False)
+        step.run(overlap=False, soon=len(rows) % 2 == 1 and int(step.state[0]) < step.plan.attend_soon)
         rows.append(step.logits.clone())
     return torch.stack(rows)
 
