@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from modern import add_lora, build  # noqa: E402
 
 from utils.decode.decoder import Decoder  # noqa: E402
+from utils.engine.decode_plan import CHOOSERS  # noqa: E402
 from utils.sampling import Sampling, penalize, probabilities  # noqa: E402
 
 PROMPT, ANSWER, REPEATS, LONG, BATCH = 64, 128, 3, 1920, 16
@@ -30,7 +31,7 @@ DEFAULT = ("qwen3-1.7b:all:nf4,llama-1.5b:all:nf4,gemma3-270m:all:nf4,gemma3-270
            "polyglot-ko-1.3b:all:nf4,qwen3-1.7b:none:wide,qwen3-1.7b:all:int8")
 QKV = {"polyglot-ko-1.3b": ["query_key_value"]}
 PLAIN, OURS = "흔한 방법", "이 도구"
-QUESTIONS, DRAWS = 20, 20_000
+QUESTIONS, DRAWS, LINES = 20, 20_480, 256
 SAMPLED = (Sampling(0.9, 1.0, 0), Sampling(0.7, 0.9, 40), Sampling(1.2, 0.8, 0, repetition_penalty=1.3),
            Sampling(1.0, 0.95, 400, no_repeat_ngram_size=3))
 
@@ -150,16 +151,17 @@ def parted(left: list[int], right: list[int]) -> int | None:
 def check_greedy(model, decoder: Decoder) -> dict:
     """질문 QUESTIONS개의 탐욕적인 답을 generate와, 함께 답한 것을 하나씩 답한 것과 비교한다.
 
-    갈라진 자리마다 (자리, transformers가 두 토큰에 준 로짓의 차이, 그 자리에서 두 로짓의 가장 큰 차이)를 준다.
+    갈라진 자리마다 (자리, transformers가 두 토큰에 준 로짓의 차이, 그 자리에서 두 로짓의 가장 큰 차이)를 준다. 함께
+    답해 갈라진 것은 (자리, 하나씩 답할 때 두 토큰의 로짓의 차이)다.
     """
     generator, top = torch.Generator().manual_seed(7), model.config.vocab_size
     questions = [torch.randint(100, top, (PROMPT,), generator=generator).tolist() for _ in range(QUESTIONS)]
     settings, partings = Sampling(0.0, 1.0, 0, ANSWER), []
     alone = [list(decoder.stream(question, settings)) for question in questions]
-    for question, ours in zip(questions, alone, strict=True):
-        ids = torch.tensor([question], device="cuda")
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
-                                do_sample=False, pad_token_id=2)[0, PROMPT:].tolist()
+    ids = torch.tensor(questions, device="cuda")  # 하나씩이면 Qwen3-1.7B에서 4분이 든다
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+                              do_sample=False, pad_token_id=2)[:, PROMPT:].tolist()
+    for question, ours, theirs in zip(questions, alone, expected, strict=True):
         place = parted(ours, theirs)
         if place is None:
             continue
@@ -169,28 +171,40 @@ def check_greedy(model, decoder: Decoder) -> dict:
         partings.append((place, float(logits[theirs[place]] - logits[ours[place]]),
                          float((logits[: len(mine)] - mine).abs().max())))
     together = [reply.ids for reply in decoder.answer_many(questions, settings)]
-    rows = [place for one, other in zip(alone, together, strict=True) if (place := parted(one, other)) is not None]
+    rows = []
+    for question, one, other in zip(questions, alone, together, strict=True):
+        if (place := parted(one, other)) is not None:
+            mine = decoder._engine.logits(question, one[: place + 1])[-1]
+            rows.append((place, float(mine[one[place]] - mine[other[place]])))
     return {"parted_from_generate": partings, "rows_parted_from_single": rows}
+
+
+def draw(decoder: Decoder, logits: torch.Tensor, answer: list[int], settings: Sampling) -> torch.Tensor:
+    """뽑는 커널로 씨앗을 바꾸어 DRAWS번 뽑은 토큰. 블록 하나가 한 번을 뽑으므로 LINES번씩 함께 뽑는다."""
+    step, vocab = decoder._engine._step, len(logits)
+    context = len(step.answer)
+    line_logits = torch.empty(LINES, -(-vocab // 4) * 4, device="cuda")
+    answers = torch.zeros(LINES, context, dtype=torch.int32, device="cuda")
+    answers[:, : len(answer)] = torch.tensor(answer, dtype=torch.int32)
+    told, x = torch.zeros(LINES, context, dtype=torch.int32).pin_memory(), step.x.repeat(LINES, 1)
+    step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
+    first, drawn = [0, len(answer), settings.top_k, settings.no_repeat_ngram_size], []
+    for begin in range(0, DRAWS, LINES):
+        state = torch.tensor([[*first, begin + line, 77] for line in range(LINES)], dtype=torch.int32, device="cuda")
+        line_logits[:, :vocab] = logits
+        step.kernels["choose"]((LINES,), (CHOOSERS,), line_logits, state, step.settings, answers, told,
+                               step.weights.embedding, x, shared=step.plan.choose_shared)
+        drawn.append(answers[:, len(answer)].clone())
+    return torch.cat(drawn).long()
 
 
 def check_sampling(decoder: Decoder, question: list[int]) -> list[dict]:
     """질문 하나의 로짓에서 DRAWS번 뽑은 도수의 카이제곱. 자유도와 나란히 준다. z는 정규 근사의 값이다."""
-    engine, answer, results = decoder._engine, [5, 6, 7, 5, 6, 9], []
-    step = engine._step
-    truth = engine.logits(question, [0])[0].clone()
+    answer, results = [5, 6, 7, 5, 6, 9], []
+    truth = decoder._engine.logits(question, [0])[0].clone()
     for settings in SAMPLED:
-        step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
-        step.answer[: len(answer)] = torch.tensor(answer, dtype=torch.int32)
-        first = [0, len(answer), settings.top_k, settings.no_repeat_ngram_size]
-        states = torch.tensor([[*first, seed, 77] for seed in range(DRAWS)], dtype=torch.int32, device="cuda")
-        drawn = torch.empty(DRAWS, dtype=torch.int32, device="cuda")
-        for index in range(DRAWS):
-            step.state.copy_(states[index])
-            step.logits.copy_(truth)
-            step.pick()
-            drawn[index] = step.answer[len(answer)]
         expected = probabilities(penalize(truth, answer, settings), settings) * DRAWS
-        counts = torch.bincount(drawn.long(), minlength=len(expected)).float()
+        counts = torch.bincount(draw(decoder, truth, answer, settings), minlength=len(expected)).float()
         big = expected >= 5
         seen, wanted = (torch.cat((side[big], side[~big].sum()[None])) for side in (counts, expected))
         keep = wanted >= 5
@@ -210,7 +224,7 @@ def check(cases: str) -> None:
         results[case] = found | {"path": decoder.path}
         gaps = ", ".join(f"{place}번째(차이 {gap:.3g}, 로짓의 오차 {error:.3g})"
                          for place, gap, error in found["parted_from_generate"]) or "없다"
-        rows = ", ".join(map(str, found["rows_parted_from_single"])) or "없다"
+        rows = ", ".join(f"{place}번째(차이 {gap:.2g})" for place, gap in found["rows_parted_from_single"]) or "없다"
         print(f"{case}: 질문 {QUESTIONS}개 x {ANSWER}토큰. generate와 갈라진 곳: {gaps}. 함께 답해 갈라진 곳: {rows}")
         for one in found["sampling"]:
             print(f"    카이제곱 {one['chi']:.0f}, 자유도 {one['freedom']}(z {one['z']:+.1f}), "

@@ -16,7 +16,7 @@ from utils.engine.prefill import Prefill
 from utils.engine.weights import Weights, why_not_weights
 
 VOCAB = 300
-MULTIPROCESSORS, SHARED = 4, 100_000
+MULTIPROCESSORS, SHARED = 8, 100_000
 
 
 def prepare(model, folder) -> tuple[DecodeStep, Prefill]:
@@ -24,7 +24,7 @@ def prepare(model, folder) -> tuple[DecodeStep, Prefill]:
     assert why_not_weights(model, family) is None
     weights = Weights(model, family)
     plan = Plan(family, VOCAB, weights.rank, weights.kind, weights.double_quant, weights.dtype == torch.bfloat16,
-                MULTIPROCESSORS, SHARED)
+                MULTIPROCESSORS, 2 * SHARED if family.parallel else SHARED)  # NF4의 표의 두 간격을 모두 지난다
     step = DecodeStep(weights, plan, cuda_on_cpu.load_kernels(kernel_names(family), plan.defines, folder), VOCAB)
     return step, Prefill(step)
 
@@ -40,7 +40,7 @@ def follow(step: DecodeStep, prefill: Prefill, ids: list[int], prompt: int) -> t
     rows = [step.logits.clone()]
     for token in ids[prompt:]:
         step.x.copy_(step.weights.embedding[token].float() * step.weights.embedding_scale)
-        step.run(overlap=False)
+        step.run(overlap=False, soon=len(rows) % 2 == 1 and int(step.state[0]) < step.plan.attend_soon)
         rows.append(step.logits.clone())
     return torch.stack(rows)
 
@@ -130,6 +130,16 @@ def test_every_grid_fits_and_covers_its_rows(multiprocessors, name, sizes):
     for grid_name, count in tiles.items():
         grid = getattr(plan, grid_name)
         assert grid.shared <= limit and grid.blocks * grid.slots >= count
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("gpt_neox", POLYGLOT), ("qwen3", QWEN3), ("gemma3_text", GEMMA3)])
+def test_attention_follows_only_where_blocks_keep_to_heads(name, sizes):
+    """큰 GPU에서는 q, k, v의 블록이 머리를 넘지 않아 attention을 이어서 센다. SM이 적으면 따로 센다."""
+    family, gpus = big(name, **sizes), ((132, 232_448), (20, 101_376))
+    large, small = (Plan(family, 30_000, 8, NF4, True, True, *gpu) for gpu in gpus)
+    assert 0 < large.attend_soon <= PAGE and small.attend_soon == 0
+    tiles = family.qkv_width // 16 // large.qkv_blocks
+    assert tiles * large.qkv_blocks * 16 == family.qkv_width and family.head_dim * 3 % (tiles * 16) == 0
 
 
 def test_reasons():

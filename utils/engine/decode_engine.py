@@ -70,7 +70,8 @@ class FastDecode:
         self._rows: DecodeRows | None = None
         self._rows_graph: torch.cuda.CUDAGraph | None = None
         self._told_events = [torch.cuda.Event() for _ in range(AHEAD + 1)]
-        self._graph = self._capture()
+        self._graph = self._capture(soon=False)
+        self._soon_graph = self._capture(soon=True) if plan.attend_soon else self._graph
         kind = str(weights.dtype).removeprefix("torch.") if weights.kind == WIDE else (
             "NF4" if weights.kind == NF4 else "int8")
         self.path = f"전용 CUDA 커널({kind} {family.kind}, 토큰 하나가 CUDA graph 하나)"
@@ -99,7 +100,7 @@ class FastDecode:
         launched = 1
         for index in range(limit):
             while launched < min(limit, index + 1 + AHEAD):
-                self._graph.replay()
+                self._replay(len(input_ids) + launched)
                 self._told_events[launched % (AHEAD + 1)].record()
                 launched += 1
             self._told_events[index % (AHEAD + 1)].synchronize()
@@ -168,9 +169,9 @@ class FastDecode:
         step = self._step
         self._begin(input_ids, Sampling(temperature=0.0), len(answer))
         rows = [step.logits.clone()]
-        for token in answer[:-1]:
+        for count, token in enumerate(answer[:-1], start=1):
             step.x.copy_(self._weights.embedding[token].float() * self._weights.embedding_scale)
-            self._graph.replay()
+            self._replay(len(input_ids) + count)
             rows.append(step.logits.clone())
         return torch.stack(rows)
 
@@ -184,17 +185,21 @@ class FastDecode:
         step.x.copy_(self._prefill(input_ids))
         step.choose(overlap=False)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """토큰 하나의 graph. 커널을 겹쳐 시작하는 쪽과 아닌 쪽 가운데 여기서 더 빠른 것을 고른다."""
+    def _replay(self, seen: int) -> None:
+        """토큰 하나를 만든다. seen은 그 토큰이 볼 위치의 수(자기 포함)다."""
+        (self._soon_graph if seen <= self._step.plan.attend_soon else self._graph).replay()
+
+    def _capture(self, soon: bool) -> torch.cuda.CUDAGraph:
+        """토큰 하나의 graph. 커널을 겹쳐 시작하는 쪽과 아닌 쪽 가운데 빠른 것을 고른다. soon은 `run`의 것이다."""
         ways = [False, True] if torch.cuda.get_device_capability() >= (9, 0) else [False]
         graphs = []
         for overlap in ways:
             self._step.state.zero_()
-            self._step.run(overlap)
+            self._step.run(overlap, soon)
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
-                self._step.run(overlap)
+                self._step.run(overlap, soon)
             graphs.append((self._seconds(graph), graph))
         return min(graphs, key=lambda pair: pair[0])[1]
 

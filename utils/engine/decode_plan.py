@@ -3,7 +3,7 @@
 커널은 여기서 만든 값을 `-D` 상수로 받을 뿐 아무것도 새로 정하지 않는다.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -16,10 +16,13 @@ SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attent
 ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
 WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
 THREADS = WARPS * 32
+PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
 ALONE = 256          # 볼 위치가 이만큼까지면 나누지 않는다. 나누어 합치는 것보다 두 번 도는 쪽이 빠르다
+ATTEND_SOON = 512    # 볼 위치가 이만큼까지면 q, k, v를 곱한 블록이 이어서 attention을 센다. PAGE 이하다
+ATTEND_TILES = 3, 6  # attention을 이어서, 따로 세는 데 드는 시간. 행렬의 묶음(tile) 몇 개를 곱하는 시간인지
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
 LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
 PAGE = 512           # KV cache 한 쪽의 위치의 수
@@ -29,6 +32,8 @@ LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 �
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
+TABLE_ROW = 128        # NF4의 표 한 줄(바이트)
+WIDE_TABLE = 160_000   # 블록의 공유 메모리(바이트)가 이만큼이면 줄의 간격을 두 배로 한다
 SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
 SCRATCH = 2 * WARPS * 8  # norm이 쓰는 자리(바이트)
 
@@ -83,6 +88,7 @@ class Plan:
         pages: KV cache 한 쪽의 자리.
         project_qkv, project_mlp, contract_out, contract_down, head: 커널의 `Grid`. 병렬 잔차면 project와 contract가
             하나씩이라 둘이 같다.
+        attend_soon: 볼 위치가 이만큼까지면 project가 attention까지 센다. 0이면 늘 따로 센다.
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
         can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
         lines_qkv, lines_mlp, lines_out, lines_head: 그 커널들의 블록 수.
@@ -98,7 +104,8 @@ class Plan:
         self.multiprocessors, self._limit = multiprocessors, shared_limit
         hidden, ff = family.hidden, family.ff
         q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
-        table = 32768 if weight == NF4 else 0
+        table_step = TABLE_ROW * (2 if shared_limit >= WIDE_TABLE else 1)
+        table = 256 * table_step if weight == NF4 else 0
         copies = 2 if weight == WIDE else 1
         pair = 2 if family.gated else 1
         qkv_parts = 1 if family.interleaved else 3
@@ -109,6 +116,13 @@ class Plan:
             return fixed + 3 * ceil(rank / 4) * 16 + lora_parts * self.lora_rows // lora_tile * SLOT + rest
 
         lora_tile = 8 if rank <= 8 else ROWS
+        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
+        self.pages = PageLayout.of(family)
+        attending = self._attend_space(family.head_dim)
+        # 블록 하나가 K, V 머리 하나의 q 머리를 다 맡고, 블록의 묶음들이 머리를 넘지 않아야 attention을 이어서 센다
+        alone = family.heads == self.queries * family.kv_heads and attending <= shared_limit
+        head_tiles = family.head_dim // ROWS * (3 if family.interleaved else 1)
+        self._whole_heads = lambda tiles, blocks: alone and tiles % blocks == 0 and head_tiles % (tiles // blocks) == 0
         self.lora_rows = ceil(rank / lora_tile) * lora_tile  # 나란한 행렬 하나가 차지하는 A의 행
         norm = SCRATCH + max(hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
         qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
@@ -120,11 +134,19 @@ class Plan:
             grid = self._grid(hidden // ROWS, space(1, (ff + q_dim) * 2 * copies), 2)
             self.contract_out = self.contract_down = grid
         else:
-            self.project_qkv = self._grid(qkv_tiles, space(qkv_parts, norm), 1)
+            extra = space(qkv_parts, norm)
+            grid = self._grid(qkv_tiles, extra, 1)
+            whole = max((n for n in range(1, grid.blocks + 1) if self._whole_heads(qkv_tiles, n)), default=grid.blocks)
+            if qkv_tiles // whole + ATTEND_TILES[0] < grid.slots + ATTEND_TILES[1]:
+                grid = Grid(whole, ceil(qkv_tiles / whole), extra + ceil(qkv_tiles / whole) * SLOT)
+            self.project_qkv = grid
             self.project_mlp = self._grid(mlp_tiles, space(pair, norm), pair)
             self.qkv_blocks, self.mlp_blocks = self.project_qkv.blocks, self.project_mlp.blocks
             self.contract_out = self._grid(hidden // ROWS, space(1, q_dim * 2 * copies), 1)
             self.contract_down = self._grid(hidden // ROWS, space(0, ff * 2 * copies), 1)
+        self.attend_soon = ATTEND_SOON if self._whole_heads(qkv_tiles, self.qkv_blocks) else 0
+        if self.attend_soon:
+            self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
         line_fixed = fixed + 3 * rank * LINES * 4 + WARPS * LINES * 8  # decode_rows.cu의 `LineSpace`와 같은 차례다
@@ -133,7 +155,6 @@ class Plan:
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         line_slots = max(2, line_slots)
         self.lines_shared = line_fixed + line_slots * line_slot
-        self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         line_heads = LINES * family.heads // self.queries
         self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
         most = multiprocessors
@@ -142,17 +163,21 @@ class Plan:
         if family.parallel:  # 두 선형층이 블록을 묶음의 수대로 나눈다
             self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
             self.lines_mlp = most - self.lines_qkv
+        ahead = PIECES_AHEAD[0 if family.parallel else 1]
         self.choose_shared = 2 * ceil(vocab / 32) * 4
-        self.pages = PageLayout.of(family)
         self.defines = {
             "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
             "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
             "VOCAB": vocab, "RANK": rank,
             "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
             "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
+            # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
+            "PIECES_AHEAD": ahead,
+            "OUT_AHEAD": ahead if not family.parallel else 2 if hidden // ROWS > self.contract_out.blocks else 1,
             "LINES": LINES, "LINE_SLOTS": line_slots, "LINE_AHEAD": LINE_AHEAD,
             "LINE_REGISTERS": LINE_REGISTERS,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
+            "TABLE_STEP": table_step,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
             "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
@@ -188,15 +213,25 @@ class Plan:
         return Grid(blocks, slots, extra + slots * SLOT)
 
     def _shared_grid(self, qkv: int, mlp: int, pair: int, extra: int) -> tuple[int, Grid]:
-        """qkv와 MLP의 앞쪽을 함께 맡는 블록들: (qkv를 맡는 블록의 수, 전체)."""
+        """qkv와 MLP의 앞쪽을 함께 맡는 블록들: (qkv를 맡는 블록의 수, 전체). 두 쪽이 함께 끝나게 나눈다."""
         blocks = max(2, self._grid(qkv + mlp, extra, pair).blocks)
         most = min(THREADS // ROWS, (self._limit - extra) // (SLOT * pair))
         while True:
-            qkv_blocks = min(max(1, round(blocks * qkv / (qkv + mlp * pair))), blocks - 1)
-            slots = max(ceil(qkv / qkv_blocks), ceil(mlp / (blocks - qkv_blocks)) * pair)
-            if slots <= most * pair and ceil(qkv / qkv_blocks) <= THREADS // ROWS:
+            ways = []
+            for qkv_blocks in range(1, blocks):
+                tiles, pairs = ceil(qkv / qkv_blocks), ceil(mlp / (blocks - qkv_blocks))
+                if max(tiles, pairs * pair) <= most * pair and max(tiles, pairs) <= THREADS // ROWS:
+                    after = ATTEND_TILES[0 if self._whole_heads(qkv, qkv_blocks) else 1]
+                    ways.append((max(tiles + after, pairs * pair), qkv_blocks, max(tiles, pairs * pair)))
+            if ways:
+                _, qkv_blocks, slots = min(ways)
                 return qkv_blocks, Grid(blocks, slots, extra + slots * SLOT)
             blocks += 1
+
+    def _attend_space(self, head_dim: int) -> int:
+        """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""
+        rows = 2 * self.queries + 2 + WARPS * self.queries
+        return rows * head_dim * 4 + WARPS * self.queries * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
 
 
 def odd_size(family: Family) -> str | None:

@@ -55,6 +55,13 @@ class AttentionArgument(ctypes.Structure):
                 ("q_norm", ctypes.c_void_p), ("k_norm", ctypes.c_void_p)]
 
 
+class AttendArgument(ctypes.Structure):
+    """커널의 `Attend`."""
+
+    _fields_ = [("attention", AttentionArgument)] + [(name, ctypes.c_void_p)
+                                                     for name in ("pages", "state", "done", "out")]
+
+
 class KvCache:
     """층마다의 K, V. 위치 PAGE개마다 메모리 한 쪽이고, 대화가 길어지면 쪽을 더한다.
 
@@ -142,11 +149,12 @@ class DecodeStep:
         self.head_argument = LinearArgument()
         self.head_argument.part[0] = MatrixArgument(weights.head.data_ptr(), None, None, 0.0)
 
-    def run(self, overlap: bool) -> None:
+    def run(self, overlap: bool, soon: bool = False) -> None:
         """토큰 하나: `x`를 층마다 지나 로짓을 얻고 다음 토큰을 골라 그 embedding을 `x`에 넣는다.
 
         Args:
             overlap: 앞 커널이 끝나기 전에 다음 커널을 시작하게 한다(compute capability 9.0부터).
+            soon: q, k, v를 곱하는 커널이 attention까지 센다. 볼 위치가 `Plan.attend_soon` 이하일 때만 켠다.
         """
         plan, kernels, family = self.plan, self.kernels, self.weights.family
         code, adapter = self.weights.code, self.adapter_on
@@ -158,10 +166,13 @@ class DecodeStep:
             contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora)
             grid = plan.project_qkv
             kernels["project"]((grid.blocks,), (THREADS,), self._residual(self.x, pending, self._other_x), *project,
-                               plan.qkv_blocks, grid.slots, self._qkv, self._act, shared=grid.shared,
+                               plan.qkv_blocks, grid.slots, self._qkv, self._act,
+                               self._attend(attention) if soon else AttendArgument(), shared=grid.shared,
                                overlap=overlap and index > 0)
-            kernels["attend"]((family.heads // plan.queries, SPLITS), (ATTENDERS,), self._qkv, attention,
-                              self.cache.table, self.state, self._partial, self._done, self._attended, overlap=overlap)
+            if not soon:
+                kernels["attend"]((family.heads // plan.queries, SPLITS), (ATTENDERS,), self._qkv, attention,
+                                  self.cache.table, self.state, self._partial, self._done, self._attended,
+                                  overlap=overlap)
             grid = plan.contract_out
             if family.parallel:
                 kernels["contract"]((grid.blocks,), (THREADS,), *contract, grid.slots // 2, shared=grid.shared,
@@ -173,7 +184,8 @@ class DecodeStep:
             source, target = (self._other_x, self.x) if family.post_norm else (self.x, None)
             grid = plan.project_mlp
             kernels["project"]((grid.blocks,), (THREADS,), self._residual(source, layer.post1, target), *project,
-                               0, grid.slots, self._qkv, self._act, shared=grid.shared, overlap=overlap)
+                               0, grid.slots, self._qkv, self._act, AttendArgument(), shared=grid.shared,
+                               overlap=overlap)
             grid = plan.contract_down
             kernels["contract_mlp"]((grid.blocks,), (THREADS,), *contract, grid.slots, shared=grid.shared,
                                     overlap=overlap)
@@ -198,6 +210,9 @@ class DecodeStep:
 
     def attention_argument(self, index: int) -> AttentionArgument:
         return self._layers[index][1]
+
+    def _attend(self, attention: AttentionArgument) -> AttendArgument:
+        return AttendArgument(attention, *map(_pointer, (self.cache.table, self.state, self._done, self._attended)))
 
     def _residual(self, x: torch.Tensor, post: Norm | None, target: torch.Tensor | None) -> ResidualArgument:
         if post is None:

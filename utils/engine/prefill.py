@@ -13,7 +13,7 @@ from utils.engine.weights import Adapter, Layer, Linear, Matrix, Norm
 
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
-BUFFER = 4 * 1024 ** 2  # 양자화된 가중치를 풀어 두는 자리(16비트 수의 개수)
+BUFFER = 16 * 1024 ** 2  # 양자화된 가중치를 풀어 두는 자리(16비트 수의 개수). 1.3b의 행렬 하나가 다 들어간다
 
 
 class Prefill:
@@ -159,10 +159,10 @@ class Prefill:
         out = x.new_empty(len(x), linear.rows)
         begin = 0
         for part in linear.parts:
-            self._multiply(x, part, out[:, begin : begin + part.shape[0]])
-            begin += part.shape[0]
-        if linear.bias is not None:
-            out += linear.bias  # fp32로 더해 16비트로 적는다
+            end = begin + part.shape[0]
+            bias = None if linear.bias_half is None else linear.bias_half[begin:end]
+            self._multiply(x, part, bias, out[:, begin:end])
+            begin = end
         if linear.adapter is not None and self.adapter_on:
             self._adapt(x, linear.adapter, out)
         return out
@@ -175,10 +175,10 @@ class Prefill:
             out[:, begin : begin + len(up)].addmm_(down[:, index * rank : (index + 1) * rank], up.t())
             begin += len(up)
 
-    def _multiply(self, x: torch.Tensor, matrix: Matrix, out: torch.Tensor) -> None:
-        """out [T, 출력] = x [T, 입력] W^T. 양자화된 행렬은 행을 나누어 풀면서 곱한다."""
+    def _multiply(self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out [T, 출력] = x [T, 입력] W^T + bias. 양자화된 행렬은 행을 나누어 풀면서 곱한다."""
         if self._weights.kind == WIDE:
-            torch.mm(x, matrix.weight.t(), out=out)
+            _affine(x, matrix.weight, bias, out)
             return
         rows, columns = matrix.shape
         at_once = max(1, BUFFER // columns)
@@ -186,7 +186,7 @@ class Prefill:
             end = min(begin + at_once, rows)
             part = self._buffer[: (end - begin) * columns].view(end - begin, columns)
             self._widen(matrix, part, begin)
-            torch.mm(x, part.t(), out=out[:, begin:end])
+            _affine(x, part, None if bias is None else bias[begin:end], out[:, begin:end])
 
     def _widen(self, matrix: Matrix, part: torch.Tensor, begin: int) -> None:
         """행렬의 begin번째 행부터를 16비트 part [행, 입력]에 푼다."""
@@ -197,3 +197,11 @@ class Prefill:
                                         self._weights.code, part, begin, part.shape[1], count)
         elif self._weights.kind == INT8:
             self._kernels["widen_int8"](grid, block, matrix.weight, matrix.row_scale, part, begin, part.shape[1], count)
+
+
+def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [T, 출력] = x [T, 입력] weight^T + bias. bias를 더하는 것은 행렬 곱의 끝에 붙는다."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)

@@ -55,11 +55,13 @@ class Linear:
 
     Attributes:
         bias: fp32 [전체 출력]. 없으면 None.
+        bias_half: 활성값의 dtype으로 된 bias. 질문을 읽을 때 쓴다.
         row_scale: int8 가중치의 행마다의 배율 fp32 [전체 출력]. 아니면 None.
     """
 
     parts: tuple[Matrix, ...]
     bias: torch.Tensor | None
+    bias_half: torch.Tensor | None
     row_scale: torch.Tensor | None
     adapter: Adapter | None
 
@@ -153,7 +155,8 @@ class Weights:
                               else item.detach().float() for part, item in zip(parts, biases, strict=True)])
         row_scale = torch.cat([part.row_scale for part in parts]) if self.kind == INT8 else None
         adapters = [adapter for _, adapter in pairs]
-        return Linear(parts, bias, row_scale, self._adapter(parts, adapters) if any(adapters) else None)
+        return Linear(parts, bias, None if bias is None else bias.to(self.dtype), row_scale,
+                      self._adapter(parts, adapters) if any(adapters) else None)
 
     def _adapter(self, parts: tuple[Matrix, ...], adapters: list) -> Adapter:
         device = parts[0].weight.device

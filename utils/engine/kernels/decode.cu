@@ -185,8 +185,10 @@ struct Space {
     float* lora_partial;
     float* partial;
     char* rest;
+    float code_value;
 
-    __device__ __forceinline__ Space(int lora_tiles, int slots) {
+    __device__ __forceinline__ Space(int lora_tiles, int slots, const float* code) {
+        code_value = DOUBLE_QUANT && threadIdx.x < 256 ? __ldg(code + threadIdx.x) : 0.f;
         table = (u32*)shared;
         codes = (float*)(shared + TABLE_BYTES);
         down = codes + 256;
@@ -194,9 +196,41 @@ struct Space {
         partial = lora_partial + lora_tiles * WARPS * ROWS;
         rest = (char*)(partial + slots * WARPS * ROWS);
     }
-    __device__ __forceinline__ void fill(const float* code) const {
+    __device__ __forceinline__ void fill() const {
         if (WEIGHT == NF4_WEIGHT) build_table(table);
-        if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
+        if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = code_value;
+    }
+};
+
+// q, k, v를 곱하는 커널이 이어서 세는 attention. 볼 위치가 적을 때 쓴다. 커널 하나를 덜 시작하고, 병렬 잔차면 MLP의
+// 블록들이 아직 곱하는 동안에 센다.
+struct Attend {
+    Attention attention;
+    u8* const* pages;  // 널이면 세지 않는다
+    const int* state;
+    int* done;  // [KV_HEADS]. 머리 묶음마다 다 곱한 묶음(tile)의 수. 늘 0으로 되돌려 놓는다
+    u16* out;   // 16비트 [위, 아래][QDIM]
+
+    // 블록이 first부터 tiles개 묶음의 출력을 적은 다음에 부른다. 머리 묶음의 마지막 출력을 적은 블록이 attention을 센다.
+    __device__ __forceinline__ void follow(int first, int tiles, u8* first_page, int position,
+                                           const float* qkv) const {
+        __shared__ int ready[THREADS / ROWS];  // 이 블록이 셀 머리 묶음. 아니면 -1
+        __syncthreads();
+        if ((int)threadIdx.x < tiles) {
+            int group = HeadGroup::of(first + threadIdx.x);
+            __threadfence();
+            bool last = atomicAdd(done + group, 1) == HeadGroup::TILES - 1;
+            __threadfence();
+            if (last) done[group] = 0;
+            ready[threadIdx.x] = last ? group : -1;
+        }
+        __syncthreads();
+        for (int i = 0; i < tiles; i++)
+            for (int h = 0; ready[i] >= 0 && h < PER_KV; h += HEADS_PER_BLOCK) {
+                attend_job<THREADS, false>(*(AttendSpace<THREADS>*)shared, qkv, attention, pages, first_page,
+                                           position, ready[i] * PER_KV + h, 0, 1, false, 0, 0, out);
+                __syncthreads();
+            }
     }
 };
 
@@ -205,14 +239,21 @@ struct Space {
 template <bool MLP>
 __device__ __forceinline__ void project_job(const Residual& from, const Norm& norm, const Linear& linear,
                                             const LoraOfAct& next_lora, const float* code, float adapter, int block,
-                                            int blocks, int slots, float* out, u16* act) {
+                                            int blocks, int slots, float* out, u16* act, const Attend& attend) {
     enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS,
            TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
     typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
     typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
-    typedef Product<Piece<HIDDEN>, HIDDEN, 4, Where> Main;
-// 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다
+    typedef Product<Piece<HIDDEN>, HIDDEN, PIECES_AHEAD, Where> Main;
+// 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다. 여기서 쓸 작은 것은
+// 가중치보다 먼저 읽기 시작한다. 나중에 읽으면 앞서 청한 가중치가 다 온 다음에야 온다
     int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
+    Space space(PARTS * LORA_TILES, slots, code);
+    bool attends = !MLP && attend.pages;  // 층 0은 앞 커널과 겹쳐 시작하지 않으므로 state를 지금 읽어도 된다
+    int position = attends ? attend.state[0] : 0;
+    u8* first_page = attends ? attend.pages[0] : 0;
+    Row weight, bias;
+    if (PRE_NORM && EARLY_NORM) load_norm(norm, weight, bias);
     Main product(linear.part, first * PAIR, tiles * PAIR);
     product.prime();
     // 이 블록의 행들이 쓰는 part만 LoRA를 센다. gate와 up은 늘 함께 쓴다
@@ -221,11 +262,8 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     int part_begin = MLP ? 0 : Where::part(first), part_end = MLP ? PARTS : Where::part(first + tiles - 1) + 1;
     LoraDown<HIDDEN> lora(&linear.lora_a, part_begin * LORA_TILES, adapted ? (part_end - part_begin) * LORA_TILES : 0);
     if (adapted) lora.prime();
-    Space space(PARTS * LORA_TILES, slots);
     float2* scratch = (float2*)space.rest;
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight, bias;
-    if (PRE_NORM && EARLY_NORM) load_norm(norm, weight, bias);
     int row = first * ROWS + threadIdx.x;
     bool has_row = threadIdx.x < tiles * ROWS;
     RowEnd end, up_end;
@@ -234,7 +272,8 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
     LoraOfActGiver giver;
     if (gives) giver.prime(next_lora, first * ROWS, tiles * ROWS);
-    space.fill(code);
+    space.fill();
+    if (attends) prefetch_cache(attend.attention, first_page, position, block, blocks);
 // 2. 앞 커널이 끝나면 잔차를 읽어 norm한다. 블록마다 똑같이 센다: 나누어 세고 모으는 것보다 빠르다
     wait_for_previous_kernel();
     read_residual<ACT_BF16, PRE_NORM>(from, norm, weight, bias, IN_SCALE, high, scratch);
@@ -256,9 +295,12 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     const float* down = adapted ? space.down : 0;
 // 4. 출력 행 하나를 스레드 하나가 마무리한다
     if (!MLP) {
-        if (!has_row) return;
-        int part = Where::part(row / ROWS);
-        out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), down ? down + part * Space::DOWN : 0, row);
+        if (has_row) {
+            int part = Where::part(row / ROWS);
+            out[row] = end.finish(linear, Main::row(space.partial, threadIdx.x), down ? down + part * Space::DOWN : 0,
+                                  row);
+        }
+        if (attends) attend.follow(first, tiles, first_page, position, out);
         return;
     }
     // gate와 up의 묶음이 번갈아 있으므로 i번째 gate 묶음은 2i번째, up 묶음은 2i + 1번째다.
@@ -283,13 +325,14 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
 // qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
     Residual from, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
-    const float* adapter, int qkv_blocks, int slots, float* out, u16* act) {
+    const float* adapter, int qkv_blocks, int slots, float* out, u16* act, Attend attend) {
     let_next_kernel_start();
     if ((int)blockIdx.x < qkv_blocks)
-        project_job<false>(from, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act);
+        project_job<false>(from, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, slots, out, act,
+                           attend);
     else
         project_job<true>(from, norm2, mlp, down_lora, code, *adapter, blockIdx.x - qkv_blocks, gridDim.x - qkv_blocks,
-                          slots, out, act);
+                          slots, out, act, attend);
 }
 
 // 잔차에 더하는 선형층: attention의 출력 W_o, MLP의 출력 W_down, 병렬 잔차면 둘 다.
@@ -299,11 +342,12 @@ template <bool OUT, bool DOWN>
 __device__ __forceinline__ void contract_job(float* x, float* y, const u16* attended, const u16* act, const float* code,
                                              float adapter, const Linear& out, const Linear& down,
                                              const LoraOfAct& down_lora, int slots) {
-    typedef Product<Piece<QDIM>, QDIM, OUT && DOWN ? 2 : 4> Out;
-    typedef Product<Piece<FF>, FF, 4> Down;
+    typedef Product<Piece<QDIM>, QDIM, OUT_AHEAD> Out;
+    typedef Product<Piece<FF>, FF, PIECES_AHEAD> Down;
     enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
     int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
 // 1. 기다리기 전: 두 선형층의 가중치와 행의 마무리에 쓸 것을 미리 읽는다
+    Space space(OUT ? LORA_TILES : 0, slots * (OUT + DOWN), code);
     Down down_product(down.part, first, DOWN ? tiles : 0);
     Out out_product(out.part, first, OUT ? tiles : 0);
     if (DOWN) down_product.prime();
@@ -312,7 +356,6 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
     LoraDown<QDIM> lora(&out.lora_a, 0, out_adapted ? LORA_TILES : 0);
     if (out_adapted) lora.prime();
-    Space space(OUT ? LORA_TILES : 0, slots * (OUT + DOWN));
     float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
     u16* inputs = (u16*)space.rest;
 // 두 선형층의 입력이 차례로 놓인다
@@ -322,7 +365,7 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     RowEnd out_end, down_end;
     if (has_row && OUT) out_end.load(out, row, out_adapted);
     if (has_row && DOWN) down_end.load(down, row, down_adapted);
-    space.fill(code);
+    space.fill();
     wait_for_previous_kernel();
 // 2. 앞 커널이 적은 활성값을 공유 메모리로 옮긴다. LoRA의 몫도 함께 읽기 시작해서 기다림을 겹친다
     LoraOfActTaker taker;
@@ -383,13 +426,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Nor
 // 어휘가 크면 블록이 SM보다 많다. 출력 행렬은 16비트라 NF4의 표가 필요 없다
     int first = (int)((u64)TILES * blockIdx.x / gridDim.x);
     int tiles = (int)((u64)TILES * (blockIdx.x + 1) / gridDim.x) - first;
+    Row weight, bias;
+    if (EARLY_NORM) load_norm(norm, weight, bias);
     Main product(linear.part, first, tiles);
     product.prime();
     float* partial = (float*)shared;
     float2* scratch = (float2*)(partial + slots * WARPS * ROWS);
     u16* high = (u16*)(scratch + 2 * WARPS);
-    Row weight, bias;
-    if (EARLY_NORM) load_norm(norm, weight, bias);
     wait_for_previous_kernel();
     read_residual<BF16, true>(from, norm, weight, bias, 1.f, high, scratch);
     __syncthreads();

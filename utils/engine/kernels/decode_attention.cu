@@ -23,12 +23,13 @@ struct Page {
     u8* bytes;
     int slot;  // 쪽 안의 자리
 
+    __device__ __forceinline__ Page(u8* bytes, int slot) : bytes(bytes), slot(slot) {}
     __device__ __forceinline__ Page(u8* const* pages, int position)
         : bytes((u8*)__ldg((const u64*)pages + position / PAGE)), slot(position % PAGE) {}
 
     // kind 0은 K, 1은 V.
-    __device__ __forceinline__ static size_t vector(int kind, int layer, int head) {
-        return ((size_t)kind * LAYERS + layer) * KV_HEADS + head;
+    __device__ __forceinline__ static u32 vector(int kind, int layer, int head) {
+        return (kind * LAYERS + layer) * KV_HEADS + head;
     }
     __device__ __forceinline__ signed char* values(int kind, int layer, int head) const {
         return (signed char*)bytes + (vector(kind, layer, head) * PAGE + slot) * HEAD_DIM;
@@ -37,7 +38,7 @@ struct Page {
         return (u16*)(bytes + PAGE_SCALES) + (vector(kind, layer, head) * PAGE + slot) * (HEAD_DIM / GROUP);
     }
     __device__ __forceinline__ const float2* turns(int kind) const {
-        return (const float2*)(bytes + PAGE_TURNS) + ((size_t)kind * PAGE + slot) * (ROTARY / 2);
+        return (const float2*)(bytes + PAGE_TURNS) + (kind * PAGE + slot) * (ROTARY / 2);
     }
 };
 
@@ -97,83 +98,111 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
     }
 }
 
-// 새 토큰의 K, V를 cache에 더하고 attention을 센다. grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수).
-// 블록은 K, V 머리 하나를 함께 쓰는 q 머리 HEADS_PER_BLOCK개와, 볼 위치를 나눈 한 토막을 맡는다.
+// attention을 세는 블록의 공유 메모리. N은 스레드 수다. decode_plan.py의 `attend_space`가 크기를 센다.
+template <int N> struct AttendSpace {
+    float raw[HEADS_PER_BLOCK + 2][HEAD_DIM], query[HEADS_PER_BLOCK][HEAD_DIM], sums[N / 32][HEADS_PER_BLOCK][HEAD_DIM];
+    float2 peaks[N / 32][HEADS_PER_BLOCK];  // 워프마다의 (최댓값, 지수의 합)
+    __align__(16) signed char fresh[2][HEAD_DIM];
+    u16 fresh_scales[2][HEAD_DIM / GROUP];
+};
+
+// 함께 곱한 q, k, v에서 한 블록이 attention을 셀 수 있는 묶음: K, V 머리 하나와 그것을 함께 쓰는 q 머리들.
+struct HeadGroup {
+    enum { TILES = (PER_KV + 2) * HEAD_DIM / ROWS };
+    __device__ __forceinline__ static int of(int tile) {
+        int row = tile * ROWS;
+        if (INTERLEAVED) return row / (3 * HEAD_DIM);
+        return row < QDIM ? row / HEAD_DIM / PER_KV : (row - QDIM) % KVDIM / HEAD_DIM;
+    }
+};
+
+// 블록 blocks개가 첫 쪽에 든 모든 머리의 지난 K, V를 L2로 당겨 둔다.
+__device__ __forceinline__ void prefetch_cache(const Attention& attention, u8* bytes, int position, int block,
+                                               int blocks) {
+    int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
+    for (int i = block * THREADS + threadIdx.x; i < (position - oldest) * KV_HEADS; i += blocks * THREADS) {
+        int head = i % KV_HEADS;
+        Page page(bytes, oldest + i / KV_HEADS);
+        for (int kind = 0; kind < 2; kind++) {
+            for (int at = 0; at < HEAD_DIM; at += 128) prefetch(page.values(kind, attention.layer, head) + at);
+            if (page.slot % 16 == 0) prefetch(page.scales(kind, attention.layer, head));
+        }
+    }
+}
+
+// 새 토큰의 K, V를 cache에 더하고, q 머리 first_head부터 HEADS_PER_BLOCK개의 attention을 위치의 한 토막에서 센다.
 // 레인 SPAN개가 위치 하나를 맡고, 저마다 제 위치들의 softmax를 이어 가다가 끝에 한 번 합친다. 그래서 도는 동안 동기화가
-// 없다. 토막이 여럿이면 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
-// 아래의 모양은 줄 하나의 것이다.
-//   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], state: [6], out: 16비트 [위, 아래][QDIM]
-//   partial: [HEADS][gridDim.y][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
-extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
-    const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
+// 없다. 토막이 여럿이면(SPLIT) 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
+//   N: 스레드 수. lines: 함께 답하는 줄이 여럿인지.
+//   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], first_page: 그 첫 쪽. 토막이 하나면 모든 위치가 여기에 있다.
+//   out: 16비트 [위, 아래][QDIM]
+//   partial: [HEADS][splits][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
+template <int N, bool SPLIT>
+__device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* qkv, const Attention& attention,
+                                           u8* const* pages, u8* first_page, int position, int first_head, int split,
+                                           int splits, bool lines, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
-           AT_ONCE = ATTENDERS / SPAN, STEPS = 4, Q = HEADS_PER_BLOCK, KEY = Q, WARPS_HERE = ATTENDERS / 32,
+           AT_ONCE = N / SPAN, STEPS = SPLIT ? 4 : 1, Q = HEADS_PER_BLOCK, KEY = Q, WARPS_HERE = N / 32,
            PER_LANE = (HEAD_DIM + 31) / 32 };
-    __shared__ float raw[Q + 2][HEAD_DIM], query[Q][HEAD_DIM], sums[WARPS_HERE][Q][HEAD_DIM];
-    __shared__ float2 peaks[WARPS_HERE][Q];  // 워프마다의 (최댓값, 지수의 합)
-    __shared__ __align__(16) signed char fresh[2][HEAD_DIM];
-    __shared__ u16 fresh_scales[2][HEAD_DIM / GROUP];
-    __shared__ bool last;
-    let_next_kernel_start();
-// 함께 답하는 줄마다 메모리가 이어져 있다. 줄이 하나면 z는 0이다
-    qkv += blockIdx.z * (QDIM + 2 * KVDIM), pages += blockIdx.z * PAGES, state += blockIdx.z * 6;
-    partial += blockIdx.z * HEADS * gridDim.y * (HEAD_DIM + 2), done += blockIdx.z * HEADS, out += blockIdx.z * 2 * QDIM;
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
-    int first_head = blockIdx.x * Q, kv = first_head / PER_KV, layer = attention.layer, position = state[0];
+    int kv = first_head / PER_KV, layer = attention.layer;
 // 볼 위치는 oldest부터 position까지. ALONE개를 넘으면 CHUNK의 배수 per개씩 나눈다
     int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0;
-    int seen = position + 1 - oldest, splits = gridDim.y;
-    int per = seen <= ALONE ? ALONE : ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
-    int active = (seen + per - 1) / per, begin = oldest + blockIdx.y * per, end = min(begin + per, position + 1);
-    if ((int)blockIdx.y >= active) return;
+    int seen = position + 1 - oldest;
+    int per = !SPLIT || seen <= ALONE ? seen : ((seen + splits - 1) / splits + CHUNK - 1) / CHUNK * CHUNK;
+    int active = SPLIT ? (seen + per - 1) / per : 1, begin = oldest + split * per, end = min(begin + per, position + 1);
+    if (split >= active) return;
 
-// 위치 하나의 K는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 한 번에 위치 STEPS개를 맡는다
-    uint4 key[STEPS], value[STEPS];
-    u16 key_scale[STEPS], value_scale[STEPS];
+// 위치 하나의 K와 V는 SPAN개 레인이 16칸씩 나누어 쥔다. 스레드는 한 번에 위치 STEPS개를 맡는다
+    struct Held {
+        uint4 key[STEPS], value[STEPS];
+        u16 key_scale[STEPS], value_scale[STEPS];
+    } next;
+    auto page_of = [&](int row) { return SPLIT ? Page(pages, row) : Page(first_page, row); };
     auto load = [&](int from) {
         #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             int row = from + sub + s * AT_ONCE;
-            key[s] = value[s] = {0, 0, 0, 0};
-            key_scale[s] = value_scale[s] = 0;
+            next.key[s] = next.value[s] = {0, 0, 0, 0};
+            next.key_scale[s] = next.value_scale[s] = 0;
             if (part >= LANES || row >= end || row == position) continue;
-            Page page(pages, row);
-            key[s] = __ldcg((const uint4*)page.values(0, layer, kv) + part);
-            value[s] = __ldcg((const uint4*)page.values(1, layer, kv) + part);
-            key_scale[s] = __ldcg(page.scales(0, layer, kv) + part * LANE / GROUP);
-            value_scale[s] = __ldcg(page.scales(1, layer, kv) + part * LANE / GROUP);
+            Page page = page_of(row);
+            next.key[s] = __ldcg((const uint4*)page.values(0, layer, kv) + part);
+            next.value[s] = __ldcg((const uint4*)page.values(1, layer, kv) + part);
+            next.key_scale[s] = __ldcg(page.scales(0, layer, kv) + part * LANE / GROUP);
+            next.value_scale[s] = __ldcg(page.scales(1, layer, kv) + part * LANE / GROUP);
         }
     };
     load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
-    Page here(pages, position);
+    Page here = page_of(position);
     float2 turn[PER_LANE];
     #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
         turn[i] = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), lane + i * 32);
-    wait_for_previous_kernel();
+    if (SPLIT) wait_for_previous_kernel();
 
 // q, k, v 머리를 워프가 하나씩 옮기며 norm하고 돌린다. 새 토큰의 위치를 맡은 블록만 k와 v를 쓴다
     bool is_last = end == position + 1;
     for (int v = warp; v < (is_last ? Q + 2 : Q); v += WARPS_HERE) {
-        if (v < Q) copy_head(qkv + query_at(first_head + v), raw[v], attention.q_norm);
-        else if (v == KEY) copy_head(qkv + key_at(kv), raw[v], attention.k_norm);
-        else copy_head(qkv + value_at(kv), raw[v], 0);
+        if (v < Q) copy_head(qkv + query_at(first_head + v), space.raw[v], attention.q_norm);
+        else if (v == KEY) copy_head(qkv + key_at(kv), space.raw[v], attention.k_norm);
+        else copy_head(qkv + value_at(kv), space.raw[v], 0);
         __syncwarp();
         #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
             int d = lane + i * 32;
             if (d >= HEAD_DIM) continue;
-            float turned = v <= KEY ? rotate(raw[v], turn[i], d) : raw[v][d];
-            if (v < Q) query[v][d] = turned * ATTENTION_SCALE;
-            else store_int8(fresh[v - Q], fresh_scales[v - Q], d, turned);
+            float turned = v <= KEY ? rotate(space.raw[v], turn[i], d) : space.raw[v][d];
+            if (v < Q) space.query[v][d] = turned * ATTENTION_SCALE;
+            else store_int8(space.fresh[v - Q], space.fresh_scales[v - Q], d, turned);
         }
     }
     __syncthreads();
 // K, V 머리를 함께 쓰는 블록이 여럿이면 첫 블록만 cache에 적는다
     if (is_last && first_head % PER_KV == 0 && tid < 2 * LANES) {
         int kind = tid / LANES, i = tid % LANES;
-        ((uint4*)here.values(kind, layer, kv))[i] = ((const uint4*)fresh[kind])[i];
-        here.scales(kind, layer, kv)[i * LANE / GROUP] = fresh_scales[kind][i * LANE / GROUP];
+        ((uint4*)here.values(kind, layer, kv))[i] = ((const uint4*)space.fresh[kind])[i];
+        here.scales(kind, layer, kv)[i * LANE / GROUP] = space.fresh_scales[kind][i * LANE / GROUP];
     }
 
 // 이어 가는 softmax: 지금까지의 최댓값, 지수의 합, 지수를 곱한 V의 합. 위치 하나를 맡은 레인들이 같은 값을 쥔다
@@ -183,14 +212,19 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         largest[h] = -1e30f, total[h] = 0.f;
         for (int j = 0; j < LANE; j++) sum[h][j] = 0.f;
     }
+// 이어서 셀 때는(STEPS 1) 펼치지 않는다: 한 번만 지나는 명령은 캐시에 없어서 읽어 오는 시간이 계산보다 길다. 따로 셀 때는
+// 위치가 많으므로 펼쳐서 읽기를 겹친다
+    #pragma unroll 1
     for (int from = begin; from < end; from += AT_ONCE * STEPS) {
-        if (from > begin) load(from);
+        if (SPLIT && from > begin) load(from);
+        Held kept = next, &now = SPLIT ? next : kept;
+        if (!SPLIT) load(from + AT_ONCE);
         #pragma unroll
         for (int s = 0; s < STEPS; s++)
             if (part < LANES && from + sub + s * AT_ONCE == position) {  // 새 토큰의 것은 방금 만든 것을 쓴다
-                key[s] = ((const uint4*)fresh[0])[part], value[s] = ((const uint4*)fresh[1])[part];
-                key_scale[s] = fresh_scales[0][part * LANE / GROUP];
-                value_scale[s] = fresh_scales[1][part * LANE / GROUP];
+                now.key[s] = ((const uint4*)space.fresh[0])[part], now.value[s] = ((const uint4*)space.fresh[1])[part];
+                now.key_scale[s] = space.fresh_scales[0][part * LANE / GROUP];
+                now.value_scale[s] = space.fresh_scales[1][part * LANE / GROUP];
             }
 // 점수 = q k. int8을 푼 값은 블록의 q 머리들이 함께 쓴다
         float score[STEPS][Q];
@@ -199,13 +233,13 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
             float dot[Q] = {};
             #pragma unroll
             for (int j = 0; j < LANE; j++) {
-                float one = int8_at(key[s], j);
+                float one = int8_at(now.key[s], j);
                 #pragma unroll
-                for (int h = 0; h < Q; h++) dot[h] += part < LANES ? query[h][part * LANE + j] * one : 0.f;
+                for (int h = 0; h < Q; h++) dot[h] += part < LANES ? space.query[h][part * LANE + j] * one : 0.f;
             }
             #pragma unroll
             for (int h = 0; h < Q; h++) {
-                dot[h] *= widen<false>(key_scale[s]);
+                dot[h] *= widen<false>(now.key_scale[s]);
                 for (int step = SPAN / 2; step; step >>= 1) dot[h] += __shfl_xor_sync(~0u, dot[h], step);
                 score[s][h] = from + sub + s * AT_ONCE < end ? dot[h] : -1e30f;
             }
@@ -215,23 +249,24 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
             float most = largest[h];
             #pragma unroll
             for (int s = 0; s < STEPS; s++) most = fmaxf(most, score[s][h]);
-            float shrink = expf(largest[h] - most);
-            total[h] *= shrink, largest[h] = most;
-            #pragma unroll
-            for (int j = 0; j < LANE; j++) sum[h][j] *= shrink;
+            if (SPLIT || most > largest[h]) {
+                float shrink = expf(largest[h] - most);
+                total[h] *= shrink, largest[h] = most;
+                #pragma unroll
+                for (int j = 0; j < LANE; j++) sum[h][j] *= shrink;
+            }
         }
         #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            if (from + sub + s * AT_ONCE >= end) continue;
             float weight[Q];
             #pragma unroll
             for (int h = 0; h < Q; h++) {
-                weight[h] = expf(score[s][h] - largest[h]);
-                total[h] += weight[h], weight[h] *= widen<false>(value_scale[s]);
+                weight[h] = from + sub + s * AT_ONCE < end ? expf(score[s][h] - largest[h]) : 0.f;
+                total[h] += weight[h], weight[h] *= widen<false>(now.value_scale[s]);
             }
             #pragma unroll
             for (int j = 0; j < LANE; j++) {
-                float one = int8_at(value[s], j);
+                float one = int8_at(now.value[s], j);
                 #pragma unroll
                 for (int h = 0; h < Q; h++) sum[h][j] += weight[h] * one;
             }
@@ -249,58 +284,64 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
         for (int j = 0; j < LANE; j++) {
             sum[h][j] *= shrink;
             for (int step = SPAN; step < 32; step <<= 1) sum[h][j] += __shfl_xor_sync(~0u, sum[h][j], step);
-            if (lane < LANES) sums[warp][h][lane * LANE + j] = sum[h][j];
+            if (lane < LANES) space.sums[warp][h][lane * LANE + j] = sum[h][j];
         }
-        if (lane == 0) peaks[warp][h] = {top, total[h]};
+        if (lane == 0) space.peaks[warp][h] = {top, total[h]};
     }
     __syncthreads();
 
     auto give = [&](int head, int d, float value_) {
-        u16* target = out + (gridDim.z > 1 ? line_place(head * HEAD_DIM + d) : head * HEAD_DIM + d);
+        u16* target = out + (lines ? line_place(head * HEAD_DIM + d) : head * HEAD_DIM + d);
         store_split<ACT_BF16>(target, target + QDIM, value_ * IN_SCALE);
     };
 // 워프들을 합친다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
-    for (int h = 0; h < Q; h++) {
-        float top = -1e30f, whole = 0.f, shrink[WARPS_HERE];
-        #pragma unroll
-        for (int w = 0; w < WARPS_HERE; w++) top = fmaxf(top, peaks[w][h].x);
-        #pragma unroll
-        for (int w = 0; w < WARPS_HERE; w++)
-            shrink[w] = expf(peaks[w][h].x - top), whole += peaks[w][h].y * shrink[w];
-        float* mine = partial + ((size_t)(first_head + h) * splits + blockIdx.y) * (HEAD_DIM + 2);
-        for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-            float merged = 0.f;
-            #pragma unroll
-            for (int w = 0; w < WARPS_HERE; w++) merged += sums[w][h][d] * shrink[w];
-            if (active == 1) give(first_head + h, d, merged / whole);
-            else mine[d] = merged;
+    for (int i = tid; i < Q * HEAD_DIM; i += N) {
+        int h = i / HEAD_DIM, d = i % HEAD_DIM;
+        float top = -1e30f, whole = 0.f, merged = 0.f;
+        for (int w = 0; w < WARPS_HERE; w++) top = fmaxf(top, space.peaks[w][h].x);
+        #pragma unroll 4
+        for (int w = 0; w < WARPS_HERE; w++) {
+            float shrink = expf(space.peaks[w][h].x - top);
+            whole += space.peaks[w][h].y * shrink, merged += space.sums[w][h][d] * shrink;
         }
-        if (active > 1 && tid == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = whole;
+        float* mine = partial + ((size_t)(first_head + h) * splits + split) * (HEAD_DIM + 2);
+        if (active == 1) give(first_head + h, d, merged / whole);
+        else mine[d] = merged;
+        if (active > 1 && d == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = whole;
     }
-    if (active == 1) return;
+    if (!SPLIT || active == 1) return;
 // 마지막에 끝난 블록이 토막들을 합친다: 최댓값을 맞추어 지수의 합으로 나눈다
     __threadfence();
     __syncthreads();
-    if (tid == 0) last = atomicAdd(done + blockIdx.x, 1) == active - 1;
+    __shared__ bool last;
+    if (tid == 0) last = atomicAdd(done + first_head, 1) == active - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
-    if (tid == 0) done[blockIdx.x] = 0;
-    for (int h = 0; h < Q; h++) {
+    if (tid == 0) done[first_head] = 0;
+    for (int i = tid; i < Q * HEAD_DIM; i += N) {
+        int h = i / HEAD_DIM, d = i % HEAD_DIM;
         const float* all = partial + (size_t)(first_head + h) * splits * (HEAD_DIM + 2);
-        float top = -1e30f, whole = 0.f;
+        float top = -1e30f, whole = 0.f, merged = 0.f;
         for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + s * (HEAD_DIM + 2) + HEAD_DIM));
+        #pragma unroll 4
         for (int s = 0; s < active; s++) {
-            const float* one = all + s * (HEAD_DIM + 2) + HEAD_DIM;
-            whole += __ldcg(one + 1) * expf(__ldcg(one) - top);
+            const float* one = all + s * (HEAD_DIM + 2);
+            float shrink = expf(__ldcg(one + HEAD_DIM) - top);
+            whole += __ldcg(one + HEAD_DIM + 1) * shrink, merged += __ldcg(one + d) * shrink;
         }
-        for (int d = tid; d < HEAD_DIM; d += ATTENDERS) {
-            float merged = 0.f;
-            for (int s = 0; s < active; s++) {
-                const float* one = all + s * (HEAD_DIM + 2);
-                merged += __ldcg(one + d) * expf(__ldcg(one + HEAD_DIM) - top);
-            }
-            give(first_head + h, d, merged / whole);
-        }
+        give(first_head + h, d, merged / whole);
     }
+}
+
+// grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수). 줄마다 메모리가 이어져 있다.
+extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
+    const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
+    __shared__ AttendSpace<ATTENDERS> space;
+    let_next_kernel_start();
+    int line = blockIdx.z;
+    attend_job<ATTENDERS, true>(space, qkv + line * (QDIM + 2 * KVDIM), attention, pages + line * PAGES, 0,
+                                state[line * 6], blockIdx.x * HEADS_PER_BLOCK, blockIdx.y, gridDim.y, gridDim.z > 1,
+                                partial + line * HEADS * gridDim.y * (HEAD_DIM + 2), done + line * HEADS,
+                                out + line * 2 * QDIM);
 }

@@ -11,12 +11,20 @@ __constant__ float NF4_CODE[16] = {
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-// NF4 바이트 하나(가중치 둘)를 fp16 둘로 바꾸는 표. 레인마다 사본을 두어 은행 충돌이 없다. 32 KB.
+// NF4 바이트 하나(가중치 둘)를 fp16 둘로 바꾸는 표. 레인마다 사본을 두어 은행 충돌이 없다. 한 줄은 32개(128바이트)이고,
+// 공유 메모리가 넉넉하면 줄의 간격(TABLE_STEP)이 256바이트라서 명령 하나로 줄을 찾는다.
 __device__ __forceinline__ void build_table(u32* table) {
     for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
         u32 pair = narrow<false>(NF4_CODE[i >> 7]) | (u32)narrow<false>(NF4_CODE[i >> 3 & 15]) << 16;
-        ((uint4*)table)[i] = {pair, pair, pair, pair};
+        ((uint4*)table)[i / 8 * (TABLE_STEP / 16) + i % 8] = {pair, pair, pair, pair};
     }
+}
+
+// word의 byte번째 바이트에 든 가중치 둘. lane_bytes는 레인의 번호 x 4다.
+template <int BYTE> __device__ __forceinline__ u32 pair_at(const u32* table, u32 word, u32 lane_bytes) {
+    u32 at = TABLE_STEP == 256 ? byte_above<BYTE>(word, lane_bytes)
+                               : (BYTE ? word >> (BYTE * 8 - 7) : word << 7) & 0x7f80 | lane_bytes;
+    return *(const u32*)((const char*)table + at);
 }
 
 // 행렬 하나. 16비트와 int8 가중치면 weight만 쓴다. scale: 64칸마다의 절댓값(이중 양자화면 8비트), group: 그 절댓값의
@@ -129,16 +137,16 @@ template <int K> struct Nf4Piece {
     }
 
     __device__ __forceinline__ void add(const Inputs& in, const uint4 (&b)[QUADS], float& upper, float& lower) {
-        u32 lane_bits = (threadIdx.x & 31) * 4;
+        u32 lane = (threadIdx.x & 31) * 4;
         u32 a[4] = {top.x, top.y, top.z, top.w}, d[4] = {low.x, low.y, low.z, low.w};
         float c[2][4] = {};
-        #define PAIR(moved) (*(const u32*)((const char*)in.table + ((moved) & 0x7f80 | lane_bits)))
         #pragma unroll
         for (int q = 0; q < 4; q++) {
-            mma<false>(c[0], PAIR(a[q] << 7), PAIR(d[q] << 7), PAIR(a[q] >> 1), PAIR(d[q] >> 1), b[q].x, b[q].y);
-            mma<false>(c[1], PAIR(a[q] >> 9), PAIR(d[q] >> 9), PAIR(a[q] >> 17), PAIR(d[q] >> 17), b[q].z, b[q].w);
+            mma<false>(c[0], pair_at<0>(in.table, a[q], lane), pair_at<0>(in.table, d[q], lane),
+                       pair_at<1>(in.table, a[q], lane), pair_at<1>(in.table, d[q], lane), b[q].x, b[q].y);
+            mma<false>(c[1], pair_at<2>(in.table, a[q], lane), pair_at<2>(in.table, d[q], lane),
+                       pair_at<3>(in.table, a[q], lane), pair_at<3>(in.table, d[q], lane), b[q].z, b[q].w);
         }
-        #undef PAIR
         float2 s = decode(top_scale, in.code, offset), z = decode(low_scale, in.code, offset);
         upper += (c[0][0] + c[1][0]) * s.x + (c[0][1] + c[1][1]) * s.y;
         lower += (c[0][2] + c[1][2]) * z.x + (c[0][3] + c[1][3]) * z.y;
@@ -300,6 +308,7 @@ template <int K> using LoraDown = Product<WidePiece<ACT_BF16, K, LORA_TILE == 8>
 
 // part 하나의 d [RANK]를 공유 메모리에 모은다. partial은 그 part의 첫 묶음의 자리다. 앞뒤로 동기화해야 한다.
 template <int K> __device__ __forceinline__ void gather_lora(const float* partial, float adapter, float* down) {
+    #pragma unroll 1
     for (int r = threadIdx.x; r < RANK; r += THREADS)
         down[r] = LoraDown<K>::row(partial, r / LORA_TILE * ROWS + r % LORA_TILE) * adapter * (1.f / IN_SCALE);
 }

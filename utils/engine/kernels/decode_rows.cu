@@ -100,8 +100,7 @@ template <int K> struct Nf4Lines {
     }
     template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32* table,
                                                               const float* code, float (&sum)[SETS][4]) const {
-        u32 lane_bits = (threadIdx.x & 31) * 4;
-        #define PAIR(moved) (*(const u32*)((const char*)table + ((moved) & 0x7f80 | lane_bits)))
+        u32 lane = (threadIdx.x & 31) * 4;
         #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             float c[SETS][4] = {};
@@ -109,8 +108,9 @@ template <int K> struct Nf4Lines {
             for (int h = 0; h < 2; h++) {
 // 표에서 꺼낸 가중치는 모든 줄이 함께 쓴다. 한 줄일 때와 달리 꺼내는 값이 거의 들지 않는다
                 u32 a = h ? top[u].y : top[u].x, d = h ? low[u].y : low[u].x;
-                u32 w[8] = {PAIR(a << 7), PAIR(d << 7), PAIR(a >> 1),  PAIR(d >> 1),
-                            PAIR(a >> 9), PAIR(d >> 9), PAIR(a >> 17), PAIR(d >> 17)};
+                u32 w[8] = {pair_at<0>(table, a, lane), pair_at<0>(table, d, lane), pair_at<1>(table, a, lane),
+                            pair_at<1>(table, d, lane), pair_at<2>(table, a, lane), pair_at<2>(table, d, lane),
+                            pair_at<3>(table, a, lane), pair_at<3>(table, d, lane)};
                 #pragma unroll
                 for (int j = 0; j < SETS * HALVES; j++) {
                     const u32* in = b[u].v[j / HALVES][j % HALVES] + h * 4;
@@ -125,7 +125,6 @@ template <int K> struct Nf4Lines {
                 sum[s][2] += c[s][2] * below, sum[s][3] += c[s][3] * below;
             }
         }
-        #undef PAIR
     }
 };
 

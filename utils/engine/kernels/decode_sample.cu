@@ -210,25 +210,32 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
 // 벌점을 매기며 가장 큰 로짓을 찾는다
     Values value;
     value.memory = logits;
-    u64 mine = 0;
-// i번째 로짓 v에 벌점을 매겨 순위에 넣는다. punished, never: used와 banned에서 i의 비트가 든 워드
-    auto rank = [&](int i, float& v, u32 punished, u32 never) {
+    bool marked = penalty != 1.f || size > 0;
+    float most = NEVER;
+    int place = tid;
+// i번째 로짓 v를 순위에 넣는다. 번호가 커지는 차례로 부르므로 같으면 앞의 번호가 남는다
+    auto rank = [&](int i, float v) {
+        if (v > most) most = v, place = i;
+    };
+// i번째 로짓에 벌점을 매긴다. punished, never: used와 banned에서 i의 비트가 든 워드
+    auto punish = [&](int i, float v, u32 punished, u32 never) {
         if (punished >> i % 32 & 1) v = v < 0.f ? v * penalty : v / penalty;
-        if (never >> i % 32 & 1) v = NEVER;
-        u64 mark = (u64)order_key(v) << 32 | (u32)~i;  // 같으면 앞의 번호
-        mine = mark > mine ? mark : mine;
+        return never >> i % 32 & 1 ? NEVER : v;
     };
 #if IN_REGISTERS
     FOR_EACH {
         int i = tid + j * CHOOSERS;
-        float v = i < VOCAB ? __ldcg(logits + i) : NEVER;
-        if (i < VOCAB) rank(i, v, used[i / 32], banned[i / 32]);
-        value.set(j, v);
+        value.set(j, i < VOCAB ? __ldcg(logits + i) : NEVER);
     }
+    if (marked)
+        FOR_EACH {
+            int i = tid + j * CHOOSERS;
+            if (i < VOCAB) value.set(j, punish(i, value.get(j), used[i / 32], banned[i / 32]));
+        }
+    FOR_EACH rank(tid + j * CHOOSERS, value.get(j));
 #else
 // 16바이트씩 AT_ONCE개를 먼저 읽고 나서 다룬다. 하나씩 읽고 적으면 읽기가 겹치지 않는다
     enum { AT_ONCE = 4 };
-    bool marked = penalty != 1.f || size > 0;
     for (int base = tid; base < LOGITS / 4; base += CHOOSERS * AT_ONCE) {
         uint4 raw[AT_ONCE];
         #pragma unroll
@@ -244,12 +251,13 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
             for (int w = 0; w < 4; w++) {
                 if (i + w >= VOCAB) break;
                 float v = __uint_as_float(words[w]);
-                rank(i + w, v, punished, never);
-                if ((punished | never) >> (i + w) % 32 & 1) logits[i + w] = v;
+                if ((punished | never) >> (i + w) % 32 & 1) logits[i + w] = v = punish(i + w, v, punished, never);
+                rank(i + w, v);
             }
         }
     }
 #endif
+    u64 mine = (u64)order_key(most) << 32 | (u32)~place;
     for (int step = 16; step; step >>= 1) {
         u64 other = __shfl_xor_sync(~0u, mine, step);
         mine = other > mine ? other : mine;

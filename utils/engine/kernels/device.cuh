@@ -101,3 +101,8 @@ __device__ __forceinline__ uint2 int8_to_fp16(u32 word) {
     asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
     return {low, high};
 }
+
+// word의 BYTE번째 바이트 x 256 + low(256보다 작다). 명령 하나다.
+template <int BYTE> __device__ __forceinline__ u32 byte_above(u32 word, u32 low) {
+    return __byte_perm(word, low, 0x5504 | BYTE << 4);
+}
