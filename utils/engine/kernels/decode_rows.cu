@@ -37,6 +37,7 @@ template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
     uint4 top[UNITS][2], low[HALF ? 1 : UNITS][2];
 
     __device__ __forceinline__ void load(const Matrix& m, u32 at) {
+        // 단위(64칸)마다 레인은 16바이트 둘, 곧 8칸 둘을 읽는다. 8행 아래의 행은 8 * ROW_BYTES 뒤에 있다
         #pragma unroll
         for (int i = 0; i < UNITS * 2; i++) {
             const u8* source = m.weight + at + (i / 2 * 64 + column_of<SPREAD>(i % 2)) * 2;
@@ -55,6 +56,7 @@ template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
             #pragma unroll
             for (int j = 0; j < SETS * HALVES; j++) {
                 const u32* in = b[u].v[j / HALVES][j % HALVES] + h * 4;
+                // mma 하나는 행 16개 x 칸 16개 x 줄 8개다. 레인은 위 행과 아래 행의 같은 칸 넷, 줄의 같은 칸 넷을 낸다
                 mma<BF>(sum[j / HALVES], a.x, d.x, a.y, d.y, in[0], in[1]);
                 mma<BF>(sum[j / HALVES], a.z, d.z, a.w, d.w, in[2], in[3]);
             }
@@ -71,6 +73,7 @@ template <int K> struct Nf4Lines {
     float offset;
 
     __device__ __forceinline__ static void load_scale(const Matrix& m, u32 at, u32 (&scale)[2]) {
+        // at은 바이트(가중치 둘)다. 절댓값 하나가 64칸(32바이트)을, 그 묶음 하나가 절댓값 256개(8,192바이트)를 맡는다
 #if DOUBLE_QUANT
         const u8* codes = (const u8*)m.scale + (at >> 5);
         scale[0] = UNITS == 2 ? __ldg((const u16*)codes) : __ldg(codes);
@@ -92,6 +95,7 @@ template <int K> struct Nf4Lines {
         load_scale(m, at + 8 * ROW_BYTES, low_scale);
     }
     __device__ __forceinline__ float decode(const u32 (&scale)[2], int u, const float* code) const {
+        // 이중 양자화의 절댓값 = 표[8비트] x 묶음의 절댓값 + 평균(offset)
 #if DOUBLE_QUANT
         return code[scale[0] >> u * 8 & 255] * __uint_as_float(scale[1]) + offset;
 #else
@@ -103,6 +107,7 @@ template <int K> struct Nf4Lines {
         u32 lane = (threadIdx.x & 31) * 4;
         #pragma unroll
         for (int u = 0; u < UNITS; u++) {
+            // 절댓값을 곱하기 전의 합. 절댓값은 행마다 다르므로 위 행(above)과 아래 행(below)에 따로 곱한다
             float c[SETS][4] = {};
             #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -143,6 +148,7 @@ template <int K> struct Int8Lines {
         u32 a[4] = {top.x, top.y, top.z, top.w}, d[4] = {low.x, low.y, low.z, low.w};
         #pragma unroll
         for (int q = 0; q < 4; q++) {
+            // int8 넷을 fp16 넷으로 푼다. -128부터 127까지는 fp16에 어긋남 없이 들어간다
             uint2 above = int8_to_fp16(a[q]), below = int8_to_fp16(d[q]);
             #pragma unroll
             for (int j = 0; j < SETS * HALVES; j++) {
@@ -164,6 +170,7 @@ template <int K> using LinePiece = WideLines<BF16, K, false, 1, true>;
 // 칸 K개를 워프들이 나누는 법. 워프는 조각 PER개(마지막은 없을 수 있다)를 CHUNKS번에 AT_ONCE개씩 쥔다.
 //   MOST: 활성값을 쥐는 데 쓰는 레지스터의 수.
 //   ALL_HELD: 제 칸의 활성값을 모두 쥐고 있을 수 있는지. 아니면 CHUNKS번 나누어 쥐고 합을 공유 메모리에 더해 간다.
+//   SEGMENTS: 조각의 수. ACROSS: 조각을 하나라도 맡는 워프의 수. REGISTERS: 조각 하나의 활성값이 드는 레지스터의 수.
 template <class T, int K, int HALVES_, int MOST = 64> struct Share {
     enum { HALVES = HALVES_, UNITS = T::UNITS, SPREAD = T::SPREAD, STEP = UNITS * 64, SEGMENTS = K / STEP,
            ACROSS = SEGMENTS < WARPS ? SEGMENTS : WARPS, PER = (SEGMENTS + WARPS - 1) / WARPS,
@@ -192,6 +199,7 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
     float scale;
     float2 moment[SETS];  // 레인의 두 줄의 (평균, 표준편차의 역수)
 
+    // 레인 4g + t가 쥐는 줄: s번째 여덟 줄 가운데 g번째.
     __device__ __forceinline__ static int line(int s) { return s * 8 + (threadIdx.x >> 2 & 7); }
 
     // 단위 하나의 두 줄. x는 앞 커널이 적은 것이지만 기다린 뒤라서 L1을 거쳐 읽어도 된다. 한 섹터를 두 번에 나누어 읽는다.
@@ -205,11 +213,13 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
             v[s][q * 4 + 2] = __uint_as_float(raw.z), v[s][q * 4 + 3] = __uint_as_float(raw.w);
         }
     }
+    // norm의 weight나 bias 네 칸. 배우지 않는 값이라 읽기 전용 cache로 읽는다.
     __device__ __forceinline__ static void constant(const float* at, float (&v)[4]) {
         uint4 raw = __ldg((const uint4*)at);
         v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
         v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
     }
+    // (x - 평균) x 역수 x weight + bias를 16비트 위와 아래 절반으로 나누어, mma가 받는 차례로 b에 담는다.
     __device__ __forceinline__ void pack(int segment, int u, const float (&v)[SETS][16], Unit<2>& b) const {
         #pragma unroll
         for (int q = 0; q < 4; q++) {
@@ -241,6 +251,7 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
             for (int u = 0; u < S::UNITS; u++) {
                 float(&now)[SETS][16] = v[S::ALL_HELD ? p * S::UNITS + u : 0];
                 read(segment, u, now);
+                // 분산 = E[x^2] - E[x]^2. 합과 제곱의 합을 한 번 읽으며 모은다
                 #pragma unroll
                 for (int i = 0; i < SETS * 16; i++)
                     total[i / 16].x += now[i / 16][i % 16],
@@ -250,6 +261,7 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
         if (NORMED) {
             #pragma unroll
             for (int s = 0; s < SETS; s++) {
+                // 줄 하나를 나누어 쥔 레인 넷을 먼저 더하고, 워프의 몫은 공유 메모리에서 더한다
                 for (int step = 1; step < 4; step <<= 1)
                     total[s].x += __shfl_xor_sync(~0u, total[s].x, step),
                     total[s].y += __shfl_xor_sync(~0u, total[s].y, step);
@@ -277,6 +289,7 @@ template <class S, int K, bool BF, bool NORMED> struct NormedInput {
                 pack(S::segment(0, p), u, v[S::ALL_HELD ? p * S::UNITS + u : 0], b[p][u]);
         }
     }
+    // 다 쥐고 있지 못하는 모양(ALL_HELD가 아니다): chunk번째 조각들을 다시 읽어 norm한다.
     __device__ __forceinline__ void fill(typename S::Held& b, int chunk) const {
         #pragma unroll
         for (int p = 0; p < S::AT_ONCE; p++) {
@@ -308,6 +321,7 @@ template <class S> struct SplitInput {
                 int h = i % 2, half = i / 2 % S::HALVES, s = i / 2 / S::HALVES % SETS, u = i / 2 / S::HALVES / SETS;
                 const u16* source = in + (size_t)(s * 8 + (threadIdx.x >> 2 & 7)) * stride + half * low +
                                     segment * S::STEP + u * 64 + column_of<true>(h);
+                // 앞 커널의 다른 SM이 적은 것이라 L1을 거치지 않고 L2에서 읽는다
                 uint4 raw = __ldcg((const uint4*)source);
                 u32* to = b[p][u].v[s][half] + h * 4;
                 to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
@@ -322,9 +336,11 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
     const Matrix* parts;
     int first, count, total, tile, chunk;  // tile, chunk: 다음에 읽을 것
 
+    // 묶음 first_tile부터 tiles개를 맡는다. 읽기는 begin에서 시작한다.
     __device__ __forceinline__ void set(const Matrix* matrices, int first_tile, int tiles) {
         parts = matrices, first = first_tile, count = tiles;
     }
+    // parts[part]로 찾으면 배열이 지역 메모리에 놓일 수 있어, 셋을 비교해 고른다.
     __device__ __forceinline__ Matrix find(int part) const {
         Matrix matrix = parts[0];
         if (part == 1) matrix = parts[1];
@@ -333,6 +349,7 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
     }
     __device__ __forceinline__ void begin(const Matrix* matrices, int first_tile, int tiles) {
         set(matrices, first_tile, tiles), tile = chunk = 0;
+        // 묶음마다 조각 PER개다. 맡을 조각이 없는 워프는 하나도 읽지 않는다
         total = (int)(threadIdx.x >> 5) < S::ACROSS ? tiles * S::PER : 0;
         #pragma unroll
         for (int d = 0; d < AHEAD; d++)
@@ -360,6 +377,7 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
         if (s < S::AT_ONCE - 1) return;
         if (++tile == count) tile = 0, chunk++;
     }
+    // 조각 하나를 곱하는 동안 AHEAD개 뒤의 조각을 읽는다. now, from: 곱하고 있는 묶음과 chunk.
     template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b,
                                                                const u32* table, const float* code, float* partial) {
         int now = 0, from = 0, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -379,6 +397,7 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
                 for (int i = 0; i < SETS * 2; i++) {
                     float2* at = (float2*)(target + cell((lane >> 2) + i % 2 * 8, i / 2 * 8 + (lane & 3) * 2));
                     float2 value = {sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]};
+                    // 둘째 chunk부터는 앞 chunk가 남긴 합에 더한다. 같은 스레드가 적은 자리라 동기화가 없어도 된다
                     if (from) value.x += at->x, value.y += at->y;
                     *at = value;
                     sum[i / 2][i % 2 * 2] = sum[i / 2][i % 2 * 2 + 1] = 0.f;
@@ -435,6 +454,7 @@ template <class S, int K> struct LineLora {
             __syncthreads();
             for (int e = threadIdx.x; e < count * LORA_TILE * LINES; e += THREADS) {
                 int row = e % LORA_TILE, line = e / LORA_TILE % LINES, tile = e / LORA_TILE / LINES;
+                // 묶음의 번호에서 어느 part의 몇째 rank인지를 얻는다. RANK를 LORA_TILE의 배수로 채운 행은 버린다
                 int r = (from + tile) % LORA_TILES * LORA_TILE + row, part = (from + tile) / LORA_TILES;
                 if (r < RANK)
                     space.down[(part * RANK + r) * LINES + line] =
@@ -463,6 +483,7 @@ __device__ __forceinline__ float finish_line(const Linear& linear, float sum, co
     if (WEIGHT == INT8_WEIGHT) value *= __ldg(linear.row_scale + row);
     value += end[0];
     if (!down) return value;
+    // W x + B (A x). B에는 배율(alpha / rank)이, A x(down)에는 어댑터를 켰는지가 곱해져 있다
     #pragma unroll 8
     for (int r = 0; r < RANK; r++) value += end[1 + r] * down[r * LINES + line];
     return value;
@@ -474,6 +495,7 @@ __device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* a
                                            int block, bool again) {
     int lane = threadIdx.x & 31;
     for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
+        // 워프가 rank 하나(A의 행 r)를 맡아, 줄마다 act와의 내적을 구한다
         float sum[LINES] = {};
         for (int i = lane; i < rows; i += 32) {
             float weight = __ldg(lora.a + (size_t)r * FF + first + i);
@@ -496,6 +518,7 @@ struct LineTaker {
            MINE = (OUTPUTS + THREADS - 1) / THREADS };
     float held[MINE];
 
+    // 스레드가 남으면 SHARES개가 블록들을 나누어 더한다. 더하는 차례가 정해져 있어 답은 늘 같다.
     __device__ __forceinline__ void load(const float* partial, int blocks) {
         #pragma unroll
         for (int m = 0; m < MINE; m++) {
@@ -556,6 +579,7 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     __syncthreads();  // 표가 다 만들어졌다
     if (adapted) lora.run(input, b, adapter, space);
     const float* down = adapted ? space.down : 0;
+    // 합의 자리가 묶음 LINE_SLOTS개의 것이라, 맡은 묶음이 더 많으면 나누어 돈다
     for (int begin = first; begin < last; begin += AT_ONCE) {
         count = min(AT_ONCE, last - begin);
 // 3. 곱한다
@@ -573,6 +597,7 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
                 out[(size_t)line * (QDIM + 2 * KVDIM) + row] = finish_line(linear, value, end, mine, row, line);
                 continue;
             }
+            // gate와 up의 묶음이 번갈아 있다: gate의 합은 2 unit번째, up의 합은 2 unit + 1번째 자리에 있다
             value = activate(finish_line(linear, value, end, down, row, line));
             if (PAIR == 2)
                 value *= finish_line(linear, S::sum(space.partial, unit * 2 + 1, inside, line),
@@ -634,6 +659,7 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
     if (DOWN) down_product.prefetch_all(), load_ends(down, first * ROWS, count * ROWS, down_ends);
     space.fill(code);
     wait_for_previous_kernel();
+    // attended는 줄마다 위와 아래가 이어져 있고, act는 모든 줄의 위 다음에 모든 줄의 아래가 있다
     SplitInput<OutShare> out_input = {attended, 2 * QDIM, QDIM};
     SplitInput<DownShare> down_input = {act, FF, LINES * FF};
     float* down_partial = space.partial + (OUT ? AT_ONCE * OutShare::ACROSS * CELLS : 0);
@@ -711,6 +737,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float*
     input.prepare(b, space.scratch);
     for (int begin = first; begin < last; begin += LINE_SLOTS) {
         int count = min(LINE_SLOTS, last - begin);
+        // 출력 행렬은 늘 16비트라 NF4의 표와 절댓값의 코드가 필요 없다
         product.run(input, b, 0, 0, space.partial);
         __syncthreads();
         if (begin + count < last) product.begin(linear.part, begin + count, min(LINE_SLOTS, last - begin - count));
@@ -731,6 +758,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) post_lines(float* x, const
     __shared__ float2 scratch[WARPS];
     let_next_kernel_start();
     size_t at = (size_t)blockIdx.x * HIDDEN;
+    // 블록 하나가 줄 하나를 맡아 잔차, y, norm의 weight를 레지스터에 쥔다. weight는 기다리기 전에 읽는다
     Row row, more, weight;
     weight.load_constant(post);
     wait_for_previous_kernel();
