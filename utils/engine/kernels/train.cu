@@ -114,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) norm_backward(
         Eight w = load_float(w1 + column, 1.f);
 #pragma unroll
         for (int i = 0; i < 8; i++) gradient.v[i] *= w.v[i];
+        // 같은 x에 norm이 둘이면(GPT-NeoX의 병렬 잔차) 두 g를 더한다
         if (d2) {
             Eight other = load(d2 + row * stride2 + column), weight = load_float(w2 + column, 1.f);
 #pragma unroll
@@ -190,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS) lora_down(
         float* mine = parts[warp] + quarter * 2 * SPAN + group;
         mine[0] = sum[0] + sum[2], mine[SPAN] = sum[1] + sum[3];
         __syncthreads();
+        // 스레드 하나가 (행, rank) 하나에서 워프들의 합을 모은다. backward가 쓸 z에도 적는다
         int row = first_row + threadIdx.x / SPAN, r = first + threadIdx.x % SPAN;
         if (threadIdx.x < LORA_ROWS * SPAN && row < tokens) {
             float total = 0.f;
@@ -261,6 +263,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
                 unpack_four(gradients[n], total);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
+                    // forward가 읽은 u를 다시 만든다: norm을 걸어 16비트로 반올림하고 dropout을 건다
                     float normal = (value[i] - norms[start + n].x) * norms[start + n].y * gain.v[i] + shift.v[i];
                     value[i] = (weight ? widen<BF16>(to_bits(normal)) : value[i]) * scale[i];
                 }
@@ -269,10 +272,12 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
                     float d = dz[start + n][r];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
+                        // back은 dz A의 이 네 열, sums는 dz와 dropout(u)의 곱의 이 네 열이다
                         back[i] += d * lines[r].v[i];
                         sums[r].v[i] += d * value[i];
                     }
                 }
+                // dropout의 backward는 forward에서 곱한 배수를 다시 곱하는 것이다
 #pragma unroll
                 for (int i = 0; i < 4; i++) total[i] += back[i] * scale[i];
                 *(uint2*)(wide + (size_t)row * stride + column) =
@@ -304,6 +309,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
     parts[group][lane] = total;
     __syncthreads();
     if (group != 0 || at >= count) return;
+    // 앞의 micro-step이 남긴 gradient에 이어서 더한다
     Four sum = *(const Four*)(gradient + at);
     for (int other = 0; other < 8; other++)
 #pragma unroll
@@ -331,6 +337,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
         int index = start + i * 256;
         if (index < count) {
             bytes[i] = __ldcs((const u32*)packed + index);  // 한 번만 읽으므로 L2에 남기지 않는다
+            // 일 하나가 값 여덟(4바이트)이라, 일 여덟이 absmax 블록 하나(64개)를 함께 쓴다
             int block = index / 8;
             top[i] = absmax8 ? code[absmax8[block]] * absmax[block / 256] + *offset : absmax[block];
         }
@@ -355,6 +362,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
             row -= row * per_row > index;
             at += (size_t)row * (stride - columns);
         } else if (index < count + extra) {
+            // 행의 끝 tail칸: 제 LoRA의 칸에는 scale * B, 다른 LoRA의 칸에는 0이다
             int row = (index - count) / (tail / 8), first = (index - count) % (tail / 8) * 8;
 #pragma unroll
             for (int r = 0; r < 8; r++) {
@@ -421,6 +429,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
     int token = index / (HEADS + KV_HEADS), head = index % (HEADS + KV_HEADS);
     int part = head >= HEADS;
     u16* from = qkv + (size_t)token * QKV_WIDTH + head_start(part, part ? head - HEADS : head);
+    // own은 lane이 맡은 칸, other는 그 짝이다. norm의 제곱합은 own에서만 센다
     float own[PER_LANE][WIDTH] = {}, other[PER_LANE][WIDTH] = {}, square = 0.f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -458,6 +467,7 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
             const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) {
+                // 앞쪽 반은 짝에 -sin을, 뒤쪽 반은 sin을 곱한다
                 float sine = upper ? angle[HALF + j] : -angle[HALF + j];
                 own[i][j] = own[i][j] * angle[j] + other[i][j] * sine;
             }
@@ -474,6 +484,7 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
                                                            const float* wq, const float* wk, int count) {
     int index = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index >= count) return;
+    // q, k, v의 gradient는 저마다 다른 텐서에 있고, q의 머리는 k, v보다 많을 수 있다
     const int heads = HEADS + 2 * KV_HEADS;
     int token = index / heads, head = index % heads;
     int part = head < HEADS ? 0 : head < HEADS + KV_HEADS ? 1 : 2;
@@ -494,6 +505,7 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
             const float* angle = table + (size_t)positions[token] * ROTARY + (upper ? element - HALF : element);
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) {
+                // 각의 부호를 뒤집으면 반대쪽 회전이다
                 float sine = upper ? -angle[HALF + j] : angle[HALF + j];
                 value[i][j] = value[i][j] * angle[j] + other[j] * sine;
             }
@@ -624,6 +636,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
         for (int i = 0; i < 8; i++) sum += expf(value.v[i] - best);
         top = best;
     }
+    // 워프 안에서 (최댓값, 합)을 둘씩 합친다. 최댓값이 작은 쪽의 합은 그만큼 줄인다
 #pragma unroll
     for (int step = 16; step; step >>= 1) {
         float other = __shfl_xor_sync(~0u, top, step), weight = __shfl_xor_sync(~0u, sum, step);
@@ -648,6 +661,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float logit = shape_logit(value.v[i]);
+            // 누르기 cap tanh(x / cap)의 기울기는 1 - tanh^2이다
             float slope = LOGIT_CAP > 0.f ? 1.f - (logit / LOGIT_CAP) * (logit / LOGIT_CAP) : 1.f;
             float one = at * 8 + i == target ? 1.f : 0.f;
             value.v[i] = scale * LOGIT_SCALE * slope * (expf(logit - log_sum) - one);
