@@ -198,7 +198,7 @@ def spoil(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how, named", [
     ("pickle", "pickle"), ("auto_map", "auto_map"), ("outside", "폴더 밖"), ("drive", "폴더 밖"),
-    ("header", "100,000,000"), ("truncated", "덜 받아졌다"), ("deep", "config.json"), ("shapes", "가중치는"),
+    ("header", "100,000,000"), ("truncated", "덜 받아진 파일"), ("deep", "config.json"), ("shapes", "가중치는"),
     ("layers", "layers.2"), ("nan", "NaN"),
 ])
 def test_hostile_base_model_is_refused_and_nothing_is_written(lab, copied, tmp_path, how, named):

@@ -4,7 +4,8 @@ import torch
 
 from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINES, THREADS
 from utils.engine.decode_step import DecodeStep, KvCache, LoraOfActArgument, norm_argument
-from utils.engine.weights import Layer, Norm
+from utils.engine.norms import Norm
+from utils.engine.weights import Layer
 
 
 class DecodeRows:

@@ -7,7 +7,8 @@ import torch
 
 from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, WIDE, Plan
 from utils.engine.family import Family
-from utils.engine.weights import Adapter, Layer, Linear, Norm, Weights
+from utils.engine.norms import Norm
+from utils.engine.weights import Adapter, Layer, Linear, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
 LINES_KERNELS = ["project_lines", "head_lines"]

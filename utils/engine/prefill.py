@@ -9,7 +9,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from utils.engine.decode_plan import INT8, NF4, THREADS, WIDE
 from utils.engine.decode_step import DecodeStep
-from utils.engine.weights import Adapter, Layer, Linear, Matrix, Norm
+from utils.engine.norms import Norm
+from utils.engine.weights import Adapter, Layer, Linear, Matrix
 
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이

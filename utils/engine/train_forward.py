@@ -10,8 +10,9 @@ from utils.engine.attention import Documents, choose_attention
 from utils.engine.cuda import CompileError
 from utils.engine.families import describe
 from utils.engine.family import Family
+from utils.engine.norms import read_norm
 from utils.engine.train_kernels import CudaOps
-from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers, read_norm
+from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers
 from utils.engine.train_memory import kept_widths, pad_row, saved_widths, scratch_elements, work_widths
 from utils.engine.train_ops import TorchOps
 from utils.engine.unpacked import Unpacker

@@ -7,6 +7,7 @@ from torch import nn
 
 from utils.engine.families import LayerModules, layer_modules, unwrap
 from utils.engine.family import Family
+from utils.engine.norms import Norm, read_norm
 from utils.engine.train_memory import Tails, pad_rank
 from utils.model.adapter import base_of
 
@@ -94,14 +95,6 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """norm 하나의 fp32 [폭]. Gemma의 1을 더해 두었다. RMSNorm은 bias가 None이다."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class Layer:
     """층 하나의 가중치와 상수. 없는 norm은 None이다.
 
@@ -135,15 +128,6 @@ class Layer:
 def read_layers(base: nn.Module, family: Family, dtype: torch.dtype) -> list[Layer]:
     """모델의 모든 층. 큰 가중치는 베끼지 않는다."""
     return [_layer(index, modules, family, dtype) for index, modules in enumerate(layer_modules(base, family))]
-
-
-def read_norm(module: nn.Module | None, family: Family, scale: float = 1.0) -> Norm | None:
-    """norm의 weight와 bias를 fp32로 읽고 `scale`을 곱한다."""
-    if module is None:
-        return None
-    bias = getattr(module, "bias", None)
-    weight = (module.weight.detach().float() + family.norm_offset) * scale
-    return Norm(weight.contiguous(), None if bias is None else bias.detach().float() * scale)
 
 
 def largest_tails(layers: list[Layer]) -> Tails:

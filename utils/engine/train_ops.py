@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from utils.engine.family import Family
-from utils.engine.train_layers import Adapter, Norm, Projection
+from utils.engine.norms import Norm
+from utils.engine.train_layers import Adapter, Projection
 from utils.engine.train_memory import pad_row
 from utils.model.loss import cross_entropy_
 

@@ -8,6 +8,7 @@ import torch
 from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
 from utils.engine.families import NF4_BLOCK, LayerModules, layer_modules, rotary_frequencies
 from utils.engine.family import Family
+from utils.engine.norms import Norm, read_norm
 from utils.model.adapter import base_of
 
 
@@ -71,14 +72,6 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """fp32 [hidden]. bias는 없으면 None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class Layer:
     """층 하나의 가중치. 없는 norm은 None이다.
 
@@ -131,19 +124,15 @@ class Weights:
         self.code = state.state2.code.float().contiguous() if self.double_quant else None
         self.rank = max((adapter[0].shape[0] for layer in modules for group in layer.linears() for module in group
                          if (adapter := unwrap(module)[1])), default=0)
-        self.final_norm = self._norm(base.get_submodule(family.final_norm))
+        self.final_norm = read_norm(base.get_submodule(family.final_norm), family)
         self.layers = [self._layer(layer) for layer in modules]
 
     def _layer(self, modules: LayerModules) -> Layer:
-        norms = [module and self._norm(module) for module in (modules.norm1, modules.norm2)]
-        posts = [module and self._norm(module, self.family.residual_scale) for module in (modules.post1, modules.post2)]
-        heads = [module and self._norm(module).weight for module in (modules.q_norm, modules.k_norm)]
+        family = self.family
+        norms = [read_norm(module, family) for module in (modules.norm1, modules.norm2)]
+        posts = [read_norm(module, family, family.residual_scale) for module in (modules.post1, modules.post2)]
+        heads = [module and read_norm(module, family).weight for module in (modules.q_norm, modules.k_norm)]
         return Layer(*norms, *posts, *heads, *(self._linear(group) for group in modules.linears()))
-
-    def _norm(self, module, scale: float = 1.0) -> Norm:
-        bias = getattr(module, "bias", None)
-        weight = (module.weight.detach().float() + self.family.norm_offset) * scale
-        return Norm(weight.contiguous(), None if bias is None else bias.detach().float() * scale)
 
     def _linear(self, modules: Sequence) -> Linear:
         pairs = [unwrap(module) for module in modules]
