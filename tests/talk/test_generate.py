@@ -10,6 +10,7 @@ import conftest
 import pytest
 import torch
 from conftest import load_script, pieces_of, run_script
+from tiny import add_head
 
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.precision import choose_precision
@@ -99,6 +100,11 @@ class TestTemplate:
         source = find_source(None, str(talk_run), print)
         prompter = choose_prompter(source, "instruction-output", load_tokenizer(base), print)
         assert prompter.name != "default" and "주의" in capsys.readouterr().out
+
+    def test_another_start_of_the_text_is_a_warning(self, talk_run, base, capsys):
+        """글머리의 토큰을 붙이지 않고 배운 어댑터에, 그것을 붙이는 토크나이저로 묻는다."""
+        choose_prompter(find_source(None, str(talk_run), print), None, add_head(load_tokenizer(base)), print)
+        assert "글머리에 붙인 토큰은 []인데 지금은 [1]이다" in capsys.readouterr().out
 
     def test_base_without_template_says_so(self, tiny_neox, capsys):
         source = find_source(str(tiny_neox), None, print)

@@ -27,6 +27,7 @@ class PromptInfo:
         end_token_id: 그 토큰의 번호.
         cutoff_len: 학습한 블록의 길이(토큰).
         end_token_ids: 답을 멈추게 하는 모든 토큰의 번호. 옛 파일에는 없어서 비어 있다.
+        head_ids: 글머리에 붙여 배운 토큰(BOS)의 번호. 붙이지 않던 때의 파일에는 없어서 비어 있다.
     """
 
     template: dict
@@ -34,6 +35,7 @@ class PromptInfo:
     end_token_id: int
     cutoff_len: int
     end_token_ids: tuple[int, ...] = ()
+    head_ids: tuple[int, ...] = ()
 
 
 def base_of(model):
@@ -149,7 +151,8 @@ def read_prompt_info(folder: str | Path) -> PromptInfo | None:
         return None
     content = read_json(file, "")
     try:
-        return PromptInfo(**{**content, "end_token_ids": tuple(content.get("end_token_ids", ()))})
+        lists = {name: tuple(content.get(name, ())) for name in ("end_token_ids", "head_ids")}
+        return PromptInfo(**{**content, **lists})
     except (AttributeError, TypeError):
         raise UsageError(f"{file}의 항목이 맞지 않는다") from None
 

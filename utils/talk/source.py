@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from utils.chat import CHAT
 from utils.console import detail
+from utils.data.encoder import head_ids
 from utils.decode.decoder import Decoder
 from utils.decode.precision import choose_precision
 from utils.errors import UsageError
@@ -197,6 +199,9 @@ def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say:
     end_id = answer_end_id(tokenizer, prompter)
     if info and prompter.template == info.template and info.end_token_id != end_id:
         say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 이 템플릿과 토크나이저의 것은 {end_id}번이다")
+    head = tuple(head_ids(tokenizer))  # 대화 템플릿은 글머리를 스스로 적는다
+    if info and prompter.template == info.template and prompter.name != CHAT and info.head_ids != head:
+        say(f"주의: 배울 때 글머리에 붙인 토큰은 {list(info.head_ids)}인데 지금은 {list(head)}이다. 다시 가르친다")
     say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
     return prompter
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from utils import files, seals
 from utils.cli import flag_name
 from utils.console import shown_command
+from utils.data.encoder import head_ids
 from utils.errors import UsageError
 from utils.files import locked
 from utils.model import checkpoint
@@ -96,7 +97,7 @@ def open_run(settings: Settings, inputs, say: Callable[[str], None]) -> Iterator
     folder = Path(settings.output_dir)
     facts = describe(settings, inputs)
     info = PromptInfo(inputs.prompter.template, inputs.tokenizer.convert_ids_to_tokens(inputs.end_id), inputs.end_id,
-                      settings.cutoff_len, inputs.end_ids)
+                      settings.cutoff_len, inputs.end_ids, tuple(head_ids(inputs.tokenizer)))
     if not folder.exists():
         choose_checkpoint(settings, facts, say)
     with locked(folder):
