@@ -1,9 +1,14 @@
 """명령줄은 단계의 서명에 정확히 맞추어지고, 잘못은 모두 한 줄로 알려진다."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from utils import cli, console
 from utils.errors import UsageError
+from utils.paths import ROOT
 
 pytestmark = pytest.mark.quick
 
@@ -172,3 +177,11 @@ def test_check_reports_every_broken_rule():
 def test_terminal_escapes_do_not_reach_the_console(capsys):
     console.say("안녕\x1b[31m\x07\x9b하세요\n")
     assert capsys.readouterr().out == "안녕[31m하세요\n\n"
+
+
+def test_a_hangul_path_is_refused_where_file_names_are_not_utf8(tmp_path):
+    """라이브러리는 그런 경로를 읽지 못하고, 토크나이저를 다시 받으라는 엉뚱한 말이 나온다."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--base_model", "데모 모델", "--ask", "물음"],
+                          cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2 and "PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1

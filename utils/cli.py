@@ -24,8 +24,10 @@ import fire
 
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
+from utils.data.texts import SURROGATE
 from utils.errors import UsageError
 from utils.helptext import asks_help, descriptions, examples, help_text
+from utils.paths import ROOT
 from utils.process import is_first_process
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
@@ -49,6 +51,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     use_utf8()
     hush_libraries()
     try:
+        require_utf8_paths([str(ROOT), str(Path.cwd()), *sys.argv])
         flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
         if flags is not None:
             environment.quick(say)
@@ -68,6 +71,18 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         where = f": {error.filename}" if error.filename else ""
         print(f"오류: 디스크가 차서 쓰지 못했다{where}. 자리를 비운 뒤 다시 실행한다", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+def require_utf8_paths(texts: list[str]) -> None:
+    """파일 이름을 UTF-8로 읽지 않는 환경이면, 한글 경로를 라이브러리에 넘기기 전에 그친다.
+
+    Raises:
+        UsageError: 경로나 값에 그 환경이 읽지 못한 글자가 있다.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and any(SURROGATE.search(text) for text in texts):
+        raise UsageError(f"이 환경은 파일 이름을 {encoding}으로 읽어 한글 경로를 쓸 수 없다. 환경 변수 PYTHONUTF8=1을 "
+                         "정하고(export PYTHONUTF8=1) 다시 실행한다")
 
 
 def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | None:

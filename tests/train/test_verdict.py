@@ -98,3 +98,14 @@ def test_overfitting_is_mentioned(output):
     history = [{"step": 10, "eval_loss": 3.0}, {"step": 60, "eval_loss": 3.5}]
     found = verdict(4.0, 3.0, history=history, output_dir=output)
     assert found.learned and "10 step에서 가장 좋았고" in found.lines[0]
+
+
+def test_a_lower_loss_is_not_praised_when_the_rate_was_wild_or_the_steps_were_few(output):
+    """loss만 보면 배운 것 같아도 답은 깨졌거나 그대로다. 권하는 명령은 그 플래그를 되풀이하지 않는다."""
+    mine = {"base_model": str(BASE_DEMO), "data_path": "faq.csv", "output_dir": output}
+    found = verdict(12.8, 7.8, learning_rate=10.0, **mine)
+    assert "학습률 10은 너무 높다" in found.lines[0] and command_of(found)["base_model"] != str(BASE_DEMO)
+    assert all("learning_rate" not in line for line in found.lines)
+    found = verdict(12.8, 11.6, steps=3, batch_size=16, **mine)
+    assert "3 step뿐이라" in found.lines[0]
+    assert all("batch_size" not in line for line in found.lines)

@@ -122,7 +122,7 @@ def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder,
         if inspector.n_rows and inspector.n_rows == inspector.pairs.n_same:
             raise UsageError(f"{data_path}의 모든 쌍은 고른 답과 버린 답이 같아 배울 것이 없다. 다른 답을 적는다")
         if not inspector.n_rows:
-            raise inspector.first_error or UsageError(f"{data_path}에 쓸 수 있는 행이 하나도 없다")
+            raise UsageError(_nothing_usable(data_path, inspector.first_error))
         writer.commit({"found": inspector.finish(), "skipped": inspector.n_skipped,
                        "pairs": inspector.pairs.count > 0})
     finally:
@@ -229,3 +229,8 @@ def _code_sha256() -> str:
                        Path(__file__).read_text(encoding="utf-8"))
 
 
+def _nothing_usable(data_path: str, error: Exception | None) -> str:
+    """모든 행을 보고도 쓸 것이 없을 때의 말. 첫 이유에서, 모두 찾아보라는 말은 뺀다."""
+    if error is None:
+        return f"{data_path}에 쓸 수 있는 행이 하나도 없다"
+    return f"쓸 수 있는 행이 하나도 없다. {str(error).removesuffix(f'. {forms.ADVICE}')}"

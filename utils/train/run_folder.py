@@ -226,8 +226,9 @@ def command(changes: dict[str, str | None]) -> str:
 
 
 def command_elsewhere(output_dir: str, changes: dict[str, str | None]) -> str:
-    """지금의 명령줄에서 플래그를 바꾸고, 아직 없는 폴더에서 새로 시작하는 명령. 지금의 결과를 덮지 않는다."""
-    return command({**changes, "resume_from_checkpoint": None, "output_dir": _unused(Path(output_dir))})
+    """지금의 명령줄에서 플래그를 바꾸고, 아직 없는 폴더에서 학습을 새로 시작하는 명령. 지금의 결과를 덮지 않는다."""
+    started = dict.fromkeys(("resume_from_checkpoint", "check_data", "repair_data"))
+    return command({**started, **changes, "output_dir": _unused(Path(output_dir))})
 
 
 def _newest(folder: Path, say: Callable[[str], None]) -> Path:

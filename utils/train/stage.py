@@ -61,7 +61,8 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     read = corpus.read(settings)
     exams = open_exams(settings, read.prompter)
     parts = corpus.split(settings, read.documents, say)
-    batch = fit_batch(settings, read.documents, parts, say)
+    lengths, longest = lengths_to_fit(read.documents, parts)
+    batch = choose_batch(settings, lengths, longest, n_processes())
     beta = defaults.fill(settings, config, read.documents.pairs).dpo_beta
     train_set, eval_set = corpus.pack(settings, read, parts, batch, beta)
     end_ids = end_token_ids(read.tokenizer, hub.folder(settings.base_model, settings.cache_dir))
@@ -96,19 +97,14 @@ def open_exams(settings: Settings, prompter) -> list[Exam]:
     return load_exams(find_input(settings.eval_task), prompter, settings.cache_dir)
 
 
-def fit_batch(settings: Settings, documents: dataset.Documents, parts: Split,
-              say: Callable[[str], None]) -> BatchSize:
-    """데이터의 크기에 맞는 batch와 블록의 길이. 줄였거나 너무 적게 배우면 알린다."""
-    lengths = blocks.unit_lengths(documents, parts.train)
-    longest = int(blocks.unit_lengths(documents, np.concatenate(parts)).max())
-    batch = choose_batch(settings, lengths, longest, n_processes())
-    for line in batch_lines(settings, batch, lengths, longest, n_processes()):
-        say(line)
-    return batch
+def lengths_to_fit(documents: dataset.Documents, parts: Split) -> tuple[np.ndarray, int]:
+    """(학습할 문서들의 토큰 수, 검증까지 보아 가장 긴 것). batch와 블록을 여기에 맞춘다. [문서의 수] int64."""
+    return (blocks.unit_lengths(documents, parts.train),
+            int(blocks.unit_lengths(documents, np.concatenate(parts)).max()))
 
 
 def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan:
-    """무엇을 얼마나 할지 정하고 알린다. 모델을 올리기 전이다."""
+    """무엇을 얼마나 할지 정하고, batch를 줄였거나 너무 적게 배우면 그것도 알린다. 모델을 올리기 전이다."""
     batch = inputs.batch
     share = share_of_batch(settings, batch.size)
     schedule = Schedule.from_blocks(len(inputs.train_set), batch.size, settings.num_train_epochs)
@@ -122,6 +118,8 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     lengths = blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
     say(f"{corpus.count_line(documents, inputs.parts, lengths)}, 가운데 길이 {int(np.median(lengths))}")
+    for line in batch_lines(settings, batch, *lengths_to_fit(documents, inputs.parts), n_processes()):
+        say(line)
     parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
     parts += f" x 프로세스 {n_processes()}" if n_processes() > 1 else ""
     say(f"블록: {len(inputs.train_set):,}개 x {batch.block_len} 토큰(채움 {filled:.1%}). "

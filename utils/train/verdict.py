@@ -13,6 +13,7 @@ from utils.train.records import Plan, Result, Settings
 LEAST_FALL = 0.02  # loss가 이 비율보다 적게 줄었으면 거의 배우지 못한 것이다
 CLEARLY_RISEN = 1.02  # 가장 좋은 검증 loss보다 이만큼 크면 그 뒤로는 외우기만 한 것이다
 HIGH_RATE = 1e-4  # 이보다 높은 학습률로 나빠졌으면 먼저 학습률을 의심한다
+WILD_RATE = 1e-2  # 이보다 높으면 loss가 줄었어도 답이 깨지기 쉽다. 고르는 학습률은 가장 높아도 1e-3이다
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     if 1 - after / before < LEAST_FALL:
         return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
                                *advice(settings, plan, worse=False)))
-    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result),
-                          *small_base(settings)))
+    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result),
+                          *(wild(settings) or overfitted(result)), *hurried(settings, plan),
+                          *small_base(settings, plan)))
 
 
 class Losses(NamedTuple):
@@ -94,14 +96,34 @@ def displaced(settings: Settings, result: Result) -> list[str]:
             *try_this("깨졌으면 학습률을 낮춘다", settings, learning_rate=f"{settings.learning_rate / 3:.0e}")]
 
 
-def small_base(settings: Settings) -> list[str]:
+def wild(settings: Settings) -> list[str]:
+    """loss는 줄었어도 학습률이 너무 높으면 그 말."""
+    if settings.learning_rate <= WILD_RATE:
+        return []
+    return [f"주의: 학습률 {settings.learning_rate:g}은 너무 높다. loss가 줄었어도 답이 깨졌을 수 있으니 "
+            f"{SAMPLES_FILE}의 답을 본다.",
+            *try_this("학습률을 모델에 맞게 고르게 한다", settings, learning_rate=None)]
+
+
+def hurried(settings: Settings, plan: Plan) -> list[str]:
+    """적어 준 batch가 커서 몇 step뿐이었으면 그 말."""
+    steps = plan.schedule.steps
+    if steps >= FEW_STEPS or settings.batch_size is None:
+        return []
+    return [f"주의: {steps} step뿐이라 조금밖에 배우지 못했다.",
+            *try_this("batch를 데이터에 맞게 고르게 한다", settings, batch_size=None)]
+
+
+def small_base(settings: Settings, plan: Plan) -> list[str]:
     """데모 모델에 내 데이터를 가르쳤으면, 쓸 만한 답은 진짜 기반 모델에서 나온다는 말."""
     base, data = (Path(path).resolve() for path in (settings.base_model, settings.data_path))
     if base != BASE_DEMO or data == DATA_DEMO:
         return []
     return ["참고: 데모 모델은 과정을 보여 주는 작은 모델이라 내 데이터를 배워도 엉뚱한 답을 한다.",
             *try_this("진짜 기반 모델을 받아(README의 'polyglot-ko-1.3b로 가는 길') 배운다", settings,
-                      base_model="resources/polyglot-ko-1.3b")]
+                      base_model="resources/polyglot-ko-1.3b",
+                      **({"learning_rate": None} if wild(settings) else {}),
+                      **({"batch_size": None} if hurried(settings, plan) else {}))]
 
 
 def overfitted(result: Result) -> list[str]:
