@@ -128,7 +128,7 @@ def _drop_retired(argv: list[str], retired: dict[str, str]) -> list[str]:
     for token in argv:
         name = flag_name(token)
         if name in retired:
-            say(f"알림: 플래그 --{name}은 쓰지 않으므로 무시한다. {retired[name]}")
+            say(f"알림: 쓰지 않는 플래그라 무시한다: --{name}. {retired[name]}")
             skip = "=" not in token
         elif not (skip and name is None):
             kept.append(token)

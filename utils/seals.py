@@ -88,11 +88,11 @@ def damage(folder: Path, required: tuple[str, ...]) -> str | None:
         return f"{MANIFEST}이 없거나 깨졌다"
     gone = [name for name in required if name not in manifest["files"]]
     if gone:
-        return f"{gone[0]}이 {MANIFEST}에 없다"
+        return f"{MANIFEST}에 없는 파일이 있다: {gone[0]}"
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            return f"{name}이 없다"
+            return f"없는 파일: {name}"
         size = file.stat().st_size
         if size != expected.get("size"):
             return f"{name}의 크기가 {size:,}바이트다(적힌 크기 {expected.get('size')}바이트)"

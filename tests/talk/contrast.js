@@ -37,7 +37,7 @@
     if (["SCRIPT", "STYLE", "OPTION"].includes(node.tagName) || node.closest("button:disabled") || !seen(node)) continue;
     const text = [...node.childNodes].filter((one) => one.nodeType === 3).map((one) => one.data).join("");
     if (text.trim()) check(node, null, text);
-    if (node.value && node.matches("textarea, input")) check(node, null, String(node.value));
+    if (node.value && node.matches("textarea, input:not([type=checkbox])")) check(node, null, String(node.value));
     if (node.placeholder && !node.value) check(node, "::placeholder", node.placeholder);
   }
   return weak;

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -259,3 +261,17 @@ def test_a_record_that_was_changed_is_checked_again(runs, lab):
         runs.progress("../../etc")
     assert psutil.pid_exists(1), "남의 프로세스를 건드리지 않는다"
     (folder / PROCESS_FILE).unlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows의 terminate는 정리할 틈을 주지 않는다")
+@pytest.mark.quick
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_page_that_is_told_to_end_closes_what_it_opened(number):
+    """연 페이지들을 닫는 일은 atexit에 있다. 신호를 그냥 받으면 불리지 않아 그 페이지들이 남는다."""
+    code = ("import atexit, runpy, time; script = runpy.run_path('generate.py'); "
+            "atexit.register(print, 'closed', flush=True); script['leave_on_signals'](); print('open', flush=True); "
+            "time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        process.send_signal(getattr(signal, number))
+        assert process.stdout.read() == "closed\n" and process.wait(30) == 128 + getattr(signal, number)

@@ -25,7 +25,7 @@ def detect_encoding(path: Path) -> str:
     with path.open("rb") as stream:
         head = stream.read(4)
     if head in _OTHER_FILES:
-        raise UsageError(f"{path}는 글이 아니라 {_OTHER_FILES[head]}이다. 확장자를 바로잡거나 CSV로 다시 저장한다")
+        raise UsageError(f"글이 아니라 {_OTHER_FILES[head]}이다: {path}. 확장자를 바로잡거나 CSV로 다시 저장한다")
     named = next((encoding for bom, encoding in _BOMS if head.startswith(bom)), None)
     if named is None and b"\0" in head[:2]:
         named = "utf-16-be" if head.startswith(b"\0") else "utf-16-le"

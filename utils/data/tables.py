@@ -89,7 +89,7 @@ def _open_book(path: Path) -> Iterator:
         raise UsageError(f"엑셀 파일을 읽으려면 openpyxl이 있어야 한다({path}): pip install openpyxl") from None
     with path.open("rb") as stream:
         if stream.read(4) == _OLD_EXCEL:
-            raise UsageError(f"{path}는 암호를 걸었거나 옛 형식(.xls)인 엑셀 파일이다. 엑셀에서 암호 없이 .xlsx로 다시 "
+            raise UsageError(f"암호를 걸었거나 옛 형식(.xls)인 엑셀 파일이다: {path}. 엑셀에서 암호 없이 .xlsx로 다시 "
                              "저장한다")
     try:
         with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
@@ -97,7 +97,7 @@ def _open_book(path: Path) -> Iterator:
     except (UsageError, GeneratorExit):
         raise
     except Exception as error:  # zip, XML, 엑셀의 형식마다 제 오류를 낸다
-        raise UsageError(f"{path}가 올바른 엑셀 파일(.xlsx)이 아니다({type(error).__name__}). 엑셀에서 "
+        raise UsageError(f"올바른 엑셀 파일(.xlsx)이 아니다: {path} ({type(error).__name__}). 엑셀에서 "
                          "다시 저장한다") from None
 
 

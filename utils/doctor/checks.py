@@ -116,7 +116,7 @@ def check_proxy(facts: Full) -> Finding:
 
 def check_port(facts: Full) -> Finding:
     if facts.port_taken:
-        return Finding(WARN, f"포트 {PAGE_PORT}을 다른 프로그램이 쓴다. generate.py는 다음 빈 포트를 쓰고 알려 준다",
+        return Finding(WARN, f"다른 프로그램이 포트 {PAGE_PORT}번을 쓴다. generate.py는 다음 빈 포트를 쓰고 알려 준다",
                        f"이 포트가 꼭 필요하면 그 프로그램을 닫는다. 다른 포트는 --server_port {PAGE_PORT + 1}")
     return Finding(OK, f"포트 {PAGE_PORT}이 비어 있다")
 

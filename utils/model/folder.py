@@ -93,7 +93,7 @@ def read_config(path: Path) -> dict:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UsageError(f"{path / 'config.json'}에 model_type이 없다. 모델 폴더가 맞는지 본다")
     if "auto_map" in config:
-        raise UsageError(f"{path}는 원격 코드(auto_map)를 실행하라고 요구한다. 안전하지 않아 읽지 않는다")
+        raise UsageError(f"원격 코드(auto_map)를 실행하라고 요구하는 모델이다: {path}. 안전하지 않아 읽지 않는다")
     return config
 
 
@@ -158,7 +158,8 @@ def _expected_shards(path: Path) -> dict[str, str]:
         raise UsageError(f"{path / INDEX_FILE}에 weight_map이 없다. 모델을 다시 받는다")
     for name in weight_map.values():
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-            raise UsageError(f"{path / INDEX_FILE}이 폴더 밖을 가리킨다: {name!r}. 안전하지 않아 읽지 않는다")
+            raise UsageError(f"폴더 밖을 가리키는 이름이 있다: {path / INDEX_FILE}의 {name!r}. "
+                             "안전하지 않아 읽지 않는다")
     gone = sorted({name for name in weight_map.values() if not (path / name).is_file()})
     if gone:
         names = ", ".join(gone[:3])

@@ -131,7 +131,7 @@ def match_base(updates: dict[str, Update], config: dict, adapter: Path, base: Mo
         if f"{module}.weight" in disk.built:
             raise UsageError(f"어댑터의 층 {module}은 파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 합칠 수 없다")
         if entry is None:
-            raise UsageError(f"어댑터의 층 {module}이 기반 모델 {base.path}에 없다. 어댑터를 배운 기반 모델을 적는다")
+            raise UsageError(f"어댑터의 층이 기반 모델 {base.path}에 없다: {module}. 어댑터를 배운 기반 모델을 적는다")
         update = replace(update, transposed=module in disk.transposed)
         if entry.shape != update.shape or entry.dtype not in DTYPES:
             raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
@@ -145,7 +145,7 @@ def match_base(updates: dict[str, Update], config: dict, adapter: Path, base: Mo
         if saved.name.endswith(_SAVED_BASE):
             entry = disk.entries.get(saved.name.removeprefix(_PREFIX).replace(_SAVED_BASE, ".weight"))
             if entry is None or not _same(saved, entry):
-                raise UsageError(f"어댑터에 든 {saved.name}이 기반 모델 {base.path}의 것과 다르다")
+                raise UsageError(f"어댑터에 든 것이 기반 모델 {base.path}의 것과 다르다: {saved.name}")
     return matched
 
 

@@ -71,7 +71,7 @@ def raw_chunks(entry: TensorEntry) -> Iterator[memoryview]:
         while left:
             chunk = buffer[:left]
             if stream.readinto(chunk) != len(chunk):
-                raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
+                raise OSError(f"읽는 동안 짧아진 파일: {entry.file}")
             left -= len(chunk)
             yield chunk
 
@@ -90,7 +90,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
     with entry.file.open("rb") as stream:
         stream.seek(entry.start + start * row_bytes)
         if stream.readinto(buffer) != len(buffer):
-            raise OSError(f"{entry.file}이 읽는 동안 짧아졌다")
+            raise OSError(f"읽는 동안 짧아진 파일: {entry.file}")
     return torch.frombuffer(buffer, dtype=_READABLE[entry.dtype]).view(stop - start, *entry.shape[1:])
 
 

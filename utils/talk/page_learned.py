@@ -64,7 +64,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
     with gr.Row():
         reference, base, tuned = (
             gr.Textbox(label=label, lines=10, max_lines=10, interactive=False, min_width=220, elem_id=name)
-            for label, name in (("기준 답", "reference"),
+            for label, name in (("모범 답", "reference"),
                                 *((model.title, f"learned-{model.name}") for model in MODELS)))
     with gr.Row():
         count = gr.Slider(1, MAX_QUESTIONS, value=5, step=1, label="몇 개의 질문으로 잴까요", elem_id="count", scale=3,

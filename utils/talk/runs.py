@@ -116,7 +116,7 @@ class Runs:
                 run = read_run(file.parent)
                 if Path(run["settings"]["base_model"]).name == Path(order.base_model).name:
                     minutes = max(1, round(tokens * order.epochs / run["tokens_per_second"] / 60))
-                    return f"걸리는 시간: 약 {minutes:,}분({file.parent.name}을 배운 속도로 어림한 것)"
+                    return f"걸리는 시간: 약 {minutes:,}분({file.parent.name} 학습의 속도로 어림한 것)"
         return "걸리는 시간: 이 기반 모델로 배운 기록이 없어 몰라요. 시작하면 첫 step 뒤에 남은 시간이 보여요"
 
     def start(self, order: Order) -> None:

@@ -185,10 +185,10 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """행마다 질문, 기준 답, 두 답, 두 답의 점수를 담은 CSV. 엑셀이 한글을 알아보게 BOM으로 시작한다."""
+    """행마다 질문, 모범 답, 두 답, 두 답의 점수를 담은 CSV. 엑셀이 한글을 알아보게 BOM으로 시작한다."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["질문", "기준 답", *(f"{model.title} 답" for model in MODELS),
+    writer.writerow(["질문", "모범 답", *(f"{model.title} 답" for model in MODELS),
                      *(f"{model.title} {metric.title}" for model in MODELS for metric in METRICS)])
     for row in rows:
         answers = [row.answers[model.name] for model in MODELS]

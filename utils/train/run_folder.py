@@ -60,7 +60,7 @@ class Run:
                 raise
             checkpoint.sweep(self.folder)
             last = checkpoint.newest_valid(self.folder)
-            kept = f"{last.name}은 온전하다" if last else "온전한 체크포인트는 아직 없다"
+            kept = f"온전한 것: {last.name}" if last else "온전한 체크포인트는 아직 없다"
             again = f"이어 가는 명령: {self.resume_command}" if last else "처음부터 다시 실행한다"
             free = shutil.disk_usage(self.folder).free
             raise UsageError(f"디스크가 차서 쓰지 못했다: {self.folder}({needed / 1e6:,.0f} MB쯤 필요하고 "

@@ -51,5 +51,5 @@ class TrainState:
         try:
             return cls(**{**content, "max_steps": max_steps})
         except TypeError:
-            raise UsageError(f"{folder}은 이 도구의 다른 버전이 저장해 이어 갈 수 없다. "
+            raise UsageError(f"이 도구의 다른 버전이 저장해 이어 갈 수 없다: {folder}. "
                              "다른 --output_dir에서 새로 시작한다") from None
