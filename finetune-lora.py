@@ -107,13 +107,11 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils.model.loader import require_base
     from utils.train import corpus, defaults, stage
     from utils.train.records import Settings
 
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
     if check_data or repair_data is not None:
-        require_base(base_model)
         corpus.check(settings, console.say)
         if check_data:
             say_plan(settings)

@@ -1,8 +1,5 @@
 """학습하거나 병합한 모델과 웹 페이지나 콘솔에서 대화한다."""
 
-import signal
-import sys
-import time
 from urllib.parse import urlsplit
 
 from utils import cli, console
@@ -177,6 +174,7 @@ def print_scorecard(answerer, source, name: str, prompt_template: str | None, ca
 def open_page(models, title: str, results, access) -> None:
     """페이지를 열고, Ctrl+C를 누를 때까지 답한다."""
     from utils.talk import page
+    from utils.talk.opened import wait_for_signal
     from utils.talk.runs import Runs
 
     blocks = page.build(models, title, results, Runs() if access.is_private else None)
@@ -189,25 +187,11 @@ def open_page(models, title: str, results, access) -> None:
         console.say(f"공유 링크: {opened.shared}")
     if access.api:
         console.say(f"API: {opened.local.rstrip('/')}/v1")
-    leave_on_signals()
     try:
-        while True:
-            time.sleep(3600)
+        wait_for_signal()
     except KeyboardInterrupt:
         console.say("\n페이지를 닫는다")
         blocks.close(verbose=False)
-
-
-def leave_on_signals() -> None:
-    """SIGTERM이나 터미널 닫기에도 Ctrl+C처럼 정리하고 끝낸다. 이 페이지가 연 대화 페이지들이 남지 않는다."""
-    def leave(number: int, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)  # 정리가 늦어지면 두 번째 신호가 그 자리에서 끝낸다
-        sys.exit(128 + number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup의 뜻을 따른다
-            signal.signal(number, leave)
 
 
 if __name__ == "__main__":

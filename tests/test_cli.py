@@ -185,3 +185,11 @@ def test_a_hangul_path_is_refused_where_file_names_are_not_utf8(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--base_model", "데모 모델", "--ask", "물음"],
                           cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and "PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_flag_without_a_value_is_named_with_what_is_missing():
+    def needs(*, source: str, target: str | None = None, quick: bool = False):
+        """단계."""
+
+    with pytest.raises(UsageError, match="--source.* / --target의 값$"):
+        cli.parse(needs, ["--target", "--quick"], {})

@@ -24,7 +24,6 @@ import fire
 
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
-from utils.data.texts import SURROGATE
 from utils.errors import UsageError
 from utils.helptext import asks_help, descriptions, examples, help_text
 from utils.paths import ROOT
@@ -51,7 +50,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     use_utf8()
     hush_libraries()
     try:
-        require_utf8_paths([str(ROOT), str(Path.cwd()), *sys.argv])
+        environment.require_utf8([str(ROOT), str(Path.cwd()), *sys.argv])
         flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
         if flags is not None:
             environment.quick(say)
@@ -71,18 +70,6 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         where = f": {error.filename}" if error.filename else ""
         print(f"오류: 디스크가 차서 쓰지 못했다{where}. 자리를 비운 뒤 다시 실행한다", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-
-
-def require_utf8_paths(texts: list[str]) -> None:
-    """파일 이름을 UTF-8로 읽지 않는 환경이면, 한글 경로를 라이브러리에 넘기기 전에 그친다.
-
-    Raises:
-        UsageError: 경로나 값에 그 환경이 읽지 못한 글자가 있다.
-    """
-    encoding = sys.getfilesystemencoding()
-    if encoding != "utf-8" and any(SURROGATE.search(text) for text in texts):
-        raise UsageError(f"이 환경은 파일 이름을 {encoding}으로 읽어 한글 경로를 쓸 수 없다. 환경 변수 PYTHONUTF8=1을 "
-                         "정하고(export PYTHONUTF8=1) 다시 실행한다")
 
 
 def parse(stage: Callable, argv: list[str], retired: dict[str, str]) -> dict | None:
@@ -195,12 +182,15 @@ def _refuse_missing(argv: list[str], stage: Callable) -> None:
     given = {flag_name(token) for token, value in pairwise([*argv, "--"])
              if "=" in token or not value.startswith("--")}  # 값 없이 적은 것도 없는 것이다
     parameters = inspect.signature(stage).parameters
+    bare = [name for name in map(flag_name, argv) if name in parameters and name not in given
+            and bool not in _choices(parameters[name].annotation)]
     required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
     missing = [name for name in required if name not in given]
     if missing:
         described = descriptions(stage)
         first_sentences = {name: described.get(name, "").split(". ")[0].rstrip(".") for name in missing}
-        names = " / ".join(f"--{name}({sentence})" for name, sentence in first_sentences.items())
+        names = " / ".join([*(f"--{name}({sentence})" for name, sentence in first_sentences.items()),
+                            *(f"--{name}의 값" for name in bare if name not in missing)])
         example = next((f". 예: {line}" for line in examples(stage)), "")
         raise UsageError(f"꼭 필요한 값이 없다: {names}{example}")
 

@@ -65,6 +65,18 @@ def quick(say: Callable[[str], None], facts: Quick | None = None) -> None:
             say(f"{finding.level}: {finding.text}\n      고치는 법: {finding.fix}")
 
 
+def require_utf8(texts: list[str]) -> None:
+    """파일 이름을 UTF-8로 읽지 않는 환경이면, 한글 경로를 라이브러리에 넘기기 전에 그친다.
+
+    Raises:
+        UsageError: 경로나 값에 그 환경이 읽지 못한 글자가 있다.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8" and any(text != text.encode("utf-8", "ignore").decode() for text in texts):
+        raise UsageError(f"이 환경은 파일 이름을 {encoding}으로 읽어 한글 경로를 쓸 수 없다. 환경 변수 PYTHONUTF8=1을 "
+                         "정하고(export PYTHONUTF8=1) 다시 실행한다")
+
+
 def look_quick() -> Quick:
     """torch를 불러오지 않고 본다. NVIDIA 카드는 torch가 CPU용일 때만 묻는다."""
     torch_cuda = _torch_build()

@@ -268,9 +268,9 @@ def test_a_record_that_was_changed_is_checked_again(runs, lab):
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
 def test_a_page_that_is_told_to_end_closes_what_it_opened(number):
     """연 페이지들을 닫는 일은 atexit에 있다. 신호를 그냥 받으면 불리지 않아 그 페이지들이 남는다."""
-    code = ("import atexit, runpy, time; script = runpy.run_path('generate.py'); "
-            "atexit.register(print, 'closed', flush=True); script['leave_on_signals'](); print('open', flush=True); "
-            "time.sleep(60)")
+    code = ("import atexit, threading; from utils.talk.opened import wait_for_signal; "
+            "atexit.register(print, 'closed', flush=True); "
+            "threading.Timer(1, print, ['open'], {'flush': True}).start(); wait_for_signal()")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "open\n"
         process.send_signal(getattr(signal, number))

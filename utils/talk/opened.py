@@ -1,9 +1,11 @@
 """끝난 학습과 대화하는 페이지: 콘솔에서 치는 것과 같은 명령으로 따로 열고 그 주소를 알려 준다."""
 
 import atexit
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from utils.errors import UsageError, why
@@ -59,3 +61,17 @@ class Opened:
                 return process, line.removeprefix(OPENED).split()[0]
             said.append(line)
         raise UsageError(last_line("".join(said)) or "페이지를 열지 못했어요")
+
+
+def wait_for_signal() -> None:
+    """끝내라는 신호를 기다린다. SIGTERM이나 터미널 닫기에도 정리하고 끝나, 이 페이지가 연 페이지들이 남지 않는다."""
+    def leave(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)  # 정리가 늦어지면 두 번째 신호가 그 자리에서 끝낸다
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup의 뜻을 따른다
+            signal.signal(number, leave)
+    while True:
+        time.sleep(3600)

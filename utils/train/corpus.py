@@ -124,8 +124,9 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
     """데이터를 끝까지 검사해 찾은 것과 두 행의 loss 자리를 보인다. `repair_data`가 있으면 고친 파일도 쓴다.
 
     Raises:
-        UsageError: 데이터를 읽을 수 없거나 고친 파일을 쓸 수 없다.
+        UsageError: 기반 모델이 없거나, 데이터를 읽을 수 없거나, 고친 파일을 쓸 수 없다.
     """
+    loader.require_base(settings.base_model)
     if settings.repair_data is not None:
         check_target(settings.data_path, settings.repair_data)
     corpus = read(settings, skip_bad=True)
