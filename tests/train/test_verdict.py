@@ -104,8 +104,8 @@ def test_a_lower_loss_is_not_praised_when_the_rate_was_wild_or_the_steps_were_fe
     """loss만 보면 배운 것 같아도 답은 깨졌거나 그대로다. 권하는 명령은 그 플래그를 되풀이하지 않는다."""
     mine = {"base_model": str(BASE_DEMO), "data_path": "faq.csv", "output_dir": output}
     found = verdict(12.8, 7.8, learning_rate=10.0, **mine)
-    assert "학습률 10은 너무 높다" in found.lines[0] and command_of(found)["base_model"] != str(BASE_DEMO)
-    assert all("learning_rate" not in line for line in found.lines)
+    assert not found.learned and "학습률 10은 너무 높다" in found.lines[0] and "learning_rate" not in found.lines[-1]
+    assert command_of(found)["output_dir"] == f"{output}-2"
     found = verdict(12.8, 11.6, steps=3, batch_size=16, **mine)
-    assert "3 step뿐이라" in found.lines[0]
+    assert found.learned and "3 step뿐이라" in found.lines[0]
     assert all("batch_size" not in line for line in found.lines)

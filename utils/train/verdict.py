@@ -21,7 +21,7 @@ class Verdict:
     """학습 하나의 판단.
 
     Attributes:
-        learned: 학습 전보다 뚜렷하게 나아졌는지.
+        learned: 학습 전보다 뚜렷하게 나아졌고, 그것을 믿을 만한지.
         lines: 끝에 말할 줄들. 나아졌으면 없거나 참고할 것 한 줄이다.
     """
 
@@ -43,9 +43,10 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     if 1 - after / before < LEAST_FALL:
         return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
                                *advice(settings, plan, worse=False)))
-    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result),
-                          *(wild(settings) or overfitted(result)), *hurried(settings, plan),
-                          *small_base(settings, plan)))
+    if too_high := wild(settings):
+        return Verdict(False, tuple(too_high))
+    return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result),
+                          *hurried(settings, plan), *small_base(settings, plan)))
 
 
 class Losses(NamedTuple):
@@ -122,7 +123,6 @@ def small_base(settings: Settings, plan: Plan) -> list[str]:
     return ["참고: 데모 모델은 과정을 보여 주는 작은 모델이라 내 데이터를 배워도 엉뚱한 답을 한다.",
             *try_this("진짜 기반 모델을 받아(README의 'polyglot-ko-1.3b로 가는 길') 배운다", settings,
                       base_model="resources/polyglot-ko-1.3b",
-                      **({"learning_rate": None} if wild(settings) else {}),
                       **({"batch_size": None} if hurried(settings, plan) else {}))]
 
 
