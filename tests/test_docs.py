@@ -138,7 +138,7 @@ def test_memory_the_readme_measured_is_what_the_planner_says():
         for recompute, cell in zip((0, config["num_hidden_layers"] - 1), cells, strict=True):
             if not cell.strip():
                 continue
-            parts = planner.predict(config, 1024, 1, recompute, 8, targets, 2)
+            parts = planner.predict(planner.Workload(config, targets, 8, 1024, 2), 1, recompute)
             predicted, measured = planner.MemoryPlan(1, recompute, parts, 79e9).reserved / 1e9, float(cell.split()[0])
             assert predicted < measured * 1.08, (name, recompute)
             assert "*" in cell or predicted > measured * 0.92, (name, recompute)

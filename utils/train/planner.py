@@ -33,6 +33,27 @@ LARGE, SEGMENT = 10 << 20, 2 << 20  # 할당기는 10 MiB부터 2 MiB의 배수�
 
 
 @dataclass(frozen=True)
+class Workload:
+    """배울 것 가운데 VRAM을 정하는 것.
+
+    Attributes:
+        config: 기반 모델의 config.json.
+        targets: LoRA를 붙일 층의 이름.
+        rank: LoRA의 r.
+        block: 블록의 길이(토큰).
+        max_documents: 블록 하나에 든 문서의 최대 수.
+        processors: 비트까지 같은 attention을 쓰면 GPU의 SM 수. 아니면 0이다.
+    """
+
+    config: dict
+    targets: tuple[str, ...]
+    rank: int
+    block: int
+    max_documents: int
+    processors: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """어떻게 학습할지와 그때의 예측.
 
@@ -70,8 +91,8 @@ class MemoryPlan:
                 f"{self.reserved / peak - 1:+.1%})")
 
 
-def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_batch_size: int | None, lora_r: int,
-              targets: tuple[str, ...], vram_gb: float | None, max_documents: int, exact: bool) -> MemoryPlan:
+def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch_size: int | None,
+              vram_gb: float | None, exact: bool) -> MemoryPlan:
     """카드에 들어가는 계획을 고른다.
 
     micro-step이 1,024토큰을 넘는 가장 작은 micro batch를, 되도록 재계산 없이 쓴다. 그보다 크면 메모리는 토큰에
@@ -79,21 +100,21 @@ def make_plan(config: dict, *, device, cutoff_len: int, batch_size: int, micro_b
     줄인다. `vram_gb`를 적으면 그 안에서 재계산 없이 들어가는 가장 큰 micro batch(4,096토큰까지)를 쓴다.
 
     Args:
-        device: `loader.Device`.
+        batch_size: 프로세스 하나가 optimizer step마다 배울 블록의 수.
+        micro_batch_size: 적으면 그대로 쓴다.
         vram_gb: 쓸 VRAM의 상한(CUDA context 포함). None이면 지금 비어 있는 양에서 여유를 뺀다.
-        max_documents: 블록 하나에 든 문서의 최대 수.
         exact: 두 번 배워도 비트까지 같게 한다. attention의 backward가 메모리를 더 쓴다.
 
     Raises:
         UsageError: 어떻게 해도 들어가지 않는다. 들어가는 블록 길이나 모델을 말한다.
     """
-    if device.device.type != "cuda":
+    if device.type != "cuda":
         return MemoryPlan(micro_batch_size or 1)
-    free, total = torch.cuda.mem_get_info(device.device)
+    free, total = torch.cuda.mem_get_info(device)
     budget = min(free + CONTEXT - MARGIN, total) if vram_gb is None else vram_gb * GB
-    processors = torch.cuda.get_device_properties(device.device).multi_processor_count if exact else 0
-    plan = fit(config, budget, cutoff_len, batch_size, micro_batch_size, lora_r, targets, max_documents,
-               grow=vram_gb is not None, processors=processors)
+    if exact:
+        work = replace(work, processors=torch.cuda.get_device_properties(device).multi_processor_count)
+    plan = fit(work, budget, batch_size, micro_batch_size, grow=vram_gb is not None)
     return replace(plan, exact=exact)
 
 
@@ -107,26 +128,25 @@ def cap_allocator(plan: MemoryPlan, device: torch.device, vram_gb: float | None)
         torch.cuda.set_per_process_memory_fraction(min((plan.budget - CONTEXT) / total, 1.0))
 
 
-def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_batch_size: int | None, lora_r: int,
-        targets: tuple[str, ...], max_documents: int, grow: bool = False, processors: int = 0) -> MemoryPlan:
+def fit(work: Workload, budget: float, batch_size: int, micro_batch_size: int | None = None,
+        grow: bool = False) -> MemoryPlan:
     """`budget` 바이트에 들어가는 계획. 규칙은 `make_plan`과 같고, `grow`는 상한을 직접 적었다는 뜻이다."""
-    layers = config["num_hidden_layers"]
-    fast = find_family(config, targets) is not None
+    layers = work.config["num_hidden_layers"]
+    fast = find_family(work.config, work.targets) is not None
 
-    def attempt(micro: int, recompute: int, block: int = cutoff_len) -> MemoryPlan:
-        parts = predict(config, block, micro, recompute, lora_r, targets, max(2, max_documents), processors)
-        return MemoryPlan(micro, recompute, parts, budget)
+    def attempt(micro: int, recompute: int, block: int = work.block) -> MemoryPlan:
+        return MemoryPlan(micro, recompute, predict(replace(work, block=block), micro, recompute), budget)
 
     def fits(plan: MemoryPlan) -> bool:
         return plan.reserved * SAFETY + CONTEXT <= budget
 
     # effective batch는 batch_size 그대로여야 하므로 그 약수만 micro batch가 될 수 있다
     divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
-    enough = next((size for size in divisors if size * cutoff_len >= TARGET_TOKENS), batch_size)
+    enough = next((size for size in divisors if size * work.block >= TARGET_TOKENS), batch_size)
     smaller = [size for size in reversed(divisors) if size <= enough]  # 큰 것부터 들어가는지 본다
     micros = [micro_batch_size] if micro_batch_size else smaller
     if grow and not micro_batch_size:
-        larger = [size for size in reversed(divisors) if enough < size and size * cutoff_len <= MOST_TOKENS]
+        larger = [size for size in reversed(divisors) if enough < size and size * work.block <= MOST_TOKENS]
         micros = [*(size for size in larger if fits(attempt(size, 0))), *micros]
     # 손으로 쓴 길은 마지막 층의 중간값을 곧바로 backward에서 쓰므로 그 층은 재계산하지 않고, 몇 층을 재계산할지 고를 수
     # 있다. 자동미분의 길은 모두 재계산하거나 하나도 하지 않는다
@@ -137,12 +157,12 @@ def fit(config: dict, budget: float, cutoff_len: int, batch_size: int, micro_bat
             attempts = (attempt(micro, count) for count in counts)
             return next(plan for plan in attempts if fits(plan))
     least = attempt(1, most)
-    shorter_blocks = [block for block in (1024, 512, 256, 128) if block < cutoff_len]
+    shorter_blocks = [block for block in (1024, 512, 256, 128) if block < work.block]
     shorter = next((block for block in shorter_blocks if fits(attempt(1, most, block))), None)
     advice = f"--cutoff_len {shorter}로 줄이면 들어간다" if shorter else "더 작은 모델을 쓴다"
     if micro_batch_size and micro_batch_size > 1 and fits(least):
         advice = "--micro_batch_size를 빼면 들어간다"
-    raise UsageError(f"이 모델과 {cutoff_len}토큰 블록은 적어도 {sum(least.parts.values()) / GB:.1f} GB가 필요한데 "
+    raise UsageError(f"이 모델과 {work.block}토큰 블록은 적어도 {sum(least.parts.values()) / GB:.1f} GB가 필요한데 "
                      f"쓸 수 있는 VRAM은 {budget / GB:.1f} GB다. {advice}")
 
 
@@ -152,33 +172,30 @@ def find_family(config: dict, targets: tuple[str, ...]) -> Family | None:
     return family if isinstance(family, Family) and set(targets) <= set(family.linears()) else None
 
 
-def predict(config: dict, block: int, micro: int, recompute: int, rank: int, targets: tuple[str, ...],
-            max_documents: int, processors: int = 0) -> dict[str, float]:
+def predict(work: Workload, micro: int, recompute: int) -> dict[str, float]:
     """부분마다의 바이트. 가중치는 NF4 이중 양자화, 나머지는 16비트다.
 
     Args:
-        block, micro: 블록의 토큰 수와 한 번에 계산하는 블록의 수.
+        micro: 한 번에 계산하는 블록의 수.
         recompute: backward에서 다시 계산하는 층의 수.
-        max_documents: 블록 하나에 든 문서의 최대 수.
-        processors: 비트까지 같은 attention을 쓰면 GPU의 SM 수. 아니면 0이다.
     """
-    family = find_family(config, targets)
+    family = find_family(work.config, work.targets)
     if family is None:
-        parts = _predict_autograd(config, block, micro, recompute, rank, len(targets))
+        parts = _predict_autograd(work, micro, recompute)
     else:
-        parts = _predict_engine(family, block * micro, recompute, rank, targets, max_documents * micro, processors)
+        parts = _predict_engine(family, work, micro, recompute)
     parts["작업 공간"] += FRAGMENTS * sum(parts.values()) + WORKSPACE + SPARE
     parts["CUDA context"] = CONTEXT
     return parts
 
 
-def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targets: tuple[str, ...],
-                    documents: int, processors: int) -> dict[str, float]:
+def _predict_engine(family: Family, work: Workload, micro: int, recompute: int) -> dict[str, float]:
     """손으로 쓴 길. 버퍼의 크기는 엔진이 실제로 잡을 때 쓰는 `train_memory`에서 온다."""
-    layers, tails = family.layers, Tails.of(family, targets, rank)
+    layers, rank, tokens = family.layers, work.rank, work.block * micro
+    tails = Tails.of(family, work.targets, rank)
     recompute = min(recompute, layers - 1)
     linears = family.linears()
-    trained_linears = {name: shape for name, shape in linears.items() if name in targets}
+    trained_linears = {name: shape for name, shape in linears.items() if name in work.targets}
     quantized = sum(_nf4_bytes(shape.rows * shape.columns) for shape in linears.values())
     # 층의 작은 것: norm의 weight와 bias(16비트와 엔진이 읽는 fp32 사본, 여섯 개까지)와 선형층의 bias(16비트)
     small = 6 * 6 * family.hidden + 2 * (family.qkv_width + family.mlp_width + 2 * family.hidden)
@@ -192,7 +209,7 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
     # 재계산하는 층과 마지막 층은 한 벌을 함께 쓴다. attention의 출력은 마지막 층까지 저마다 살아 있다
     alone = max(layers - recompute - 1, 0)
     stored = kept + alone * saved + (layers - recompute) * tokens * attention_bytes(family)
-    work = saved + 2 * tokens * sum(work_widths(family, tails).values())
+    buffers = saved + 2 * tokens * sum(work_widths(family, tails).values())
     scratch = 2 * scratch_elements(family, tails, tokens, recompute)
     # dA [r, columns]는 토큰 TILE_ROWS개마다 따로 더한 fp32 부분합 [조각의 수, r, columns]을 거친다. 선형층 하나씩이다
     widest = max((shape.columns for shape in trained_linears.values()), default=0)
@@ -203,18 +220,19 @@ def _predict_engine(family: Family, tokens: int, recompute: int, rank: int, targ
         # fp32 네 벌: 값, gradient, Adam의 평균 둘
         "어댑터와 optimizer": 4 * 4 * trained,
         "저장하는 활성값": stored,
-        "작업 공간": work + scratch + partial + _flash_backward(family, tokens, documents, processors),
+        "작업 공간": buffers + scratch + partial + _flash_backward(family, work, micro),
     }
 
 
-def _flash_backward(family: Family, tokens: int, documents: int, processors: int) -> float:
+def _flash_backward(family: Family, work: Workload, micro: int) -> float:
     """flash attention의 backward가 잠시 쓰는 바이트.
 
     fp32 dq의 합(문서마다 128행까지, 머리를 32의 배수까지 채운다. 비트까지 같게 하면 SM을 채울 만큼 여러 벌이다), 이어
     놓은 dout, 16비트 dq, q의 머리 수만큼 늘린 dk와 dv, 그것을 더한 kv_heads의 dk와 dv.
     """
+    tokens, documents = work.block * micro, max(2, work.max_documents) * micro
     head_dim = -(-family.head_dim // 32) * 32
-    copies = max(1, -(-processors // (documents * family.heads)))
+    copies = max(1, -(-work.processors // (documents * family.heads)))
     # fp32, 문서마다 끝을 128행까지 채운다
     accumulated = copies * 4 * (tokens + 128 * documents) * family.heads * head_dim
     wide = 4 * family.q_width  # dout, dq, 늘린 dk, 늘린 dv
@@ -223,11 +241,11 @@ def _flash_backward(family: Family, tokens: int, documents: int, processors: int
     return accumulated + 2 * tokens * (wide + narrow)
 
 
-def _predict_autograd(config: dict, block: int, micro: int, recompute: int, rank: int,
-                      targets: int) -> dict[str, float]:
+def _predict_autograd(work: Workload, micro: int, recompute: int) -> dict[str, float]:
     """자동미분의 길. 구조를 모르므로 흔한 transformer 한 층이 남기는 것으로 어림한다."""
+    config, targets = work.config, len(work.targets)
     layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
-    inner, tokens = config.get("intermediate_size") or 4 * hidden, block * micro
+    inner, tokens = config.get("intermediate_size") or 4 * hidden, work.block * micro
     gated = config["model_type"] != "gpt_neox"
     # 층의 행렬들의 원소 수: qkv를 이은 것, attention의 출력, MLP의 gate와 up과 down(문이 없으면 둘)
     matrices = [3 * hidden * hidden, hidden * hidden, *[inner * hidden] * (3 if gated else 2)]
@@ -242,10 +260,10 @@ def _predict_autograd(config: dict, block: int, micro: int, recompute: int, rank
     return {
         "가중치": layers * layer_weights + 2 * vocab * hidden * tables,
         # 층마다 targets개의 A [r, hidden]와 B [hidden, r], 그 값의 fp32 다섯 벌(위와 같다)
-        "어댑터와 optimizer": 5 * 4 * layers * targets * rank * 2 * hidden,
+        "어댑터와 optimizer": 5 * 4 * layers * targets * work.rank * 2 * hidden,
         "저장하는 활성값": stored,
         # 재계산하거나 되돌아가는 층 하나, 푼 가중치 하나, 블록마다의 mask
-        "작업 공간": per_layer + 2 * max(matrices) + 2 * micro * block * block,
+        "작업 공간": per_layer + 2 * max(matrices) + 2 * micro * work.block * work.block,
         # 은닉값과 그 gradient, logits 조각의 fp32 둘
         "손실": 4 * tokens * hidden + 8 * min(LOSS_CHUNK, tokens) * vocab,
     }

@@ -113,11 +113,10 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     share = share_of_batch(settings, batch.size)
     schedule = Schedule.from_blocks(len(inputs.train_set), batch.size, settings.num_train_epochs)
     longest = int(np.minimum(inputs.documents.lengths(), batch.block_len).max())
-    memory = planner.make_plan(
-        inputs.config, device=inputs.device, cutoff_len=batch.block_len, batch_size=share,
-        micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
-        vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents,
-        exact=settings.deterministic or longest <= planner.EXACT_TOKENS)
+    work = planner.Workload(inputs.config, inputs.targets, settings.lora_r, batch.block_len,
+                            inputs.train_set.max_documents)
+    exact = settings.deterministic or longest <= planner.EXACT_TOKENS
+    memory = planner.make_plan(work, inputs.device.device, share, settings.micro_batch_size, settings.vram_gb, exact)
     documents = inputs.documents
     lengths = blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
