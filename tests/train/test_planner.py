@@ -11,7 +11,8 @@ from utils.engine.families import describe
 from utils.engine.train_memory import attention_bytes
 from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
-from utils.train.planner import CONTEXT, GB, SAFETY, WORKSPACE, Workload, find_family, fit, make_plan, predict
+from utils.train.planner import GB, SAFETY, fit, make_plan
+from utils.train.prediction import CONTEXT, WORKSPACE, Workload, find_family, predict
 
 pytestmark = pytest.mark.quick
 
