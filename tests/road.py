@@ -248,7 +248,9 @@ def answer_gap(model, **source) -> float:
     from utils.talk.answerer import Answer
     from utils.talk.source import find_source, load_answerers
 
-    quiet = lambda line: None  # noqa: E731
+    def quiet(line: str) -> None:
+        """알리지 않는다."""
+
     load_4bit = source.pop("load_4bit")
     found = find_source(source.get("base_model"), source.get("peft_root"), quiet)
     answerer = load_answerers([found], None, load_4bit, False, None, quiet)[0]

@@ -127,7 +127,8 @@ def test_memory_the_readme_measured_is_what_the_planner_says():
     from modern import SHAPES
 
     from utils.engine.families import describe
-    from utils.train import planner
+    from utils.train.planner import MemoryPlan
+    from utils.train.prediction import Workload, predict
 
     rows = re.findall(r"^\| ([^|]*), (`query_key_value`|모든 선형층) \|(.*)\|(.*)\|$",
                       (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
@@ -138,8 +139,8 @@ def test_memory_the_readme_measured_is_what_the_planner_says():
         for recompute, cell in zip((0, config["num_hidden_layers"] - 1), cells, strict=True):
             if not cell.strip():
                 continue
-            parts = planner.predict(config, 1024, 1, recompute, 8, targets, 2)
-            predicted, measured = planner.MemoryPlan(1, recompute, parts, 79e9).reserved / 1e9, float(cell.split()[0])
+            parts = predict(Workload(config, targets, 8, 1024, 2), 1, recompute)
+            predicted, measured = MemoryPlan(1, recompute, parts, 79e9).reserved / 1e9, float(cell.split()[0])
             assert predicted < measured * 1.08, (name, recompute)
             assert "*" in cell or predicted > measured * 0.92, (name, recompute)
 

@@ -1,6 +1,8 @@
 """집의 규칙: import는 한 방향이고, 방끼리 돌지 않고, 세 단계는 서로를 모른다. utils/README.md의 지도와 같다."""
 
 import ast
+import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -28,12 +30,13 @@ def name_of(file: Path) -> str:
 
 
 MODULES = {name_of(file): file for file in sorted(UTILS.rglob("*.py"))}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
 
 
-def imported(file: Path) -> set[str]:
-    """파일이 import하는 utils의 모듈들. 함수 안의 import도 센다."""
+def imported(tree: ast.Module) -> set[str]:
+    """소스가 import하는 utils의 모듈들. 함수 안의 import도 센다."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in MODULES}
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "utils":
@@ -42,7 +45,7 @@ def imported(file: Path) -> set[str]:
     return found
 
 
-ARROWS = {name: imported(file) - {name} for name, file in MODULES.items()}
+ARROWS = {name: imported(tree) - {name} for name, tree in TREES.items()}
 
 
 def room(module: str) -> str:
@@ -79,11 +82,52 @@ def test_engine_has_two_doors():
 
 
 def test_utils_never_imports_a_script():
-    stems = {Path(script).stem.replace("-", "_") for script in SCRIPTS}
-    for file in MODULES.values():
-        names = {alias.name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-                 if isinstance(node, ast.Import) for alias in node.names}
-        assert not names & stems
+    stems = {stem for script in SCRIPTS for stem in (Path(script).stem, Path(script).stem.replace("-", "_"))}
+    for name, tree in TREES.items():
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not modules & stems, name
+
+
+def test_every_import_is_seen_by_these_rules():
+    """상대 import와, 이름을 값으로 넘기는 import는 위의 규칙들이 읽지 못하므로 쓰지 않는다."""
+    hidden = {"import_module", "__import__", "spec_from_file_location", "run_path", "run_module"}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{name}: 상대 import"
+            used = {getattr(node, "id", None), getattr(node, "attr", None)}
+            assert not used & hidden, f"{name}: {used & hidden}"
+
+
+def outer_bases(tree: ast.Module) -> list[tuple[ast.ClassDef, type]]:
+    """다른 라이브러리의 class를 잇는 class와 그 class. `nn.Module`처럼 점으로 이은 이름도 찾는다."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {(alias.asname or alias.name).split(".")[0]: (alias.name, None) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    found = []
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for base in node.bases:
+            first, *rest = ast.unparse(base).partition("[")[0].split(".")
+            module, name = names.get(first, ("utils", None))
+            if module.split(".")[0] != "utils":
+                found.append((node, functools.reduce(getattr, rest if name is None else [name, *rest],
+                                                     importlib.import_module(module))))
+    return found
+
+
+def test_no_private_method_of_another_library_is_overridden():
+    """비공개 메서드는 약속이 아니어서, 바꾸어 두면 버전을 올릴 때 조용히 다르게 돈다."""
+    checked = set()
+    for module, tree in TREES.items():
+        for node, base in outer_bases(tree):
+            own = {part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
+            private = {name for name in own if name.startswith("_") and not name.endswith("__") and hasattr(base, name)}
+            assert not private, f"{module}.{node.name}이 {base}의 {private}를 바꾼다"
+            checked.add(base.__name__)
+    assert {"Module", "Tensor", "Function"} <= checked
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
@@ -95,7 +139,7 @@ def test_light_modules_do_not_reach_torch(module):
         if name in seen or name not in MODULES:
             continue
         seen.add(name)
-        for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body:
+        for node in TREES[name].body:
             if isinstance(node, ast.Import):
                 assert not {alias.name.split(".")[0] for alias in node.names} & {"torch", "transformers"}, name
             if isinstance(node, ast.ImportFrom):
@@ -120,12 +164,21 @@ def test_a_file_is_one_noun(file):
 
 
 def test_the_map_names_every_file():
-    maps = (UTILS / "README.md", UTILS / "engine" / "README.md")
-    codes = [code for file in maps for code in re.findall(r"`([^`\n]+)`", file.read_text(encoding="utf-8"))]
-    named = {part for code in codes for part in re.split(r"[\s,]+", code.replace("/", "."))}
+    """지도의 방마다 그 방의 파일이 모두 있고, 없는 파일은 없다."""
+    rows = re.findall(r"^\| (1층|`\w+/`) \|.*\|(.*)\|$", (UTILS / "README.md").read_text(encoding="utf-8"), re.M)
+    listed = {name.strip("`/").replace("1층", ""): set(re.findall(r"`(\w+)`", files)) for name, files in rows}
+    engine = re.findall(r"^\| (`.*?) \|", (UTILS / "engine" / "README.md").read_text(encoding="utf-8"), re.M)
+    listed["engine"] = {name for cell in engine for name in re.findall(r"`(\w+)\.py`", cell)}
+    files = {}
     for name, file in MODULES.items():
         if file.name not in ("__init__.py", "__main__.py"):
-            assert file.name in named or file.stem in named or name.removeprefix("utils.") in named, name
+            files.setdefault(room(name), set()).add(file.stem)
+    assert listed == files
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {folder.name for folder in (ROOT / "tests").iterdir() if list(folder.glob("test_*.py"))}
+    assert rooms == LEVEL.keys() - {""}
 
 
 def test_top_level_is_what_the_readme_promises():

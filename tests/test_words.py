@@ -12,9 +12,11 @@ OLD_WORDS = ("까닭", "견주", "견준", "견줄", "견줘", "그릇", "준비
 
 
 def readable_files():
-    patterns = ("*.py", "utils/**/*.py", "utils/**/*.cu", "utils/**/*.cuh", "utils/**/*.js", "*.md", "*/README.md",
-                "utils/**/*.md", "requirements.txt", ".create-symbolic-links.bat", "tests/**/*.py", "ko-datasets/*.py",
-                "resources/*/*.py", ".github/**/*.md")
+    patterns = ("*.py", "*.md", "*/README.md", "requirements.txt", ".create-symbolic-links.bat", ".ci/*", ".ruff.toml",
+                "utils/**/*.py", "utils/**/*.md", "utils/**/*.cu", "utils/**/*.cuh", "utils/**/*.js", "utils/**/*.css",
+                "tests/**/*.py", "tests/**/*.md", "tests/**/*.txt", "tests/**/*.[ch]", "tests/**/*.js",
+                "templates/*.json", "ko-datasets/*.py", "resources/*/*.py", "resources/*/*.md", ".github/**/*.md",
+                ".github/**/*.yml")
     return sorted({file for pattern in patterns for file in ROOT.glob(pattern)} - {Path(__file__).resolve()})
 
 

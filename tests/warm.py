@@ -7,6 +7,7 @@ torch, transformers, PEFT를 읽는 데만 CPU 8초가 든다. 갈라진 프로�
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,9 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# 갈라진 프로세스가 물려받을 모듈들. 읽는 데 오래 걸린다
+PRELOADED = ("bitsandbytes", "matplotlib.pyplot", "peft", "transformers", "utils.merge.proof", "utils.merge.writer",
+             "utils.talk.source", "utils.train.fit", "utils.train.results")
 CAN_FORK = hasattr(os, "fork") and sys.platform == "linux"
 
 
@@ -103,15 +107,9 @@ def serve() -> None:
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     console.hush_libraries()
-    import bitsandbytes  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
+    for module in PRELOADED:
+        importlib.import_module(module)
     import torch
-    import transformers  # noqa: F401
-
-    from utils.merge import proof, writer  # noqa: F401
-    from utils.talk import source  # noqa: F401
-    from utils.train import fit, results  # noqa: F401
 
     torch.set_num_threads(1)
     warm_up()

@@ -28,6 +28,7 @@ from utils.train import planner  # noqa: E402
 from utils.train.group import ALONE  # noqa: E402
 from utils.train.loop import Loop  # noqa: E402
 from utils.train.planner import GB, MemoryPlan  # noqa: E402
+from utils.train.prediction import CONTEXT, Workload, predict  # noqa: E402
 from utils.train.progress import Speed  # noqa: E402
 from utils.train.records import Recipe  # noqa: E402
 from utils.train.step import open_step  # noqa: E402
@@ -219,11 +220,11 @@ def ours(shape: str, plan: MemoryPlan, data, targets, steps: int = 6, tokens: fl
 
 def chosen(shape: str, budget_gb: float, targets) -> MemoryPlan:
     """할당기의 상한이 `budget_gb`일 때의 계획."""
-    return planner.fit(modern.SHAPES[shape], budget_gb * GB + planner.CONTEXT, BLOCK, BATCH, None, 8, targets, 2)
+    return planner.fit(Workload(modern.SHAPES[shape], targets, 8, BLOCK, 2), budget_gb * GB + CONTEXT, BATCH)
 
 
 def fixed(shape: str, micro: int, recompute: int, targets, block: int = BLOCK, documents: int = 2) -> MemoryPlan:
-    parts = planner.predict(modern.SHAPES[shape], block, micro, recompute, 8, targets, max(2, documents))
+    parts = predict(Workload(modern.SHAPES[shape], targets, 8, block, documents), micro, recompute)
     return MemoryPlan(micro, recompute, parts)
 
 

@@ -1,5 +1,7 @@
 """메모리 계획은 예산을 넘지 않고, 모자라면 재계산부터 늘리고, 안 되면 들어가는 길을 말한다."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from standin import SHAPES, config_of
@@ -9,16 +11,20 @@ from utils.engine.families import describe
 from utils.engine.train_memory import attention_bytes
 from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
-from utils.model.loader import Device
-from utils.train.planner import CONTEXT, GB, SAFETY, WORKSPACE, find_family, fit, make_plan, predict
+from utils.train.planner import GB, SAFETY, fit, make_plan
+from utils.train.prediction import CONTEXT, WORKSPACE, Workload, find_family, predict
 
 pytestmark = pytest.mark.quick
 
 TARGETS = ("query_key_value",)
 
 
+def work_of(shape: str, block: int = 1024, targets: tuple[str, ...] = TARGETS, max_documents: int = 8) -> Workload:
+    return Workload(config_of(shape), targets, 8, block, max_documents)
+
+
 def plan(shape: str, budget: float, block: int = 1024, micro: int | None = None, batch: int = 16):
-    return fit(config_of(shape), budget * GB, block, batch, micro, 8, TARGETS, 8)
+    return fit(work_of(shape, block), budget * GB, batch, micro)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,7 +53,7 @@ def test_the_default_fills_the_gpu_without_recomputing():
 
 def test_asking_for_more_memory_buys_a_larger_micro_batch():
     def asked(budget: float):
-        return fit(config_of("1.3b"), budget * GB, 1024, 16, None, 8, TARGETS, 8, grow=True)
+        return fit(work_of("1.3b"), budget * GB, 16, grow=True)
 
     chosen = [asked(budget) for budget in (2, 3, 4, 24)]
     assert [plan.micro_batch_size for plan in chosen] == [1, 1, 2, 4]
@@ -63,25 +69,23 @@ def test_asked_micro_batch_is_kept():
 def test_impossible_budgets_name_what_would_fit():
     with pytest.raises(UsageError, match="더 작은 모델"):
         plan("12.8b", 4)
-    least = sum(predict(config_of("5.8b"), 512, 1, 27, 8, TARGETS, 8).values()) - CONTEXT
+    least = sum(predict(work_of("5.8b", 512), 1, 27).values()) - CONTEXT
     with pytest.raises(UsageError, match="--cutoff_len 512"):
         plan("5.8b", (least * SAFETY + CONTEXT) / GB + 0.01, 2048)
 
 
 def test_cpu_needs_no_plan():
-    device = Device(torch.device("cpu"), torch.float32, "")
-    chosen = make_plan(config_of("1.3b"), device=device, cutoff_len=64, batch_size=4, micro_batch_size=2, lora_r=8,
-                       targets=TARGETS, vram_gb=None, max_documents=3, exact=False)
+    chosen = make_plan(work_of("1.3b", 64), torch.device("cpu"), 4, 2, vram_gb=None, exact=False)
     assert (chosen.micro_batch_size, chosen.lines()) == (2, [])
 
 
 def test_exact_attention_needs_a_copy_of_dq_for_every_part_of_the_card():
-    config, documents = config_of("1.3b"), 2
-    plain, exact = (predict(config, 1024, 1, 0, 8, TARGETS, documents, processors)["작업 공간"]
-                    for processors in (0, 132))
-    copies = -(-132 // (documents * config["num_attention_heads"]))
-    assert exact - plain == pytest.approx((copies - 1) * 4 * (1024 + 128 * documents) * 2048, rel=0.03)
-    assert predict(config, 1024, 1, 0, 8, TARGETS, documents, 28)["작업 공간"] == plain  # RTX 3060
+    work = work_of("1.3b", max_documents=2)
+    plain, exact, small = (predict(replace(work, processors=processors), 1, 0)["작업 공간"]
+                           for processors in (0, 132, 28))
+    copies = -(-132 // (2 * work.config["num_attention_heads"]))
+    assert exact - plain == pytest.approx((copies - 1) * 4 * (1024 + 128 * 2) * 2048, rel=0.03)
+    assert small == plain  # RTX 3060
 
 
 def test_the_parts_are_said():
@@ -110,7 +114,7 @@ def test_saved_activations_and_buffers_are_what_the_step_really_keeps(name):
         real = sum(tensor.nbytes for tensor in [*step.x, *tensors, *z]) + 2 * step.stats.nbytes
         # attention의 출력은 backward가 끝나며 놓았다
         attended = (family.layers - recompute) * tokens * attention_bytes(family)
-        expected = predict(config, BLOCK, 2, recompute, 3, targets, 3)
+        expected = predict(Workload(config, targets, 3, BLOCK, 3), 2, recompute)
         assert real == 2 * (expected["저장하는 활성값"] - attended)
         shared = sum(part.nbytes for part in vars(step.saved[-1]).values() if isinstance(part, torch.Tensor))
         buffers = shared + sum(buffer.nbytes for buffer in [*step.buffers.values(), step.unpacker.buffer])
@@ -129,6 +133,6 @@ def test_planner_and_trainer_ask_one_rule():
 
 
 def test_all_linear_layers_need_more_than_one():
-    one, every = (predict(config_of("1.3b"), 1024, 1, 0, 8, targets, 2) for targets in (TARGETS, ALL_NEOX))
+    one, every = (predict(work_of("1.3b", targets=targets), 1, 0) for targets in (TARGETS, ALL_NEOX))
     assert every["어댑터와 optimizer"] > 2 * one["어댑터와 optimizer"]
     assert every["저장하는 활성값"] > one["저장하는 활성값"]

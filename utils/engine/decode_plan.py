@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from utils.engine.cuda import CompileError
-from utils.engine.family import Family
+from utils.engine.family import ACTIVATION_CODES, Family
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_prefill.cu", "decode_rows.cu")
@@ -31,7 +31,6 @@ LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각
 LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
-ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 TABLE_ROW = 128        # NF4의 표 한 줄(바이트)
 WIDE_TABLE = 160_000   # 블록의 공유 메모리(바이트)가 이만큼이면 줄의 간격을 두 배로 한다
 SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
@@ -182,8 +181,8 @@ class Plan:
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
             "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
             "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
-            "GATED": int(family.gated), "ACTIVATION": ACTIVATIONS[family.activation],
-            "GELU_TANH": ACTIVATIONS["gelu_tanh"], "SILU": ACTIVATIONS["silu"],
+            "GATED": int(family.gated), "ACTIVATION": ACTIVATION_CODES[family.activation],
+            "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
             "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,

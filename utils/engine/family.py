@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 GEMMA = {"gemma", "gemma3_text"}
+ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}  # 커널이 받는 `-D ACTIVATION`의 값
 
 
 class LinearShape(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.family import Family
+from utils.engine.family import ACTIVATION_CODES, Family
 from utils.engine.train_layers import Adapter, Projection
 from utils.engine.train_memory import TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold
@@ -14,7 +14,6 @@ from utils.engine.train_ops import TorchOps, drop_threshold
 SOURCES = ("device.cuh", "common.cuh", "train.cu")
 KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_backward", "reduce_partials", "dequantize",
            "rotate", "unrotate", "activate", "activate_backward", "cross_entropy", "gather")
-ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
 LORA_ROWS, LORA_THREADS = 8, 512  # lora_down: 블록 하나가 텐서 코어의 너비인 행 8개
 TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.errors import UsageError
-from utils.model import diskmap, nf4
+from utils.model import nf4
 from utils.model.diskmap import DiskMap
 from utils.model.folder import ModelFolder, TensorEntry
 from utils.model.lora import Update
+from utils.model.shape import Build
 from utils.model.shards import DTYPES, read_rows, read_whole, row_spans
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -149,7 +150,7 @@ def _built(source: Source) -> dict[str, torch.Tensor]:
     used = {name: entry for name, entry in source.folder.tensors.items() if name in source.disk.used}
     state = {name: torch.zeros(()).expand(entry.shape) for name, entry in used.items()}  # 값 하나를 되풀이해 가리킨다
     state |= {name: read_whole(used[name]).to(source.dtype).float() for name in needed}
-    loaded = diskmap.load_labelled(source.folder.path, state, "cpu").state_dict()
+    loaded = Build.of(source.folder.path).load(state, "cpu", torch.float32).model.state_dict()
     built = {name: loaded[name] for name in source.disk.built}
     for name in built.keys() & source.rounded:
         built[name] = nf4.round_trip(built[name], source.dtype).float()

@@ -4,13 +4,12 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from utils.errors import UsageError, first_line
 from utils.model.folder import ModelFolder, TensorEntry
-from utils.model.shape import quiet_transformers
+from utils.model.shape import Build
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,6 @@ def _label(entry: TensorEntry, name: str) -> _Labelled:
     return tensor
 
 
-def load_labelled(path: Path, state: dict[str, torch.Tensor], device: str, dtype: torch.dtype = torch.float32):
-    """`state`를 디스크에서 읽은 것처럼 받아들인 모델(transformers가 고르는 바로 그 클래스)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    with quiet_transformers():
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        return kind.from_pretrained(None, config=config, state_dict=state, device_map={"": device}, dtype=dtype,
-                                    ignore_mismatched_sizes=True)
-
-
 def read(folder: ModelFolder) -> DiskMap:
     """모델 폴더의 표. 가중치는 읽지 않는다.
 
@@ -104,9 +91,10 @@ def read(folder: ModelFolder) -> DiskMap:
         raise UsageError(f"이미 양자화된 모델이라 어댑터를 합칠 수 없다: {folder.path}. "
                          "양자화하지 않은 16비트 모델을 --base_model로 적는다")
     labels = {name: _label(entry, name) for name, entry in folder.tensors.items()}
+    build = Build.of(folder.path)
     try:
-        model = load_labelled(folder.path, labels, "meta")
-    except Exception as error:  # 설정의 어느 값이 어떻게 잘못되었든, 실제로 읽을 때도 같은 곳에서 멈춘다
+        model = build.load(labels, "meta", torch.float32).model
+    except Exception as error:  # 실제로 읽을 때도 같은 곳에서 멈춘다
         raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({first_line(error)}). "
                          "모델을 다시 받는다") from None
     from transformers.pytorch_utils import Conv1D

@@ -2,13 +2,24 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from utils.errors import UsageError, first_line
 from utils.model.folder import ModelFolder, text_config
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+class Loaded(NamedTuple):
+    """받아들인 모델과, 어긋난 것을 transformers가 알린 것(`missing_keys`, `mismatched_keys` 따위)."""
+
+    model: nn.Module
+    found: dict[str, set]
 
 
 def require_shapes(folder: ModelFolder) -> None:
@@ -20,8 +31,6 @@ def require_shapes(folder: ModelFolder) -> None:
     Raises:
         UsageError: 설정으로 모델을 만들 수 없거나, tensor가 모자라거나, 모양이 다르다.
     """
-    from transformers import AutoConfig
-
     if "quantization_config" in folder.config:
         return
     texts = (folder.config, text_config(folder.config))
@@ -30,20 +39,11 @@ def require_shapes(folder: ModelFolder) -> None:
     if n_layers > len(folder.tensors):  # 빈 모델도 층마다 메모리가 든다. 층에는 적어도 tensor 하나가 있다
         raise UsageError(f"config.json과 가중치가 맞지 않는다: {folder.path}에 층이 {n_layers:,}개라는데 "
                          f"tensor는 {len(folder.tensors):,}개다. 모델을 다시 받는다")
-    try:
-        config = AutoConfig.from_pretrained(str(folder.path), trust_remote_code=False)
-        kind = type(empty_model(config))
-    except UsageError:
-        raise
-    except Exception as error:  # 설정의 어느 값이 어떻게 잘못되었든, 실제로 읽을 때도 같은 곳에서 멈춘다
-        raise UsageError(f"config.json으로 모델을 만들 수 없다: {folder.path} ({first_line(error)}). "
-                         "모델을 다시 받는다") from None
+    build = Build.of(folder.path)
     empty = {name: torch.empty(entry.shape, dtype=torch.float16, device="meta")
              for name, entry in folder.tensors.items()}
     try:
-        with quiet_transformers():
-            _, found = kind.from_pretrained(None, config=config, state_dict=empty, device_map={"": "meta"},
-                                            output_loading_info=True, ignore_mismatched_sizes=True)
+        _, found = build.load(empty, "meta", torch.float16)
     except Exception:  # 빈 tensor로는 해 볼 수 없는 구조다. 맞지 않으면 실제로 읽을 때 드러난다
         return
     for name, written, expected in sorted(found["mismatched_keys"]):
@@ -53,6 +53,39 @@ def require_shapes(folder: ModelFolder) -> None:
     if missing:
         raise UsageError(f"config.json과 가중치가 맞지 않는다: {folder.path}에 {missing[0]}(모두 {len(missing)}개)이 "
                          "없다. 모델을 다시 받는다")
+
+
+@dataclass(frozen=True)
+class Build:
+    """모델 폴더의 설정과, transformers가 그 설정에 고르는 class."""
+
+    config: object
+    kind: type[nn.Module]
+
+    @classmethod
+    def of(cls, path: Path) -> "Build":
+        """폴더의 config.json이 말하는 것.
+
+        Raises:
+            UsageError: 설정으로 모델을 만들 수 없다.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+            return cls(config, type(empty_model(config)))
+        except UsageError:
+            raise
+        except Exception as error:  # 설정의 어느 값이 어떻게 잘못되었든, 실제로 읽을 때도 같은 곳에서 멈춘다
+            raise UsageError(f"config.json으로 모델을 만들 수 없다: {path} ({first_line(error)}). "
+                             "모델을 다시 받는다") from None
+
+    def load(self, state: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> Loaded:
+        """`state`를 디스크에서 읽은 것처럼 받아들인 모델. 이름을 바꾸고 합치고 나누는 일은 transformers가 한다."""
+        with quiet_transformers():
+            return Loaded(*self.kind.from_pretrained(
+                None, config=self.config, state_dict=state, device_map={"": device}, dtype=dtype,
+                output_loading_info=True, ignore_mismatched_sizes=True))
 
 
 def empty_model(config):

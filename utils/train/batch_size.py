@@ -6,7 +6,6 @@ step의 수는 데이터의 토큰 / (batch x 블록)이다. 행이 몇십 개�
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,24 +13,13 @@ from utils.data.blocks import pack
 from utils.errors import UsageError
 from utils.process import n_processes
 from utils.train import run_folder
-from utils.train.records import BatchShape, Schedule, Settings
+from utils.train.records import BatchSize, Schedule, Settings
 
 DEFAULT_BATCH = 16
 ENOUGH_STEPS = 100  # 스스로 고를 때 채우려는 step의 수. 작은 데이터의 loss가 다 내려가는 데 이만큼이 든다
 FEW_STEPS = 50  # 이보다 적으면 경고한다
 LEAST_TOKENS = 64  # 블록과, 블록에 담는 양을 이보다 줄이지 않는다
 BLOCK_UNIT = 32
-
-
-@dataclass(frozen=True)
-class BatchSize(BatchShape):
-    """고른 모양.
-
-    Attributes:
-        steps: 이렇게 나누면 모두 몇 step인지.
-    """
-
-    steps: int
 
 
 def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: int) -> BatchSize:

@@ -17,8 +17,7 @@ from utils.model import loader
 from utils.model.tokenizer import answer_end_id, load_tokenizer
 from utils.prompter import make_prompter
 from utils.train import pairs
-from utils.train.batch_size import BatchSize
-from utils.train.records import Settings
+from utils.train.records import BatchSize, Settings
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 from utils import process
 from utils.console import detail
 from utils.train.group import Group, join_group
+from utils.train.inputs import Inputs
 from utils.train.loop import Loop
 from utils.train.micro_step import RunningStep
 from utils.train.pairs import measure_references
@@ -18,7 +19,6 @@ from utils.train.records import Plan, Recipe, Result, Settings
 from utils.train.resume import Checkpoints
 from utils.train.run_folder import Run
 from utils.train.signals import Interrupt
-from utils.train.stage import Inputs
 from utils.train.step import open_step
 from utils.train.tracking import open_trackers
 from utils.train.weights import ReplicatedWeights, Weights

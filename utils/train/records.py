@@ -66,6 +66,17 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class BatchSize(BatchShape):
+    """데이터에 맞추어 고른 모양(`batch_size.choose_batch`).
+
+    Attributes:
+        steps: 이렇게 나누면 모두 몇 step인지.
+    """
+
+    steps: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """optimizer step의 수에서 나오는 간격들. 단위는 모두 step이다.
 

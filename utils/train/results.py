@@ -12,10 +12,10 @@ from utils.console import one_line
 from utils.environment import installed_version, peak_ram_bytes
 from utils.model.objective import FIGURES
 from utils.train import adapter_card, progress
+from utils.train.inputs import Inputs
 from utils.train.records import Plan, Result, Settings
 from utils.train.samples import EXAMPLE, STOPPED, Samples, answer_samples, user_questions
 from utils.train.signals import Interrupt
-from utils.train.stage import Inputs
 
 N_SHOWN = 3  # 콘솔과 페이지에 보이는 질문의 수
 SAMPLE_SECONDS, SAMPLE_SHARE = 60.0, 0.1  # 답을 만드는 시간은 이 초와, 학습한 시간의 이 몫 가운데 큰 쪽까지다

@@ -20,6 +20,7 @@ from utils.model.adapter import PromptInfo
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
 from utils.process import is_first_process, n_processes
 from utils.record import RUN_FILE
+from utils.train.inputs import Inputs
 from utils.train.records import BatchShape, Settings
 
 KEEP = 2
@@ -88,7 +89,7 @@ def checkpoint_bytes(n_trainable: int) -> int:
 
 
 @contextlib.contextmanager
-def open_run(settings: Settings, inputs, say: Callable[[str], None]) -> Iterator[Run]:
+def open_run(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Iterator[Run]:
     """`output_dir`를 잠그고 새로 시작할지 이어 갈지 정한다. `with`를 나가거나 프로세스가 죽으면 잠금이 풀린다.
 
     Raises:
@@ -156,7 +157,7 @@ def is_finished(folder: Path, facts: dict) -> bool:
     return manifest["run"].get(EPOCHS, {}).get("id", 0) >= facts[EPOCHS]["id"]
 
 
-def describe(settings: Settings, inputs) -> dict:
+def describe(settings: Settings, inputs: Inputs) -> dict:
     """실행의 조건. 이것이 같으면 이어서 배운 것이 한 번에 배운 것과 같다."""
     facts = {name: _fact(getattr(settings, name)) for name in (*SAME_FLAGS, EPOCHS)}
     template = json.dumps(inputs.prompter.template, ensure_ascii=False, sort_keys=True)

@@ -22,8 +22,8 @@ from utils.record import MODELS
 from utils.sampling import GREEDY
 from utils.train import exact
 from utils.train.exact import ExactMatch
+from utils.train.inputs import Inputs
 from utils.train.records import Settings
-from utils.train.stage import Inputs
 from utils.turns import as_talk
 
 N_COMPARED = 5  # 두 모델이 함께 답하는 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다

@@ -1,7 +1,6 @@
 """미세조정의 앞쪽 단계: 준비(prepare), 계획(plan), 모델(build_model). `finetune-lora.py`가 부른다."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +8,6 @@ import torch
 from utils import hub
 from utils.data import blocks, dataset
 from utils.data.blocks import Split
-from utils.data.encoder import Encoder
 from utils.data.exams import Exam, load_exams
 from utils.data.rows import require_data
 from utils.errors import UsageError
@@ -19,30 +17,10 @@ from utils.model.tokenizer import end_token_ids
 from utils.paths import find_input
 from utils.process import n_processes
 from utils.train import corpus, defaults, pairs, planner, tracking
-from utils.train.batch_size import BatchSize, batch_lines, choose_batch, share_of_batch
-from utils.train.records import Plan, Schedule, Settings
-
-
-@dataclass
-class Inputs:
-    """모델을 올리기 전에 갖추어지는 것들."""
-
-    device: loader.Device
-    config: dict
-    tokenizer: object
-    end_id: int
-    end_ids: tuple[int, ...]
-    prompter: object
-    encoder: Encoder
-    documents: dataset.Documents
-    parts: Split
-    train_set: blocks.PackedDataset
-    eval_set: blocks.PackedDataset | None
-    batch: BatchSize
-    data_sha256: str
-    targets: tuple[str, ...]
-    trackers: tracking.TrackerChoice
-    exams: list[Exam]
+from utils.train.batch_size import batch_lines, choose_batch, share_of_batch
+from utils.train.inputs import Inputs
+from utils.train.prediction import Workload
+from utils.train.records import BatchSize, Plan, Schedule, Settings
 
 
 def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
@@ -109,11 +87,10 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     share = share_of_batch(settings, batch.size)
     schedule = Schedule.from_blocks(len(inputs.train_set), batch.size, settings.num_train_epochs)
     longest = int(np.minimum(inputs.documents.lengths(), batch.block_len).max())
-    memory = planner.make_plan(
-        inputs.config, device=inputs.device, cutoff_len=batch.block_len, batch_size=share,
-        micro_batch_size=settings.micro_batch_size, lora_r=settings.lora_r, targets=inputs.targets,
-        vram_gb=settings.vram_gb, max_documents=inputs.train_set.max_documents,
-        exact=settings.deterministic or longest <= planner.EXACT_TOKENS)
+    work = Workload(inputs.config, inputs.targets, settings.lora_r, batch.block_len,
+                    inputs.train_set.max_documents)
+    exact = settings.deterministic or longest <= planner.EXACT_TOKENS
+    memory = planner.make_plan(work, inputs.device.device, share, settings.micro_batch_size, settings.vram_gb, exact)
     documents = inputs.documents
     lengths = blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
