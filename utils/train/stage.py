@@ -20,7 +20,7 @@ from utils.train import corpus, defaults, pairs, planner, tracking
 from utils.train.batch_size import batch_lines, choose_batch, share_of_batch
 from utils.train.inputs import Inputs
 from utils.train.prediction import Workload
-from utils.train.records import BatchSize, Plan, Schedule, Settings
+from utils.train.records import Plan, Schedule, Settings
 
 
 def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
