@@ -18,6 +18,7 @@ WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 �
 THREADS = WARPS * 32
 PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
+SPLIT_THREADS = 128  # 읽은 q, k, v를 머리별로 나누는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
 ALONE = 256          # 볼 위치가 이만큼까지면 나누지 않는다. 나누어 합치는 것보다 두 번 도는 쪽이 빠르다
@@ -183,7 +184,7 @@ class Plan:
             "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
             "GATED": int(family.gated), "ACTIVATION": ACTIVATION_CODES[family.activation],
             "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
-            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
+            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS, "SPLIT_THREADS": SPLIT_THREADS,
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
