@@ -18,6 +18,7 @@ WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 �
 THREADS = WARPS * 32
 PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
+SPLIT_THREADS = 128  # 읽은 q, k, v를 머리별로 나누는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
 ALONE = 256          # 볼 위치가 이만큼까지면 나누지 않는다. 나누어 합치는 것보다 두 번 도는 쪽이 빠르다
@@ -108,11 +109,13 @@ class Plan:
         copies = 2 if weight == WIDE else 1
         pair = 2 if family.gated else 1
         qkv_parts = 1 if family.interleaved else 3
-        fixed = table + 1024  # NF4의 표와 8비트 코드표
+        # 공유 메모리의 자리: NF4의 표, 8비트 코드표(1,024바이트), LoRA의 d 셋, 합들. 커널은 이 자리를 -D로 받는다
+        down_at, lora_down = table + 1024, ceil(rank / 4) * 4
+        sums_at = down_at + 3 * lora_down * 4
 
         def space(lora_parts: int, rest: int) -> int:
-            """묶음의 자리를 뺀 공유 메모리. decode.cu의 `Space`와 같은 차례다."""
-            return fixed + 3 * ceil(rank / 4) * 16 + lora_parts * self.lora_rows // lora_tile * SLOT + rest
+            """묶음의 자리를 뺀 공유 메모리."""
+            return sums_at + lora_parts * self.lora_rows // lora_tile * SLOT + rest
 
         lora_tile = 8 if rank <= 8 else ROWS
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
@@ -148,12 +151,13 @@ class Plan:
             self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
-        line_fixed = fixed + 3 * rank * LINES * 4 + WARPS * LINES * 8  # decode_rows.cu의 `LineSpace`와 같은 차례다
+        line_scratch_at = down_at + 3 * rank * LINES * 4
+        line_sums_at = line_scratch_at + WARPS * LINES * 8
         line_slot = SLOT * LINES + ROWS * (1 + rank) * 4  # 합의 자리와, 그 행들의 bias와 LoRA의 B
-        line_slots = min(8, (shared_limit - line_fixed) // line_slot // 2 * 2)
+        line_slots = min(8, (shared_limit - line_sums_at) // line_slot // 2 * 2)
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         line_slots = max(2, line_slots)
-        self.lines_shared = line_fixed + line_slots * line_slot
+        self.lines_shared = line_sums_at + line_slots * line_slot
         line_heads = LINES * family.heads // self.queries
         self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
         most = multiprocessors
@@ -167,7 +171,9 @@ class Plan:
         self.defines = {
             "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
             "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
-            "VOCAB": vocab, "RANK": rank,
+            "VOCAB": vocab, "RANK": rank, "LORA_DOWN": lora_down, "SLOT_BYTES": SLOT,
+            "DOWN_AT": down_at, "SUMS_AT": sums_at, "LINE_SCRATCH_AT": line_scratch_at, "LINE_SUMS_AT": line_sums_at,
+            "LINE_ENDS_AT": line_sums_at + line_slots * SLOT * LINES,
             "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
             "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
             # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
@@ -183,7 +189,7 @@ class Plan:
             "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
             "GATED": int(family.gated), "ACTIVATION": ACTIVATION_CODES[family.activation],
             "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
-            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS,
+            "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS, "SPLIT_THREADS": SPLIT_THREADS,
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from utils.engine.decode_plan import INT8, NF4, THREADS, WIDE
+from utils.engine.decode_plan import INT8, NF4, SPLIT_THREADS, THREADS, WIDE
 from utils.engine.decode_step import DecodeStep
 from utils.engine.norms import Norm
 from utils.engine.weights import Adapter, Layer, Linear, Matrix
@@ -111,8 +111,8 @@ class Prefill:
         keys, values = x.new_empty(2, 1, family.kv_heads, total, family.head_dim)
         if past:
             self._kernels["read_cache"]((past, family.kv_heads), block, cache.table, index, total, keys, values)
-        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (128,), qkv, argument, cache.table,
-                                     self._past, tokens, total, query, keys, values)
+        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (SPLIT_THREADS,), qkv, argument,
+                                     cache.table, self._past, tokens, total, query, keys, values)
         attention = self._attention(query, keys, values, family.windows[index])
         return self._product(attention[0].transpose(0, 1).reshape(tokens, -1), layer.out)
 

@@ -8,7 +8,7 @@ import torch
 from utils.engine.cuda import load_kernels
 from utils.engine.family import ACTIVATION_CODES, Family
 from utils.engine.train_layers import Adapter, Projection
-from utils.engine.train_memory import TILE_ROWS
+from utils.engine.train_memory import RANK_UNIT, TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold
 
 SOURCES = ("device.cuh", "common.cuh", "train.cu")
@@ -17,6 +17,7 @@ KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_back
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
 LORA_ROWS, LORA_THREADS = 8, 512  # lora_down: 블록 하나가 텐서 코어의 너비인 행 8개
 TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
+SUM_THREADS, SUM_COLUMNS = 256, 128  # reduce_partials: 블록 하나가 fp32 128개(lane마다 넷)
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
 HEADS_PER_BLOCK = 4  # rotate: 워프 하나가 머리 하나
@@ -56,8 +57,10 @@ def kernel_defines(family: Family, dtype: torch.dtype) -> dict[str, int | str]:
         "RMS": int(family.rms), "EPS": f"{family.eps:.9e}f", "QK_NORM": int(family.qk_norm),
         "GATED": int(family.gated), "ACTIVATION": ACTIVATION_CODES[family.activation],
         "LOGIT_SCALE": f"{family.logit_scale:.9e}f", "LOGIT_CAP": f"{family.logit_cap:.9e}f",
-        "BF16": int(dtype is torch.bfloat16), "LORA_ROWS": LORA_ROWS, "LORA_THREADS": LORA_THREADS,
-        "TILE_ROWS": TILE_ROWS, "TILE_THREADS": TILE_THREADS, "LOSS_THREADS": LOSS_THREADS,
+        "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
+        "BF16": int(dtype is torch.bfloat16), "SPAN": RANK_UNIT, "LORA_ROWS": LORA_ROWS, "LORA_THREADS": LORA_THREADS,
+        "TILE_ROWS": TILE_ROWS, "TILE_THREADS": TILE_THREADS, "SUM_THREADS": SUM_THREADS, "FLAT_THREADS": FLAT_THREADS,
+        "HEADS_PER_BLOCK": HEADS_PER_BLOCK, "LOSS_THREADS": LOSS_THREADS,
     }
 
 
@@ -122,7 +125,8 @@ class CudaOps(TorchOps):
                 (-(-columns // (4 * TILE_THREADS)), tiles), (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial,
                 keys, norm and norm.weight, norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns,
                 adapter.column, adapter.rank, _block_len(keys, tokens), adapter.site, *_dropout(adapter, keys))
-            self.kernels["reduce_partials"]((-(-count // 128),), (256,), partial, adapter.lora_a.grad, tiles, count)
+            self.kernels["reduce_partials"]((-(-count // SUM_COLUMNS),), (SUM_THREADS,), partial, adapter.lora_a.grad,
+                                            tiles, count)
 
     def weight(self, projection: Projection, out) -> torch.Tensor:
         if any(getattr(linear.weight, "quant_state", None) is None for linear in projection.linears):

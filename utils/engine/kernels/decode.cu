@@ -174,11 +174,11 @@ struct LoraOfActTaker {
     }
 };
 
-// 커널의 공유 메모리. 크기는 decode_plan.py의 `space`가 같은 차례로 센다.
+// 커널의 공유 메모리. 자리와 크기는 decode_plan.py가 세어 -D로 준다.
 //   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK를 4의 배수로] | LoRA의 합의 자리 [lora_tiles][WARPS][ROWS]
 //   | 합의 자리 [slots][WARPS][ROWS] | 나머지
 struct Space {
-    enum { DOWN = (RANK + 3) / 4 * 4 };
+    enum { DOWN = LORA_DOWN };
     u32* table;
     float* codes;
     float* down;
@@ -191,10 +191,10 @@ struct Space {
         code_value = DOUBLE_QUANT && threadIdx.x < 256 ? __ldg(code + threadIdx.x) : 0.f;
         table = (u32*)shared;
         codes = (float*)(shared + TABLE_BYTES);
-        down = codes + 256;
-        lora_partial = down + 3 * DOWN;
-        partial = lora_partial + lora_tiles * WARPS * ROWS;
-        rest = (char*)(partial + slots * WARPS * ROWS);
+        down = codes + (DOWN_AT - TABLE_BYTES) / 4;
+        lora_partial = down + (SUMS_AT - DOWN_AT) / 4;
+        partial = lora_partial + lora_tiles * (SLOT_BYTES / 4);
+        rest = (char*)(partial + slots * (SLOT_BYTES / 4));
     }
     __device__ __forceinline__ void fill() const {
         if (WEIGHT == NF4_WEIGHT) build_table(table);

@@ -60,9 +60,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
     }
 }
 
-// qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 128.
+// qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 SPLIT_THREADS.
 //   qkv: 16비트 [T][QDIM + 2 KVDIM], query: [HEADS][T][HEAD_DIM], keys, values: [KV_HEADS][total][HEAD_DIM]
-extern "C" __global__ void __launch_bounds__(128) split_heads(
+extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
     const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query,
     u16* keys, u16* values) {
     __shared__ float raw[2][HEAD_DIM], scratch[32];
@@ -74,18 +74,18 @@ extern "C" __global__ void __launch_bounds__(128) split_heads(
     const u16* source = qkv + (size_t)token * (QDIM + 2 * KVDIM);
     const float* weight = is_query ? attention.q_norm : attention.k_norm;
     float square = 0.f;
-    for (int d = tid; d < HEAD_DIM; d += 128) {
+    for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) {
         raw[0][d] = widen<BF16>(source[(is_query ? query_at(head) : key_at(head)) + d]);
         raw[1][d] = widen<BF16>(source[(is_query ? query_at(head) : value_at(head)) + d]);
         square += raw[0][d] * raw[0][d];
     }
 // 머리마다의 norm. v에는 걸지 않는다
     float scale = weight ? rsqrtf(block_sum(square, scratch) / HEAD_DIM + EPS) : 1.f;
-    for (int d = tid; d < HEAD_DIM; d += 128) raw[0][d] *= scale * (weight ? weight[d] : 1.f);
+    for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) raw[0][d] *= scale * (weight ? weight[d] : 1.f);
     __syncthreads();
     Page page(pages, position);
     const float2* turns = attention.turn < 0 ? 0 : page.turns(attention.turn);
-    for (int d = tid; d < HEAD_DIM; d += 128) {
+    for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) {
         float turned = rotate(raw[0], turn_of(turns, d), d);
         if (is_query) {
             query[((size_t)head * tokens + token) * HEAD_DIM + d] = narrow<BF16>(turned);

@@ -409,7 +409,7 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
 };
 
 // 공유 메모리: 표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK][LINES] | norm의 [WARPS][LINES] float2 | 합의 자리
-// [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. decode_plan.py의 `lines_shared`가 같은 차례로 센다.
+// [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. 자리는 decode_plan.py가 센다.
 struct LineSpace {
     u32* table;
     float* codes;
@@ -421,10 +421,10 @@ struct LineSpace {
     __device__ __forceinline__ LineSpace() {
         table = (u32*)shared;
         codes = (float*)(shared + TABLE_BYTES);
-        down = codes + 256;
-        scratch = (float2*)(down + 3 * RANK * LINES);
-        partial = (float*)(scratch + WARPS * LINES);
-        ends = partial + LINE_SLOTS * WARPS * CELLS;
+        down = codes + (DOWN_AT - TABLE_BYTES) / 4;
+        scratch = (float2*)(down + (LINE_SCRATCH_AT - DOWN_AT) / 4);
+        partial = (float*)(scratch + (LINE_SUMS_AT - LINE_SCRATCH_AT) / 8);
+        ends = partial + (LINE_ENDS_AT - LINE_SUMS_AT) / 4;
     }
     __device__ __forceinline__ void fill(const float* code) const {
         if (WEIGHT == NF4_WEIGHT) build_table(table);

@@ -1,16 +1,16 @@
 // 학습할 때 한 층에서 행렬 곱과 attention 사이에 있는 모든 계산. 행렬은 모두 행 우선이고, 값은 16비트, 계산은 fp32다.
 // 컴파일할 때 정하는 상수(train_kernels.py의 defines):
 //   HIDDEN FF HEADS KV_HEADS HEAD_DIM ROTARY  크기       INTERLEAVED  q, k, v가 머리마다 번갈아 놓였는지
-//   RMS EPS QK_NORM                           norm의 종류  GATED ACTIVATION  MLP의 종류(0 gelu, 1 gelu_tanh, 2 silu)
+//   RMS EPS QK_NORM                           norm의 종류  GATED ACTIVATION  MLP의 종류(GELU_TANH, SILU, 나머지는 gelu)
 //   LOGIT_SCALE LOGIT_CAP                     logits에 곱하는 수와 누르는 수      BF16  16비트의 종류
-//   LORA_ROWS LORA_THREADS TILE_ROWS TILE_THREADS LOSS_THREADS  블록의 모양
+//   LORA_ROWS LORA_THREADS TILE_ROWS TILE_THREADS SUM_THREADS FLAT_THREADS HEADS_PER_BLOCK LOSS_THREADS  블록의 모양
+//   SPAN                                      LoRA 커널이 한 번에 다루는 rank의 수
 //
 // 선형층의 입력은 [u | z]로 이어 붙인 폭 columns + tail이고, 쌓은 가중치는 [W | scale * B]다. z = dropout(u) A^T라서
 // LoRA가 행렬 곱 하나에 함께 들어간다. 같은 입력을 읽는 선형층들(q, k, v나 gate, up)은 저마다의 z를 tail의 다른 칸에 둔다.
 
 #define VECTORS (HIDDEN / 8)                       // 행 하나를 이루는 16바이트의 수
 #define NORM_THREADS ((VECTORS + 31) / 32 * 32)    // norm은 행 하나를 블록 하나가, 16바이트 하나를 thread 하나가 맡는다
-#define SPAN 8                                     // LoRA 커널이 한 번에 다루는 rank의 수
 
 // ---- norm ----
 
@@ -291,16 +291,16 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS) lora_backward(
     }
 }
 
-// gradient [count] += 부분합 [tiles, count]의 합. 블록 하나가 fp32 128개를 맡고, 워프 여덟이 묶음을 나누어 더한 다음 워프의
+// gradient [count] += 부분합 [tiles, count]의 합. 블록 하나가 fp32 128개를 맡고, 워프들이 묶음을 나누어 더한 다음 워프의
 // 순서대로 더한다. 더하는 순서가 늘 같으므로 두 번 계산하면 비트까지 같다.
-extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* partial, float* gradient, int tiles,
-                                                                  int count) {
-    __shared__ Four parts[8][32];
+extern "C" __global__ void __launch_bounds__(SUM_THREADS) reduce_partials(const float* partial, float* gradient,
+                                                                          int tiles, int count) {
+    __shared__ Four parts[SUM_THREADS / 32][32];
     int lane = threadIdx.x % 32, group = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
     Four total = {};
     if (at < count) {
 #pragma unroll 8
-        for (int tile = group; tile < tiles; tile += 8) {
+        for (int tile = group; tile < tiles; tile += SUM_THREADS / 32) {
             Four part = *(const Four*)(partial + (size_t)tile * count + at);
 #pragma unroll
             for (int i = 0; i < 4; i++) total.v[i] += part.v[i];
@@ -311,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
     if (group != 0 || at >= count) return;
     // 앞의 micro-step이 남긴 gradient에 이어서 더한다
     Four sum = *(const Four*)(gradient + at);
-    for (int other = 0; other < 8; other++)
+    for (int other = 0; other < SUM_THREADS / 32; other++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sum.v[i] += parts[other][lane].v[i];
     *(Four*)(gradient + at) = sum;
@@ -323,18 +323,18 @@ extern "C" __global__ void __launch_bounds__(256) reduce_partials(const float* p
 // 있으면(absmax8이 null이 아니면) code[absmax8] * absmax[256개마다 하나] + offset으로 함께 푼다.
 // 출력 행의 폭은 stride이고, count 뒤의 일은 행의 끝 tail칸에 LoRA의 B [rows, rank]를 scale을 곱해 적는 것이다. 자기의
 // 칸은 own부터 rank개이고 나머지는 0이다. 한 thread가 네 곳을 맡아 읽기 넷을 한꺼번에 띄운다.
-extern "C" __global__ void __launch_bounds__(256) dequantize(
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS) dequantize(
     const u8* packed, const u8* absmax8, const float* absmax, const float* code, const float* offset,
     const float* levels, const float* lora_b, u16* out, int count, int columns, int stride, int extra, int tail, int own,
     int rank, float scale) {
     __shared__ float table[16];
-    int start = blockIdx.x * 1024 + threadIdx.x, per_row = columns / 8;
+    int start = blockIdx.x * 4 * FLAT_THREADS + threadIdx.x, per_row = columns / 8;
     float inverse = 1.f / per_row;
     u32 bytes[4];
     float top[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int index = start + i * 256;
+        int index = start + i * FLAT_THREADS;
         if (index < count) {
             bytes[i] = __ldcs((const u32*)packed + index);  // 한 번만 읽으므로 L2에 남기지 않는다
             // 일 하나가 값 여덟(4바이트)이라, 일 여덟이 absmax 블록 하나(64개)를 함께 쓴다
@@ -346,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int index = start + i * 256;
+        int index = start + i * FLAT_THREADS;
         Eight value;
         size_t at = (size_t)index * 8;
         if (index < count) {
@@ -421,10 +421,10 @@ __device__ __forceinline__ int partner(int element) {
 // 워프 하나가 머리 하나: norm(QK_NORM이면)을 걸고 자리만큼 돌린다. table [block, ROTARY]는 cos과 sin, null이면 돌리지 않는다.
 //   앞쪽 y1 = x1 cos - x2 sin,  뒤쪽 y2 = x2 cos + x1 sin
 // QK_NORM이면 qkv를 그대로 두고 qk [tokens, HEADS + KV_HEADS, HEAD_DIM]에, 아니면 qkv의 제자리에 적는다.
-extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, const long long* positions,
+extern "C" __global__ void __launch_bounds__(32 * HEADS_PER_BLOCK) rotate(u16* qkv, u16* qk, const long long* positions,
                                                          const float* table, const float* wq, const float* wk,
                                                          int count) {
-    int index = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int index = blockIdx.x * HEADS_PER_BLOCK + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index >= count) return;
     int token = index / (HEADS + KV_HEADS), head = index % (HEADS + KV_HEADS);
     int part = head >= HEADS;
@@ -479,10 +479,10 @@ extern "C" __global__ void __launch_bounds__(128) rotate(u16* qkv, u16* qk, cons
 // 워프 하나가 머리 하나: attention의 gradient dq, dk, dv([tokens, 머리, HEAD_DIM])를 되돌려 qkv에 덮어쓴다.
 // 회전의 backward는 반대쪽 회전이다: dx1 = dy1 cos + dy2 sin, dx2 = dy2 cos - dy1 sin.
 // QK_NORM이면 qkv에 남아 있는 norm 앞의 값 x로 dx = r (g - n 평균(g n))까지 구한다(g = dy w, n = x r).
-extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const u16* dk, const u16* dv, u16* qkv,
+extern "C" __global__ void __launch_bounds__(32 * HEADS_PER_BLOCK) unrotate(const u16* dq, const u16* dk, const u16* dv, u16* qkv,
                                                            const long long* positions, const float* table,
                                                            const float* wq, const float* wk, int count) {
-    int index = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int index = blockIdx.x * HEADS_PER_BLOCK + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (index >= count) return;
     // q, k, v의 gradient는 저마다 다른 텐서에 있고, q의 머리는 k, v보다 많을 수 있다
     const int heads = HEADS + 2 * KV_HEADS;
@@ -548,11 +548,11 @@ extern "C" __global__ void __launch_bounds__(128) unrotate(const u16* dq, const 
 
 // act(x)와 그 기울기 act'(x).
 __device__ __forceinline__ float2 activation(float x) {
-    if (ACTIVATION == 2) {  // silu: x s, s = 1 / (1 + e^-x)이고 기울기는 s (1 + x (1 - s))
+    if (ACTIVATION == SILU) {  // silu: x s, s = 1 / (1 + e^-x)이고 기울기는 s (1 + x (1 - s))
         float s = 1.f / (1.f + expf(-x));
         return float2{x * s, s * (1.f + x * (1.f - s))};
     }
-    if (ACTIVATION == 1) {  // gelu의 tanh 근사: x (1 + t) / 2, t = tanh(k (x + 0.044715 x^3)), k = sqrt(2 / pi)
+    if (ACTIVATION == GELU_TANH) {  // gelu의 tanh 근사: x (1 + t) / 2, t = tanh(k (x + 0.044715 x^3)), k = sqrt(2 / pi)
         const float k = 0.7978845608f;
         float t = bounded_tanh(k * (x + 0.044715f * x * x * x));
         float slope = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * k * (1.f + 0.134145f * x * x);
@@ -565,8 +565,8 @@ __device__ __forceinline__ float2 activation(float x) {
 #define FF_VECTORS (FF / 8)
 
 // a = act(gate) * up 또는 act(h). h는 [tokens, FF](GATED면 [gate | up]으로 2 FF), out 행의 폭은 stride.
-extern "C" __global__ void __launch_bounds__(256) activate(const u16* h, u16* out, int stride, int count) {
-    int index = blockIdx.x * 256 + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS) activate(const u16* h, u16* out, int stride, int count) {
+    int index = blockIdx.x * FLAT_THREADS + threadIdx.x;
     if (index >= count) return;
     size_t row = index / FF_VECTORS;
     int column = index % FF_VECTORS * 8;
@@ -580,8 +580,8 @@ extern "C" __global__ void __launch_bounds__(256) activate(const u16* h, u16* ou
 
 // da(gradient의 앞 FF칸, 행의 폭 stride)를 h의 gradient로 바꾸어 h에 덮어쓴다.
 // GATED면 dgate = da up act'(gate), dup = da act(gate)다.
-extern "C" __global__ void __launch_bounds__(256) activate_backward(u16* h, const u16* gradient, int stride, int count) {
-    int index = blockIdx.x * 256 + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS) activate_backward(u16* h, const u16* gradient, int stride, int count) {
+    int index = blockIdx.x * FLAT_THREADS + threadIdx.x;
     if (index >= count) return;
     size_t row = index / FF_VECTORS;
     int column = index % FF_VECTORS * 8;
@@ -671,8 +671,8 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
 }
 
 // 표 [vocab, HIDDEN]의 행을 모은다. 표는 핀 고정된 CPU 메모리에 있어도 된다(GPU가 PCIe로 읽는다).
-extern "C" __global__ void __launch_bounds__(256) gather(const u16* table, const long long* ids, u16* out, int count) {
-    int index = blockIdx.x * 256 + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS) gather(const u16* table, const long long* ids, u16* out, int count) {
+    int index = blockIdx.x * FLAT_THREADS + threadIdx.x;
     if (index >= count) return;
     int row = index / VECTORS, at = index % VECTORS;
     ((uint4*)out)[index] = ((const uint4*)table)[(size_t)ids[row] * VECTORS + at];
