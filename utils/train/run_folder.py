@@ -12,7 +12,6 @@ from pathlib import Path
 from utils import files, seals
 from utils.cli import flag_name
 from utils.console import shown_command
-from utils.data.encoder import head_ids
 from utils.errors import UsageError
 from utils.files import locked
 from utils.model import checkpoint
@@ -98,7 +97,7 @@ def open_run(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> 
     folder = Path(settings.output_dir)
     facts = describe(settings, inputs)
     info = PromptInfo(inputs.prompter.template, inputs.tokenizer.convert_ids_to_tokens(inputs.end_id), inputs.end_id,
-                      settings.cutoff_len, inputs.end_ids, tuple(head_ids(inputs.tokenizer)))
+                      settings.cutoff_len, inputs.end_ids, tuple(inputs.encoder.head))
     if not folder.exists():
         choose_checkpoint(settings, facts, say)
     with locked(folder):
@@ -145,8 +144,8 @@ def require_fresh(folder: Path) -> None:
 
 def strangers(folder: Path) -> list[str]:
     """폴더에 든 것 가운데 학습이 덮어쓰거나 어댑터와 섞일 것의 이름. 로그나 데이터 파일은 함께 있어도 된다."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(file.name for file in files if file.name in CLASHING or file.suffix in WEIGHT_SUFFIXES)
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file.name for file in inside if file.name in CLASHING or file.suffix in WEIGHT_SUFFIXES)
 
 
 def is_finished(folder: Path, facts: dict) -> bool:
