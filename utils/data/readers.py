@@ -62,10 +62,11 @@ def read_txt(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, di
 
     첫 줄에 질문과 답의 열이 탭 따위로 나뉘어 있으면(엑셀의 "유니코드 텍스트") 표로 읽는다.
     """
-    if is_table(path):
+    encoding = detect_encoding(path)
+    if is_table(path, encoding):
         yield from read_csv(path, on_bad)
         return
-    with path.open(encoding=detect_encoding(path)) as stream:
+    with path.open(encoding=encoding) as stream:
         by_token = any(END_TOKEN in line for line in _lines(stream, path))
         stream.seek(0)
         number, held, size = 0, [], 0

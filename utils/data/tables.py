@@ -50,9 +50,9 @@ def read_csv(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, di
                                    for name, value in zip(names, values, strict=False) if name}
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: Path, encoding: str) -> bool:
     """첫 줄에 질문과 답의 열이 나뉘어 적힌 글 파일인가."""
-    with path.open(encoding=detect_encoding(path), newline="") as stream:
+    with path.open(encoding=encoding, newline="") as stream:
         head = stream.readline(_HEAD_CHARS)
     forms = (choose_form(_cells(head, mark)) for mark in MARKS)
     return any(form is not None and "answer" in form.columns for form in forms)
