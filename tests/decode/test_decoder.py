@@ -50,11 +50,11 @@ def neox(vocab=257, context=256, **changes):
     return model
 
 
-def llama(vocab=257, context=256):
+def llama(vocab=257, context=256, **changes):
     torch.manual_seed(3)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=context, bos_token_id=None, eos_token_id=None)).eval()
+        max_position_embeddings=context, bos_token_id=None, eos_token_id=None, **changes)).eval()
 
 
 def prompts(count, length=16):
@@ -76,6 +76,20 @@ def test_greedy_equals_generate(build, tokenizer):
         expected = generate(model, ids, do_sample=False, max_new_tokens=128, eos_token_id=None)
         assert list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=128))) == expected
         assert decoder.finish_reason == "length" and decoder.stats.tokens == 128
+
+
+@pytest.mark.parametrize("length", [16, 40, 60])
+def test_a_rotary_that_turns_with_the_length_is_read_again(length, tokenizer, monkeypatch):
+    """글이 40토큰을 넘으면 앞의 토큰까지 다른 주파수로 돌리는 모델도, 처음부터 다시 읽은 것과 같은 답을 한다."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40,
+            "short_factor": [1.0] * 8, "long_factor": [2.0 + at for at in range(8)]}
+    model = llama(rope_parameters=rope, initializer_range=0.2)
+    monkeypatch.setattr("utils.decode.forward_step.PREFILL", 16)
+    decoder, questions = Decoder(model, tokenizer, (10_000,)), prompts(3, length)
+    for ids in questions:
+        expected = generate(model, ids, do_sample=False, max_new_tokens=40, eos_token_id=None, use_cache=False)
+        assert list(decoder.stream(ids, Sampling(**GREEDY, max_new_tokens=40))) == expected
+        assert decoder.answer_many([ids] * 2, Sampling(**GREEDY, max_new_tokens=40))[1].ids == expected
 
 
 def test_stops_at_the_end_token_without_yielding_it(tokenizer):

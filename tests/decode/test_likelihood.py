@@ -12,14 +12,20 @@ pytestmark = pytest.mark.quick
 VOCAB = 320
 
 
-@pytest.fixture(scope="module", params=["llama", "mamba"])
+# 글이 12토큰을 넘으면 앞의 토큰까지 다른 주파수로 돌리는 rotary
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12,
+            "short_factor": [1.0] * 8, "long_factor": [2.0 + at for at in range(8)]}
+
+
+@pytest.fixture(scope="module", params=["llama", "mamba", "longrope"])
 def model(request):
     torch.manual_seed(0)
     if request.param == "mamba":  # 순환하는 층: 왼쪽을 채우면 값이 바뀌는 구조
         return MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4,
                                             initializer_range=0.3)).eval()
+    rope = {"rope_parameters": LONGROPE} if request.param == "longrope" else {}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                        num_attention_heads=2, initializer_range=0.3)).eval()
+                                        num_attention_heads=2, initializer_range=0.3, **rope)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +38,8 @@ def pairs() -> list[tuple[list[int], list[int]]]:
 def alone(model, context: list[int], tokens: list[int]) -> torch.Tensor:
     """한 줄만 넣은 forward의 로그 확률 [n, vocab]."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([context + tokens])).logits[0].double()
-    return logits.log_softmax(-1)[len(context) - 1 : -1]
+        logits = model(input_ids=torch.tensor([context + tokens[:-1]])).logits[0].double()
+    return logits.log_softmax(-1)[len(context) - 1 :]
 
 
 @pytest.mark.parametrize("row_tokens, logit_bytes", [(1, 1), (100, 1 << 20), (1 << 20, 1 << 30)])

@@ -119,7 +119,7 @@ def chosen(model, ways=None) -> tuple:
     console.show_details(True)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as details:
-            step = parity.choose_step(ways or autograd_ways(model), model, Blocks(), 4, torch.device("cpu"), len)
+            step = parity.choose_step(ways or autograd_ways(model, BLOCK), model, Blocks(), 4, torch.device("cpu"), len)
     finally:
         console.show_details(False)
     return step, details.getvalue().splitlines()
@@ -297,7 +297,7 @@ class Unrunnable(AutogradStep):
 
 def test_a_step_that_cannot_run_gives_way():
     model = build("llama", {}, ATTENTION)
-    step, said = chosen(model, [lambda: Unrunnable(model), *autograd_ways(model)])
+    step, said = chosen(model, [lambda: Unrunnable(model), *autograd_ways(model, BLOCK)])
     assert type(step) is AutogradStep and "계산하지 못했다" in said[0]
 
 

@@ -1,5 +1,6 @@
 """transformers의 forward 한 번: cache에 잇거나, 처음부터 하거나, CUDA graph로 한다. `read`로 읽고 `next`로 잇는다."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,37 @@ class FreshStep:
         ids = torch.tensor([self._ids], device=self._device)  # [1, 지금까지]
         positions = torch.arange(ids.shape[1], device=self._device)[None]
         return self._forward(ids, positions, None, None)
+
+
+class RereadStep:
+    """글이 `edge`토큰을 넘는 순간 처음부터 다시 읽는 단계. 길이에 따라 rotary가 바뀌는 모델이 쓴다. 한 줄만 받는다.
+
+    질문도 나누어 읽지 않는다. 앞 조각을 읽을 때는 아직 짧아서 뒤 조각과 다른 주파수로 돌린다.
+
+    Args:
+        new_cache: 빈 cache를 만드는 함수.
+    """
+
+    def __init__(self, forward, new_cache: Callable, device: torch.device, edge: int):
+        self._forward, self._new_cache, self._device, self._edge = forward, new_cache, device, edge
+
+    def read(self, questions: list[list[int]]) -> torch.Tensor:
+        """질문을 읽고 다음 토큰의 로짓 [1, vocab]을 준다."""
+        self._ids = list(questions[0])
+        return self._read_from(0)
+
+    def next(self, tokens: list[int]) -> torch.Tensor:
+        """토큰 하나를 붙이고 그다음의 로짓 [1, vocab]을 준다."""
+        self._ids += tokens
+        return self._read_from(0 if len(self._ids) == self._edge + 1 else len(self._ids) - 1)
+
+    def _read_from(self, begin: int) -> torch.Tensor:
+        """`begin`번째 토큰부터 읽는다. 처음부터면 새 cache에 읽는다. 마지막 토큰의 로짓 [1, vocab]."""
+        if begin == 0:
+            self._cache = self._new_cache()
+        ids = torch.tensor([self._ids[begin:]], device=self._device)  # [1, 새로 읽을 토큰]
+        positions = torch.arange(begin, len(self._ids), device=self._device)[None]
+        return self._forward(ids, positions, None, self._cache)
 
 
 class CapturedStep:

@@ -1,12 +1,14 @@
 """이미 있는 글의 로그 가능도: 문맥 뒤에 그 글이 이어질 확률을 토큰마다 잰다. 답을 만들지 않고 forward로 안다."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from utils.engine.families import rotary_edge
 from utils.model.adapter import base_of
 
 ROW_TOKENS = 8192         # forward 한 번에 읽는 토큰의 수(채운 것까지)
@@ -54,21 +56,28 @@ def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
     vocab = model.get_output_embeddings().weight.shape[0]
     lengths = [len(context) + len(tokens) for context, tokens in pairs]
     order = sorted(range(len(pairs)), key=lambda index: lengths[index])  # 길이가 같으면 `pairs`의 차례 그대로다
-    for batch in _batches([(index, *pairs[index]) for index in order], vocab):
+    edge = rotary_edge(base_of(model).config.get_text_config(decoder=True))
+    for batch in _batches([(index, *pairs[index]) for index in order], vocab, edge):
         for (index, _, _), value in zip(batch, _measure_batch(model, batch, top), strict=True):
             results[index] = value
     return [results[index] for index in range(len(pairs))]
 
 
-def _batches(rows: list[tuple[int, Sequence[int], Sequence[int]]], vocab: int) -> Iterator[list]:
-    """길이의 차례로 놓인 줄들을 두 한계를 넘지 않게 묶는다. 줄 하나가 한계를 넘으면 혼자 간다."""
+def _batches(rows: list[tuple[int, Sequence[int], Sequence[int]]], vocab: int,
+             edge: float = math.inf) -> Iterator[list]:
+    """길이의 차례로 놓인 줄들을 두 한계를 넘지 않게 묶는다. 줄 하나가 한계를 넘으면 혼자 간다.
+
+    Args:
+        edge: 이보다 긴 줄은 짧은 줄과 묶지 않는다(`rotary_edge`).
+    """
     batch: list = []
     for row in rows:
         together = [*batch, row]
         length, kept = _shape(together)
         tokens = len(together) * length
         logit_bytes = 4 * len(together) * kept * vocab
-        if batch and (tokens > ROW_TOKENS or logit_bytes > LOGIT_BYTES):
+        crosses = length > edge >= _shape([batch[0]])[0] if batch else False
+        if batch and (crosses or tokens > ROW_TOKENS or logit_bytes > LOGIT_BYTES):
             yield batch
             batch = []
         batch.append(row)

@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from utils.decode.forward_step import CapturedStep, EagerStep, FreshStep
+from utils.decode.forward_step import CapturedStep, EagerStep, FreshStep, RereadStep
+from utils.engine.families import rotary_edge
 from utils.errors import first_line
 from utils.model.adapter import base_of
 from utils.sampling import Sampling, pick
@@ -42,6 +43,7 @@ class ForwardDecode:
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._config = causal_lm.config
         self._device = next(model.parameters()).device
+        self._edge = rotary_edge(self._config.get_text_config(decoder=True))
         self._token_bytes = kv_bytes(self._config, causal_lm.dtype)
         layers = DynamicCache(config=self._config).layers
         self._only_attention = all(isinstance(layer, DynamicLayer) for layer in layers)
@@ -128,7 +130,8 @@ class ForwardDecode:
         """
         tokens = max(map(len, questions)) + limit
         enough = self._free_bytes() >= ROWS * (tokens + GROW) * self._token_bytes
-        return len(questions) if self._can_batch and tokens <= self._context and enough else 1
+        can_batch = self._can_batch and tokens <= min(self._context, self._edge)
+        return len(questions) if can_batch and enough else 1
 
     def _cache_agrees(self) -> bool:
         """짧은 글을 cache로 나누어 읽은 로짓이 한 번에 읽은 것과 같은가. cache를 모르는 구조는 조용히 틀린다."""
@@ -158,6 +161,8 @@ class ForwardDecode:
         """질문들을 읽을 준비가 된 단계. 캡처하지 않는 길은 답마다 새 cache를 쓴다."""
         if not self._cached:
             return FreshStep(self._forward, self._device)
+        if tokens > self._edge:
+            return RereadStep(self._forward, self._new_cache, self._device, self._edge)
         if not self._not_captured:
             step = self._static_step(1 if len(questions) == 1 else ROWS, tokens)
             if step is not None:

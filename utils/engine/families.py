@@ -4,6 +4,7 @@
 글자가 나오면 그것이 빠른 길을 쓰지 않는 이유다. 새 구조를 더하는 법은 이 폴더의 README.md에 있다.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,6 +100,19 @@ def rotary_frequencies(base: nn.Module, family: Family) -> tuple[tuple[torch.Ten
     rotary = (base.gpt_neox if family.interleaved else base.model).rotary_emb
     names = ["" if kind is None else f"{kind}_" for kind in family.rotary_kinds]
     return tuple((getattr(rotary, f"{name}inv_freq"), getattr(rotary, f"{name}attention_scaling")) for name in names)
+
+
+def rotary_edge(config) -> float:
+    """rotary의 주파수가 갈리는 길이(토큰). 글이 이보다 길면 앞의 토큰들도 다른 주파수로 돌린다. 갈리지 않으면 inf다.
+
+    Phi-3.5와 Phi-4-mini의 longrope가 그렇다. 길이가 다른 글을 한 forward에 묶거나, 짧을 때 읽은 K를 길어진 다음에도
+    쓰면 값이 틀린다. dynamic도 길이를 보지만 문맥 안에서는 바뀌지 않는다.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = bool(rope) and all(isinstance(each, dict) for each in rope.values())  # 층의 종류마다 다른 모델
+    ropes = rope.values() if by_layer else [rope]
+    return min((each["original_max_position_embeddings"] for each in ropes if each.get("rope_type") == "longrope"),
+               default=math.inf)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from utils.data.blocks import IGNORE, document_mask, shifted_targets
+from utils.engine.families import rotary_edge
 from utils.model.adapter import base_of
 from utils.model.loss import Head, head_loss, measure_head
 from utils.model.objective import is_preference, measured, objective
@@ -145,16 +146,19 @@ class AutogradStep:
         recompute_all(self.model)
 
 
-def autograd_ways(model: nn.Module, **settings) -> list[Callable[[], AutogradStep]]:
+def autograd_ways(model: nn.Module, block: int, **settings) -> list[Callable[[], AutogradStep]]:
     """`AutogradStep`을 만드는 함수들. 빠른 것부터다. 뒤의 것일수록 모델의 forward를 그대로 따른다.
 
-    앞 토큰의 상태를 이어 가는 구조(Mamba 따위)는 블록으로 묶으면 앞 문서가 새므로 처음부터 문서마다 따로 계산한다.
+    앞 토큰의 상태를 이어 가는 구조(Mamba 따위)는 블록으로 묶으면 앞 문서가 새고, 길이에 따라 rotary가 바뀌는 구조는 긴
+    문서가 짧은 문서의 rotary를 바꾼다. 처음부터 문서마다 따로 계산한다.
 
     Args:
+        block: 블록의 길이(토큰).
         settings: `AutogradStep`에 그대로 주는 것.
     """
     causal = base_of(model)
-    separates = (True,) if getattr(causal, "_is_stateful", False) else (False, True)
+    apart = getattr(causal, "_is_stateful", False) or block > rotary_edge(causal.config.get_text_config(decoder=True))
+    separates = (True,) if apart else (False, True)
     # 차례: 묶어서 조각으로, 묶어서 한 번에, 문서마다 조각으로, 문서마다 한 번에
     return [partial(AutogradStep, model, whole=whole, separate=separate, **settings)
             for separate in separates for whole in (False, True)]

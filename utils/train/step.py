@@ -30,7 +30,8 @@ def open_step(model: nn.Module, plan: MemoryPlan, train_set, eval_set, device: t
     family = describe(model, training=True)
     reason = family if isinstance(family, str) else None
     documents = max(2, *(count_documents(data) for data in (train_set, eval_set)))
-    candidates = autograd_ways(model, recompute=plan.recompute_layers > 0, reason=reason or "")
+    block = len(train_set[0]["input_ids"])
+    candidates = autograd_ways(model, block, recompute=plan.recompute_layers > 0, reason=reason or "")
     if reason is None:
         candidates.insert(0, lambda: TrainStep(model, plan.recompute_layers, documents, plan.exact))
     else:
