@@ -15,6 +15,7 @@ from utils.seals import MANIFEST, damage
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FOLDER = "adapter"
+_UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")  # 얹을 때 난수나 데이터로 기반 가중치를 다시 나누는 시작
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def load_adapter(model, adapter: Path, name: str = "default"):
         name: PEFT 안에서의 이름. 얹은 것들 가운데 하나를 `set_adapter(name)`으로 고른다.
 
     Raises:
-        UsageError: 설정이 잘못되었거나, 이 모델의 어댑터가 아니다.
+        UsageError: LoRA가 아니거나, 설정이 잘못되었거나, 이 모델의 어댑터가 아니다.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    require_repeatable(adapter)
     advice = "배운 기반 모델이 맞는지, 파일이 온전한지 본다"
     try:
         if isinstance(model, PeftModel):
@@ -75,7 +77,7 @@ def load_adapter(model, adapter: Path, name: str = "default"):
         raise UsageError(f"어댑터를 얹지 못했다: {adapter} ({reason}). {advice}") from None
     if broken := next((key for key, value in state.items() if not value.isfinite().all()), None):
         raise UsageError(f"어댑터에 NaN이나 inf가 들어 있다: {adapter}의 {broken}. 학습이 잘못되었으니 다시 배운다")
-    lost = _lost(found, name)
+    lost = _lost(tuned, found, name)
     if lost:
         raise UsageError(f"어댑터를 얹지 못했다: {adapter}. {lost}. {advice}")
     return tuned
@@ -89,14 +91,39 @@ def require_reloadable(model) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    lost = _lost(set_peft_model_state_dict(model, get_peft_model_state_dict(model)))
+    lost = _lost(model, set_peft_model_state_dict(model, get_peft_model_state_dict(model)))
     if lost:
         raise UsageError(f"이 모델의 어댑터는 다시 얹지 못한다: {lost}. --lora_target_modules로 다른 층을 고른다")
 
 
-def _lost(found, name: str = "default") -> str:
-    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 어댑터 `name`의 tensor. 없으면 빈 글이다."""
-    empty = sorted(key for key in found.missing_keys if is_learned(key) and name in key.split("."))
+def require_repeatable(adapter: Path) -> None:
+    """얹을 때마다 같은 모델이 되고, 답의 토큰마다 같은 것을 더하는 어댑터인지 본다.
+
+    Raises:
+        UsageError: LoRA가 아니거나, 얹을 때 기반 가중치를 난수나 데이터로 다시 나누거나, 글의 어느 자리부터만 더한다.
+    """
+    config = read_adapter_config(adapter)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UsageError(f"LoRA 어댑터만 쓴다. {adapter}의 peft_type은 {kind!r}이다")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_UNREPEATABLE):
+        raise UsageError(f"얹을 때마다 기반 가중치를 다르게 나누는 어댑터다(init_lora_weights={start!r}): {adapter}. "
+                         "PEFT의 save_pretrained에 path_initial_model_for_weight_conversion을 주어 보통의 LoRA로 다시 "
+                         "저장한 것을 쓴다")
+    if config.get("alora_invocation_tokens"):
+        raise UsageError(f"정한 말이 나온 뒤에만 더하는 어댑터(aLoRA)는 쓰지 않는다: {adapter}")
+
+
+def _lost(model, found, name: str = "default") -> str:
+    """PEFT의 `set_peft_model_state_dict`가 놓지 못했거나 채우지 못한 어댑터 `name`의 tensor. 없으면 빈 글이다.
+
+    묶인 embedding처럼 두 이름이 한 tensor를 가리키면 한 이름으로만 채워도 된다.
+    """
+    places = {key: id(value) for key, value in model.named_parameters(remove_duplicate=False) if is_learned(key)}
+    filled = {place for key, place in places.items() if key not in found.missing_keys}
+    empty = sorted(key for key in found.missing_keys
+                   if is_learned(key) and name in key.split(".") and places.get(key) not in filled)
     for names, said in ((sorted(found.unexpected_keys), "모델에 놓일 자리가 없다"), (empty, "어댑터에 없다")):
         if names:
             return f"{names[0]}(모두 {len(names)}개)가 {said}"
