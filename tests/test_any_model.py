@@ -21,7 +21,9 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LONG = ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, ROPE,
         {"rope_type": "llama3", "factor": 4.0, "rope_theta": 10000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 32},
-        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 36})
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 36},
+        {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20,
+         "short_factor": [1.0], "long_factor": [4.0]})
 PARTS = tuple({**ROPE, "partial_rotary_factor": share} for share in (0.25, 0.5, 1.0))
 LAYERS = (["sliding_attention", "full_attention"], ["full_attention"] * 2, ["sliding_attention"] * 2)
 ACTS = ("gelu_pytorch_tanh", "silu", "relu")
@@ -131,6 +133,21 @@ def test_a_model_without_a_usable_cache_answers_as_transformers_does(kind, tmp_p
     """cache를 받지 않는 구조, 제 cache만 받는 구조, 창을 설정에만 적고 mask에는 두지 않은 구조."""
     road = walk(tiny(kind, tmp_path / "base"), tmp_path / "road", both_bases=False, val_set_size=0)
     assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+
+
+@pytest.mark.parametrize("kind", ["exaone_moe", "dots1"])
+def test_layers_that_peft_moves_to_the_experts_are_not_trained(kind, tmp_path):
+    """전문가들을 한데 담은 가중치의 LoRA는 합칠 수 없다. 그 이름들은 auto가 고르지 않고, 적으면 먼저 거절한다."""
+    base = tiny(kind, tmp_path / "base")
+    road = walk(base, tmp_path / "road", both_bases=False, val_set_size=0)
+    assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
+    road = walk(base, tmp_path / "asked", lora_target_modules=("gate_proj", "up_proj"))
+    assert road.outcome == "refused_start" and "배워도 합칠 수 없다: gate_proj" in road.note
+
+
+def test_a_layer_that_peft_refuses_is_named_before_the_data(tmp_path):
+    road = walk(tiny("mamba2", tmp_path / "base"), tmp_path / "road", lora_target_modules=("all",))
+    assert road.outcome == "refused_start" and "'out_proj'" in road.note, f"{road.note}\n{road.said}"
 
 
 def test_an_adapter_that_cannot_be_loaded_again_is_not_trained(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils import hub
-from utils.errors import UsageError
+from utils.errors import UsageError, first_line
 from utils.model import diskmap
 from utils.model.diskmap import DiskMap
 from utils.model.folder import open_model_folder
@@ -40,6 +40,7 @@ def find_targets(base_model: str, asked: tuple[str, ...], config: dict, cache_di
 
     empty = empty_model(AutoConfig.from_pretrained(base_model, cache_dir=cache_dir, trust_remote_code=False))
     unfit = unfit_names(empty, diskmap.read(open_model_folder(hub.folder(base_model, cache_dir))))
+    unfit |= dict.fromkeys(expert_names(empty), "PEFT가 전문가들을 한데 담은 가중치로 옮겨 붙이는 층")
     names = linear_names(empty) - unfit.keys()
     targets = choose_targets(asked, config, names, attention_names(empty) - unfit.keys())
     refused = [target for target in targets if target in unfit]
@@ -47,6 +48,7 @@ def find_targets(base_model: str, asked: tuple[str, ...], config: dict, cache_di
         raise UsageError(f"{unfit[refused[0]]}이라 배워도 합칠 수 없다: {', '.join(refused)}. --lora_target_modules에 "
                          f"쓸 수 있는 이름: {', '.join(sorted(names))}")
     require_targets(empty, targets)
+    require_attachable(empty, targets)
     return targets
 
 
@@ -83,6 +85,23 @@ def linear_names(model: nn.Module) -> set[str]:
     body = find_backbone(model) or model
     paths = [path for path, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return {path.rsplit(".", 1)[-1] for path in paths} - {"lm_head", "embed_out"}
+
+
+def expert_names(model: nn.Module) -> set[str]:
+    """PEFT가 이름을 보고 층 대신 전문가들의 가중치(`target_parameters`)에 LoRA를 붙이는 층의 이름."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = set()
+    for name in linear_names(model):
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # 함께 옮겨야 하는 짝이 있는 이름이다
+            found.add(name)
+        if config.target_parameters:
+            found.add(name)
+    return found
 
 
 def attention_names(model: nn.Module) -> set[str]:
@@ -136,6 +155,21 @@ def require_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
     unknown = [target for target in targets if target not in names]
     if unknown:
         raise UsageError(f"모델에 없는 층이다: {', '.join(unknown)}. 쓸 수 있는 이름: {', '.join(sorted(names))}")
+
+
+def require_attachable(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """PEFT가 이 층들에 LoRA를 붙이는지 본다. 가중치가 없는 모델(meta)에 붙여 보고, 그 모델은 버린다.
+
+    Raises:
+        UsageError: PEFT가 거절하는 층이다(Mamba의 out_proj 따위).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        get_peft_model(model, LoraConfig(r=1, target_modules=peft_targets(model, targets)))
+    except ValueError as error:
+        raise UsageError(f"PEFT가 LoRA를 붙이지 못하는 층이 있다({first_line(error)}). --lora_target_modules에서 "
+                         f"그 층을 뺀다: {', '.join(targets)}") from None
 
 
 def peft_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str] | str:
