@@ -16,6 +16,7 @@ pytestmark = pytest.mark.quick
 
 ROW = {"text": "### 질문: 물은 왜 어나요?\n\n### 답변: 온도가 낮아지기 때문입니다.<|endoftext|>"}
 LINE = json.dumps(ROW, ensure_ascii=False)
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 
 
 def fuzz(n: int):
@@ -48,6 +49,11 @@ def refuse(folder, name: str, content: str | bytes) -> str:
 def test_every_usual_encoding_gives_the_same_rows(tmp_path, encoding, end):
     assert read(tmp_path, "rows.json", (LINE + end + end + LINE).encode(encoding)) == [(1, ROW), (3, ROW)]
     assert read(tmp_path, "rows.csv", f'text{end}"물은, 왜"{end}'.encode(encoding)) == [(1, {"text": "물은, 왜"})]
+
+
+def test_files_with_a_bom_may_be_joined(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{LINE}\n\ufeff{LINE}\n", encoding="utf-8")
+    assert [row for _, row in rows.read_rows(tmp_path / "a.jsonl")] == [json.loads(LINE)] * 2
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}])
@@ -100,6 +106,9 @@ def test_parquet_keeps_messages(tmp_path):
     ("a.csv", "text\n\"가\n", "1번째 행"),
     ("a.csv", "text\n", "비었다"),
     ("a.parquet", b"PAR1" + b"\0" * 40, "parquet"),
+    ("a.parquet", LFS, "git lfs pull"),
+    ("a.json", LFS, "git lfs pull"),
+    ("a.jsonl", b"\x1f\x8b\x08\0" + bytes(20), "압축 파일(.gz)"),
     ("a.txt", "  \n\n<|endoftext|>", "비었다"),
     ("a.xlsx", "가", "xlsx"),
 ])

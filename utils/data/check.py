@@ -8,11 +8,13 @@ import numpy as np
 from utils.chat import CHAT
 from utils.data.columns import Form
 from utils.data.encoding import detect_encoding
+from utils.data.forms import unpacked
 from utils.data.pair_check import PairCheck, find_long
 from utils.data.preferences import Pair
 from utils.data.readers import BINARY
 from utils.data.row_check import row_faults
 from utils.data.tables import unread_sheets
+from utils.data.talks import READ_KEYS
 from utils.data.texts import END_TOKEN
 from utils.turns import Pieces, Turn
 
@@ -55,6 +57,7 @@ KINDS = {
     "long": "블록보다 길어 잘리는 행(끝 토큰은 남긴다)",
     "answer_cut": "질문만으로 블록이 차서 답이 남지 않는 행",
 }
+ASKING = ("?", "？")  # 묻는 글의 끝. 뒤의 것은 전각이다
 _NOT_PROSE = re.compile(r"(?:https?://\S+|[\d.,:/%+-]+|[0-9a-fA-F-]{8,})")
 
 
@@ -168,14 +171,14 @@ class Inspector:
     def _look_at_columns(self, row: dict, form: Form, question: str, answer: str) -> None:
         self._guessed = form.guessed
         answer = answer.strip()
-        self._answers_asked += answer.endswith(("?", "?"))
+        self._answers_asked += answer.endswith(ASKING)
         self._not_prose += bool(_NOT_PROSE.fullmatch(answer))
+        unused = {str(name) for name in form.unused(row)}
+        self._unused |= unused | unread_keys(row, form)
         if "text" in form.columns:
             self._questions_asked += "?" in question
             return
-        self._questions_asked += question.rstrip().endswith(("?", "?"))
-        unused = {str(name) for name in form.unused(row)}
-        self._unused |= unused
+        self._questions_asked += question.rstrip().endswith(ASKING)
         ignored = {name for name in unused if isinstance(row.get(name), str)
                    and len(row[name]) > max(80, 4 * len(answer))}
         self._ignored_longer += bool(ignored)
@@ -218,6 +221,14 @@ def short_lines(found: dict[str, dict]) -> list[str]:
             where = f": {', '.join(map(str, numbers))}{more}번째 행" if numbers else ""
             lines.append(f"  {words}{note} {found[kind]['count']:,}개{where}")
     return lines
+
+
+def unread_keys(row: dict, form: Form) -> set[str]:
+    """대화의 글마다 적혀 있지만 읽지 않는 것(reasoning_content 따위)의 이름. 빈 값은 적지 않은 것이다."""
+    name = form.columns.get("talk")
+    messages = unpacked(row.get(name)) if name else None
+    return {f"{name}의 {key}" for message in messages if isinstance(message, dict) for key, value in message.items()
+            if key not in READ_KEYS and value not in (None, "", [])} if isinstance(messages, list) else set()
 
 
 def _strings(value: object) -> list[str]:

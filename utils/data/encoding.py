@@ -13,7 +13,9 @@ _CHUNK = 1 << 20
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _HANGUL = re.compile("[가-힣]")
-_OTHER_FILES = {b"PK\3\4": "압축 파일(.xlsx, .zip)", b"\xd0\xcf\x11\xe0": "옛 엑셀 파일(.xls)", b"PAR1": "parquet"}
+_LFS_POINTER = b"version https://git-lfs"
+_OTHER_FILES = {b"\x1f\x8b\x08\x00": "압축 파일(.gz)", b"\x1f\x8b\x08\x08": "압축 파일(.gz)",
+                b"PK\3\4": "압축 파일(.xlsx, .zip)", b"\xd0\xcf\x11\xe0": "옛 엑셀 파일(.xls)", b"PAR1": "parquet"}
 
 
 def detect_encoding(path: Path) -> str:
@@ -22,6 +24,7 @@ def detect_encoding(path: Path) -> str:
     Raises:
         UsageError: 어느 것으로도 읽히지 않는다. UTF-8 파일의 일부가 깨졌으면 그 줄의 번호를 말한다.
     """
+    require_whole(path)
     with path.open("rb") as stream:
         head = stream.read(4)
     if head in _OTHER_FILES:
@@ -35,6 +38,17 @@ def detect_encoding(path: Path) -> str:
     if named is None and not has_hangul and _first_broken_line(path, "cp949")[0] is None:
         return "cp949"
     raise UsageError(f"{path}의 {broken_line}번째 줄의 글자를 {named or 'UTF-8'}로 읽을 수 없다. UTF-8로 다시 저장한다")
+
+
+def require_whole(path: Path) -> None:
+    """git이 데이터 대신 둔 자리표(LFS pointer)가 아닌지 본다.
+
+    Raises:
+        UsageError: 자리표다.
+    """
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UsageError(f"데이터가 아니라 git LFS의 자리표다: {path}. git lfs pull로 받거나 hub에서 다시 받는다")
 
 
 def refuse_row(path: Path) -> BadRow:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from utils.data.encoding import MAX_ROW_CHARS, BadRow, detect_encoding, refuse_row
+from utils.data.encoding import MAX_ROW_CHARS, BadRow, detect_encoding, refuse_row, require_whole
 from utils.data.tables import is_table, read_csv, read_xlsx
 from utils.data.texts import END_TOKEN
-from utils.errors import UsageError, json_reason
+from utils.errors import UsageError, first_line, json_reason
 
 _CHUNK = 1 << 20
 _GAP = re.compile(r"[ \t\r\n]*")
@@ -45,6 +45,7 @@ def read_parquet(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int
     import pyarrow
     import pyarrow.parquet
 
+    require_whole(path)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -53,7 +54,7 @@ def read_parquet(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = "덜 받았거나 다른 파일이다" if "magic bytes" in str(error) else first_line(error)
         (on_bad or refuse_row(path))(number + 1, f"{number + 1}번째 행부터 올바른 parquet이 아니다: {reason}")
 
 
@@ -104,7 +105,7 @@ def _read_lines(stream: TextIO, path: Path, on_bad: BadRow) -> Iterator[tuple[in
     for number, line in enumerate(_lines(stream, path), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line.removeprefix("\ufeff"))  # BOM이 있는 파일들을 이어 붙이면 가운데에도 있다
             except (ValueError, RecursionError) as error:
                 on_bad(number, f"{number}번째 줄이 올바른 JSON이 아니다: {json_reason(error)}. 한 줄에 객체 하나를 "
                                "적거나 모두 [ ]로 감싼다")

@@ -8,6 +8,8 @@ from utils.prompter import Turn
 ROLES = {"system": "system", "user": "user", "human": "user",
          **dict.fromkeys(("assistant", "model", "gpt", "bot", "chatgpt"), "assistant")}
 
+READ_KEYS = ("role", "content", "from", "value", "weight")  # 글 하나에서 읽는 것
+
 
 class BadTurns(UsageError):
     """행이나 대화를 읽을 수 없다. `kind`는 데이터 검사에서의 종류다."""
