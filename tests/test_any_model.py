@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import load_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -143,6 +144,12 @@ def test_layers_that_peft_moves_to_the_experts_are_not_trained(kind, tmp_path):
     assert road.outcome in ("pass", "fallback"), f"{road.note}\n{road.said}"
     road = walk(base, tmp_path / "asked", lora_target_modules=("gate_proj", "up_proj"))
     assert road.outcome == "refused_start" and "배워도 합칠 수 없다: gate_proj" in road.note
+
+
+def test_weights_that_cannot_be_merged_are_not_trained(tmp_path):
+    base = tiny("llama", tmp_path / "base", dtype=torch.float64)
+    road = walk(base, tmp_path / "road")
+    assert road.outcome == "refused_start" and "F64" in road.note, f"{road.note}\n{road.said}"
 
 
 def test_a_layer_that_peft_refuses_is_named_before_the_data(tmp_path):

@@ -36,8 +36,9 @@ def why(error: OSError) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """라이브러리가 던진 오류의 첫 줄. 글이 없으면 오류의 이름이다."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """라이브러리가 던진 오류의 첫 줄. 쌍점으로 끝나면 다음 줄까지다. 글이 없으면 오류의 이름이다."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first)[:200]
 
 
 def json_reason(error: Exception) -> str:

@@ -147,8 +147,9 @@ def test_column_that_looks_wrong_is_told(tmp_path, encoder, kind, row):
 
 @pytest.mark.parametrize("row, named", [
     ({"text": "좋아요", "label": 1}, "label"),
-    ({"messages": [{"role": "user", "content": "가?"}, {"role": "assistant", "content": "나", "reasoning_content": "다"}]},
-     "messages의 reasoning_content")])
+    ({"messages": [{"role": "user", "content": "가?"},
+                   {"role": "assistant", "content": "나", "reasoning_content": "다"}]}, "messages의 reasoning_content"),
+])
 def test_what_is_not_read_is_told(tmp_path, encoder, row, named):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     assert examine(tmp_path / "rows.jsonl", encoder, tmp_path)["unused"]["note"] == named

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 from test_architectures import TARGETS, build_model
-from tiny import build_neox
+from tiny import build_neox, write_shards
 
 from utils.environment import peak_ram_bytes
 from utils.errors import UsageError
+from utils.model.folder import open_model_folder
 from utils.model.loader import require_base
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 300}
@@ -65,6 +66,13 @@ def test_every_kind_of_mismatch_is_one_line(models, kind, tmp_path):
         with pytest.raises(UsageError, match=r"config\.json") as refused:
             require_base(folder)
         assert str(folder) in str(refused.value) and "\n" not in str(refused.value), wrong
+
+
+def test_of_one_file_and_shards_the_one_that_transformers_reads_is_read(models, tmp_path):
+    folder = changed(models["llama"], tmp_path / "both", quantization_config=None)
+    write_shards(folder, {"다른 것": torch.zeros(2)}, 2)
+    assert require_base(folder)
+    assert open_model_folder(folder).shards == [folder / "model.safetensors"]
 
 
 def test_the_tensor_and_both_shapes_are_named(models, tmp_path):

@@ -87,7 +87,7 @@ def read(folder: ModelFolder) -> DiskMap:
     Raises:
         UsageError: 설정으로 모델을 만들 수 없거나, 이미 양자화된 모델이다.
     """
-    if "quantization_config" in folder.config:
+    if folder.config.get("quantization_config") is not None:
         raise UsageError(f"이미 양자화된 모델이라 어댑터를 합칠 수 없다: {folder.path}. "
                          "양자화하지 않은 16비트 모델을 --base_model로 적는다")
     labels = {name: _label(entry, name) for name, entry in folder.tensors.items()}

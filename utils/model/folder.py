@@ -145,10 +145,13 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
 
 
 def _expected_shards(path: Path) -> dict[str, str]:
-    """index에 적힌 tensor -> shard 이름. shard가 하나뿐인 모델이면 빈 dict다."""
+    """index에 적힌 tensor -> shard 이름. 파일이 하나인 모델이면 빈 dict다.
+
+    파일 하나와 index가 모두 있으면 transformers는 파일 하나를 읽는다.
+    """
+    if (path / SINGLE_FILE).exists():
+        return {}
     if not (path / INDEX_FILE).exists():
-        if (path / SINGLE_FILE).exists():
-            return {}
         if list(path.glob("*.bin")) or list(path.glob("*.pt")):
             raise UsageError(f"{path}에는 pickle 가중치(.bin)만 있다. 안전하지 않아 읽지 않는다. safetensors를 받는다")
         raise UsageError(f"{path}에 safetensors 가중치가 없다. 덜 받아졌으면 다시 받는다")

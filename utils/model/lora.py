@@ -133,8 +133,11 @@ def match_base(updates: dict[str, Update], config: dict, adapter: Path, base: Mo
         if entry is None:
             raise UsageError(f"어댑터의 층이 기반 모델 {base.path}에 없다: {module}. 어댑터를 배운 기반 모델을 적는다")
         update = replace(update, transposed=module in disk.transposed)
-        if entry.shape != update.shape or entry.dtype not in DTYPES:
-            raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {entry.dtype} {list(entry.shape)}, "
+        if entry.dtype not in DTYPES:
+            raise UsageError(f"기반 모델의 {module}이 16비트나 32비트가 아니라({entry.dtype}) 갱신을 더할 수 없다: "
+                             f"{base.path}. 16비트 가중치의 모델을 --base_model로 적는다")
+        if entry.shape != update.shape:
+            raise UsageError(f"{module}의 모양이 다르다. 기반 모델 {list(entry.shape)}, "
                              f"어댑터 {list(update.shape)}. 어댑터를 배운 기반 모델을 적는다")
         leaf = module.rsplit(".", 1)[-1]
         if entry.name in disk.shared or (tied and (leaf.startswith("embed") or leaf in _TIED_NAMES)):

@@ -31,7 +31,7 @@ def require_shapes(folder: ModelFolder) -> None:
     Raises:
         UsageError: 설정으로 모델을 만들 수 없거나, tensor가 모자라거나, 모양이 다르다.
     """
-    if "quantization_config" in folder.config:
+    if folder.config.get("quantization_config") is not None:
         return
     texts = (folder.config, text_config(folder.config))
     counts = [text[key] for text in texts for key in LAYER_COUNTS if key in text]

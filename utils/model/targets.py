@@ -12,6 +12,7 @@ from utils.model import diskmap
 from utils.model.diskmap import DiskMap
 from utils.model.folder import open_model_folder
 from utils.model.shape import empty_model
+from utils.model.shards import DTYPES
 
 ATTENTION_TARGETS = {
     "gpt_neox": ("query_key_value",),
@@ -45,8 +46,9 @@ def find_targets(base_model: str, asked: tuple[str, ...], config: dict, cache_di
     targets = choose_targets(asked, config, names, attention_names(empty) - unfit.keys())
     refused = [target for target in targets if target in unfit]
     if refused:
-        raise UsageError(f"{unfit[refused[0]]}이라 배워도 합칠 수 없다: {', '.join(refused)}. --lora_target_modules에 "
-                         f"쓸 수 있는 이름: {', '.join(sorted(names))}")
+        advice = f"--lora_target_modules에 쓸 수 있는 이름: {', '.join(sorted(names))}" if names else (
+            "다른 기반 모델을 --base_model로 적는다")
+        raise UsageError(f"{unfit[refused[0]]}이라 배워도 합칠 수 없다: {', '.join(refused)}. {advice}")
     require_targets(empty, targets)
     require_attachable(empty, targets)
     return targets
@@ -142,6 +144,8 @@ def unfit_names(model: nn.Module, disk: DiskMap) -> dict[str, str]:
             found[name] = "파일의 tensor 여럿을 합치거나 나누어 만드는 층"
         elif weight not in disk.entries or disk.entries[weight].name in shared:
             found[name] = "다른 층과 가중치를 함께 쓰는 층"
+        elif disk.entries[weight].dtype not in DTYPES:
+            found[name] = f"가중치가 16비트나 32비트가 아닌({disk.entries[weight].dtype}) 층"
     return found
 
 
