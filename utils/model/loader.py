@@ -122,6 +122,9 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     except (OSError, ValueError) as error:
         raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({first_line(error)})") from None
     except RuntimeError as error:
+        if "conversion of the weights" in str(error):  # transformers는 양자화하다 난 오류를 모아 이렇게만 말한다
+            raise UsageError(f"기반 모델을 양자화하지 못했다: {base_model}. 대개 VRAM이 모자라서다. 카드를 쓰는 다른 "
+                             "프로그램을 닫거나 더 작은 모델을 쓴다") from None
         if "mismatched_sizes" not in str(error):
             raise
         raise UsageError(f"config.json과 가중치의 모양이 맞지 않는다: {base_model}. 모델을 다시 받는다") from None

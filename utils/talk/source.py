@@ -1,6 +1,7 @@
 """대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 import filecmp
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ from utils.chat import CHAT
 from utils.console import detail
 from utils.data.encoder import head_ids
 from utils.decode.decoder import Decoder
-from utils.decode.precision import choose_precision
+from utils.decode.precision import choose_precision, require_room
 from utils.errors import UsageError
-from utils.model import diskmap, loader, lora, shards
+from utils.model import diskmap, loader, lora, shards, vram
 from utils.model.adapter import (
     ADAPTER_FOLDER,
     PromptInfo,
@@ -147,6 +148,11 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     base_model = sources[0].base_model
     precision = choose_precision(base_model, device, load_4bit, load_8bit)
     say(f"가중치: {precision.reason}")
+    if device.device.type == "cuda":
+        free = vram.left(device.device)
+        require_room(base_model, precision.quantize, free)
+        if sys.platform == "win32":  # 답이 길어져도 RAM으로 넘치지 않게 한다
+            vram.cap(device.device, free)
     tokenizer = load_tokenizer(base_model, cache_dir)
     prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]
     can_compare = sources[0].adapter is not None

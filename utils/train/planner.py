@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from utils.errors import UsageError
+from utils.model import vram
 from utils.train.prediction import CONTEXT, Workload, find_family, predict
 
 GB = 1e9
@@ -82,13 +83,9 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
 
 
 def cap_allocator(plan: MemoryPlan, device: torch.device, vram_gb: float | None) -> None:
-    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 Windows일 때만이다.
-
-    Windows의 드라이버는 모자라는 VRAM을 말없이 RAM으로 메워 열 배 느려진다. 막아 두면 메모리 부족으로 드러난다.
-    """
+    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 Windows일 때만이다."""
     if device.type == "cuda" and (vram_gb is not None or sys.platform == "win32"):
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min((plan.budget - CONTEXT) / total, 1.0))
+        vram.cap(device, plan.budget - CONTEXT)
 
 
 def fit(work: Workload, budget: float, batch_size: int, micro_batch_size: int | None = None,
