@@ -25,6 +25,7 @@ from utils.model.adapter import (
 )
 from utils.model.folder import (
     ADAPTER_WEIGHTS,
+    TensorEntry,
     find_trained_base,
     model_digest,
     open_model_folder,
@@ -243,9 +244,18 @@ def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None =
         module = model.get_submodule(name)
         if isinstance(module, Linear4bit):
             entry, update = disk.entries[f"{name}.weight"], replace(update, transposed=name in disk.transposed)
-            weight = torch.cat([shards.read_rows(entry, *span).float() - update.rows(*span)
-                                for span in shards.row_spans(entry.shape)])
+            weight = unmerged(entry, update, device)
             weight = weight.T.contiguous() if update.transposed else weight  # bitsandbytes는 [out, in]으로 둔다
-            module.weight = Params4bit(weight.to(device.dtype), requires_grad=False, compress_statistics=True,
-                                       quant_type="nf4", module=module).to(device.device)
+            module.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4",
+                                       module=module).to(device.device)
     return load_adapter(model, adapter)
+
+
+def unmerged(entry: TensorEntry, update: lora.Update, device: Device) -> torch.Tensor:
+    """합친 가중치에서 갱신을 뺀 것 [entry.shape]. 조각마다 장치에서 fp32로 빼고 장치의 dtype으로 반올림한다."""
+    update = replace(update, a=update.a.to(device.device), b=update.b.to(device.device))
+    weight = torch.empty(entry.shape, dtype=device.dtype, device=device.device)
+    for start, stop in shards.row_spans(entry.shape):
+        merged = shards.read_rows(entry, start, stop).to(device.device).float()
+        weight[start:stop] = merged - update.rows(start, stop)
+    return weight
