@@ -1,16 +1,22 @@
 """요즘 고르는 모델의 모양에 무작위 가중치를 넣는다: `build`는 GPU에서 양자화해 만들고, `write_folder`는 폴더로 쓴다."""
 
-import json
 import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import standin
 import torch
-from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils.model import shards  # noqa: E402
+
 SHARD_BYTES = 2**31
+PIECE = 2**22
 POOL = 2**24 + 43  # 무작위 수의 개수. 어느 행렬의 폭으로도 나누어지지 않아 큰 행렬에도 같은 행이 되풀이되지 않는다
 GROUPED = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 SHAPES = {
@@ -119,7 +125,7 @@ def add_lora(model, targets="all-linear", rank: int = 8):
 def write_folder(shape: str, folder: Path) -> Path:
     """그 모양의 무작위 fp16 모델 폴더를 쓴다. 토크나이저는 함께 든 데모 모델의 것이다.
 
-    무작위 수는 한 덩어리만 만들고, tensor마다 그 안의 다른 자리에서 시작해 읽는다. 그래서 디스크가 쓰는 만큼 빠르다.
+    무작위 수는 한 덩어리만 만들고, tensor마다 그 안의 다른 자리에서 시작해 읽는다. 디스크가 쓰는 만큼 빠르다.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,23 +139,23 @@ def write_folder(shape: str, folder: Path) -> Path:
     config.save_pretrained(folder)
     generator = np.random.default_rng(0)
     pool = (generator.standard_normal(POOL, np.float32) * 0.02).astype(np.float16)
-    ones = 0 if config.model_type == "gemma3_text" else 1
-    weight_map, shard, size = {}, {}, 0
-    parameters = list(skeleton.named_parameters())  # 묶인 출력 행렬은 한 번만 나온다
-    for index, (name, parameter) in enumerate(parameters):
-        begin, count = int(generator.integers(POOL)), parameter.numel()
-        value = np.tile(pool, -(-(begin + count) // POOL))[begin : begin + count].reshape(parameter.shape)
-        if "norm" in name and name.endswith("weight"):
-            value = value + np.float16(ones)
-        shard[name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name] = value
-        size += value.nbytes
-        if size > SHARD_BYTES or index == len(parameters) - 1:
-            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-            shard, size = {}, 0
-    content = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    one = pool if config.model_type == "gemma3_text" else pool + np.float16(1)  # norm의 weight
+    planned = []
+    for name, parameter in skeleton.named_parameters():  # 묶인 출력 행렬은 한 번만 나온다
+        values = one if "norm" in name and name.endswith("weight") else pool
+        chunks = partial(repeated, values, int(generator.integers(POOL)), parameter.numel())
+        name = name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name
+        planned.append(shards.Planned(name, "F16", tuple(parameter.shape), chunks))
+    shards.write_model(folder, planned, SHARD_BYTES, lambda line: None)
     for file in (ROOT / "resources/polyglot-ko-demo").glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
+
+
+def repeated(values: np.ndarray, begin: int, count: int) -> Iterator[memoryview]:
+    """values [POOL]를 begin부터 되풀이해 읽은 count개의 바이트."""
+    while count:
+        piece = values[begin : begin + min(count, PIECE)]
+        yield memoryview(piece).cast("B")
+        count -= len(piece)
+        begin = (begin + len(piece)) % len(values)
