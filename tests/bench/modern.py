@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.model import shards  # noqa: E402
+from utils.model.configs import auto_config  # noqa: E402
 
 SHARD_BYTES = 2**31
 PIECE = 2**22
@@ -58,11 +59,11 @@ def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, do
         compute: 4비트 선형층이 계산하는 dtype. None이면 dtype과 같다.
     """
     import bitsandbytes as bnb
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     conf = dict(SHAPES[shape])
     no_ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(conf.pop("model_type"), **conf | no_ends)
+    config = auto_config().for_model(conf.pop("model_type"), **conf | no_ends)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -127,12 +128,12 @@ def write_folder(shape: str, folder: Path) -> Path:
 
     무작위 수는 한 덩어리만 만들고, tensor마다 그 안의 다른 자리에서 시작해 읽는다. 디스크가 쓰는 만큼 빠르다.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     shutil.rmtree(folder, ignore_errors=True)  # 끊긴 실행이 남긴 것
     folder.mkdir(parents=True)
     sizes = dict(SHAPES[shape])
-    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes | {"bos_token_id": 0, "eos_token_id": 0})
+    config = auto_config().for_model(sizes.pop("model_type"), **sizes | {"bos_token_id": 0, "eos_token_id": 0})
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(skeleton).__name__]

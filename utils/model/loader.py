@@ -8,6 +8,7 @@ import torch
 
 from utils import hub
 from utils.errors import UsageError, first_line
+from utils.model.configs import auto_config
 from utils.model.folder import PUBLISHED, download_command, open_model_folder
 from utils.paths import ROOT, looks_like_hub_id
 from utils.process import is_sharded, local_rank, n_local_processes
@@ -55,11 +56,9 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
     Raises:
         UsageError: 설정을 받거나 읽을 수 없다.
     """
-    from transformers import AutoConfig
-
     folder = hub.folder(base_model, cache_dir, hub.SETTINGS_FILES)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = auto_config().from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({first_line(error)})") from None
