@@ -1,5 +1,6 @@
 """명령줄은 단계의 서명에 정확히 맞추어지고, 잘못은 모두 한 줄로 알려진다."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import cli, console
+from utils import cli, console, process
 from utils.errors import UsageError
 from utils.paths import ROOT
 
@@ -216,3 +217,10 @@ def test_other_errors_keep_their_traceback():
 
 def fail(error: Exception):
     raise error
+
+
+def test_garbage_collection_rests_only_while_libraries_are_imported():
+    with pytest.raises(ImportError), process.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
