@@ -155,9 +155,11 @@ def inexact_widths(model) -> list[int]:
 
 
 def _refuse_nan(model, base_model: str | Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not all(torch.isfinite(values).all() for values in _scales(parameter)):
-            raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
+    found = {name: torch.stack([torch.isfinite(values).all() for values in scales])
+             for name, parameter in model.named_parameters() if (scales := _scales(parameter))}
+    if not torch.cat([*found.values()]).all():  # GPU를 한 번만 기다린다
+        name = next(name for name, finite in found.items() if not finite.all())
+        raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
 
 
 def _scales(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
