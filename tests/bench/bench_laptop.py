@@ -38,7 +38,7 @@ WRITERS = 4  # 모델 폴더를 나란히 쓰는 프로세스의 수
 WATCH_EVERY = 0.02  # 카드에 남은 양을 보는 간격(초)
 RECOVERY, TRACEBACK = re.compile("메모리가 모자라.*다시 계산한다"), "Traceback"
 PREDICTED = re.compile(r"VRAM: .*?([\d.]+) GB\(예측 ([\d.]+) GB")
-RECOMPUTED = re.compile(r"재계산 (\d+)층")
+PLANNED, RECOMPUTED = re.compile(r"블록, 재계산 (\d+)층"), re.compile(r"재계산 (\d+)/")
 SPEED, FIRST = re.compile(r"([\d.,]+) 토큰/초 ·"), re.compile(r"첫 토큰까지 ([\d.]+)초")
 LONGEST = re.compile(r"대화 길이: 질문과 답을 합쳐 ([\d,]+)토큰")
 
@@ -149,9 +149,9 @@ def train(trial: Trial, options) -> dict:
     found = {"train_tokens_per_second": steady_speed(history, tokens), "steps": len(history), "path": report["path"],
              "loop_s": report["train_seconds"], "peak_ram_gb": report["peak_ram_gb"], **watch.found("train")}
     if told := PREDICTED.search(text):
-        recomputed = RECOMPUTED.search(text)
+        planned, done = PLANNED.search(text), RECOMPUTED.search(report["path"])
         found |= {"vram_gb": report["peak_vram_gb"], "predicted_gb": float(told[2]),
-                  "recomputed": int(recomputed[1]) if recomputed else 0}
+                  "planned_layers": int(planned[1]) if planned else 0, "recomputed": int(done[1]) if done else None}
     return found
 
 
