@@ -1,6 +1,6 @@
 """한국어 언어 모델을 QLoRA 4비트로 미세조정한다."""
 
-from utils import cli, console
+from utils import cli, console, process
 from utils.paths import BASE_DEMO, DATA_DEMO, find_input, script, shown
 
 MAX_BATCH, MAX_BLOCK, MAX_RANK, MAX_EPOCHS = 1 << 16, 1 << 17, 1 << 13, 100_000
@@ -107,9 +107,9 @@ def train(
     base_model, data_path = find_input(base_model), find_input(data_path)
     check_flags(flags)
 
-    from utils.train import corpus, defaults, stage
-    from utils.train.records import Settings
-
+    with process.importing():
+        from utils.train import corpus, defaults, stage
+        from utils.train.records import Settings
     settings = Settings(**{**flags, "base_model": base_model, "data_path": data_path})
     if check_data or repair_data is not None:
         corpus.check(settings, console.say)

@@ -2,7 +2,7 @@
 
 from urllib.parse import urlsplit
 
-from utils import cli, console
+from utils import cli, console, process
 from utils.paths import find_input, shown
 
 
@@ -58,7 +58,8 @@ def serve(
     console.show_details(verbose)
     check_flags(flags)
 
-    from utils.talk.source import find_sources, load_models
+    with process.importing():
+        from utils.talk.source import find_sources, load_models
 
     sources = find_sources(base_model, peft_root, console.say, cache_dir)
     models = load_models(sources, cache_dir, load_4bit, load_8bit, prompt_template, console.say)

@@ -1,9 +1,8 @@
 """LoRA 어댑터를 기반 모델에 합쳐 모델 폴더 하나로 만든다."""
 
-import gc
 from dataclasses import asdict
 
-from utils import cli, console
+from utils import cli, console, process
 from utils.paths import find_input, script, shown
 
 ONTO = ("original", "quantized")
@@ -50,13 +49,11 @@ def merge(
         (export in EXPORTS, f"export에는 gguf를 적는다: {export}"),
         (gguf_type in GGUF_TYPES, f"gguf_type은 {', '.join(GGUF_TYPES)} 가운데 하나다: {gguf_type}"),
     ])
-    gc.disable()  # torch를 불러오고 끝낼 때 객체 수십만 개를 거듭 훑지 않게 한다. 0.4초가 준다
-    from utils import files
-    from utils.merge import exportable, gguf, writer
-    from utils.merge.job import open_job
+    with process.importing():
+        from utils import files
+        from utils.merge import exportable, gguf, writer
+        from utils.merge.job import open_job
 
-    gc.freeze()
-    gc.enable()
     max_bytes = writer.parse_size(max_shard_size)
     job = open_job(find_input(peft_root), base_model, cache_dir, merge_onto)
     if export:

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, call_script, run_script, write_rows
 from tiny import build_tokenizer
 
+from utils.model.configs import auto_config
 from utils.model.targets import choose_targets
 
 CHAT_TEMPLATE = ("{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
@@ -20,13 +21,14 @@ TARGETS = {"llama": EVERY, "qwen3": EVERY, "gemma3_text": EVERY, "gpt2": {"c_att
 
 def build_model(kind: str, folder):
     """`kind` 구조의 무작위 모델과, 대화 템플릿이 든 토크나이저를 폴더에 쓴다."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     tokenizer = build_tokenizer(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256} if kind == "gpt2" else SIZES
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer) + 13, bos_token_id=0, eos_token_id=0,
+    sizes = {"gpt2": {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256},
+             "llama": SIZES | {"num_attention_heads": 3}}.get(kind, SIZES)  # kanana: hidden이 머리의 수로 나뉘지 않는다
+    config = auto_config().for_model(kind, vocab_size=len(tokenizer) + 13, bos_token_id=0, eos_token_id=0,
                                   pad_token_id=None, **sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).to(torch.float16).save_pretrained(folder)

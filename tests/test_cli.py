@@ -1,12 +1,15 @@
 """명령줄은 단계의 서명에 정확히 맞추어지고, 잘못은 모두 한 줄로 알려진다."""
 
+import gc
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
-from utils import cli, console
+from utils import cli, console, process
 from utils.errors import UsageError
 from utils.paths import ROOT
 
@@ -193,3 +196,31 @@ def test_a_flag_without_a_value_is_named_with_what_is_missing():
 
     with pytest.raises(UsageError, match="--source.* / --target의 값$"):
         cli.parse(needs, ["--target", "--quick"], {})
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (lambda: torch.empty(1 << 54), "RAM이 모자라다"), (lambda: np.empty(1 << 54), "RAM이 모자라다"),
+    (lambda: fail(MemoryError()), "RAM이 모자라다"), (lambda: fail(OSError("[WinError 1455] 페이징")), "페이지 파일"),
+    (lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), "VRAM이 모자라다"),
+])
+def test_running_out_of_memory_is_one_line_that_says_what_is_short(error, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: error(), argv=[])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith("오류: ") and said in told and told.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ValueError, match="결함"):
+        cli.run(lambda: fail(ValueError("결함")), argv=[])
+
+
+def fail(error: Exception):
+    raise error
+
+
+def test_garbage_collection_rests_only_while_libraries_are_imported():
+    with pytest.raises(ImportError), process.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()

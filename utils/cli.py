@@ -24,7 +24,7 @@ import fire
 
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
-from utils.errors import UsageError
+from utils.errors import UsageError, memory_reason
 from utils.helptext import asks_help, descriptions, examples, help_text
 from utils.paths import ROOT
 from utils.process import is_first_process
@@ -64,11 +64,14 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     except BrokenPipeError:  # 출력을 읽던 쪽(head, less)이 먼저 닫았다
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_INTERRUPTED)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except Exception as error:
+        reason = memory_reason(error)
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            where = f": {error.filename}" if error.filename else ""
+            reason = f"디스크가 차서 쓰지 못했다{where}. 자리를 비운 뒤 다시 실행한다"
+        if reason is None:
             raise
-        where = f": {error.filename}" if error.filename else ""
-        print(f"오류: 디스크가 차서 쓰지 못했다{where}. 자리를 비운 뒤 다시 실행한다", file=sys.stderr)
+        print(f"오류: {reason}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
 

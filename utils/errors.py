@@ -22,6 +22,13 @@ _JSON_WORDS = {  # json 모듈의 오류 -> 사람의 말
     "Illegal trailing comma": "마지막 값 뒤의 쉼표를 뺀다"}
 
 
+_MEMORY = (  # (라이브러리의 오류에 든 말, 사용자에게 할 말)
+    (("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+     "VRAM이 모자라다. 카드를 쓰는 다른 프로그램을 닫거나 더 작은 모델을 쓴다"),
+    (("DefaultCPUAllocator", "Unable to allocate", "WinError 1455", "os error 1455"),
+     "RAM이 모자라다. 다른 프로그램을 닫거나 페이지 파일(Windows의 가상 메모리, Linux의 스왑)을 늘린다"))
+
+
 class UsageError(Exception):
     """사용자의 입력이나 환경이 잘못되었을 때 올린다.
 
@@ -33,6 +40,12 @@ class UsageError(Exception):
 def why(error: OSError) -> str:
     """운영 체제가 거절한 이유를 한국어로. 모르는 것은 운영 체제의 말 그대로다."""
     return _WHY.get(error.errno) or error.strerror or str(error)
+
+
+def memory_reason(error: Exception) -> str | None:
+    """메모리가 모자라 난 오류면 무엇이 모자라고 무엇을 할지 한 줄. 다른 오류면 None."""
+    said = str(error) or "Unable to allocate" * isinstance(error, MemoryError)  # Python의 MemoryError는 말이 없다
+    return next((advice for marks, advice in _MEMORY if any(mark in said for mark in marks)), None)
 
 
 def first_line(error: Exception) -> str:

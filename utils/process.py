@@ -3,7 +3,10 @@
 torchrun과 accelerate가 환경 변수로 알려 준다. 혼자 실행하면 변수가 없고, 첫째이자 하나뿐인 프로세스다.
 """
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 
 
 def rank() -> int:
@@ -36,3 +39,14 @@ def is_sharded() -> bool:
     FSDP는 정수 가중치를 나누지 못하므로 4비트를 계산 dtype의 버퍼에 담고, 카드 하나에 다 올리지 않도록 RAM에 올린다.
     """
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """라이브러리를 불러오는 동안 쓰레기 수집을 쉰다. 남을 객체 수십만 개를 거듭 훑지 않아 0.7초가 준다."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -1,14 +1,24 @@
 """요즘 고르는 모델의 모양에 무작위 가중치를 넣는다: `build`는 GPU에서 양자화해 만들고, `write_folder`는 폴더로 쓴다."""
 
-import json
 import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import standin
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils.model import shards  # noqa: E402
+from utils.model.configs import auto_config  # noqa: E402
+
 SHARD_BYTES = 2**31
+PIECE = 2**22
+POOL = 2**24 + 43  # 무작위 수의 개수. 어느 행렬의 폭으로도 나누어지지 않아 큰 행렬에도 같은 행이 되풀이되지 않는다
 GROUPED = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 SHAPES = {
     **{f"polyglot-ko-{size}": standin.config_of(size) for size in standin.SHAPES},
@@ -49,11 +59,11 @@ def build(shape: str, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, do
         compute: 4비트 선형층이 계산하는 dtype. None이면 dtype과 같다.
     """
     import bitsandbytes as bnb
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     conf = dict(SHAPES[shape])
     no_ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(conf.pop("model_type"), **conf | no_ends)
+    config = auto_config().for_model(conf.pop("model_type"), **conf | no_ends)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -114,33 +124,39 @@ def add_lora(model, targets="all-linear", rank: int = 8):
 
 
 def write_folder(shape: str, folder: Path) -> Path:
-    """그 모양의 무작위 fp16 모델 폴더를 tensor마다 쓴다. 토크나이저는 함께 든 데모 모델의 것이다."""
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """그 모양의 무작위 fp16 모델 폴더를 쓴다. 토크나이저는 함께 든 데모 모델의 것이다.
+
+    무작위 수는 한 덩어리만 만들고, tensor마다 그 안의 다른 자리에서 시작해 읽는다. 디스크가 쓰는 만큼 빠르다.
+    """
+    from transformers import AutoModelForCausalLM
 
     shutil.rmtree(folder, ignore_errors=True)  # 끊긴 실행이 남긴 것
     folder.mkdir(parents=True)
     sizes = dict(SHAPES[shape])
-    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes | {"bos_token_id": 0, "eos_token_id": 0})
+    config = auto_config().for_model(sizes.pop("model_type"), **sizes | {"bos_token_id": 0, "eos_token_id": 0})
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight_map, shard, size = {}, {}, 0
-    parameters = list(skeleton.named_parameters())  # 묶인 출력 행렬은 한 번만 나온다
-    for index, (name, parameter) in enumerate(parameters):
-        value = torch.randn(parameter.shape, device=device) * 0.02
-        value += ("norm" in name and name.endswith("weight") and config.model_type != "gemma3_text")
-        shard[name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name] = value.half().cpu()
-        size += value.numel() * 2
-        if size > SHARD_BYTES or index == len(parameters) - 1:
-            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-            shard, size = {}, 0
-    content = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    generator = np.random.default_rng(0)
+    pool = (generator.standard_normal(POOL, np.float32) * 0.02).astype(np.float16)
+    one = pool if config.model_type == "gemma3_text" else pool + np.float16(1)  # norm의 weight
+    planned = []
+    for name, parameter in skeleton.named_parameters():  # 묶인 출력 행렬은 한 번만 나온다
+        values = one if "norm" in name and name.endswith("weight") else pool
+        chunks = partial(repeated, values, int(generator.integers(POOL)), parameter.numel())
+        name = name.replace("lm_head.", "embed_out.") if config.model_type == "gpt_neox" else name
+        planned.append(shards.Planned(name, "F16", tuple(parameter.shape), chunks))
+    shards.write_model(folder, planned, SHARD_BYTES, lambda line: None)
     for file in (ROOT / "resources/polyglot-ko-demo").glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
+
+
+def repeated(values: np.ndarray, begin: int, count: int) -> Iterator[memoryview]:
+    """values [POOL]를 begin부터 되풀이해 읽은 count개의 바이트."""
+    while count:
+        piece = values[begin : begin + min(count, PIECE)]
+        yield memoryview(piece).cast("B")
+        count -= len(piece)
+        begin = (begin + len(piece)) % len(values)

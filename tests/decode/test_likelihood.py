@@ -1,5 +1,7 @@
 """글의 로그 가능도: 하나씩 따로 계산한 transformers의 확률과 같고, 묶는 방법이 값을 바꾸지 않는다."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,25 @@ def test_equals_one_forward_for_each_item(model, pairs, row_tokens, logit_bytes,
         best = expected.topk(3, -1)
         assert value.top_ids.tolist() == best.indices.tolist()
         assert value.top_logprobs == pytest.approx(best.values.numpy(), abs=1e-4)
+
+
+def test_a_batch_that_does_not_fit_is_halved_after_its_memory_is_freed(model, pairs):
+    """실패한 forward의 중간값을 쥔 채 다시 재면 반으로 나누어도 들어가지 않는다."""
+    whole, failed, held = likelihood.measure(model, pairs), [], []
+
+    def run_out(head, inputs):
+        held.extend(value() for value in failed if value() is not None)
+        if len(inputs[0]) > 2:
+            failed.append(weakref.ref(inputs[0]))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(run_out)
+    try:
+        halved = likelihood.measure(model, pairs)
+    finally:
+        hook.remove()
+    assert failed and not held
+    assert [one.total for one in halved] == pytest.approx([one.total for one in whole], abs=1e-3)
 
 
 def test_greedy_says_whether_decoding_would_write_it(model, pairs):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from safetensors.torch import load_file, save_file
 from tiny import build_neox
 
 from utils.errors import UsageError
@@ -35,3 +36,14 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path, tiny_neox):
         file.unlink()
     with pytest.raises(UsageError, match="토크나이저.*가 없다"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_a_base_model_with_a_nan_is_refused_by_the_name_of_the_weight(quantize, tmp_path):
+    folder = build_neox(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
+    state[name][3, 5] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"NaN이나 inf가 들어 있다: .*{name}"):
+        loader.load_base(folder, loader.Device(torch.device("cpu"), torch.float32, ""), quantize)

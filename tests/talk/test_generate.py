@@ -7,15 +7,17 @@ import threading
 import time
 
 import conftest
+import families
 import pytest
 import torch
 from conftest import load_script, pieces_of, run_script
 from tiny import add_head
 
 from utils.decode.decoder import Decoder, Stats
-from utils.decode.precision import choose_precision
+from utils.decode.precision import choose_precision, require_room, weight_bytes
 from utils.errors import UsageError
 from utils.model import adapter, loader
+from utils.model.folder import open_model_folder
 from utils.model.loader import Device
 from utils.model.tokenizer import end_token_id, load_tokenizer
 from utils.prompter import Prompter
@@ -326,3 +328,26 @@ def test_without_a_flag_the_fastest_precision_is_chosen(tiny_neox):
     assert choose_precision(str(tiny_neox), gpu, None, False).quantize == "4bit"
     assert choose_precision(str(tiny_neox), cpu, None, False).quantize is None
     assert choose_precision(str(tiny_neox), cpu, True, False).quantize == "4bit"
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "qwen3"])
+def test_weights_take_what_is_said_before_loading(kind, tmp_path):
+    """VRAM에 들어가는지는 올리기 전에 본다. 작은 모델에서는 norm과 bias의 몫이 커서 8%까지 다르다."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+    families.build(kind, torch.bfloat16, **wide).save_pretrained(tmp_path)
+    cpu = Device(torch.device("cpu"), torch.bfloat16, "테스트")
+    for quantize in ("4bit", None):
+        model = loader.load_base(tmp_path, cpu, quantize)
+        held = 0
+        for parameter in model.parameters():
+            state = getattr(parameter, "quant_state", None)
+            held += parameter.nbytes + (state.absmax.nbytes + state.state2.absmax.nbytes if state else 0)
+        assert weight_bytes(open_model_folder(tmp_path), quantize) == pytest.approx(held, rel=0.08)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny_neox):
+    require_room(str(tiny_neox), "4bit", 0.4e9)
+    with pytest.raises(UsageError, match="4비트로 줄여도 VRAM이 0.3 GB 드는데 0.2 GB만"):
+        require_room(str(tiny_neox), "4bit", 0.2e9)
+    with pytest.raises(UsageError, match="--load_4bit True를 적거나"):
+        require_room(str(tiny_neox), None, 0.2e9)

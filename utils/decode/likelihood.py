@@ -97,11 +97,13 @@ def _first(batch: list) -> int:
 
 
 def _measure_batch(model, batch: list, top: int) -> list[Likelihood]:
+    logits = None
     try:
         logits = _logits(model, batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
+    if logits is None:  # 오류가 중간값을 붙들므로 except의 밖에서 나누어 잰다
         half = len(batch) // 2
         return _measure_batch(model, batch[:half], top) + _measure_batch(model, batch[half:], top)
     first = _first(batch)

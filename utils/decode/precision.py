@@ -4,15 +4,18 @@ import math
 from typing import NamedTuple
 
 import psutil
-import torch
 
 from utils.engine.families import describe
 from utils.engine.family import Family
 from utils.errors import UsageError
-from utils.model.folder import open_model_folder
+from utils.model import vram
+from utils.model.folder import ModelFolder, open_model_folder
 from utils.model.loader import Device
 
 SPARE = 0.6e9  # 가중치 말고 답을 만드는 데 드는 바이트: KV cache, 버퍼, CUDA context
+LEAST = 0.3e9  # 그 가운데 짧은 답에도 드는 것. CUDA context는 이미 잡혀 있다
+# 선형층의 값 하나의 바이트. NF4는 값 64개마다 8비트 absmax, absmax 256개마다 fp32 하나가 더 있다
+VALUE_BYTES = {"4bit": 1 / 2 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0, None: 2.0}
 
 
 class Precision(NamedTuple):
@@ -47,8 +50,37 @@ def choose_precision(base_model: str, device: Device, load_4bit: bool | None, lo
                                  "16비트는 --load_4bit False")
     values = sum(math.prod(entry.shape) for entry in folder.tensors.values())
     need = values * width + SPARE
-    free = torch.cuda.mem_get_info(device.device)[0] if kind == "cuda" else psutil.virtual_memory().available
+    free = vram.left(device.device) if kind == "cuda" else psutil.virtual_memory().available
     room = f"남은 {'VRAM' if kind == 'cuda' else 'RAM'} {free / 1e9:.1f} GB"
     if need <= free or kind == "mps":
         return Precision(None, f"{name}. {need / 1e9:.1f} GB가 {room}에 들어간다")
     return Precision("4bit", f"4비트(NF4). {name}에 드는 {need / 1e9:.1f} GB가 {room}에 들어가지 않는다")
+
+
+def require_room(base_model: str, quantize: str | None, free: float) -> None:
+    """가중치가 VRAM에 들어가는지 올리기 전에 본다. 넘치면 다 올려 갈 때에야 죽는다.
+
+    Args:
+        quantize: `load_base`의 것.
+        free: 쓸 수 있는 VRAM(바이트).
+
+    Raises:
+        UsageError: 들어가지 않는다.
+    """
+    need = weight_bytes(open_model_folder(base_model), quantize) + LEAST
+    if need > free:
+        how = {"4bit": "4비트로 줄여도", "8bit": "8비트로는", None: "16비트로는"}[quantize]
+        advice = "" if quantize == "4bit" else "--load_4bit True를 적거나, "
+        raise UsageError(f"이 모델은 {how} VRAM이 {need / 1e9:.1f} GB 드는데 {free / 1e9:.1f} GB만 비어 있다. {advice}"
+                         "카드를 쓰는 다른 프로그램을 닫거나 더 작은 모델을 쓴다")
+
+
+def weight_bytes(folder: ModelFolder, quantize: str | None) -> float:
+    """올린 가중치의 바이트. 구조를 모르면 모든 값을 줄인 것으로 보아 실제보다 작다."""
+    family = describe(folder.config)
+    if isinstance(family, Family):
+        linear = family.layers * sum(shape.rows * shape.columns for shape in family.linears().values())
+        rest = family.vocab * family.hidden * (1 if family.tied else 2)
+    else:
+        linear, rest = sum(math.prod(entry.shape) for entry in folder.tensors.values()), 0
+    return linear * VALUE_BYTES[quantize] + 2 * rest

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from utils.decode.forward_step import CapturedStep, EagerStep, FreshStep, RereadStep
 from utils.engine.families import rotary_edge
 from utils.errors import first_line
+from utils.model import vram
 from utils.model.adapter import base_of
 from utils.sampling import Sampling, pick
 
@@ -207,9 +208,7 @@ class ForwardDecode:
         if self._device.type != "cuda":
             return psutil.virtual_memory().available
         held = self._step.rows * self._step.capacity * self._token_bytes if self._step else 0  # 새로 잡을 때 돌려준다
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # 할당기가 쥐고 있는 빈 것
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return free + unused + held - SPARE
+        return vram.left(self._device) + held - SPARE
 
 
 def kv_bytes(config, dtype: torch.dtype) -> int:

@@ -76,7 +76,7 @@ def check_vram(facts: Full) -> Finding:
 def check_spill(facts: Full) -> Finding:
     driver = _major(facts.nvidia.partition(",")[2])
     if facts.gpu and facts.system == "win32" and driver >= SPILLING_DRIVER:
-        return Finding(WARN, "이 드라이버는 VRAM이 차면 말없이 RAM으로 넘쳐 10배쯤 느려진다. 학습은 상한을 두어 막는다",
+        return Finding(WARN, "이 드라이버는 VRAM이 차면 말없이 RAM으로 넘쳐 10배쯤 느려진다. 학습과 대화는 상한을 둔다",
                        "NVIDIA 제어판 > 3D 설정 관리 > CUDA - 시스템 메모리 폴백 정책 > '폴백 없음 우선'")
     return Finding(OK, "VRAM이 RAM으로 넘치지 않는다" if facts.gpu else "VRAM 넘침과 상관없다")
 

@@ -14,6 +14,7 @@ from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe
 from utils.engine.prefill import CAPTURED, Prefill
 from utils.engine.weights import Weights, shape_dtype, why_not_weights
+from utils.model import vram
 from utils.sampling import Sampling
 
 FEW = 3        # 질문이 이보다 적으면 하나씩 답한다
@@ -89,9 +90,8 @@ class FastDecode:
         return min(tokens, max(cache.capacity, cache.fits(self._free_bytes())))
 
     def _free_bytes(self) -> float:
-        """KV cache에 더 쓸 수 있는 바이트. torch가 쥐고만 있는 것도 센다."""
-        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return max(0.0, torch.cuda.mem_get_info(self._weights.embedding.device)[0] + unused - SPARE)
+        """KV cache에 더 쓸 수 있는 바이트."""
+        return max(0.0, vram.left(self._weights.embedding.device) - SPARE)
 
     def tokens(self, input_ids: list[int], settings: Sampling, limit: int) -> Iterator[int]:
         """토큰을 최대 `limit`개 내놓는다. GPU는 읽는 쪽보다 AHEAD개 앞서 가서 graph 사이에 쉬지 않는다."""

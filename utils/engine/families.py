@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.engine.family import GEMMA, Family
 from utils.model.adapter import base_of
+from utils.model.configs import auto_config
 
 NF4_BLOCK = 64
 STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}  # 글의 길이에 따라 주파수가 달라지지 않는 것들
@@ -124,13 +125,11 @@ def _config(base):
     """설정 객체. dict면 transformers가 빠진 값을 채우게 한다."""
     if not isinstance(base, dict):
         return base.config if isinstance(base, nn.Module) else base
-    from transformers import AutoConfig
-
     settings = {name: value for name, value in base.items() if name != "transformers_version"}
     kind = settings.pop("model_type", None)
     if kind != "gpt_neox" and kind not in LLAMA_LIKE:
         return f"모르는 구조({kind})"
-    return AutoConfig.for_model(kind, **settings)
+    return auto_config().for_model(kind, **settings)
 
 
 def _neox(config) -> Family | str:

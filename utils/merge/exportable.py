@@ -1,6 +1,7 @@
 """GGUF로 옮길 수 있는 모델인지: 아는 구조, GGUF에 적을 자리가 있는 설정, llama.cpp가 하는 계산."""
 
 from utils.errors import UsageError
+from utils.model.configs import auto_config
 
 ARCHITECTURES = {"gpt_neox": "gptneox", "llama": "llama"}
 # GGUF에 적거나 tensor로 나타나는 설정
@@ -28,9 +29,7 @@ def require_exportable(config: dict) -> None:
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
         raise UsageError(f"GGUF로 옮길 줄 모르는 구조다: {kind} (아는 것: {', '.join(ARCHITECTURES)})")
-    from transformers import AutoConfig
-
-    usual = AutoConfig.for_model(kind).to_dict()
+    usual = auto_config().for_model(kind).to_dict()
     for name, value in config.items():
         if name in usual and name not in _EXPRESSED | _HARMLESS and value != usual[name]:
             raise UsageError(f"GGUF로 옮길 줄 모르는 설정이다: {name}={value!r}")

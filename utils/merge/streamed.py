@@ -9,6 +9,7 @@ from torch import nn
 
 from utils.errors import UsageError
 from utils.model import nf4
+from utils.model.configs import auto_config
 from utils.model.diskmap import DiskMap
 from utils.model.folder import ModelFolder, TensorEntry
 from utils.model.lora import Update
@@ -110,9 +111,9 @@ def build(source: Source, device: torch.device) -> nn.Module:
         UsageError: 모델의 가중치가 폴더에 없다.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(source.folder.path))
+    config = auto_config().from_pretrained(str(source.folder.path))
     config.dtype = torch.float32
     config.use_cache = False
     with init_empty_weights():

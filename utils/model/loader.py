@@ -8,6 +8,7 @@ import torch
 
 from utils import hub
 from utils.errors import UsageError, first_line
+from utils.model.configs import auto_config
 from utils.model.folder import PUBLISHED, download_command, open_model_folder
 from utils.paths import ROOT, looks_like_hub_id
 from utils.process import is_sharded, local_rank, n_local_processes
@@ -55,11 +56,9 @@ def load_config(base_model: str | Path, cache_dir: str | None = None) -> dict:
     Raises:
         UsageError: 설정을 받거나 읽을 수 없다.
     """
-    from transformers import AutoConfig
-
     folder = hub.folder(base_model, cache_dir, hub.SETTINGS_FILES)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = auto_config().from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"모델의 설정을 읽지 못했다: {base_model} ({first_line(error)})") from None
@@ -122,6 +121,9 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     except (OSError, ValueError) as error:
         raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({first_line(error)})") from None
     except RuntimeError as error:
+        if "conversion of the weights" in str(error):  # transformers는 양자화하다 난 오류를 모아 이렇게만 말한다
+            raise UsageError(f"기반 모델을 양자화하지 못했다: {base_model}. 대개 VRAM이 모자라서다. 카드를 쓰는 다른 "
+                             "프로그램을 닫거나 더 작은 모델을 쓴다") from None
         if "mismatched_sizes" not in str(error):
             raise
         raise UsageError(f"config.json과 가중치의 모양이 맞지 않는다: {base_model}. 모델을 다시 받는다") from None
@@ -153,9 +155,11 @@ def inexact_widths(model) -> list[int]:
 
 
 def _refuse_nan(model, base_model: str | Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not all(torch.isfinite(values).all() for values in _scales(parameter)):
-            raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
+    found = {name: torch.stack([torch.isfinite(values).all() for values in scales])
+             for name, parameter in model.named_parameters() if (scales := _scales(parameter))}
+    if not torch.cat([*found.values()]).all():  # GPU를 한 번만 기다린다
+        name = next(name for name, finite in found.items() if not finite.all())
+        raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
 
 
 def _scales(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:

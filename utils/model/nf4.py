@@ -2,6 +2,7 @@
 
 import torch
 
+from utils.model.configs import auto_config
 from utils.model.folder import TensorEntry
 from utils.model.shards import read_rows, read_whole, row_spans
 
@@ -71,10 +72,10 @@ def round_trip(values: torch.Tensor, dtype: torch.dtype, transposed: bool = Fals
 def quantised_modules(config_folder) -> set[str]:
     """4비트로 올릴 때 bitsandbytes가 바꾸는 층의 이름. 무엇을 바꿀지는 transformers가 고른다."""
     from bitsandbytes.nn import Linear4bit
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
-    config = AutoConfig.from_pretrained(str(config_folder), trust_remote_code=False)
+    config = auto_config().from_pretrained(str(config_folder), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from utils.errors import UsageError, first_line
+from utils.model.configs import auto_config
 from utils.model.folder import ModelFolder, text_config
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -69,10 +70,8 @@ class Build:
         Raises:
             UsageError: 설정으로 모델을 만들 수 없다.
         """
-        from transformers import AutoConfig
-
         try:
-            config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+            config = auto_config().from_pretrained(str(path), trust_remote_code=False)
             return cls(config, type(empty_model(config)))
         except UsageError:
             raise

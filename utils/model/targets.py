@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from utils import hub
 from utils.errors import UsageError, first_line
 from utils.model import diskmap
+from utils.model.configs import auto_config
 from utils.model.diskmap import DiskMap
 from utils.model.folder import open_model_folder
 from utils.model.shape import empty_model
@@ -37,9 +38,7 @@ def find_targets(base_model: str, asked: tuple[str, ...], config: dict, cache_di
     Raises:
         UsageError: 모델에 없는 층이거나, LoRA를 붙이지 못하거나 배워도 합칠 수 없는 층이다.
     """
-    from transformers import AutoConfig
-
-    empty = empty_model(AutoConfig.from_pretrained(base_model, cache_dir=cache_dir, trust_remote_code=False))
+    empty = empty_model(auto_config().from_pretrained(base_model, cache_dir=cache_dir, trust_remote_code=False))
     unfit = unfit_names(empty, diskmap.read(open_model_folder(hub.folder(base_model, cache_dir))))
     unfit |= dict.fromkeys(expert_names(empty), "PEFT가 전문가들을 한데 담은 가중치로 옮겨 붙이는 층")
     names = linear_names(empty) - unfit.keys()

@@ -1,6 +1,7 @@
 """대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 import filecmp
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ from utils.chat import CHAT
 from utils.console import detail
 from utils.data.encoder import head_ids
 from utils.decode.decoder import Decoder
-from utils.decode.precision import choose_precision
+from utils.decode.precision import choose_precision, require_room
 from utils.errors import UsageError
-from utils.model import diskmap, loader, lora, shards
+from utils.model import diskmap, loader, lora, shards, vram
 from utils.model.adapter import (
     ADAPTER_FOLDER,
     PromptInfo,
@@ -24,6 +25,7 @@ from utils.model.adapter import (
 )
 from utils.model.folder import (
     ADAPTER_WEIGHTS,
+    TensorEntry,
     find_trained_base,
     model_digest,
     open_model_folder,
@@ -147,6 +149,11 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     base_model = sources[0].base_model
     precision = choose_precision(base_model, device, load_4bit, load_8bit)
     say(f"가중치: {precision.reason}")
+    if device.device.type == "cuda":
+        free = vram.left(device.device)
+        require_room(base_model, precision.quantize, free)
+        if sys.platform == "win32":  # 답이 길어져도 RAM으로 넘치지 않게 한다
+            vram.cap(device.device, free)
     tokenizer = load_tokenizer(base_model, cache_dir)
     prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]
     can_compare = sources[0].adapter is not None
@@ -237,9 +244,18 @@ def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None =
         module = model.get_submodule(name)
         if isinstance(module, Linear4bit):
             entry, update = disk.entries[f"{name}.weight"], replace(update, transposed=name in disk.transposed)
-            weight = torch.cat([shards.read_rows(entry, *span).float() - update.rows(*span)
-                                for span in shards.row_spans(entry.shape)])
+            weight = unmerged(entry, update, device)
             weight = weight.T.contiguous() if update.transposed else weight  # bitsandbytes는 [out, in]으로 둔다
-            module.weight = Params4bit(weight.to(device.dtype), requires_grad=False, compress_statistics=True,
-                                       quant_type="nf4", module=module).to(device.device)
+            module.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4",
+                                       module=module).to(device.device)
     return load_adapter(model, adapter)
+
+
+def unmerged(entry: TensorEntry, update: lora.Update, device: Device) -> torch.Tensor:
+    """합친 가중치에서 갱신을 뺀 것 [entry.shape]. 조각마다 장치에서 fp32로 빼고 장치의 dtype으로 반올림한다."""
+    update = replace(update, a=update.a.to(device.device), b=update.b.to(device.device))
+    weight = torch.empty(entry.shape, dtype=device.dtype, device=device.device)
+    for start, stop in shards.row_spans(entry.shape):
+        merged = shards.read_rows(entry, start, stop).to(device.device).float()
+        weight[start:stop] = merged - update.rows(start, stop)
+    return weight

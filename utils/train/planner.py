@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from utils.errors import UsageError
+from utils.model import vram
 from utils.train.prediction import CONTEXT, Workload, find_family, predict
 
 GB = 1e9
@@ -65,7 +66,8 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
     Args:
         batch_size: 프로세스 하나가 optimizer step마다 배울 블록의 수.
         micro_batch_size: 적으면 그대로 쓴다.
-        vram_gb: 쓸 VRAM의 상한(CUDA context 포함). None이면 지금 비어 있는 양에서 여유를 뺀다.
+        vram_gb: 쓸 VRAM의 상한(CUDA context 포함). 지금 비어 있는 양보다 크면 비어 있는 양이고, None이면 거기서 여유를
+            뺀다.
         exact: 두 번 배워도 비트까지 같게 한다. attention의 backward가 메모리를 더 쓴다.
 
     Raises:
@@ -74,7 +76,8 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
     if device.type != "cuda":
         return MemoryPlan(micro_batch_size or 1)
     free, total = torch.cuda.mem_get_info(device)
-    budget = min(free + CONTEXT - MARGIN, total) if vram_gb is None else vram_gb * GB
+    room = free + CONTEXT  # CUDA context는 이미 잡혀 있어 `free`에 들지 않는다
+    budget = min(room - MARGIN if vram_gb is None else min(vram_gb * GB, room), total)
     if exact:
         work = replace(work, processors=torch.cuda.get_device_properties(device).multi_processor_count)
     plan = fit(work, budget, batch_size, micro_batch_size, grow=vram_gb is not None)
@@ -82,13 +85,9 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
 
 
 def cap_allocator(plan: MemoryPlan, device: torch.device, vram_gb: float | None) -> None:
-    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 Windows일 때만이다.
-
-    Windows의 드라이버는 모자라는 VRAM을 말없이 RAM으로 메워 열 배 느려진다. 막아 두면 메모리 부족으로 드러난다.
-    """
+    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 Windows일 때만이다."""
     if device.type == "cuda" and (vram_gb is not None or sys.platform == "win32"):
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min((plan.budget - CONTEXT) / total, 1.0))
+        vram.cap(device, plan.budget - CONTEXT)
 
 
 def fit(work: Workload, budget: float, batch_size: int, micro_batch_size: int | None = None,

@@ -1,0 +1,27 @@
+"""카드에 남은 양과 상한. GPU가 있어야 한다."""
+
+import pytest
+import torch
+
+from utils.model import vram
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
+
+
+def test_what_is_left_stays_under_the_cap():
+    """상한 아래로 남았다고 한 만큼은 잡을 수 있고, 그보다 많이는 잡을 수 없다."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    held = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    before = vram.left(device)
+    try:
+        vram.cap(device, torch.cuda.memory_reserved(device) + (256 << 20))
+        left = vram.left(device)
+        assert 250 << 20 < left < min(before, 320 << 20)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(left) + (64 << 20), dtype=torch.uint8, device=device)
+        more = torch.empty(int(left) - (32 << 20), dtype=torch.uint8, device=device)
+        assert vram.left(device) < 40 << 20
+        del held, more
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert vram.left(device) > before
