@@ -86,6 +86,7 @@ def write_rows(file, *rows) -> str:
 @pytest.mark.parametrize("row", [
     {"질문": "?", "답변": "나 ", "보기": ["가", "나"]},
     {"question": "?", "answer": "나", "Choices": '["가", "나"]'},  # CSV의 칸에 적은 목록
+    *({"질문": "?", "답변": "나", "보기": text} for text in ("가|나", "가; 나", "가\n나", "가 / 나", "가,나")),
     {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "나"}], "options": ["가", "나"]},
 ])
 def test_options_are_found_by_any_of_their_names_and_in_every_form(row, tmp_path):
@@ -95,7 +96,8 @@ def test_options_are_found_by_any_of_their_names_and_in_every_form(row, tmp_path
     assert item.asked == tuple([pieces_of(Prompter(), "?", "", option)] for option in item.options)
 
 
-@pytest.mark.parametrize("options", [["나"], "가", ["가", 1], [], ["가"], ["가", "가"], ["가", " "], {"a": "가"}])
+@pytest.mark.parametrize("options", [["나"], "가", "나|다", "가|", ["가", 1], [], ["가"], ["가", "가"], ["가", " "],
+                                     {"a": "가"}])
 def test_wrong_options_are_refused_with_the_row(options, tmp_path):
     row = {"instruction": "?", "output": "가", "options": options}
     with pytest.raises(UsageError, match="1번째 행의 options"):
