@@ -22,7 +22,7 @@ from conftest import train_settings
 
 from utils.data.blocks import PackedDataset
 from utils.data.exams import Exam, Item, load_exams, make_exam
-from utils.data.kobest import find_task, read_task
+from utils.data.kobest_files import find_task, read_task
 from utils.decode import likelihood, scorecard
 from utils.model import loader
 from utils.model.targets import find_backbone

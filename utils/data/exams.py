@@ -7,7 +7,8 @@ from pathlib import Path
 from utils.data.columns import require_form
 from utils.data.dataset import say_row
 from utils.data.forms import read_row, unpacked
-from utils.data.kobest import KOBEST_HUB, TASKS, Task, choose_files, find_task, is_on_hub, read_task
+from utils.data.kobest import KOBEST_HUB, TASKS, Task, is_on_hub
+from utils.data.kobest_files import choose_files, find_task, read_task
 from utils.data.preferences import plain
 from utils.data.rows import fetch, read_rows
 from utils.data.texts import compose, strip_end
