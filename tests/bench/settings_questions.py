@@ -56,7 +56,8 @@ def grid(task: str) -> Rows:
 
 SENTINEG = Question("SentiNeg: 층과 학습률", grid("sentineg"))
 KOALPACA = Question("KoAlpaca: 층과 학습률", grid("koalpaca"))
-BASE = Question("배우기 전", [(task, case(task, "attention", 1e-3, 30, {"base": True})) for task in EPOCHS], SEEDS[:1])
+BASE = Question("배우기 전", [(f"{task}{name}", case(task, "attention", 1e-3, 30, {"base": True, **extra}))
+                           for name, extra in (("", {}), (", 16비트", {"wide": True})) for task in EPOCHS], SEEDS[:1])
 
 
 def every_question() -> list[Question]:
@@ -68,9 +69,9 @@ def every_question() -> list[Question]:
         *(Question(f"{rows}행: SentiNeg", few("sentineg", rows)) for rows in (30, 100)),
         Question("다른 방법", others("sentineg") + others("koalpaca")),
         Question("rank", ranks("sentineg") + ranks("koalpaca")),
-        Question("epoch", epochs("sentineg", (OTHER_RATE, THIRD)) + epochs("koalpaca") + epochs("boolq")),
-        Question("batch", batches("sentineg") + batches("koalpaca")),
-        Question("30행: KoAlpaca", few("koalpaca", 30)),
+        Question("epoch", [row for task in ("sentineg", "koalpaca", "boolq") for row in epochs(task)]),
+        Question("batch", batches("sentineg") + batches("koalpaca"), SEEDS[:1]),
+        Question("30행: KoAlpaca", few("koalpaca", 30), SEEDS[:1]),
     ]
 
 
@@ -88,12 +89,16 @@ def answers_only() -> Rows:
 
 def choosing() -> Rows:
     """보기를 고르는 문항을 더 잘 배우게 할 만한 것들: 더 오래, 답만, 선호 쌍으로."""
-    rows = [("boolq, 10 epoch", case("boolq", num_train_epochs=10))]
-    for task in ("copa", "boolq"):
-        rows += [(f"{task}, {n} epoch, 답만", case(task, num_train_epochs=n, **ANSWERS)) for n in (5, 10)]
-        rows += [(f"{task}, 선호 쌍, {rate:g}", case(task, rate=rate, num_train_epochs=2, extra={"pairs": True}))
-                 for rate in (OTHER_RATE / 5, OTHER_RATE)]
-    return rows
+    rows = [(f"{task}, {n} epoch, 답만", case(task, num_train_epochs=n, **ANSWERS))
+            for task in ("copa", "boolq") for n in (5, 10)]
+    pairs = [*((rate, 2) for rate in (1e-5, 3e-5, 1e-4, 5e-4)), (1e-4, 5)]
+    rows += [(f"copa, 선호 쌍, {rate:g}, {n} epoch", preferring("copa", rate, n)) for rate, n in pairs]
+    return [*rows, ("boolq, 선호 쌍, 0.0001, 2 epoch", preferring("boolq", 1e-4, 2))]
+
+
+def preferring(task: str, rate: float, n_epochs: int) -> dict:
+    """정답을 고르고 다른 보기를 버린 선호 쌍으로."""
+    return case(task, rate=rate, num_train_epochs=n_epochs, extra={"pairs": True})
 
 
 def few(task: str, rows: int) -> Rows:
@@ -107,7 +112,8 @@ def few(task: str, rows: int) -> Rows:
 
 def others(task: str) -> Rows:
     return [(f"{task}, 채우지 않음", case(task, extra={"alone": True})),
-            (f"{task}, 16비트 기반", case(task, extra={"wide": True})),
+            (f"{task}, 16비트로 배우고 묻기", case(task, extra={"wide": True})),
+            (f"{task}, 4비트로 배우고 16비트로 묻기", case(task, extra={"asked_wide": True})),
             (f"{task}, LoRA+ 16", case(task, extra={"lora_plus": 16})),
             (f"{task}, LoRA+ 16, 학습률 1/4", case(task, rate=OTHER_RATE / 4, extra={"lora_plus": 16})),
             (f"{task}, dropout 0", case(task, lora_dropout=0.0)),
@@ -119,9 +125,8 @@ def ranks(task: str) -> Rows:
             for name, alpha in (("rsLoRA", round(2 * math.sqrt(RANK_AT * r), 3)), ("alpha 2r", 2 * r))]
 
 
-def epochs(task: str, rates: tuple[float, ...] = (OTHER_RATE,)) -> Rows:
-    return [(f"{task}, {n} epoch, {rate:g}", case(task, rate=rate, num_train_epochs=n))
-            for rate in rates for n in (1, 2, 3, 5, 10)]
+def epochs(task: str) -> Rows:
+    return [(f"{task}, {n} epoch", case(task, num_train_epochs=n)) for n in (1, 2, 3, 5, 10)]
 
 
 def batches(task: str) -> Rows:
