@@ -6,10 +6,17 @@ import json
 import pytest
 from conftest import ROOT, pieces_of
 
+from utils.data import columns, forms
+from utils.data.dataset import load_documents
+from utils.data.encoder import Encoder
 from utils.data.exams import is_kobest, load_exams
 from utils.data.kobest import TASKS
+from utils.data.rows import read_rows
 from utils.errors import UsageError
+from utils.model.tokenizer import load_tokenizer
+from utils.paths import BASE_DEMO
 from utils.prompter import Prompter
+from utils.turns import Turn
 
 pytestmark = pytest.mark.quick
 
@@ -55,6 +62,51 @@ def test_both_forms_are_the_questions_of_the_harness(name, tmp_path):
     assert asked.items[0].asked == tuple([pieces_of(Prompter(), text, "", option)] for option in options)
 
 
+def learnt(file) -> list:
+    """배울 때 첫 행에서 읽는 글들."""
+    number, row = next(read_rows(file))
+    return forms.read_row(row, columns.form_of(row, file), number, file)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_file_of_kobest_is_learnt_as_it_is_asked(name, tmp_path):
+    hub, tsv, text, options, answer = HUB[name]
+    write_tsv(tmp_path / f"{name}-train.tsv", [tsv])
+    write_rows(tmp_path / f"{name}-train.jsonl", hub)
+    for file in tmp_path.iterdir():
+        assert learnt(file) == [Turn("user", text), Turn("assistant", options[answer])]
+
+
+@pytest.mark.parametrize("row", [
+    {"sentence": "맛있어요", "label": "1"},  # 이름에 kobest나 sentineg가 없는 사용자의 표
+    {"Text": "섬이다.", "Question": "섬인가?", "Answer": "그렇다"},
+    {"paragraph": "섬이다.", "question": "섬인가?", "answer": "예"},
+])
+def test_other_tables_are_learnt_as_they_are(row, tmp_path):
+    *_, asked, answer = row.values()
+    said = learnt(write_rows(tmp_path / "mine.jsonl", row))
+    assert [turn.text for turn in said] == [asked, answer]
+
+
+def test_a_row_of_kobest_without_an_answer_is_named(tmp_path):
+    rows = [{"ID": 1, "Text": "좋다", "Label": "1"}, {"ID": 2, "Text": "싫다", "Label": "7"}]
+    file = write_rows(tmp_path / "sentineg.jsonl", *rows)
+    form = columns.form_of(rows[0], file)
+    with pytest.raises(UsageError, match=r"2번째 행을 SentiNeg의 문항으로 읽을 수 없다: 정답\(7\)"):
+        forms.read_row(rows[1], form, 2, file)
+
+
+def test_the_same_rows_under_another_name_are_read_anew(tmp_path):
+    """(sentence, label)은 파일의 이름까지 보고 안다. 한쪽의 토큰을 다른 쪽이 다시 쓰지 않는다."""
+    tokenizer = load_tokenizer(BASE_DEMO)
+    texts = []
+    for name in ("mine.jsonl", "sentineg.jsonl"):
+        write_rows(tmp_path / name, {"sentence": "맛있어요", "label": "1"})
+        documents = load_documents(tmp_path / name, Prompter(), Encoder(tokenizer, 2), 64, 2, str(tmp_path / "cache"))
+        texts.append(tokenizer.decode(documents.document(0)[0]))
+    assert "문장: 맛있어요 긍부정:" in texts[1] and "긍부정" not in texts[0]
+
+
 def test_takes_the_test_part_and_never_the_training_part(tmp_path):
     rows = [{"Text": f"{number}번", "Label": "0"} for number in range(6)]
     for file, part in (("train.tsv", rows), ("dev.tsv", rows[:3]), ("test.tsv", rows[:2]), ("Negation_Test.tsv", rows)):
@@ -86,6 +138,7 @@ def write_rows(file, *rows) -> str:
 @pytest.mark.parametrize("row", [
     {"질문": "?", "답변": "나 ", "보기": ["가", "나"]},
     {"question": "?", "answer": "나", "Choices": '["가", "나"]'},  # CSV의 칸에 적은 목록
+    *({"질문": "?", "답변": "나", "보기": text} for text in ("가|나", "가; 나", "가\n나", "가 / 나", "가,나")),
     {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "나"}], "options": ["가", "나"]},
 ])
 def test_options_are_found_by_any_of_their_names_and_in_every_form(row, tmp_path):
@@ -95,7 +148,8 @@ def test_options_are_found_by_any_of_their_names_and_in_every_form(row, tmp_path
     assert item.asked == tuple([pieces_of(Prompter(), "?", "", option)] for option in item.options)
 
 
-@pytest.mark.parametrize("options", [["나"], "가", ["가", 1], [], ["가"], ["가", "가"], ["가", " "], {"a": "가"}])
+@pytest.mark.parametrize("options", [["나"], "가", "나|다", "가|", ["가", 1], [], ["가"], ["가", "가"], ["가", " "],
+                                     {"a": "가"}])
 def test_wrong_options_are_refused_with_the_row(options, tmp_path):
     row = {"instruction": "?", "output": "가", "options": options}
     with pytest.raises(UsageError, match="1번째 행의 options"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from utils.data import preferences
+from utils.data import kobest, preferences
 from utils.data.preferences import PREFERENCES, plain
 from utils.errors import UsageError
 
@@ -43,9 +43,11 @@ class Form:
     Attributes:
         columns: 뜻 -> 파일에 적힌 열의 이름. 뜻은 "talk"(대화의 목록), "text"(글 하나), "question"과 "answer", 그리고
             `EXTRAS`의 것이다. 선호 쌍이면 "chosen"과 "rejected"가 있고 "answer"는 없다.
+        exam: KoBEST의 문항이면 그 시험. 시험이 묻는 글과 정답을 배우고, `columns`의 뜻은 그 시험이 안다.
     """
 
     columns: dict[str, str]
+    exam: kobest.Task | None = None
 
     @property
     def is_preference(self) -> bool:
@@ -54,7 +56,9 @@ class Form:
 
     @property
     def guessed(self) -> list[str]:
-        """공개된 이름이 아니어서 뜻을 짐작한 열. 없으면 비어 있다."""
+        """공개된 이름이 아니어서 뜻을 짐작한 열이나 KoBEST의 문항. 없으면 비어 있다."""
+        if self.exam is not None:
+            return [f"KoBEST {self.exam.title}의 문항(시험이 묻는 글과 정답으로 읽는다)"]
         named = [self.columns[meaning] for meaning in ("question", "answer", "text") if meaning in self.columns]
         usual = tuple(map(plain, named)) in (*PAIRS, ("text",))
         return [] if self.is_preference or usual else named
@@ -93,6 +97,12 @@ def choose_form(names: Iterable[str]) -> Form | None:
         if found is not None and (pair or meaning == "system"):
             columns[meaning] = found
     return Form(columns)
+
+
+def form_of(row: dict, source: str | Path) -> Form:
+    """배울 행의 꼴. KoBEST의 문항이면 그 시험이고, 아니면 `require_form`과 같다."""
+    task = kobest.task_of(row, source)
+    return require_form(row, source) if task is None else Form({name: name for name in map(str, row)}, task)
 
 
 def require_form(names: Iterable[str], source: str | Path) -> Form:

@@ -17,6 +17,7 @@ from utils.data import (
     encoder,
     encoding,
     forms,
+    kobest,
     pair_check,
     preferences,
     readers,
@@ -71,7 +72,7 @@ def load_documents(data_path: str | Path, prompter, encoder: Encoder, cutoff_len
     sha256 = source_sha256(data_path, cache_dir)
     key = text_sha256(sha256, json.dumps(prompter.template, sort_keys=True), encoder.fingerprint(),
                       Path(data_path).suffix.lower(), _code_sha256(),
-                      str(cutoff_len if _holds_talks(data_path, cache_dir) else None))
+                      _shape(data_path, cache_dir, cutoff_len))
     folder = Path(cache_dir or ROOT / "data") / CACHE_FOLDER / key[:32]
     cached = open_cache(folder)
     if cached is None or (cached.meta["skipped"] and not skip_bad):  # 건너뛴 행이 있으면 다시 읽어 그 행을 말한다
@@ -92,14 +93,17 @@ def source_sha256(data_path: str | Path, cache_dir: str | None = None) -> str:
     return text_sha256(str(data_path), *(file["filename"] for file in received.cache_files))
 
 
-def _holds_talks(data_path: str | Path, cache_dir: str | None) -> bool:
-    """여러 번 주고받은 행이 있을 수 있는 꼴인지 첫 행으로 본다. 그런 데이터의 토큰은 cutoff_len에 따라 다르다."""
+def _shape(data_path: str | Path, cache_dir: str | None, cutoff_len: int) -> str:
+    """내용이 같아도 토큰을 다르게 하는 것을 첫 행으로 본다: KoBEST의 시험이거나, 대화를 자르는 길이(cutoff_len)."""
     if Path(data_path).suffix.lower() == ".txt":
-        return False
+        return str(None)
     _, row = next(rows.read_rows(data_path, cache_dir, lambda number, reason: None), (0, {}))
+    if (task := kobest.task_of(row, data_path)) is not None:
+        return task.name
     form = columns.choose_form(row)
     names = form.columns if form else {}
-    return "talk" in names or "history" in names or isinstance(row.get(names.get("question")), list)
+    is_talk = "talk" in names or "history" in names or isinstance(row.get(names.get("question")), list)
+    return str(cutoff_len if is_talk else None)
 
 
 def _fill_cache(folder: Path, data_path: str | Path, prompter, encoder: Encoder, cutoff_len: int,
@@ -134,7 +138,7 @@ def _usable_documents(data_path: str | Path, prompter, window: Window, inspector
     """문서를 하나씩 준다. 지나가는 행을 `inspector`가 본다."""
     form = None
     for number, row in rows.read_rows(data_path, cache_dir, inspector.broken if skip_bad else None):
-        form = form or columns.require_form(row, data_path)
+        form = form or columns.form_of(row, data_path)
         forms.require_alike(row, form, number, data_path)
         try:
             if form.is_preference:
@@ -223,8 +227,8 @@ def _encode_ahead(documents: Iterator[_Document],
 
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
-    modules = (encoding, tables, readers, rows, columns, forms, preferences, talks, texts, window, encoder, turns, chat,
-               prompter, check, row_check, pair_check)
+    modules = (encoding, tables, readers, rows, kobest, columns, forms, preferences, talks, texts, window, encoder,
+               turns, chat, prompter, check, row_check, pair_check)
     return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
                        Path(__file__).read_text(encoding="utf-8"))
 

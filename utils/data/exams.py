@@ -7,7 +7,8 @@ from pathlib import Path
 from utils.data.columns import require_form
 from utils.data.dataset import say_row
 from utils.data.forms import read_row, unpacked
-from utils.data.kobest import KOBEST_HUB, TASKS, Task, choose_files, find_task, is_on_hub, read_task
+from utils.data.kobest import KOBEST_HUB, TASKS, Task, is_on_hub
+from utils.data.kobest_files import choose_files, find_task, read_task
 from utils.data.preferences import plain
 from utils.data.rows import fetch, read_rows
 from utils.data.texts import compose, strip_end
@@ -15,6 +16,7 @@ from utils.errors import UsageError
 from utils.turns import Pieces, Turn
 
 OPTIONS = ("options", "choices", "보기")  # 사용자의 행에서 보기들이 든 열
+MARKS = "\n|;/,"  # 표의 한 칸에 적은 보기들을 가르는 것. 앞의 것부터 본다
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,11 @@ def _own_item(row: dict, number: int, source: str, prompter) -> Item:
 
 
 def _read_options(value: object) -> tuple[str, ...]:
-    """보기들. 서로 다른 글 둘 이상의 목록이 아니면 비어 있다."""
+    """보기들. 서로 다른 글 둘 이상의 목록이거나 그것을 `긍정|부정`처럼 적은 글이 아니면 비어 있다."""
     listed = unpacked(value)
+    if isinstance(listed, str):
+        mark = next((mark for mark in MARKS if mark in listed), None)
+        listed = mark and listed.split(mark)
     if not isinstance(listed, list) or not all(isinstance(each, str) and each.strip() for each in listed):
         return ()
     options = tuple(compose(strip_end(each)).strip() for each in listed)

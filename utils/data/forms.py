@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils.data import preferences
 from utils.data.columns import Form, choose_form
+from utils.data.kobest import Task
 from utils.data.talks import BadTurns, read_turns, require_answers
 from utils.data.texts import SURROGATE, compose, strip_end
 from utils.errors import UsageError
@@ -94,6 +95,8 @@ def _read_side(row: dict, form: Form, side: str) -> list[Turn]:
 
 def _read(row: dict, form: Form) -> list[Turn]:
     columns = form.columns
+    if form.exam is not None:
+        return _exam(row, form.exam)
     if "text" in columns:
         return [Turn("text", strip_end(_text(row, columns["text"], strip=True)))]
     if "talk" in columns:
@@ -101,6 +104,15 @@ def _read(row: dict, form: Form) -> list[Turn]:
     else:
         turns = _history(row, columns.get("history")) + _pair(row, columns)
     return _with_system(turns, row, columns)
+
+
+def _exam(row: dict, task: Task) -> list[Turn]:
+    """KoBEST의 문항: 시험이 묻는 글과 정답."""
+    try:
+        asked = task.read(task.renamed(row) or row)
+    except ValueError as error:
+        raise BadTurns(f"을 {task.title}의 문항으로 읽을 수 없다: {error}", "missing") from None
+    return [Turn("user", asked.text), Turn("assistant", asked.options[asked.answer])]
 
 
 def _with_system(turns: list[Turn], row: dict, columns: dict[str, str]) -> list[Turn]:

@@ -1,20 +1,12 @@
-"""KoBEST의 다섯 시험을 읽는다. 어느 시험인지는 열 이름이 정한다: hub의 열이나, 저장소에서 받은 TSV의 열."""
+"""KoBEST의 다섯 시험의 행. 어느 시험인지는 열 이름이 정한다: hub의 열이나, 저장소에서 받은 TSV의 열."""
 
 import contextlib
-import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.encoding import MAX_ROW_CHARS, detect_encoding
-from utils.data.readers import READERS
-from utils.data.rows import read_rows
-from utils.errors import UsageError, why
-
 KOBEST, KOBEST_HUB = "kobest", "skt/kobest_v1"
 WORDS = {"true": 1, "false": 0}  # 정답을 참과 거짓으로 적은 것
-PARTS = ("test", "dev", "valid")  # 폴더에서 고르는 차례
-TRAIN = "train"
 
 
 def is_on_hub(name: str) -> bool:
@@ -120,83 +112,18 @@ TASKS = (
 )
 
 
-def find_task(file: Path) -> Task | None:
-    """KoBEST의 파일이면 어느 시험인지. 첫 행만 본다.
+def task_of(row: dict, source: str | Path) -> Task | None:
+    """배울 행이 KoBEST의 문항이면 어느 시험인지. 정답은 번호(참과 거짓)로 적혀 있어야 한다.
 
-    Raises:
-        UsageError: 첫 행을 읽을 수 없다.
+    열이 둘뿐인 시험(sentence와 label)은 사용자의 표도 그런 이름이므로, 파일이나 hub의 이름까지 본다.
     """
-    first = next(_rows(file), None) if file.suffix.lower() in READERS else None
-    return next((task for task in TASKS if first is not None and task.renamed(first) is not None), None)
-
-
-def read_task(file: Path, task: Task) -> list[dict]:
-    """시험의 행들을 hub의 열 이름으로.
-
-    Raises:
-        UsageError: 읽을 수 없거나 열이 다른 행이 있다.
-    """
-    rows = []
-    for number, row in enumerate(_rows(file), 1):
+    name = str(source).lower()
+    for task in TASKS:
         renamed = task.renamed(row)
-        if renamed is None:
-            raise UsageError(f"{file}의 {number}번째 행은 {task.title}의 문항이 아니다. 열: {', '.join(map(str, row))}")
-        rows.append(renamed)
-    return rows
-
-
-def choose_files(folder: Path) -> dict[Task, Path]:
-    """폴더에서 시험마다 고른 파일. test, dev(validation), 그 밖의 차례이고, train과 다른 데이터의 파일은 쓰지 않는다.
-
-    Raises:
-        UsageError: 쓸 파일이 없다. 이름은 시험의 것인데 읽을 수 없는 파일이 있다.
-    """
-    found: dict[str, tuple[tuple, Task, Path]] = {}
-    problem = UsageError(f"KoBEST의 파일이 없는 폴더다: {folder}. .tsv, .jsonl, .parquet이 든 폴더를 적는다")
-    for file in sorted(folder.rglob("*")):
-        where = file.relative_to(folder)
-        part = _part(where)
-        if part == TRAIN or any(name.startswith(".") for name in where.parts) or not file.is_file():
+        if renamed is None or (len(task.columns) == 2 and not any(known in name for known in (KOBEST, task.name))):
             continue
-        try:
-            task = find_task(file)
-        except UsageError as error:
-            if any(task.name in str(where).lower() for task in TASKS):
-                raise
-            problem = error
-            continue
-        rank = (PARTS.index(part) if part else len(PARTS), len(where.stem), str(where))  # 작은 것을 고른다
-        if task is not None and (task.name not in found or rank < found[task.name][0]):
-            found[task.name] = rank, task, file
-    if not found:
-        raise problem
-    return {found[task.name][1]: found[task.name][2] for task in TASKS if task.name in found}
-
-
-def _part(where: Path) -> str | None:
-    """파일이 데이터의 어느 부분인지. 이름에 없으면 가까운 폴더의 이름에서 찾는다."""
-    names = [where.stem.lower(), *(name.lower() for name in reversed(where.parts[:-1]))]
-    return next((part for name in names for part in (TRAIN, *PARTS) if part in name), None)
-
-
-def _rows(file: Path) -> Iterator[dict]:
-    if file.suffix.lower() != ".tsv":
-        for _, row in read_rows(file):
-            yield row
-        return
-    csv.field_size_limit(MAX_ROW_CHARS)
-    number = 0
-    try:
-        with file.open(encoding=detect_encoding(file), newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream, delimiter="\t"), 1):
-                values = [value for value in row.values() if isinstance(value, str)]
-                if any("\t" in value and "\n" in value for value in values):
-                    raise UsageError(f'{file}의 {number}번째 행에 닫히지 않은 큰따옴표(")가 있다')
-                if None in row:
-                    raise UsageError(f"{file}의 {number}번째 행의 칸이 열보다 많다")
-                if len(values) == len(row) and all(values):  # 값이 빈 행은 hub의 것에도 없다
-                    yield row
-    except csv.Error as error:
-        raise UsageError(f"{file}의 {number + 1}번째 행이 올바른 TSV가 아니다: {error}") from None
-    except OSError as error:
-        raise UsageError(f"시험의 파일을 읽지 못했다: {file} ({why(error)})") from None
+        with contextlib.suppress(ValueError):
+            asked = task.read(renamed)
+            if str(renamed[task.columns[-1]]).strip() not in asked.options:
+                return task
+    return None

@@ -50,7 +50,7 @@ def repair(source: str | Path, target: str | Path, prompter, cache_dir: str | No
 
     with staged_file(Path(target), "고친 파일을 쓰지 못했다") as stream:
         for number, row in rows.read_rows(source, cache_dir, drop):
-            form = form or columns.require_form(row, source)
+            form = form or columns.form_of(row, source)
             forms.require_alike(row, form, number, source)
             fixed = fix_row(row, form, prompter)
             try:

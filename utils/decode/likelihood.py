@@ -107,17 +107,20 @@ def _measure_batch(model, batch: list, top: int) -> list[Likelihood]:
         half = len(batch) // 2
         return _measure_batch(model, batch[:half], top) + _measure_batch(model, batch[half:], top)
     first = _first(batch)
-    values = []
-    for row, (_, context, tokens) in enumerate(batch):
+    targets = torch.tensor([token for _, _, tokens in batch for token in tokens], device=logits.device)
+    sizes = [len(tokens) for _, _, tokens in batch]
+    found = []
+    for row, ((_, context, tokens), wanted) in enumerate(zip(batch, targets.split(sizes), strict=True)):
         # 문맥의 마지막 토큰의 로짓이 이어지는 글의 첫 토큰을 예측한다. `logits`는 first번째 자리부터다
         begin = len(context) - 1 - first
         scores = logits[row, begin : begin + len(tokens)].float().log_softmax(-1)  # [n, vocab]
-        targets = torch.tensor(tokens, device=scores.device)
-        chosen = scores.gather(-1, targets[:, None])[:, 0]  # [n]: 자리마다 실제 토큰의 로그 확률
+        chosen = scores.gather(-1, wanted[:, None])[:, 0]  # [n]: 자리마다 실제 토큰의 로그 확률
         best, ids = scores.topk(top, -1)  # [n, top]
-        greedy = bool((scores.argmax(-1) == targets).all())
-        values.append(Likelihood(chosen.cpu().numpy(), ids.cpu().numpy(), best.cpu().numpy(), greedy))
-    return values
+        found.append((chosen, ids, best, scores.argmax(-1) == wanted))
+    # 줄마다 기다리지 않고 한 번에 옮긴다
+    columns = [torch.cat(column).cpu().split(sizes) for column in zip(*found, strict=True)]
+    return [Likelihood(chosen.numpy(), ids.numpy(), best.numpy(), bool(greedy.all()))
+            for chosen, ids, best, greedy in zip(*columns, strict=True)]
 
 
 def _logits(model, batch: list) -> torch.Tensor:
