@@ -2,11 +2,12 @@
 
 사용법: python tests/bench/bench_generate.py [모양:어댑터:가중치,...] [긴 질문의 토큰 수]
         python tests/bench/bench_generate.py check [모양:어댑터:가중치,...]
-    모양은 modern.py의 이름, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8, wide(16비트)다.
+    모양은 modern.py의 이름이나 모델 폴더의 경로, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8,
+    wide(16비트)다.
     check는 속도 대신 답을 본다: 탐욕적인 답이 generate와 갈라지는 곳과 그 로짓의 차이, 함께 답한 것이 하나씩 답한 것과
     갈라지는 곳, 뽑기의 카이제곱.
-사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫 토큰까지 넣은 128토큰의
-속도이고 "이어서"는 첫 토큰 뒤의 속도다.
+사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 폴더를 주지 않으면 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫
+토큰까지 넣은 128토큰의 속도이고 "이어서"는 첫 토큰 뒤의 속도다.
 """
 
 import gc
@@ -20,10 +21,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from modern import add_lora, build  # noqa: E402
+from modern import SHAPES, add_lora, build  # noqa: E402
 
 from utils.decode.decoder import Decoder  # noqa: E402
 from utils.engine.decode_plan import CHOOSERS  # noqa: E402
+from utils.model.loader import choose_device, load_base  # noqa: E402
 from utils.sampling import Sampling, penalize, probabilities  # noqa: E402
 
 PROMPT, ANSWER, REPEATS, LONG, BATCH = 64, 128, 3, 1920, 16
@@ -129,8 +131,11 @@ def measure_decoder(model, long: int) -> dict:
 
 
 def built(case: str):
-    shape, adapter, kind = case.split(":")
-    model = build(shape, kind)
+    shape, adapter, kind = case.rsplit(":", 2)
+    if shape in SHAPES:
+        model = build(shape, kind)
+    else:
+        model = load_base(shape, choose_device(), {"nf4": "4bit", "int8": "8bit", "wide": None}[kind]).eval()
     if adapter == "none":
         return model
     return add_lora(model, QKV.get(shape, ["q_proj", "k_proj", "v_proj"]) if adapter == "qkv" else "all-linear")

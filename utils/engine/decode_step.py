@@ -87,6 +87,12 @@ class KvCache:
         widened = 2 * self._family.kv_heads * self._family.head_dim * 2 * PAGE
         return int((free + len(self._pages) * self._plan.pages.size) // (self._plan.pages.size + 2 * widened)) * PAGE
 
+    def lines_that_fit(self, lengths: list[int], free: float) -> int:
+        """`free`바이트가 더 있을 때, 길이가 `lengths`인 줄들의 앞에서 몇 줄까지 저마다의 쪽에 담을 수 있는지."""
+        pages = [-(-length // PAGE) for length in lengths]
+        room = (self.fits(free) - self.capacity) // PAGE
+        return sum(sum(pages[: count + 1]) <= room for count in range(len(pages)))
+
     def grow(self, tokens: int) -> None:
         """위치 `tokens`개를 담을 수 있게 쪽을 더한다."""
         while self.capacity < tokens:
