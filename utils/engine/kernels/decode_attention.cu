@@ -66,6 +66,10 @@ __device__ __forceinline__ void store_int8(signed char* values, u16* scales, int
     if (d % GROUP == 0) scales[d / GROUP] = bits;
 }
 
+__device__ __forceinline__ float float_at(const uint4& four, int j) {
+    return __uint_as_float(j == 0 ? four.x : j == 1 ? four.y : j == 2 ? four.z : four.w);
+}
+
 __device__ __forceinline__ float int8_at(const uint4& packed, int j) {
     u32 word = j < 4 ? packed.x : j < 8 ? packed.y : j < 12 ? packed.z : packed.w;
     return (float)((int)(word << (3 - j % 4) * 8) >> 24);
@@ -85,20 +89,32 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
 // 레인 하나가 32칸 간격으로 PER_LANE칸을 맡는다
     enum { PER_LANE = (HEAD_DIM + 31) / 32 };
     int lane = threadIdx.x & 31;
-    float value[PER_LANE], square = 0.f;
+    float value[PER_LANE], gain[PER_LANE], square = 0.f;
+    #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = lane + i * 32;
         value[i] = d < HEAD_DIM ? __ldcg(source + d) : 0.f;
-        square += value[i] * value[i];
+        gain[i] = weight && d < HEAD_DIM ? __ldg(weight + d) : 1.f;  // 더하기 전에 읽어 기다림을 겹친다
     }
+    #pragma unroll
+    for (int i = 0; i < PER_LANE; i++) square += value[i] * value[i];
     float scale = weight ? rsqrtf(warp_sum(square) / HEAD_DIM + EPS) : 1.f;
+    #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = lane + i * 32;
-        if (d < HEAD_DIM) target[d] = value[i] * scale * (weight ? __ldg(weight + d) : 1.f);
+        if (d < HEAD_DIM) target[d] = value[i] * scale * gain[i];
     }
 }
 
-// attention을 세는 블록의 공유 메모리. N은 스레드 수다. decode_plan.py의 `attend_space`가 크기를 센다.
+// 머리의 d번째 칸을 공유 메모리에 두는 자리. 레인마다의 LANE칸을 네 칸씩 레인의 차례로 놓아, 이웃한 레인들이 이어진 128바이트를
+// 읽는다. 칸의 차례대로 두면 레인들이 같은 은행에 부딪쳐 네 배가 걸린다.
+__device__ __forceinline__ int lane_place(int d) { return ((d % LANE / 4) * (HEAD_DIM / LANE) + d / LANE) * 4 + d % 4; }
+// 그 자리에 든 칸.
+__device__ __forceinline__ int lane_column(int place) {
+    return place / 4 % (HEAD_DIM / LANE) * LANE + place / 4 / (HEAD_DIM / LANE) * 4 + place % 4;
+}
+
+// attention을 세는 블록의 공유 메모리. query와 sums의 칸은 `lane_place`의 차례다. N은 스레드 수다. decode_plan.py의 `attend_space`가 크기를 센다.
 template <int N> struct AttendSpace {
     float raw[HEADS_PER_BLOCK + 2][HEAD_DIM], query[HEADS_PER_BLOCK][HEAD_DIM], sums[N / 32][HEADS_PER_BLOCK][HEAD_DIM];
     float2 peaks[N / 32][HEADS_PER_BLOCK];  // 워프마다의 (최댓값, 지수의 합)
@@ -193,7 +209,7 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
             int d = lane + i * 32;
             if (d >= HEAD_DIM) continue;
             float turned = v <= KEY ? rotate(space.raw[v], turn[i], d) : space.raw[v][d];
-            if (v < Q) space.query[v][d] = turned * ATTENTION_SCALE;
+            if (v < Q) space.query[v][lane_place(d)] = turned * ATTENTION_SCALE;
             else store_int8(space.fresh[v - Q], space.fresh_scales[v - Q], d, turned);
         }
     }
@@ -232,10 +248,17 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
         for (int s = 0; s < STEPS; s++) {
             float dot[Q] = {};
             #pragma unroll
-            for (int j = 0; j < LANE; j++) {
-                float one = int8_at(now.key[s], j);
+            for (int four = 0; four < LANE / 4; four++) {
+                uint4 query[Q];
                 #pragma unroll
-                for (int h = 0; h < Q; h++) dot[h] += part < LANES ? space.query[h][part * LANE + j] * one : 0.f;
+                for (int h = 0; h < Q; h++)
+                    query[h] = part < LANES ? ((const uint4*)space.query[h])[four * LANES + part] : uint4{0, 0, 0, 0};
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float one = int8_at(now.key[s], four * 4 + j);
+                    #pragma unroll
+                    for (int h = 0; h < Q; h++) dot[h] += float_at(query[h], j) * one;
+                }
             }
             #pragma unroll
             for (int h = 0; h < Q; h++) {
@@ -284,8 +307,13 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
         for (int j = 0; j < LANE; j++) {
             sum[h][j] *= shrink;
             for (int step = SPAN; step < 32; step <<= 1) sum[h][j] += __shfl_xor_sync(~0u, sum[h][j], step);
-            if (lane < LANES) space.sums[warp][h][lane * LANE + j] = sum[h][j];
         }
+        if (lane < LANES)
+            #pragma unroll
+            for (int j = 0; j < LANE; j += 4)
+                ((uint4*)space.sums[warp][h])[j / 4 * LANES + lane] = {
+                    __float_as_uint(sum[h][j]), __float_as_uint(sum[h][j + 1]), __float_as_uint(sum[h][j + 2]),
+                    __float_as_uint(sum[h][j + 3])};
         if (lane == 0) space.peaks[warp][h] = {top, total[h]};
     }
     __syncthreads();
@@ -296,13 +324,13 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
     };
 // 워프들을 합친다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int i = tid; i < Q * HEAD_DIM; i += N) {
-        int h = i / HEAD_DIM, d = i % HEAD_DIM;
+        int h = i / HEAD_DIM, place = i % HEAD_DIM, d = lane_column(place);
         float top = -1e30f, whole = 0.f, merged = 0.f;
         for (int w = 0; w < WARPS_HERE; w++) top = fmaxf(top, space.peaks[w][h].x);
         #pragma unroll 4
         for (int w = 0; w < WARPS_HERE; w++) {
             float shrink = expf(space.peaks[w][h].x - top);
-            whole += space.peaks[w][h].y * shrink, merged += space.sums[w][h][d] * shrink;
+            whole += space.peaks[w][h].y * shrink, merged += space.sums[w][h][place] * shrink;
         }
         float* mine = partial + ((size_t)(first_head + h) * splits + split) * (HEAD_DIM + 2);
         if (active == 1) give(first_head + h, d, merged / whole);
