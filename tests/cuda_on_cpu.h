@@ -238,6 +238,8 @@ template <bool BF> static void split_pair(float first, float second, u32& high, 
     high = top[0] | (u32)top[1] << 16;
     low = narrow<BF>(first - widen<BF>(top[0])) | (u32)narrow<BF>(second - widen<BF>(top[1])) << 16;
 }
+static u32 shared_address(const void* pointer) { return (const char*)pointer - shared; }
+template <int AT> static u32 shared_word(u32 offset) { return *(const u32*)(shared + AT + offset); }
 template <int BYTE> static u32 byte_above(u32 word, u32 low) { return (word >> BYTE * 8 & 255) << 8 | low; }
 static uint2 int8_to_fp16(u32 word) {
     u16 half[4];

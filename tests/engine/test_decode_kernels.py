@@ -166,9 +166,10 @@ def test_weights_as_the_kernels_read_them():
     weights = Weights(model, describe(model))
     qkv, down = weights.layers[0].qkv, weights.layers[0].down
     a = [layer.self_attn.q_proj.lora_A["default"].weight, None, layer.self_attn.v_proj.lora_A["default"].weight]
-    assert weights.rank == 4 and qkv.adapter.down_fp32.shape == (3, 4, 128) and weights.layers[0].out.adapter is None
-    assert torch.equal(qkv.adapter.down_fp32[0], a[0].float()) and not qkv.adapter.down_fp32[1].any()
-    assert torch.equal(qkv.adapter.down_fp32[2], a[2].float())
+    assert weights.rank == 4 and qkv.adapter.down_kernel.shape == (3, 8, 128) and weights.layers[0].out.adapter is None
+    assert torch.equal(qkv.adapter.down_kernel[0, :4], a[0].bfloat16()) and not qkv.adapter.down_kernel[1].any()
+    assert torch.equal(qkv.adapter.down_kernel[2, :4], a[2].bfloat16()) and not qkv.adapter.down_kernel[:, 4:].any()
+    assert torch.equal(down.adapter.down_kernel[0], layer.mlp.down_proj.lora_A["default"].weight.float())
     assert torch.equal(down.adapter.up, layer.mlp.down_proj.lora_B["default"].weight.float() * 2)
     assert torch.equal(qkv.bias[128:192], layer.self_attn.k_proj.bias.float())
     assert weights.head.data_ptr() == weights.embedding.data_ptr()  # 묶인 출력 행렬은 베끼지 않는다

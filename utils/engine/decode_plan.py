@@ -34,6 +34,7 @@ MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 TABLE_ROW = 128        # NF4의 표 한 줄(바이트)
 WIDE_TABLE = 160_000   # 블록의 공유 메모리(바이트)가 이만큼이면 줄의 간격을 두 배로 한다
+SPACE_AT = 2048        # 커널이 쓰기 시작하는 공유 메모리의 주소. 앞은 드라이버(1,024바이트)와 컴파일러의 것이다
 SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
 SCRATCH = 2 * WARPS * 8  # norm이 쓰는 자리(바이트)
 
@@ -115,9 +116,9 @@ class Plan:
 
         def space(lora_parts: int, rest: int) -> int:
             """묶음의 자리를 뺀 공유 메모리."""
-            return sums_at + lora_parts * self.lora_rows // lora_tile * SLOT + rest
+            return SPACE_AT + sums_at + lora_parts * self.lora_rows // lora_tile * SLOT + rest
 
-        lora_tile = 8 if rank <= 8 else ROWS
+        lora_tile = _lora_tile(rank)
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)
         attending = self._attend_space(family.head_dim)
@@ -125,7 +126,7 @@ class Plan:
         alone = family.heads == self.queries * family.kv_heads and attending <= shared_limit
         head_tiles = family.head_dim // ROWS * (3 if family.interleaved else 1)
         self._whole_heads = lambda tiles, blocks: alone and tiles % blocks == 0 and head_tiles % (tiles // blocks) == 0
-        self.lora_rows = ceil(rank / lora_tile) * lora_tile  # 나란한 행렬 하나가 차지하는 A의 행
+        self.lora_rows = lora_rows(rank)
         norm = SCRATCH + max(hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
         qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
         if family.parallel:
@@ -154,10 +155,10 @@ class Plan:
         line_scratch_at = down_at + 3 * rank * LINES * 4
         line_sums_at = line_scratch_at + WARPS * LINES * 8
         line_slot = SLOT * LINES + ROWS * (1 + rank) * 4  # 합의 자리와, 그 행들의 bias와 LoRA의 B
-        line_slots = min(8, (shared_limit - line_sums_at) // line_slot // 2 * 2)
+        line_slots = min(8, (shared_limit - SPACE_AT - line_sums_at) // line_slot // 2 * 2)
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         line_slots = max(2, line_slots)
-        self.lines_shared = line_sums_at + line_slots * line_slot
+        self.lines_shared = SPACE_AT + line_sums_at + line_slots * line_slot
         line_heads = LINES * family.heads // self.queries
         self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
         most = multiprocessors
@@ -182,7 +183,7 @@ class Plan:
             "LINES": LINES, "LINE_SLOTS": line_slots, "LINE_AHEAD": LINE_AHEAD,
             "LINE_REGISTERS": LINE_REGISTERS,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
-            "TABLE_STEP": table_step,
+            "TABLE_STEP": table_step, "SPACE_AT": SPACE_AT,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
             "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
@@ -237,6 +238,16 @@ class Plan:
         """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""
         rows = 2 * self.queries + 2 + WARPS * self.queries
         return rows * head_dim * 4 + WARPS * self.queries * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
+
+
+def _lora_tile(rank: int) -> int:
+    """LoRA의 A에서 함께 곱하는 행의 수."""
+    return 8 if rank <= 8 else ROWS
+
+
+def lora_rows(rank: int) -> int:
+    """LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지)."""
+    return ceil(rank / _lora_tile(rank)) * _lora_tile(rank)
 
 
 def odd_size(family: Family) -> str | None:

@@ -123,4 +123,4 @@ class DecodeRows:
     def _lora(self, layer: Layer) -> LoraOfActArgument:
         """MLP의 뒤쪽 행렬에 붙은 LoRA. 블록들의 몫을 적는 자리가 줄의 수만큼 크다."""
         adapter = layer.down.adapter
-        return LoraOfActArgument(None if adapter is None else adapter.down_fp32.data_ptr(), self._shares.data_ptr())
+        return LoraOfActArgument(None if adapter is None else adapter.down_kernel.data_ptr(), self._shares.data_ptr())

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, WIDE, Plan
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, Plan
 from utils.engine.family import Family
 from utils.engine.norms import Norm
-from utils.engine.weights import Adapter, Layer, Linear, Weights
+from utils.engine.weights import Layer, Linear, Weights
 
 KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
 LINES_KERNELS = ["project_lines", "head_lines"]
@@ -151,7 +151,6 @@ class DecodeStep:
         if device.type == "cuda":
             self.told = self.told.pin_memory()
         self._lora_partial = torch.zeros(plan.mlp_blocks * max(1, weights.rank), device=device)
-        self._kept: list[torch.Tensor] = []  # 커널이 주소로 읽는 tensor
         self._layers = [self._arguments(index, layer) for index, layer in enumerate(weights.layers)]
         self.head_argument = LinearArgument()
         self.head_argument.part[0] = MatrixArgument(weights.head.data_ptr(), None, None, 0.0)
@@ -233,7 +232,7 @@ class DecodeStep:
         family, adapter = self.weights.family, layer.down.adapter
         attention = AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
                                       _pointer(layer.k_norm))
-        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_fp32),
+        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_kernel),
                                                      _pointer(self._lora_partial))
 
     def _linear(self, linear: Linear, name: str) -> LinearArgument:
@@ -245,17 +244,8 @@ class DecodeStep:
         if linear.adapter is not None:
             argument.lora_b = _pointer(linear.adapter.up)
             if name != "down":
-                argument.lora_a = MatrixArgument(_pointer(self._padded_a(linear.adapter)), None, None, 0.0)
+                argument.lora_a = MatrixArgument(_pointer(linear.adapter.down_kernel), None, None, 0.0)
         return argument
-
-    def _padded_a(self, adapter: Adapter) -> torch.Tensor:
-        """행렬마다 A의 행을 커널의 묶음까지 0으로 채운 것 [행렬의 수, lora_rows, 입력]. dtype은 활성값과 같다."""
-        down = adapter.down_fp32
-        padded = down.new_zeros(len(down), self.plan.lora_rows, down.shape[2],
-                                dtype=self.weights.dtype if self.weights.kind == WIDE else torch.float16)
-        padded[:, : down.shape[1]] = down
-        self._kept.append(padded)
-        return padded
 
 
 def kernel_names(family: Family) -> list[str]:

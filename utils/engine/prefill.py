@@ -14,7 +14,7 @@ from utils.engine.weights import Adapter, Layer, Linear, Matrix
 
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
-BUFFER = 16 * 1024 ** 2  # 양자화된 가중치를 풀어 두는 자리(16비트 수의 개수). 1.3b의 행렬 하나가 다 들어간다
+BUFFER = 16 * 1024 ** 2  # 양자화된 가중치를 풀어 두는 가장 큰 자리(16비트 수의 개수). 1.3b의 행렬 하나가 다 들어간다
 
 
 class Prefill:
@@ -31,8 +31,9 @@ class Prefill:
         self.adapter_on = True
         self._step, self._weights, self._kernels = step, step.weights, step.kernels
         self._device = self._weights.embedding.device
-        self._buffer = None if self._weights.kind == WIDE else torch.empty(BUFFER, dtype=self._weights.dtype,
-                                                                           device=self._device)
+        largest = max(rows * columns for rows, columns in self._weights.shapes())
+        self._buffer = None if self._weights.kind == WIDE else torch.empty(
+            min(BUFFER, largest), dtype=self._weights.dtype, device=self._device)
         self._past = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._pool = self._stream = None
         if self._device.type == "cuda":
@@ -138,7 +139,7 @@ class Prefill:
             gate = F.silu(gate)
         else:
             gate = F.gelu(gate, approximate="tanh" if family.activation == "gelu_tanh" else "none")
-        return self._product(gate if up is None else gate * up, layer.down)
+        return self._product(gate if up is None else gate.mul_(up), layer.down)
 
     def _normalize(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """x fp32 [T, hidden] -> 16비트 [T, hidden]."""

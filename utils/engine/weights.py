@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
+from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE, lora_rows
 from utils.engine.families import NF4_BLOCK, LayerModules, layer_modules, rotary_frequencies
 from utils.engine.family import Family
 from utils.engine.norms import Norm, read_norm
@@ -41,13 +41,14 @@ class Adapter:
         down: A [행렬의 수, r, 입력], 모델의 dtype. 질문을 읽을 때 쓴다.
         up: B fp32 [전체 출력, r].
         ups: 행렬마다의 B [출력, r], 모델의 dtype. 질문을 읽을 때 쓴다.
-        down_fp32: A fp32 [행렬의 수, r, 입력].
+        down_kernel: 커널이 읽는 A. 행렬마다 행을 `lora_rows(r)`까지 0으로 채운 커널의 dtype이고, MLP의 뒤쪽 행렬만
+            fp32 [1, r, 입력]이다.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     ups: tuple[torch.Tensor, ...]
-    down_fp32: torch.Tensor
+    down_kernel: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,20 @@ class Weights:
         self.final_norm = read_norm(base.get_submodule(family.final_norm), family)
         self.layers = [self._layer(layer) for layer in modules]
 
+    def shapes(self) -> set[tuple[int, int]]:
+        """층에 든 행렬들의 모양 (출력, 입력)."""
+        return {part.shape for layer in self.layers for linear in (layer.qkv, layer.out, layer.mlp, layer.down)
+                for part in linear.parts}
+
     def _layer(self, modules: LayerModules) -> Layer:
         family = self.family
         norms = [read_norm(module, family) for module in (modules.norm1, modules.norm2)]
         posts = [read_norm(module, family, family.residual_scale) for module in (modules.post1, modules.post2)]
         heads = [module and read_norm(module, family).weight for module in (modules.q_norm, modules.k_norm)]
-        return Layer(*norms, *posts, *heads, *(self._linear(group) for group in modules.linears()))
+        *before, down = modules.linears()
+        return Layer(*norms, *posts, *heads, *map(self._linear, before), self._linear(down, mlp_down=True))
 
-    def _linear(self, modules: Sequence) -> Linear:
+    def _linear(self, modules: Sequence, mlp_down: bool = False) -> Linear:
         pairs = [unwrap(module) for module in modules]
         parts = tuple(_matrix(linear) for linear, _ in pairs)
         biases = [linear.bias for linear, _ in pairs]
@@ -145,9 +152,9 @@ class Weights:
         row_scale = torch.cat([part.row_scale for part in parts]) if self.kind == INT8 else None
         adapters = [adapter for _, adapter in pairs]
         return Linear(parts, bias, None if bias is None else bias.to(self.dtype), row_scale,
-                      self._adapter(parts, adapters) if any(adapters) else None)
+                      self._adapter(parts, adapters, mlp_down) if any(adapters) else None)
 
-    def _adapter(self, parts: tuple[Matrix, ...], adapters: list) -> Adapter:
+    def _adapter(self, parts: tuple[Matrix, ...], adapters: list, mlp_down: bool) -> Adapter:
         device = parts[0].weight.device
         down = torch.zeros(len(parts), self.rank, parts[0].shape[1], device=device)
         ups = [torch.zeros(part.shape[0], self.rank, device=device) for part in parts]
@@ -156,7 +163,13 @@ class Weights:
                 a, b, scaling = adapter
                 down[index, : len(a)] = a
                 ups[index][:, : len(a)] = b.float() * scaling
-        return Adapter(down.to(self.dtype), torch.cat(ups).contiguous(), tuple(up.to(self.dtype) for up in ups), down)
+        return Adapter(down.to(self.dtype), torch.cat(ups).contiguous(), tuple(up.to(self.dtype) for up in ups),
+                       down if mlp_down else self._padded(down))
+
+    def _padded(self, down: torch.Tensor) -> torch.Tensor:
+        """A [행렬의 수, r, 입력]의 행을 커널의 묶음까지 0으로 채우고 커널의 활성값의 dtype으로 바꾼 것."""
+        dtype = self.dtype if self.kind == WIDE else torch.float16
+        return torch.nn.functional.pad(down, (0, 0, 0, lora_rows(self.rank) - self.rank)).to(dtype)
 
 
 def shape_dtype(model) -> torch.dtype:

@@ -102,6 +102,16 @@ __device__ __forceinline__ uint2 int8_to_fp16(u32 word) {
     return {low, high};
 }
 
+// 공유 메모리 안의 주소(바이트).
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// 공유 메모리의 주소 AT + offset에 든 워드. AT이 상수라서 주소를 더하는 명령이 없다. 그 주소에 적고 동기화한 다음에 부른다.
+template <int AT> __device__ __forceinline__ u32 shared_word(u32 offset) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(AT));
+    return word;
+}
+
 // word의 BYTE번째 바이트 x 256 + low(256보다 작다). 명령 하나다.
 template <int BYTE> __device__ __forceinline__ u32 byte_above(u32 word, u32 low) {
     return __byte_perm(word, low, 0x5504 | BYTE << 4);
