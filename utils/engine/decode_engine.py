@@ -79,7 +79,6 @@ class FastDecode:
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 커널이 읽는 값 하나를 바꿀 뿐이다."""
         self._step.adapter_on.fill_(float(on))
-        self._prefill.adapter_on = on
 
     def room(self, tokens: int) -> int:
         """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 토큰의 수."""

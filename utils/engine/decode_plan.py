@@ -12,12 +12,15 @@ from utils.engine.cuda import CompileError
 from utils.engine.family import ACTIVATION_CODES, Family
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
-           "decode_sample.cu", "decode_prefill.cu", "decode_rows.cu")
+           "decode_sample.cu", "decode_read.cu", "decode_prefill.cu", "decode_rows.cu")
 ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
 WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
 THREADS = WARPS * 32
 PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
+READERS = 256        # 질문을 읽는 행렬 곱의 스레드 수
+READ_TOKENS = 64     # 그 블록 하나가 맡는 토큰의 수
+READ_UNIT = 64       # 그 워프가 한 번에 지나는 칸의 수
 SPLIT_THREADS = 128  # 읽은 q, k, v를 머리별로 나누는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
@@ -122,8 +125,8 @@ class Plan:
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)
         attending = self._attend_space(family.head_dim)
-        # 블록 하나가 K, V 머리 하나의 q 머리를 다 맡고, 블록의 묶음들이 머리를 넘지 않아야 attention을 이어서 센다
-        alone = family.heads == self.queries * family.kv_heads and attending <= shared_limit
+        # 블록의 묶음들이 머리를 넘지 않아야 attention을 이어서 센다
+        alone = attending <= shared_limit
         head_tiles = family.head_dim // ROWS * (3 if family.interleaved else 1)
         self._whole_heads = lambda tiles, blocks: alone and tiles % blocks == 0 and head_tiles % (tiles // blocks) == 0
         self.lora_rows = lora_rows(rank)
@@ -147,7 +150,9 @@ class Plan:
             self.qkv_blocks, self.mlp_blocks = self.project_qkv.blocks, self.project_mlp.blocks
             self.contract_out = self._grid(hidden // ROWS, space(1, q_dim * 2 * copies), 1)
             self.contract_down = self._grid(hidden // ROWS, space(0, ff * 2 * copies), 1)
-        self.attend_soon = ATTEND_SOON if self._whole_heads(qkv_tiles, self.qkv_blocks) else 0
+        # 이어서 세는 블록은 다른 블록을 기다리므로 모든 블록이 함께 돌아야 한다
+        resident = self.project_qkv.blocks <= multiprocessors
+        self.attend_soon = ATTEND_SOON if resident and self._whole_heads(qkv_tiles, self.qkv_blocks) else 0
         if self.attend_soon:
             self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
@@ -167,6 +172,9 @@ class Plan:
         if family.parallel:  # 두 선형층이 블록을 묶음의 수대로 나눈다
             self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
             self.lines_mlp = most - self.lines_qkv
+        self._read_inputs_at = SPACE_AT + table + 1024  # 표와 8비트 코드표의 다음
+        self._read_stages = 4 if shared_limit >= WIDE_TABLE else 2
+        self.in_scale = 1 / 64 if family.gated else 1.0  # gate * up이 fp16의 범위를 넘지 않게 한다
         ahead = PIECES_AHEAD[0 if family.parallel else 1]
         self.choose_shared = 2 * ceil(vocab / 32) * 4
         self.defines = {
@@ -194,14 +202,33 @@ class Plan:
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
-            "IN_SCALE": "0.015625f" if family.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다
+            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT, "READ_STAGES": self._read_stages,
+            "READ_INPUTS_AT": self._read_inputs_at, "READ_CODES_AT": SPACE_AT + table,
             **{name: f"{value:.9e}f" for name, value in (
-                ("EPS", family.eps), ("ATTENTION_SCALE", family.attention_scale), ("LOGIT_CAP", family.logit_cap),
+                ("EPS", family.eps), ("IN_SCALE", self.in_scale), ("ATTENTION_SCALE", family.attention_scale),
+                ("LOGIT_CAP", family.logit_cap),
                 ("LOGIT_SCALE", family.logit_scale), ("RESIDUAL_SCALE", family.residual_scale),
                 ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))}}
 
+    def read_grid(self, rows: int) -> tuple[int, int, int]:
+        """질문을 읽는 행렬 곱의 (행을 나누어 맡는 블록의 수, 행을 나누어 맡는 워프의 수, 공유 메모리).
+
+        남는 워프는 칸을 나누어 맡는다. 토큰의 수와 상관없이 정해지므로 함께 읽어도 더하는 차례가 같다.
+        """
+        tiles = ceil(rows / ROWS)
+        row_warps = 4 if 2 * tiles >= 5 * self.multiprocessors else 2
+        while (shared := self._read_shared(row_warps)) > self._limit:
+            row_warps *= 2
+        return ceil(tiles / row_warps), row_warps, shared
+
+    def _read_shared(self, row_warps: int) -> int:
+        shares = READERS // 32 // row_warps
+        return self._read_inputs_at + self._read_stages * shares * READ_TOKENS * READ_UNIT * 2
+
     def shared(self, name: str) -> int:
         """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
+        if name.startswith("read_l"):
+            return min(self._read_shared(2), self._limit)
         grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}
@@ -236,8 +263,7 @@ class Plan:
 
     def _attend_space(self, head_dim: int) -> int:
         """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""
-        rows = 2 * self.queries + 2 + WARPS * self.queries
-        return rows * head_dim * 4 + WARPS * self.queries * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
+        return (WARPS + 4) * head_dim * 4 + WARPS * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
 
 
 def _lora_tile(rank: int) -> int:

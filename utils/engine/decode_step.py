@@ -10,7 +10,8 @@ from utils.engine.family import Family
 from utils.engine.norms import Norm
 from utils.engine.weights import Layer, Linear, Weights
 
-KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
+KERNELS = ["project", "attend", "head", "choose"]
+READ_KERNELS = ["read_lora", "read_linear", "activate_rows", "normalize", "split_heads", "read_cache"]
 LINES_KERNELS = ["project_lines", "head_lines"]
 PARALLEL_KERNELS = ["contract", "contract_lines"]
 SEQUENTIAL_KERNELS = ["contract_attention", "contract_mlp", "contract_attention_lines", "contract_mlp_lines"]
@@ -141,7 +142,7 @@ class DecodeStep:
         self._attended = torch.zeros(2, q_dim, dtype=torch.int16, device=device)
         self._act = torch.zeros(2, family.ff, dtype=torch.int16, device=device)
         self._partial = torch.zeros(family.heads, SPLITS, family.head_dim + 2, device=device)
-        self._done = torch.zeros(family.heads, dtype=torch.int32, device=device)
+        self._done = torch.zeros(2 * family.heads, dtype=torch.int32, device=device)
         self.logits = torch.zeros(-(-vocab // 4) * 4, device=device)[:vocab]  # 커널은 16바이트씩 읽는다
         self.state = torch.zeros(6, dtype=torch.int32, device=device)
         self.settings = torch.zeros(3, device=device)
@@ -232,7 +233,7 @@ class DecodeStep:
         family, adapter = self.weights.family, layer.down.adapter
         attention = AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
                                       _pointer(layer.k_norm))
-        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_kernel),
+        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_fp32),
                                                      _pointer(self._lora_partial))
 
     def _linear(self, linear: Linear, name: str) -> LinearArgument:
@@ -244,13 +245,13 @@ class DecodeStep:
         if linear.adapter is not None:
             argument.lora_b = _pointer(linear.adapter.up)
             if name != "down":
-                argument.lora_a = MatrixArgument(_pointer(linear.adapter.down_kernel), None, None, 0.0)
+                argument.lora_a = MatrixArgument(_pointer(linear.adapter.down), None, None, 0.0)
         return argument
 
 
 def kernel_names(family: Family) -> list[str]:
     post = ["post_lines"] if family.post_norm else []
-    return KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+    return KERNELS + READ_KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:

@@ -38,17 +38,14 @@ class Adapter:
     """나란한 행렬들의 LoRA. 어댑터가 없는 행렬의 자리는 0이고, r이 작은 것은 0으로 채운다. 배율은 `up`에 곱해 둔다.
 
     Attributes:
-        down: A [행렬의 수, r, 입력], 모델의 dtype. 질문을 읽을 때 쓴다.
+        down: A [행렬의 수, `lora_rows(r)`, 입력], 커널의 활성값의 dtype. 행을 0으로 채운 것이다.
         up: B fp32 [전체 출력, r].
-        ups: 행렬마다의 B [출력, r], 모델의 dtype. 질문을 읽을 때 쓴다.
-        down_kernel: 커널이 읽는 A. 행렬마다 행을 `lora_rows(r)`까지 0으로 채운 커널의 dtype이고, MLP의 뒤쪽 행렬만
-            fp32 [1, r, 입력]이다.
+        down_fp32: MLP의 뒤쪽 행렬의 A fp32 [r, 입력]. 다른 행렬이면 None.
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    ups: tuple[torch.Tensor, ...]
-    down_kernel: torch.Tensor
+    down_fp32: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,8 @@ class Weights:
         double_quant: NF4의 절댓값도 양자화했는지.
         code: 이중 양자화의 8비트 코드표 fp32 [256]. 아니면 None.
         rank: LoRA의 r 가운데 가장 큰 것. 없으면 0.
-        dtype: 활성값과 16비트 가중치의 dtype.
+        dtype: 16비트 가중치와 질문을 읽을 때의 q, k, v의 dtype.
+        act_dtype: 선형층의 입력의 dtype. NF4와 int8은 fp16이다: bf16보다 정밀하다.
         embedding_scale: 입력 embedding에 곱하는 수.
         rotary: rotary의 종류마다 (주파수 [rotary / 2], cos과 sin의 배율).
         head: 출력 행렬 [어휘를 16의 배수로 올린 것, hidden]. 묶인 구조면 embedding과 같은 메모리다.
@@ -121,17 +119,13 @@ class Weights:
         modules = layer_modules(base, family)
         state = getattr(unwrap(modules[0].out[0])[0].weight, "quant_state", None)
         self.kind = weight_kind(unwrap(modules[0].out[0])[0])
+        self.act_dtype = self.dtype if self.kind == WIDE else torch.float16
         self.double_quant = state is not None and state.nested
         self.code = state.state2.code.float().contiguous() if self.double_quant else None
         self.rank = max((adapter[0].shape[0] for layer in modules for group in layer.linears() for module in group
                          if (adapter := unwrap(module)[1])), default=0)
         self.final_norm = read_norm(base.get_submodule(family.final_norm), family)
         self.layers = [self._layer(layer) for layer in modules]
-
-    def shapes(self) -> set[tuple[int, int]]:
-        """층에 든 행렬들의 모양 (출력, 입력)."""
-        return {part.shape for layer in self.layers for linear in (layer.qkv, layer.out, layer.mlp, layer.down)
-                for part in linear.parts}
 
     def _layer(self, modules: LayerModules) -> Layer:
         family = self.family
@@ -163,13 +157,8 @@ class Weights:
                 a, b, scaling = adapter
                 down[index, : len(a)] = a
                 ups[index][:, : len(a)] = b.float() * scaling
-        return Adapter(down.to(self.dtype), torch.cat(ups).contiguous(), tuple(up.to(self.dtype) for up in ups),
-                       down if mlp_down else self._padded(down))
-
-    def _padded(self, down: torch.Tensor) -> torch.Tensor:
-        """A [행렬의 수, r, 입력]의 행을 커널의 묶음까지 0으로 채우고 커널의 활성값의 dtype으로 바꾼 것."""
-        dtype = self.dtype if self.kind == WIDE else torch.float16
-        return torch.nn.functional.pad(down, (0, 0, 0, lora_rows(self.rank) - self.rank)).to(dtype)
+        padded = torch.nn.functional.pad(down, (0, 0, 0, lora_rows(self.rank) - self.rank))
+        return Adapter(padded.to(self.act_dtype), torch.cat(ups).contiguous(), down[0] if mlp_down else None)
 
 
 def shape_dtype(model) -> torch.dtype:

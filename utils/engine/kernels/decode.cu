@@ -193,7 +193,7 @@ struct Space {
         rest = (char*)(partial + slots * (SLOT_BYTES / 4));
     }
     __device__ __forceinline__ void fill() const {
-        if (WEIGHT == NF4_WEIGHT) build_table((u32*)space_begin());
+        if (WEIGHT == NF4_WEIGHT) build_table<THREADS>((u32*)space_begin());
         if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = code_value;
     }
 };
@@ -204,29 +204,27 @@ struct Attend {
     Attention attention;
     u8* const* pages;  // 널이면 세지 않는다
     const int* state;
-    int* done;  // [KV_HEADS]. 머리 묶음마다 다 곱한 묶음(tile)의 수. 늘 0으로 되돌려 놓는다
+    int* done;  // [2][KV_HEADS]. 머리 묶음마다 다 곱한 묶음(tile)의 수와, 그것을 다 기다린 q 머리의 수. 늘 0으로 되돌려 놓는다
     u16* out;   // 16비트 [위, 아래][QDIM]
 
-    // 블록이 first부터 tiles개 묶음의 출력을 적은 다음에 부른다. 머리 묶음의 마지막 출력을 적은 블록이 attention을 센다.
+    // 블록이 first부터 tiles개 묶음(모두 한 머리의 것이다)의 출력을 적은 다음에 부른다. q 머리마다 그 첫 묶음을 곱한 블록이
+    // 머리 묶음의 나머지를 기다려 attention을 센다. 블록이 SM보다 많지 않아 모두 돌고 있으므로 기다림은 끝난다.
     __device__ __forceinline__ void follow(int first, int tiles, u8* first_page, int position,
                                            const float* qkv) const {
-        __shared__ int ready[THREADS / ROWS];  // 이 블록이 셀 머리 묶음. 아니면 -1
+        int *ready = done + HeadGroup::of(first), *taken = ready + KV_HEADS, head = HeadGroup::query_of(first);
         __syncthreads();
-        if ((int)threadIdx.x < tiles) {
-            int group = HeadGroup::of(first + threadIdx.x);
+        if (threadIdx.x == 0) {
             __threadfence();
-            bool last = atomicAdd(done + group, 1) == HeadGroup::TILES - 1;
-            __threadfence();
-            if (last) done[group] = 0;
-            ready[threadIdx.x] = last ? group : -1;
+            atomicAdd(ready, tiles);
+        }
+        if (head < 0) return;
+        if (threadIdx.x == 0) {
+            wait_until(ready, HeadGroup::TILES);
+            if (atomicAdd(taken, 1) == PER_KV - 1) *ready = *taken = 0;
         }
         __syncthreads();
-        for (int i = 0; i < tiles; i++)
-            for (int h = 0; ready[i] >= 0 && h < PER_KV; h += HEADS_PER_BLOCK) {
-                attend_job<THREADS, false>(*(AttendSpace<THREADS>*)shared, qkv, attention, pages, first_page,
-                                           position, ready[i] * PER_KV + h, 0, 1, false, 0, 0, out);
-                __syncthreads();
-            }
+        attend_job<THREADS, 1, false>(*(AttendSpace<THREADS, 1>*)shared, qkv, attention, pages, first_page, position, head,
+                                      0, 1, false, 0, 0, out);
     }
 };
 

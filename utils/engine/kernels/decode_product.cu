@@ -19,8 +19,8 @@ __constant__ float NF4_CODE[16] = {
 // NF4 바이트 하나(가중치 둘)를 fp16 둘로 바꾸는 표. 레인마다 사본을 두어 은행 충돌이 없다. 한 줄은 32개(128바이트)이고,
 // 공유 메모리가 넉넉하면 줄의 간격(TABLE_STEP)이 256바이트라서 명령 하나로 줄을 찾는다. 표는 공유 메모리의 주소 SPACE_AT에 있다:
 // 주소가 상수라서 찾은 줄에 더하지 않고 읽는다.
-__device__ __forceinline__ void build_table(u32* table) {
-    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
+template <int N> __device__ __forceinline__ void build_table(u32* table) {
+    for (int i = threadIdx.x; i < 256 * 8; i += N) {
         u32 pair = narrow<false>(NF4_CODE[i >> 7]) | (u32)narrow<false>(NF4_CODE[i >> 3 & 15]) << 16;
         ((uint4*)table)[i / 8 * (TABLE_STEP / 16) + i % 8] = {pair, pair, pair, pair};
     }

@@ -424,7 +424,7 @@ struct LineSpace {
         ends = partial + (LINE_ENDS_AT - LINE_SUMS_AT) / 4;
     }
     __device__ __forceinline__ void fill(const float* code) const {
-        if (WEIGHT == NF4_WEIGHT) build_table((u32*)space_begin());
+        if (WEIGHT == NF4_WEIGHT) build_table<THREADS>((u32*)space_begin());
         if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
     }
 };
