@@ -215,6 +215,9 @@ static void wait_for_previous_kernel() {}
 static void let_next_kernel_start() {}
 static void __syncwarp() { sync_warp(); }
 static void prefetch(const void*) {}
+static void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
+static void end_of_copies() {}
+template <int LEFT> static void wait_for_copies() {}
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }
 static uint2 load_weight8(const void* at) { return *(const uint2*)at; }
 template <bool BF> static u16 narrow(float value) {
@@ -238,6 +241,11 @@ template <bool BF> static void split_pair(float first, float second, u32& high, 
     high = top[0] | (u32)top[1] << 16;
     low = narrow<BF>(first - widen<BF>(top[0])) | (u32)narrow<BF>(second - widen<BF>(top[1])) << 16;
 }
+static void wait_until(const int* at, int count) {
+    while (__atomic_load_n(at, __ATOMIC_ACQUIRE) < count) std::this_thread::yield();
+}
+static u32 shared_address(const void* pointer) { return (const char*)pointer - shared; }
+template <int AT> static u32 shared_word(u32 offset) { return *(const u32*)(shared + AT + offset); }
 template <int BYTE> static u32 byte_above(u32 word, u32 low) { return (word >> BYTE * 8 & 255) << 8 | low; }
 static uint2 int8_to_fp16(u32 word) {
     u16 half[4];

@@ -2,11 +2,12 @@
 
 사용법: python tests/bench/bench_generate.py [모양:어댑터:가중치,...] [긴 질문의 토큰 수]
         python tests/bench/bench_generate.py check [모양:어댑터:가중치,...]
-    모양은 modern.py의 이름, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8, wide(16비트)다.
-    check는 속도 대신 답을 본다: 탐욕적인 답이 generate와 갈라지는 곳과 그 로짓의 차이, 함께 답한 것이 하나씩 답한 것과
-    갈라지는 곳, 뽑기의 카이제곱.
-사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫 토큰까지 넣은 128토큰의
-속도이고 "이어서"는 첫 토큰 뒤의 속도다.
+    모양은 modern.py의 이름이나 모델 폴더의 경로, 어댑터는 all(모든 선형층), qkv, none, 가중치는 nf4, int8,
+    wide(16비트)다.
+    check는 속도 대신 답을 본다: 탐욕적인 답이 generate와 갈라지는 곳, 그 자리의 두 로짓을 fp32의 로짓과 비교한 것, 함께
+    답한 것이 하나씩 답한 것과 갈라지는 곳, 뽑기의 카이제곱. 폴더의 모델에는 BOS와 함께 든 데이터의 글을 묻는다.
+사람이 읽는 표 다음에, 마지막 줄이 JSON이다. 폴더를 주지 않으면 가중치는 모양만 같은 무작위 수다. 표의 "전체"는 첫
+토큰까지 넣은 128토큰의 속도이고 "이어서"는 첫 토큰 뒤의 속도다.
 """
 
 import gc
@@ -18,12 +19,16 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 
-from modern import add_lora, build  # noqa: E402
+from families import exact  # noqa: E402
+from modern import SHAPES, add_lora, build  # noqa: E402
 
+from utils.data.encoder import head_ids  # noqa: E402
 from utils.decode.decoder import Decoder  # noqa: E402
 from utils.engine.decode_plan import CHOOSERS  # noqa: E402
+from utils.model.loader import choose_device, load_base  # noqa: E402
 from utils.sampling import Sampling, penalize, probabilities  # noqa: E402
 
 PROMPT, ANSWER, REPEATS, LONG, BATCH = 64, 128, 3, 1920, 16
@@ -31,6 +36,7 @@ DEFAULT = ("qwen3-1.7b:all:nf4,llama-1.5b:all:nf4,gemma3-270m:all:nf4,gemma3-270
            "polyglot-ko-1.3b:all:nf4,qwen3-1.7b:none:wide,qwen3-1.7b:all:int8")
 QKV = {"polyglot-ko-1.3b": ["query_key_value"]}
 PLAIN, OURS = "흔한 방법", "이 도구"
+TEXTS = ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"
 QUESTIONS, DRAWS, LINES = 20, 20_480, 256
 SAMPLED = (Sampling(0.9, 1.0, 0), Sampling(0.7, 0.9, 40), Sampling(1.2, 0.8, 0, repetition_penalty=1.3),
            Sampling(1.0, 0.95, 400, no_repeat_ngram_size=3))
@@ -129,8 +135,11 @@ def measure_decoder(model, long: int) -> dict:
 
 
 def built(case: str):
-    shape, adapter, kind = case.split(":")
-    model = build(shape, kind)
+    shape, adapter, kind = case.rsplit(":", 2)
+    if shape in SHAPES:
+        model = build(shape, kind)
+    else:
+        model = load_base(shape, choose_device(), {"nf4": "4bit", "int8": "8bit", "wide": None}[kind]).eval()
     if adapter == "none":
         return model
     return add_lora(model, QKV.get(shape, ["q_proj", "k_proj", "v_proj"]) if adapter == "qkv" else "all-linear")
@@ -147,15 +156,27 @@ def parted(left: list[int], right: list[int]) -> int | None:
     return next((place for place, (one, other) in enumerate(zip(left, right, strict=True)) if one != other), None)
 
 
-@torch.no_grad()
-def check_greedy(model, decoder: Decoder) -> dict:
-    """질문 QUESTIONS개의 탐욕적인 답을 generate와, 함께 답한 것을 하나씩 답한 것과 비교한다.
+def questions_of(model, case: str) -> list[list[int]]:
+    """PROMPT토큰짜리 질문 QUESTIONS개: 폴더의 모델이면 그 토크나이저로 읽은 글, 아니면 무작위 토큰."""
+    shape = case.rsplit(":", 2)[0]
+    if shape in SHAPES:
+        generator = torch.Generator().manual_seed(7)
+        return torch.randint(100, model.config.vocab_size, (QUESTIONS, PROMPT), generator=generator).tolist()
+    from transformers import AutoTokenizer
 
-    갈라진 자리마다 (자리, transformers가 두 토큰에 준 로짓의 차이, 그 자리에서 두 로짓의 가장 큰 차이)를 준다. 함께
-    답해 갈라진 것은 (자리, 하나씩 답할 때 두 토큰의 로짓의 차이)다.
+    tokenizer = AutoTokenizer.from_pretrained(shape)
+    head, text = head_ids(tokenizer), TEXTS.read_text(encoding="utf-8")[: 1000 * QUESTIONS]
+    ids, width = tokenizer(text, add_special_tokens=False)["input_ids"], PROMPT - len(head)
+    return [head + ids[begin : begin + width] for begin in range(0, QUESTIONS * width, width)]
+
+
+@torch.no_grad()
+def check_greedy(model, decoder: Decoder, questions: list[list[int]], truth) -> dict:
+    """질문들의 탐욕적인 답을 generate와, 함께 답한 것을 하나씩 답한 것과 비교한다. truth는 같은 가중치의 fp32 모델이다.
+
+    generate와 갈라진 자리마다 (자리, generate가 두 토큰에 준 로짓의 차이, 그 자리에서 generate의 로짓과 fp32의 가장 큰
+    차이, 이 도구의 것)을 준다. 함께 답해 갈라진 것은 (자리, 하나씩 답할 때 두 토큰의 로짓의 차이)다.
     """
-    generator, top = torch.Generator().manual_seed(7), model.config.vocab_size
-    questions = [torch.randint(100, top, (PROMPT,), generator=generator).tolist() for _ in range(QUESTIONS)]
     settings, partings = Sampling(0.0, 1.0, 0, ANSWER), []
     alone = [list(decoder.stream(question, settings)) for question in questions]
     ids = torch.tensor(questions, device="cuda")  # 하나씩이면 Qwen3-1.7B에서 4분이 든다
@@ -166,10 +187,10 @@ def check_greedy(model, decoder: Decoder) -> dict:
         if place is None:
             continue
         read = torch.tensor([question + theirs[:place]], device="cuda")
-        logits = model(read).logits[0, -1].float()
+        plain, right = (side(read).logits[0, -1].float() for side in (model, truth))
         mine = decoder._engine.logits(question, ours[: place + 1])[-1]
-        partings.append((place, float(logits[theirs[place]] - logits[ours[place]]),
-                         float((logits[: len(mine)] - mine).abs().max())))
+        partings.append((place, float(plain[theirs[place]] - plain[ours[place]]), float((plain - right).abs().max()),
+                         float((mine - right[: len(mine)]).abs().max())))
     together = [reply.ids for reply in decoder.answer_many(questions, settings)]
     rows = []
     for question, one, other in zip(questions, alone, together, strict=True):
@@ -219,17 +240,19 @@ def check(cases: str) -> None:
     results = {}
     for case in cases.split(","):
         model = built(case)
+        truth, questions = exact(model), questions_of(model, case)
         decoder = Decoder(model, range(model.config.vocab_size), (-1,))
-        found = check_greedy(model, decoder) | {"sampling": check_sampling(decoder, prompt_of(model, PROMPT))}
+        found = check_greedy(model, decoder, questions, truth) | {"sampling": check_sampling(decoder, questions[0])}
         results[case] = found | {"path": decoder.path}
-        gaps = ", ".join(f"{place}번째(차이 {gap:.3g}, 로짓의 오차 {error:.3g})"
-                         for place, gap, error in found["parted_from_generate"]) or "없다"
-        rows = ", ".join(f"{place}번째(차이 {gap:.2g})" for place, gap in found["rows_parted_from_single"]) or "없다"
-        print(f"{case}: 질문 {QUESTIONS}개 x {ANSWER}토큰. generate와 갈라진 곳: {gaps}. 함께 답해 갈라진 곳: {rows}")
+        gaps = ", ".join(f"{place}번째({gap:.3g}, {theirs:.2g}, {ours:.2g})"
+                         for place, gap, theirs, ours in found["parted_from_generate"]) or "없다"
+        rows = ", ".join(f"{place}번째({gap:.2g})" for place, gap in found["rows_parted_from_single"]) or "없다"
+        print(f"{case}: 질문 {QUESTIONS}개 x {ANSWER}토큰. generate와 갈라진 곳(generate의 두 로짓의 차이, "
+              f"fp32와 generate의 차이, fp32와 이 도구의 차이): {gaps}. 함께 답해 갈라진 곳(두 로짓의 차이): {rows}")
         for one in found["sampling"]:
             print(f"    카이제곱 {one['chi']:.0f}, 자유도 {one['freedom']}(z {one['z']:+.1f}), "
                   f"나올 수 없는 것 {one['impossible']}번: {one['settings']}", flush=True)
-        del model, decoder
+        del model, truth, decoder
         gc.collect()
         torch.cuda.empty_cache()
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "check": results}, ensure_ascii=False))

@@ -166,9 +166,10 @@ def test_weights_as_the_kernels_read_them():
     weights = Weights(model, describe(model))
     qkv, down = weights.layers[0].qkv, weights.layers[0].down
     a = [layer.self_attn.q_proj.lora_A["default"].weight, None, layer.self_attn.v_proj.lora_A["default"].weight]
-    assert weights.rank == 4 and qkv.adapter.down_fp32.shape == (3, 4, 128) and weights.layers[0].out.adapter is None
-    assert torch.equal(qkv.adapter.down_fp32[0], a[0].float()) and not qkv.adapter.down_fp32[1].any()
-    assert torch.equal(qkv.adapter.down_fp32[2], a[2].float())
+    assert weights.rank == 4 and qkv.adapter.down.shape == (3, 8, 128) and weights.layers[0].out.adapter is None
+    assert torch.equal(qkv.adapter.down[0, :4], a[0].bfloat16()) and not qkv.adapter.down[1].any()
+    assert torch.equal(qkv.adapter.down[2, :4], a[2].bfloat16()) and not qkv.adapter.down[:, 4:].any()
+    assert torch.equal(down.adapter.down_fp32, layer.mlp.down_proj.lora_A["default"].weight.float())
     assert torch.equal(down.adapter.up, layer.mlp.down_proj.lora_B["default"].weight.float() * 2)
     assert torch.equal(qkv.bias[128:192], layer.self_attn.k_proj.bias.float())
     assert weights.head.data_ptr() == weights.embedding.data_ptr()  # 묶인 출력 행렬은 베끼지 않는다
@@ -185,6 +186,8 @@ def test_the_cache_grows_by_pages():
     cache.grow(PAGE + 1)
     assert cache.capacity == 2 * PAGE and int(cache.table[0]) == first
     assert cache.fits(0) < cache.fits(1e9)
+    free = next(free for free in range(0, 10**8, 1000) if cache.fits(free) == 7 * PAGE)  # 다섯 쪽을 더 담을 수 있다
+    assert [cache.lines_that_fit([tokens] * 16, free) for tokens in (9, PAGE, PAGE + 1, 6 * PAGE)] == [5, 5, 2, 0]
     qwen = Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, True, 132, 232_448)
     assert 4 * qwen.pages.size < 200e6 and qwen.can_answer_together
     assert not Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, False, 40, 65_536).can_answer_together  # 7.5 세대
@@ -206,7 +209,6 @@ def test_adapter_switch_and_sampling_on_the_cpu(tmp_path):
     (tmp_path / "tuned").mkdir()
     step, prefill = prepare(add_lora(base), tmp_path / "tuned")
     tuned = follow(step, prefill, ids, 20)
-    prefill.adapter_on = False
     step.adapter_on.fill_(0)
     assert torch.equal(follow(step, prefill, ids, 20), plain) and not torch.allclose(tuned, plain)
     step.settings.copy_(torch.tensor([0.9, 0.95, 1.0]))
@@ -234,13 +236,15 @@ def test_rows_together_equal_one_at_a_time(name, kind, lengths, sizes, tmp_path)
     questions = [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in lengths]
     for adapter_on in (True, False) if name == "gpt_neox" else (True,):
         step.adapter_on.fill_(adapter_on)
-        prefill.adapter_on = adapter_on
         step.settings.copy_(torch.tensor([0.0, 1.0, 1.0]))
         rows.begin(prefill, questions, 8, [[0, 0, 0, 0]] * len(questions))
+        read = prefill.many(questions, rows._table)
+        step.cache.grow(1)
         together = [rows.logits.clone()]
         rows.run(overlap=False)
         together.append(rows.logits.clone())
         for line, question in enumerate(questions):
+            assert torch.equal(read[line], prefill(question))  # 함께 읽어도 비트까지 같다
             alone = follow(step, prefill, question + rows.told[line, :1].tolist(), len(question))
             ours = torch.stack([logits[line] for logits in together])
             assert float((ours - alone).norm() / alone.norm()) < 1e-3

@@ -16,6 +16,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCau
 
 from utils.decode.decoder import Decoder
 from utils.engine.decode_engine import FastDecode, why_not
+from utils.engine.decode_rows import DecodeRows
 from utils.sampling import Sampling, penalize, probabilities
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
@@ -78,6 +79,22 @@ def test_nf4_weights(double, head, heads, rank):
 def test_every_prompt_length(prompt):
     ours, theirs = errors(add_lora(quantized(True), up=0.05), VOCAB, prompt=prompt, answer=70)
     assert ours < max(1.2 * theirs, 0.01), (ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["wide", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "gemma3_text"])
+def test_questions_read_together_have_the_same_bits(name, kind):
+    """질문들을 함께 읽은 잔차가 하나씩 읽은 것과 비트까지 같다. 길이를 채운 것과 조각으로 읽는 것이 모두 있다."""
+    model = families.build(name, half(), **MIDDLE).cuda()
+    model = model if kind == "wide" else families.quantize(model, kind)
+    engine = FastDecode(families.add_lora(model, rank=8), 300)
+    questions = [[(index * 7 + length) % 299 for index in range(length)] for length in (5, 64, 33, 128, 100, 700)]
+    engine._step.cache.grow(701)
+    alone = [engine._prefill(question).clone() for question in questions]
+    rows = DecodeRows(engine._step)
+    for cache in rows._caches[: len(questions)]:
+        cache.grow(701)
+    assert torch.equal(engine._prefill.many(questions, rows._table), torch.stack(alone))
 
 
 MIDDLE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.decode_plan import LINES, NF4, PAGE, SOURCES, WIDE, Plan, odd_size
+from utils.engine.decode_plan import LINES, NF4, SOURCES, WIDE, Plan, odd_size
 from utils.engine.decode_rows import DecodeRows
 from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe
@@ -80,7 +80,6 @@ class FastDecode:
     def use_adapter(self, on: bool) -> None:
         """어댑터를 켜거나 끈다. 커널이 읽는 값 하나를 바꿀 뿐이다."""
         self._step.adapter_on.fill_(float(on))
-        self._prefill.adapter_on = on
 
     def room(self, tokens: int) -> int:
         """질문과 답을 합쳐 `tokens`개 가운데 지금 메모리에 담을 수 있는 토큰의 수."""
@@ -110,14 +109,16 @@ class FastDecode:
                     end_ids: Sequence[int], until: float = math.inf) -> list[list[int]]:
         """질문 여럿에 답한다. 시각 `until`이 되면 만든 데까지 준다.
 
-        LINES개씩 함께 답하고, 질문이 적거나 메모리가 모자라거나 문맥의 끝에 닿는 것은 하나씩 답한다.
+        LINES개까지, 메모리가 모자라면 들어가는 만큼씩 함께 답한다. 질문이 적거나 문맥의 끝에 닿는 것은 하나씩 답한다.
         """
         answers: list[list[int]] = [[] for _ in questions]
         context, most = self._weights.family.context, max(limits)
         together = [index for index, question in enumerate(questions) if len(question) + most <= context]
-        for begin in range(0, len(together), LINES):
-            group = together[begin : begin + LINES]
-            if len(group) >= FEW and self._lines_fit([questions[index] for index in group], most):
+        while together and self._step.plan.can_answer_together and time.perf_counter() <= until:
+            lengths = [len(questions[index]) + most for index in together[:LINES]]
+            count = max(1, self._step.cache.lines_that_fit(lengths, self._free_bytes()))
+            group, together = together[:count], together[count:]
+            if len(group) >= FEW:
                 found = self._answer_lines([questions[index] for index in group], settings,
                                            [limits[index] for index in group], end_ids, until)
                 for index, answer in zip(group, found, strict=True):
@@ -129,11 +130,6 @@ class FastDecode:
                     if token in end_ids or time.perf_counter() > until:
                         break
         return answers
-
-    def _lines_fit(self, questions: list[list[int]], most: int) -> bool:
-        needed = max(map(len, questions)) + most + PAGE
-        fits = self._step.cache.fits(self._free_bytes())
-        return self._step.plan.can_answer_together and fits >= len(questions) * needed
 
     @torch.inference_mode()
     def _answer_lines(self, questions: list[list[int]], settings: Sampling, limits: list[int], end_ids: Sequence[int],

@@ -12,12 +12,15 @@ from utils.engine.cuda import CompileError
 from utils.engine.family import ACTIVATION_CODES, Family
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
-           "decode_sample.cu", "decode_prefill.cu", "decode_rows.cu")
+           "decode_sample.cu", "decode_read.cu", "decode_prefill.cu", "decode_rows.cu")
 ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
 WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
 THREADS = WARPS * 32
 PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
+READERS = 256        # 질문을 읽는 행렬 곱의 스레드 수
+READ_TOKENS = 64     # 그 블록 하나가 맡는 토큰의 수
+READ_UNIT = 64       # 그 워프가 한 번에 지나는 칸의 수
 SPLIT_THREADS = 128  # 읽은 q, k, v를 머리별로 나누는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
@@ -34,6 +37,7 @@ MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 TABLE_ROW = 128        # NF4의 표 한 줄(바이트)
 WIDE_TABLE = 160_000   # 블록의 공유 메모리(바이트)가 이만큼이면 줄의 간격을 두 배로 한다
+SPACE_AT = 2048        # 커널이 쓰기 시작하는 공유 메모리의 주소. 앞은 드라이버(1,024바이트)와 컴파일러의 것이다
 SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
 SCRATCH = 2 * WARPS * 8  # norm이 쓰는 자리(바이트)
 
@@ -115,17 +119,17 @@ class Plan:
 
         def space(lora_parts: int, rest: int) -> int:
             """묶음의 자리를 뺀 공유 메모리."""
-            return sums_at + lora_parts * self.lora_rows // lora_tile * SLOT + rest
+            return SPACE_AT + sums_at + lora_parts * self.lora_rows // lora_tile * SLOT + rest
 
-        lora_tile = 8 if rank <= 8 else ROWS
+        lora_tile = _lora_tile(rank)
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)
         attending = self._attend_space(family.head_dim)
-        # 블록 하나가 K, V 머리 하나의 q 머리를 다 맡고, 블록의 묶음들이 머리를 넘지 않아야 attention을 이어서 센다
-        alone = family.heads == self.queries * family.kv_heads and attending <= shared_limit
+        # 블록의 묶음들이 머리를 넘지 않아야 attention을 이어서 센다
+        alone = attending <= shared_limit
         head_tiles = family.head_dim // ROWS * (3 if family.interleaved else 1)
         self._whole_heads = lambda tiles, blocks: alone and tiles % blocks == 0 and head_tiles % (tiles // blocks) == 0
-        self.lora_rows = ceil(rank / lora_tile) * lora_tile  # 나란한 행렬 하나가 차지하는 A의 행
+        self.lora_rows = lora_rows(rank)
         norm = SCRATCH + max(hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
         qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
         if family.parallel:
@@ -146,7 +150,9 @@ class Plan:
             self.qkv_blocks, self.mlp_blocks = self.project_qkv.blocks, self.project_mlp.blocks
             self.contract_out = self._grid(hidden // ROWS, space(1, q_dim * 2 * copies), 1)
             self.contract_down = self._grid(hidden // ROWS, space(0, ff * 2 * copies), 1)
-        self.attend_soon = ATTEND_SOON if self._whole_heads(qkv_tiles, self.qkv_blocks) else 0
+        # 이어서 세는 블록은 다른 블록을 기다리므로 모든 블록이 함께 돌아야 한다
+        resident = self.project_qkv.blocks <= multiprocessors
+        self.attend_soon = ATTEND_SOON if resident and self._whole_heads(qkv_tiles, self.qkv_blocks) else 0
         if self.attend_soon:
             self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
@@ -154,10 +160,10 @@ class Plan:
         line_scratch_at = down_at + 3 * rank * LINES * 4
         line_sums_at = line_scratch_at + WARPS * LINES * 8
         line_slot = SLOT * LINES + ROWS * (1 + rank) * 4  # 합의 자리와, 그 행들의 bias와 LoRA의 B
-        line_slots = min(8, (shared_limit - line_sums_at) // line_slot // 2 * 2)
+        line_slots = min(8, (shared_limit - SPACE_AT - line_sums_at) // line_slot // 2 * 2)
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         line_slots = max(2, line_slots)
-        self.lines_shared = line_sums_at + line_slots * line_slot
+        self.lines_shared = SPACE_AT + line_sums_at + line_slots * line_slot
         line_heads = LINES * family.heads // self.queries
         self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
         most = multiprocessors
@@ -166,6 +172,9 @@ class Plan:
         if family.parallel:  # 두 선형층이 블록을 묶음의 수대로 나눈다
             self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
             self.lines_mlp = most - self.lines_qkv
+        self._read_inputs_at = SPACE_AT + table + 1024  # 표와 8비트 코드표의 다음
+        self._read_stages = 4 if shared_limit >= WIDE_TABLE else 2
+        self.in_scale = 1 / 64 if family.gated else 1.0  # gate * up이 fp16의 범위를 넘지 않게 한다
         ahead = PIECES_AHEAD[0 if family.parallel else 1]
         self.choose_shared = 2 * ceil(vocab / 32) * 4
         self.defines = {
@@ -182,7 +191,7 @@ class Plan:
             "LINES": LINES, "LINE_SLOTS": line_slots, "LINE_AHEAD": LINE_AHEAD,
             "LINE_REGISTERS": LINE_REGISTERS,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
-            "TABLE_STEP": table_step,
+            "TABLE_STEP": table_step, "SPACE_AT": SPACE_AT,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
             "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
@@ -193,14 +202,33 @@ class Plan:
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
-            "IN_SCALE": "0.015625f" if family.gated else "1.f",  # 1/64: gate * up이 fp16의 범위를 넘지 않게 한다
+            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT, "READ_STAGES": self._read_stages,
+            "READ_INPUTS_AT": self._read_inputs_at, "READ_CODES_AT": SPACE_AT + table,
             **{name: f"{value:.9e}f" for name, value in (
-                ("EPS", family.eps), ("ATTENTION_SCALE", family.attention_scale), ("LOGIT_CAP", family.logit_cap),
+                ("EPS", family.eps), ("IN_SCALE", self.in_scale), ("ATTENTION_SCALE", family.attention_scale),
+                ("LOGIT_CAP", family.logit_cap),
                 ("LOGIT_SCALE", family.logit_scale), ("RESIDUAL_SCALE", family.residual_scale),
                 ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))}}
 
+    def read_grid(self, rows: int) -> tuple[int, int, int]:
+        """질문을 읽는 행렬 곱의 (행을 나누어 맡는 블록의 수, 행을 나누어 맡는 워프의 수, 공유 메모리).
+
+        남는 워프는 칸을 나누어 맡는다. 토큰의 수와 상관없이 정해지므로 함께 읽어도 더하는 차례가 같다.
+        """
+        tiles = ceil(rows / ROWS)
+        row_warps = 4 if 2 * tiles >= 5 * self.multiprocessors else 2
+        while (shared := self._read_shared(row_warps)) > self._limit:
+            row_warps *= 2
+        return ceil(tiles / row_warps), row_warps, shared
+
+    def _read_shared(self, row_warps: int) -> int:
+        shares = READERS // 32 // row_warps
+        return self._read_inputs_at + self._read_stages * shares * READ_TOKENS * READ_UNIT * 2
+
     def shared(self, name: str) -> int:
         """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
+        if name.startswith("read_l"):
+            return min(self._read_shared(2), self._limit)
         grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}
@@ -235,8 +263,17 @@ class Plan:
 
     def _attend_space(self, head_dim: int) -> int:
         """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""
-        rows = 2 * self.queries + 2 + WARPS * self.queries
-        return rows * head_dim * 4 + WARPS * self.queries * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
+        return (WARPS + 4) * head_dim * 4 + WARPS * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
+
+
+def _lora_tile(rank: int) -> int:
+    """LoRA의 A에서 함께 곱하는 행의 수."""
+    return 8 if rank <= 8 else ROWS
+
+
+def lora_rows(rank: int) -> int:
+    """LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지)."""
+    return ceil(rank / _lora_tile(rank)) * _lora_tile(rank)
 
 
 def odd_size(family: Family) -> str | None:

@@ -40,21 +40,15 @@ class DecodeRows:
     def begin(self, prefill, questions: list[list[int]], answer: int, choices: list[list[int]]) -> None:
         """질문들을 읽고 줄마다 첫 토큰을 고른다. 모자라는 줄은 첫 줄과 같은 것을 같은 자리에 적으며 헛돈다.
 
-        질문은 한 줄씩 답할 때와 같은 길로 하나씩 읽는다. 여럿을 한 번에 곱하면 16비트의 반올림이 달라져 답이 갈라진다.
-
         Args:
             prefill: `Prefill`.
             answer: 줄마다 만들 수 있어야 하는 토큰의 수.
             choices: 줄마다의 [top_k, n-gram의 크기, 씨앗 둘].
         """
         self.release()  # 앞의 답이 도중에 끊겼을 수 있다
-        table = self._step.cache.table
-        own = table.clone()
-        for line, question in enumerate(questions):
-            self._caches[line].grow(len(question) + answer)
-            table.copy_(self._table[line])
-            self.x[line].copy_(prefill(question))
-        table.copy_(own)
+        for cache, question in zip(self._caches, questions, strict=False):
+            cache.grow(len(question) + answer)
+        self.x[: len(questions)] = prefill.many(questions, self._table)
         lines = list(range(len(questions))) + [0] * (LINES - len(questions))
         self.x.copy_(self.x[lines])
         self._table.copy_(self._table[lines])

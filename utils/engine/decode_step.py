@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, WIDE, Plan
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, Plan
 from utils.engine.family import Family
 from utils.engine.norms import Norm
-from utils.engine.weights import Adapter, Layer, Linear, Weights
+from utils.engine.weights import Layer, Linear, Weights
 
-KERNELS = ["project", "attend", "head", "choose", "dequantize", "widen_int8", "normalize", "split_heads", "read_cache"]
+KERNELS = ["project", "attend", "head", "choose"]
+READ_KERNELS = ["read_lora", "read_linear", "activate_rows", "normalize", "split_heads", "read_cache"]
 LINES_KERNELS = ["project_lines", "head_lines"]
 PARALLEL_KERNELS = ["contract", "contract_lines"]
 SEQUENTIAL_KERNELS = ["contract_attention", "contract_mlp", "contract_attention_lines", "contract_mlp_lines"]
@@ -87,6 +88,12 @@ class KvCache:
         widened = 2 * self._family.kv_heads * self._family.head_dim * 2 * PAGE
         return int((free + len(self._pages) * self._plan.pages.size) // (self._plan.pages.size + 2 * widened)) * PAGE
 
+    def lines_that_fit(self, lengths: list[int], free: float) -> int:
+        """`free`바이트가 더 있을 때, 길이가 `lengths`인 줄들의 앞에서 몇 줄까지 저마다의 쪽에 담을 수 있는지."""
+        pages = [-(-length // PAGE) for length in lengths]
+        room = (self.fits(free) - self.capacity) // PAGE
+        return sum(sum(pages[: count + 1]) <= room for count in range(len(pages)))
+
     def grow(self, tokens: int) -> None:
         """위치 `tokens`개를 담을 수 있게 쪽을 더한다."""
         while self.capacity < tokens:
@@ -135,7 +142,7 @@ class DecodeStep:
         self._attended = torch.zeros(2, q_dim, dtype=torch.int16, device=device)
         self._act = torch.zeros(2, family.ff, dtype=torch.int16, device=device)
         self._partial = torch.zeros(family.heads, SPLITS, family.head_dim + 2, device=device)
-        self._done = torch.zeros(family.heads, dtype=torch.int32, device=device)
+        self._done = torch.zeros(2 * family.heads, dtype=torch.int32, device=device)
         self.logits = torch.zeros(-(-vocab // 4) * 4, device=device)[:vocab]  # 커널은 16바이트씩 읽는다
         self.state = torch.zeros(6, dtype=torch.int32, device=device)
         self.settings = torch.zeros(3, device=device)
@@ -145,7 +152,6 @@ class DecodeStep:
         if device.type == "cuda":
             self.told = self.told.pin_memory()
         self._lora_partial = torch.zeros(plan.mlp_blocks * max(1, weights.rank), device=device)
-        self._kept: list[torch.Tensor] = []  # 커널이 주소로 읽는 tensor
         self._layers = [self._arguments(index, layer) for index, layer in enumerate(weights.layers)]
         self.head_argument = LinearArgument()
         self.head_argument.part[0] = MatrixArgument(weights.head.data_ptr(), None, None, 0.0)
@@ -239,22 +245,13 @@ class DecodeStep:
         if linear.adapter is not None:
             argument.lora_b = _pointer(linear.adapter.up)
             if name != "down":
-                argument.lora_a = MatrixArgument(_pointer(self._padded_a(linear.adapter)), None, None, 0.0)
+                argument.lora_a = MatrixArgument(_pointer(linear.adapter.down), None, None, 0.0)
         return argument
-
-    def _padded_a(self, adapter: Adapter) -> torch.Tensor:
-        """행렬마다 A의 행을 커널의 묶음까지 0으로 채운 것 [행렬의 수, lora_rows, 입력]. dtype은 활성값과 같다."""
-        down = adapter.down_fp32
-        padded = down.new_zeros(len(down), self.plan.lora_rows, down.shape[2],
-                                dtype=self.weights.dtype if self.weights.kind == WIDE else torch.float16)
-        padded[:, : down.shape[1]] = down
-        self._kept.append(padded)
-        return padded
 
 
 def kernel_names(family: Family) -> list[str]:
     post = ["post_lines"] if family.post_norm else []
-    return KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+    return KERNELS + READ_KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:

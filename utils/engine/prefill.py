@@ -2,19 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from utils.engine.decode_plan import INT8, NF4, SPLIT_THREADS, THREADS, WIDE
-from utils.engine.decode_step import DecodeStep
+from utils.engine.decode_plan import READ_TOKENS, READERS, SPLIT_THREADS, THREADS
+from utils.engine.decode_step import DecodeStep, MatrixArgument
 from utils.engine.norms import Norm
-from utils.engine.weights import Adapter, Layer, Linear, Matrix
+from utils.engine.weights import Adapter, Layer
 
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
-BUFFER = 16 * 1024 ** 2  # 양자화된 가중치를 풀어 두는 자리(16비트 수의 개수). 1.3b의 행렬 하나가 다 들어간다
+TOGETHER = 1024         # 짧은 질문들을 함께 읽을 때의 토큰의 수
+
+
+@dataclass(frozen=True)
+class Span:
+    """함께 읽는 토큰들 가운데 질문 하나의 것: begin부터 end까지이고, table에 적힌 쪽의 past번째 위치부터 온다."""
+
+    begin: int
+    end: int
+    past: int
+    table: torch.Tensor
 
 
 class Prefill:
@@ -22,38 +33,65 @@ class Prefill:
 
     짧은 질문은 길이마다 CUDA graph로 캡처해 둔다. 커널을 하나씩 부르는 시간이 계산보다 길기 때문이다. 긴 질문은
     조각마다 앞 조각들의 K, V를 cache에서 풀어 함께 본다. 메모리는 층 하나의 K, V만큼만 든다.
-
-    Attributes:
-        adapter_on: 어댑터를 더할지.
     """
 
     def __init__(self, step: DecodeStep):
-        self.adapter_on = True
         self._step, self._weights, self._kernels = step, step.weights, step.kernels
         self._device = self._weights.embedding.device
-        self._buffer = None if self._weights.kind == WIDE else torch.empty(BUFFER, dtype=self._weights.dtype,
-                                                                           device=self._device)
-        self._past = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._pool = self._stream = None
         if self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream()  # cuBLAS는 stream마다 32 MB를 잡는다. 그래서 모두 이 하나에서 계산한다
-        self._graphs: dict[tuple[int, bool], tuple] = {}
+            self._stream = torch.cuda.Stream()
+        self._graphs: dict[int, tuple] = {}
 
     @torch.inference_mode()
     def __call__(self, input_ids: list[int]) -> torch.Tensor:
-        ids = torch.tensor(input_ids)
-        if self._pool is not None and len(ids) <= CAPTURED[-1]:
-            graph, captured_ids, x = self._graph(next(size for size in CAPTURED if size >= len(ids)))
+        ids, table = torch.tensor(input_ids), self._step.cache.table
+        if len(ids) <= CAPTURED[-1]:
+            if self._pool is None:
+                return self.many([input_ids], table[None])[0]
+            graph, captured_ids, x = self._graph(_captured(len(ids)))
             captured_ids[: len(ids)].copy_(ids)
-            self._past.zero_()
             graph.replay()
             return x[len(ids) - 1]
         with self._aside():
             for past in range(0, len(ids), PIECE):
-                self._past.fill_(past)
-                x = self._piece(ids[past : past + PIECE].to(self._device), past)
+                piece = ids[past : past + PIECE].to(self._device)
+                x = self._piece(piece, [Span(0, len(piece), past, table)])
         return x[-1]
+
+    @torch.inference_mode()
+    def many(self, questions: list[list[int]], tables: torch.Tensor) -> torch.Tensor:
+        """질문마다의 마지막 토큰의 잔차 fp32 [질문의 수, hidden]. 짧은 질문은 함께 읽는다.
+
+        행렬 곱이 토큰의 수와 상관없이 같은 차례로 더하고 attention은 질문마다 따로 세므로, 하나씩 읽은 것과 비트까지
+        같다.
+
+        Args:
+            tables: 질문마다 K, V를 적을 쪽의 주소 [질문의 수, 쪽의 수].
+        """
+        x = torch.empty(len(questions), self._weights.family.hidden, device=self._device)
+        short = [index for index, question in enumerate(questions) if len(question) <= CAPTURED[-1]]
+        while short:
+            sizes = [_captured(len(questions[index])) for index in short]
+            count = sum(sum(sizes[: end + 1]) <= TOGETHER for end in range(len(sizes)))
+            group, short = short[:count], short[count:]
+            ids, spans = torch.zeros(sum(sizes[:count]), dtype=torch.long), []
+            for index, size in zip(group, sizes[:count], strict=True):
+                begin = spans[-1].end if spans else 0
+                ids[begin : begin + len(questions[index])] = torch.tensor(questions[index])
+                spans.append(Span(begin, begin + size, 0, tables[index]))
+            with self._aside():
+                read = self._piece(ids.to(self._device), spans)
+                x[group] = read[[span.begin + len(questions[index]) - 1
+                                 for span, index in zip(spans, group, strict=True)]]
+        own = self._step.cache.table.clone()
+        for index, question in enumerate(questions):
+            if len(question) > CAPTURED[-1]:
+                self._step.cache.table.copy_(tables[index])
+                x[index] = self(question)
+        self._step.cache.table.copy_(own)
+        return x
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -75,46 +113,52 @@ class Prefill:
     @torch.no_grad()
     def _graph(self, size: int) -> tuple:
         """(graph, 토큰을 넣는 자리 [size], 잔차가 나오는 자리 [size, hidden])."""
-        key = size, self.adapter_on
-        if key not in self._graphs:
+        if size not in self._graphs:
             ids = torch.zeros(size, dtype=torch.long, device=self._device)
-            graph = torch.cuda.CUDAGraph()
+            graph, spans = torch.cuda.CUDAGraph(), [Span(0, size, 0, self._step.cache.table)]
             with self._aside():
-                self._piece(ids, 0)
+                self._piece(ids, spans)
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                x = self._piece(ids, 0)
-            self._graphs[key] = graph, ids, x
-        return self._graphs[key]
+                x = self._piece(ids, spans)
+            self._graphs[size] = graph, ids, x
+        return self._graphs[size]
 
-    def _piece(self, ids: torch.Tensor, past: int) -> torch.Tensor:
-        """토큰 ids [T]가 past번째부터 오는 조각. 잔차 fp32 [T, hidden]을 준다."""
+    def _piece(self, ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
+        """토큰 ids [T]를 지난 잔차 fp32 [T, hidden]. 질문마다 제 Span의 토큰만 본다."""
         x = F.embedding(ids, self._weights.embedding).float() * self._weights.embedding_scale
         for index, layer in enumerate(self._weights.layers):
-            self._layer(x, index, layer, past)
+            self._layer(x, index, layer, spans)
         return x
 
-    def _layer(self, x: torch.Tensor, index: int, layer: Layer, past: int) -> None:
+    def _layer(self, x: torch.Tensor, index: int, layer: Layer, spans: list[Span]) -> None:
         """x [T, hidden]에 층 하나를 더한다."""
         parallel = self._weights.family.parallel
-        second = self._mlp(self._normalize(x, layer.norm2), layer) if parallel else None
-        self._add(x, self._attend(self._normalize(x, layer.norm1), index, layer, past), layer.post1)
-        self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), layer), layer.post2)
+        second = self._mlp(self._normalize(x, layer.norm2), index) if parallel else None
+        self._add(x, self._attend(self._normalize(x, layer.norm1), index, spans), layer.post1)
+        self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), index), layer.post2)
 
-    def _attend(self, x: torch.Tensor, index: int, layer: Layer, past: int) -> torch.Tensor:
-        """x [T, hidden] -> attention의 출력 [T, hidden]. 이 조각의 K, V를 cache에 적는다."""
-        family, tokens, cache = self._weights.family, len(x), self._step.cache
+    def _attend(self, x: torch.Tensor, index: int, spans: list[Span]) -> torch.Tensor:
+        """x [T, hidden] -> attention의 출력 [T, hidden]. K, V를 cache에 적는다."""
+        family, qkv = self._weights.family, self._product(x, index, "qkv")
+        attended = x.new_empty(len(x), family.heads, family.head_dim)
+        for span in spans:
+            attention = self._attend_span(qkv[span.begin : span.end], index, span)
+            torch.mul(attention[0].transpose(0, 1), self._step.plan.in_scale, out=attended[span.begin : span.end])
+        return self._product(attended.flatten(1), index, "out")
+
+    def _attend_span(self, qkv: torch.Tensor, index: int, span: Span) -> torch.Tensor:
+        """질문 하나의 qkv [T, 폭] -> [1, heads, T, head_dim]."""
+        family, tokens, past = self._weights.family, len(qkv), span.past
         total, block = past + tokens, (-(-family.head_dim // 32) * 32,)
-        argument = self._step.attention_argument(index)
-        qkv = self._product(x, layer.qkv)
-        query = x.new_empty(1, family.heads, tokens, family.head_dim)
-        keys, values = x.new_empty(2, 1, family.kv_heads, total, family.head_dim)
+        query = qkv.new_empty(1, family.heads, tokens, family.head_dim)
+        keys, values = qkv.new_empty(2, 1, family.kv_heads, total, family.head_dim)
         if past:
-            self._kernels["read_cache"]((past, family.kv_heads), block, cache.table, index, total, keys, values)
-        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (SPLIT_THREADS,), qkv, argument,
-                                     cache.table, self._past, tokens, total, query, keys, values)
-        attention = self._attention(query, keys, values, family.windows[index])
-        return self._product(attention[0].transpose(0, 1).reshape(tokens, -1), layer.out)
+            self._kernels["read_cache"]((past, family.kv_heads), block, span.table, index, total, keys, values)
+        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (SPLIT_THREADS,), qkv,
+                                     self._step.attention_argument(index), span.table, past, tokens, total, query, keys,
+                                     values)
+        return self._attention(query, keys, values, family.windows[index])
 
     def _attention(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
         """query [1, heads, T, d], keys와 values [1, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
@@ -130,22 +174,18 @@ class Prefill:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
                                               scale=family.attention_scale, enable_gqa=family.heads != family.kv_heads)
 
-    def _mlp(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """x [T, hidden] -> MLP의 출력 [T, hidden]."""
-        family, both = self._weights.family, self._product(x, layer.mlp)
-        gate, up = both.split(family.ff, dim=1) if family.gated else (both, None)
-        if family.activation == "silu":
-            gate = F.silu(gate)
-        else:
-            gate = F.gelu(gate, approximate="tanh" if family.activation == "gelu_tanh" else "none")
-        return self._product(gate if up is None else gate * up, layer.down)
+        both = self._product(x, index, "mlp")
+        act = x.new_empty(len(x), self._weights.family.ff)
+        self._kernels["activate_rows"]((-(-act.numel() // THREADS),), (THREADS,), both, act, act.numel())
+        return self._product(act, index, "down")
 
     def _normalize(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        """x fp32 [T, hidden] -> 16비트 [T, hidden]."""
-        if norm is None:
-            return x.to(self._weights.dtype)
-        out = torch.empty_like(x, dtype=self._weights.dtype)
-        self._kernels["normalize"]((len(x),), (THREADS,), x, norm.weight, norm.bias, out, None)
+        """x fp32 [T, hidden] -> 선형층의 입력 16비트 [T, hidden]."""
+        out = torch.empty_like(x, dtype=self._weights.act_dtype)
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        self._kernels["normalize"]((len(x),), (THREADS,), x, weight, bias, out, None)
         return out
 
     def _add(self, x: torch.Tensor, output: torch.Tensor, post: Norm | None) -> None:
@@ -155,54 +195,33 @@ class Prefill:
         else:
             self._kernels["normalize"]((len(x),), (THREADS,), output.float(), post.weight, post.bias, None, x)
 
-    def _product(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, index: int, name: str) -> torch.Tensor:
         """x [T, 입력] -> [T, 나란한 행렬들의 출력]. 어댑터가 켜져 있으면 더한다."""
-        out = x.new_empty(len(x), linear.rows)
-        begin = 0
-        for part in linear.parts:
-            end = begin + part.shape[0]
-            bias = None if linear.bias_half is None else linear.bias_half[begin:end]
-            self._multiply(x, part, bias, out[:, begin:end])
-            begin = end
-        if linear.adapter is not None and self.adapter_on:
-            self._adapt(x, linear.adapter, out)
+        step, (tokens, columns) = self._step, x.shape
+        linear, argument = getattr(self._weights.layers[index], name), step.linear_arguments(index)[name]
+        first, second = ([part.shape[0] for part in linear.parts] + [0])[:2]
+        z = self._lora_down(x, linear.adapter)
+        blocks, row_warps, shared = step.plan.read_grid(linear.rows)
+        out = torch.empty(tokens, linear.rows, dtype=self._weights.dtype, device=x.device)
+        self._kernels["read_linear"]((blocks, -(-tokens // READ_TOKENS)), (READERS,), x, argument, first, second,
+                                     linear.rows, columns, tokens, row_warps, self._weights.code, z,
+                                     0 if z is None else z.shape[1], out, shared=shared)
         return out
 
-    def _adapt(self, x: torch.Tensor, adapter: Adapter, out: torch.Tensor) -> None:
-        """out [T, 출력]에 B A x를 더한다."""
-        down, begin = x @ adapter.down.flatten(0, 1).t(), 0
-        for index, up in enumerate(adapter.ups):
-            rank = up.shape[1]
-            out[:, begin : begin + len(up)].addmm_(down[:, index * rank : (index + 1) * rank], up.t())
-            begin += len(up)
-
-    def _multiply(self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """out [T, 출력] = x [T, 입력] W^T + bias. 양자화된 행렬은 행을 나누어 풀면서 곱한다."""
-        if self._weights.kind == WIDE:
-            _affine(x, matrix.weight, bias, out)
-            return
-        rows, columns = matrix.shape
-        at_once = max(1, BUFFER // columns)
-        for begin in range(0, rows, at_once):
-            end = min(begin + at_once, rows)
-            part = self._buffer[: (end - begin) * columns].view(end - begin, columns)
-            self._widen(matrix, part, begin)
-            _affine(x, part, None if bias is None else bias[begin:end], out[:, begin:end])
-
-    def _widen(self, matrix: Matrix, part: torch.Tensor, begin: int) -> None:
-        """행렬의 begin번째 행부터를 16비트 part [행, 입력]에 푼다."""
-        count = part.numel() // 8
-        grid, block = (-(-count // 256),), (256,)
-        if self._weights.kind == NF4:
-            self._kernels["dequantize"](grid, block, matrix.weight, matrix.scale, matrix.group, matrix.offset,
-                                        self._weights.code, part, begin, part.shape[1], count)
-        elif self._weights.kind == INT8:
-            self._kernels["widen_int8"](grid, block, matrix.weight, matrix.row_scale, part, begin, part.shape[1], count)
+    def _lora_down(self, x: torch.Tensor, adapter: Adapter | None) -> torch.Tensor | None:
+        """x [T, 입력] -> LoRA의 A x [T, 나란한 행렬의 수 * lora_rows]."""
+        if adapter is None:
+            return None
+        down, (tokens, columns) = adapter.down, x.shape
+        rows = down.shape[0] * down.shape[1]
+        blocks, row_warps, shared = self._step.plan.read_grid(rows)
+        z = x.new_empty(tokens, rows)
+        self._kernels["read_lora"]((blocks, -(-tokens // READ_TOKENS)), (READERS,), x,
+                                   MatrixArgument(down.data_ptr(), None, None, 0.0), rows, columns, tokens, row_warps,
+                                   self._step.adapter_on, z, shared=shared)
+        return z
 
 
-def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [T, 출력] = x [T, 입력] weight^T + bias. bias를 더하는 것은 행렬 곱의 끝에 붙는다."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+def _captured(tokens: int) -> int:
+    """짧은 질문을 채우는 길이."""
+    return next(size for size in CAPTURED if size >= tokens)

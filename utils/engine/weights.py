@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE
+from utils.engine.decode_plan import INT8, NF4, ROWS, WIDE, lora_rows
 from utils.engine.families import NF4_BLOCK, LayerModules, layer_modules, rotary_frequencies
 from utils.engine.family import Family
 from utils.engine.norms import Norm, read_norm
@@ -38,16 +38,14 @@ class Adapter:
     """나란한 행렬들의 LoRA. 어댑터가 없는 행렬의 자리는 0이고, r이 작은 것은 0으로 채운다. 배율은 `up`에 곱해 둔다.
 
     Attributes:
-        down: A [행렬의 수, r, 입력], 모델의 dtype. 질문을 읽을 때 쓴다.
+        down: A [행렬의 수, `lora_rows(r)`, 입력], 커널의 활성값의 dtype. 행을 0으로 채운 것이다.
         up: B fp32 [전체 출력, r].
-        ups: 행렬마다의 B [출력, r], 모델의 dtype. 질문을 읽을 때 쓴다.
-        down_fp32: A fp32 [행렬의 수, r, 입력].
+        down_fp32: MLP의 뒤쪽 행렬의 A fp32 [r, 입력]. 다른 행렬이면 None.
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    ups: tuple[torch.Tensor, ...]
-    down_fp32: torch.Tensor
+    down_fp32: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ class Weights:
         double_quant: NF4의 절댓값도 양자화했는지.
         code: 이중 양자화의 8비트 코드표 fp32 [256]. 아니면 None.
         rank: LoRA의 r 가운데 가장 큰 것. 없으면 0.
-        dtype: 활성값과 16비트 가중치의 dtype.
+        dtype: 16비트 가중치와 질문을 읽을 때의 q, k, v의 dtype.
+        act_dtype: 선형층의 입력의 dtype. NF4와 int8은 fp16이다: bf16보다 정밀하다.
         embedding_scale: 입력 embedding에 곱하는 수.
         rotary: rotary의 종류마다 (주파수 [rotary / 2], cos과 sin의 배율).
         head: 출력 행렬 [어휘를 16의 배수로 올린 것, hidden]. 묶인 구조면 embedding과 같은 메모리다.
@@ -120,6 +119,7 @@ class Weights:
         modules = layer_modules(base, family)
         state = getattr(unwrap(modules[0].out[0])[0].weight, "quant_state", None)
         self.kind = weight_kind(unwrap(modules[0].out[0])[0])
+        self.act_dtype = self.dtype if self.kind == WIDE else torch.float16
         self.double_quant = state is not None and state.nested
         self.code = state.state2.code.float().contiguous() if self.double_quant else None
         self.rank = max((adapter[0].shape[0] for layer in modules for group in layer.linears() for module in group
@@ -132,9 +132,10 @@ class Weights:
         norms = [read_norm(module, family) for module in (modules.norm1, modules.norm2)]
         posts = [read_norm(module, family, family.residual_scale) for module in (modules.post1, modules.post2)]
         heads = [module and read_norm(module, family).weight for module in (modules.q_norm, modules.k_norm)]
-        return Layer(*norms, *posts, *heads, *(self._linear(group) for group in modules.linears()))
+        *before, down = modules.linears()
+        return Layer(*norms, *posts, *heads, *map(self._linear, before), self._linear(down, mlp_down=True))
 
-    def _linear(self, modules: Sequence) -> Linear:
+    def _linear(self, modules: Sequence, mlp_down: bool = False) -> Linear:
         pairs = [unwrap(module) for module in modules]
         parts = tuple(_matrix(linear) for linear, _ in pairs)
         biases = [linear.bias for linear, _ in pairs]
@@ -145,9 +146,9 @@ class Weights:
         row_scale = torch.cat([part.row_scale for part in parts]) if self.kind == INT8 else None
         adapters = [adapter for _, adapter in pairs]
         return Linear(parts, bias, None if bias is None else bias.to(self.dtype), row_scale,
-                      self._adapter(parts, adapters) if any(adapters) else None)
+                      self._adapter(parts, adapters, mlp_down) if any(adapters) else None)
 
-    def _adapter(self, parts: tuple[Matrix, ...], adapters: list) -> Adapter:
+    def _adapter(self, parts: tuple[Matrix, ...], adapters: list, mlp_down: bool) -> Adapter:
         device = parts[0].weight.device
         down = torch.zeros(len(parts), self.rank, parts[0].shape[1], device=device)
         ups = [torch.zeros(part.shape[0], self.rank, device=device) for part in parts]
@@ -156,7 +157,8 @@ class Weights:
                 a, b, scaling = adapter
                 down[index, : len(a)] = a
                 ups[index][:, : len(a)] = b.float() * scaling
-        return Adapter(down.to(self.dtype), torch.cat(ups).contiguous(), tuple(up.to(self.dtype) for up in ups), down)
+        padded = torch.nn.functional.pad(down, (0, 0, 0, lora_rows(self.rank) - self.rank))
+        return Adapter(padded.to(self.act_dtype), torch.cat(ups).contiguous(), down[0] if mlp_down else None)
 
 
 def shape_dtype(model) -> torch.dtype:

@@ -7,8 +7,6 @@
 #define PER_THREAD ((HIDDEN + THREADS - 1) / THREADS)
 #define EARLY_NORM (PER_THREAD <= 10)  // norm의 weight를 레지스터에 미리 읽어 둘 만큼 좁은지
 
-extern __shared__ char shared[];
-
 struct Norm {
     const float* weight;  // fp32 [HIDDEN]. 1을 더하는 구조(Gemma)면 더해 둔 것이다
     const float* bias;    // RMS norm이면 널
@@ -179,7 +177,6 @@ struct LoraOfActTaker {
 //   | 합의 자리 [slots][WARPS][ROWS] | 나머지
 struct Space {
     enum { DOWN = LORA_DOWN };
-    u32* table;
     float* codes;
     float* down;
     float* lora_partial;
@@ -189,15 +186,14 @@ struct Space {
 
     __device__ __forceinline__ Space(int lora_tiles, int slots, const float* code) {
         code_value = DOUBLE_QUANT && threadIdx.x < 256 ? __ldg(code + threadIdx.x) : 0.f;
-        table = (u32*)shared;
-        codes = (float*)(shared + TABLE_BYTES);
+        codes = (float*)(space_begin() + TABLE_BYTES);
         down = codes + (DOWN_AT - TABLE_BYTES) / 4;
         lora_partial = down + (SUMS_AT - DOWN_AT) / 4;
         partial = lora_partial + lora_tiles * (SLOT_BYTES / 4);
         rest = (char*)(partial + slots * (SLOT_BYTES / 4));
     }
     __device__ __forceinline__ void fill() const {
-        if (WEIGHT == NF4_WEIGHT) build_table(table);
+        if (WEIGHT == NF4_WEIGHT) build_table<THREADS>((u32*)space_begin());
         if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = code_value;
     }
 };
@@ -208,29 +204,27 @@ struct Attend {
     Attention attention;
     u8* const* pages;  // 널이면 세지 않는다
     const int* state;
-    int* done;  // [KV_HEADS]. 머리 묶음마다 다 곱한 묶음(tile)의 수. 늘 0으로 되돌려 놓는다
+    int* done;  // [2][KV_HEADS]. 머리 묶음마다 다 곱한 묶음(tile)의 수와, 그것을 다 기다린 q 머리의 수. 늘 0으로 되돌려 놓는다
     u16* out;   // 16비트 [위, 아래][QDIM]
 
-    // 블록이 first부터 tiles개 묶음의 출력을 적은 다음에 부른다. 머리 묶음의 마지막 출력을 적은 블록이 attention을 센다.
+    // 블록이 first부터 tiles개 묶음(모두 한 머리의 것이다)의 출력을 적은 다음에 부른다. q 머리마다 그 첫 묶음을 곱한 블록이
+    // 머리 묶음의 나머지를 기다려 attention을 센다. 블록이 SM보다 많지 않아 모두 돌고 있으므로 기다림은 끝난다.
     __device__ __forceinline__ void follow(int first, int tiles, u8* first_page, int position,
                                            const float* qkv) const {
-        __shared__ int ready[THREADS / ROWS];  // 이 블록이 셀 머리 묶음. 아니면 -1
+        int *ready = done + HeadGroup::of(first), *taken = ready + KV_HEADS, head = HeadGroup::query_of(first);
         __syncthreads();
-        if ((int)threadIdx.x < tiles) {
-            int group = HeadGroup::of(first + threadIdx.x);
+        if (threadIdx.x == 0) {
             __threadfence();
-            bool last = atomicAdd(done + group, 1) == HeadGroup::TILES - 1;
-            __threadfence();
-            if (last) done[group] = 0;
-            ready[threadIdx.x] = last ? group : -1;
+            atomicAdd(ready, tiles);
+        }
+        if (head < 0) return;
+        if (threadIdx.x == 0) {
+            wait_until(ready, HeadGroup::TILES);
+            if (atomicAdd(taken, 1) == PER_KV - 1) *ready = *taken = 0;
         }
         __syncthreads();
-        for (int i = 0; i < tiles; i++)
-            for (int h = 0; ready[i] >= 0 && h < PER_KV; h += HEADS_PER_BLOCK) {
-                attend_job<THREADS, false>(*(AttendSpace<THREADS>*)shared, qkv, attention, pages, first_page,
-                                           position, ready[i] * PER_KV + h, 0, 1, false, 0, 0, out);
-                __syncthreads();
-            }
+        attend_job<THREADS, 1, false>(*(AttendSpace<THREADS, 1>*)shared, qkv, attention, pages, first_page, position, head,
+                                      0, 1, false, 0, 0, out);
     }
 };
 
@@ -257,8 +251,8 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     Main product(linear.part, first * PAIR, tiles * PAIR);
     product.prime();
     // 이 블록의 행들이 쓰는 part만 LoRA를 센다. gate와 up은 늘 함께 쓴다
-// 어댑터를 끄면 *adapter가 0이다. 블록 전체가 같은 값을 보므로 동기화가 어긋나지 않는다
-    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f;
+// 어댑터를 끄면 *adapter가 0이고, 센 d에 그것을 곱한다. 끈 것을 알아 건너뛰려면 그 값이 오기를 커널마다 기다려야 한다
+    bool adapted = RANK && linear.lora_a.weight;
     int part_begin = MLP ? 0 : Where::part(first), part_end = MLP ? PARTS : Where::part(first + tiles - 1) + 1;
     LoraDown<HIDDEN> lora(&linear.lora_a, part_begin * LORA_TILES, adapted ? (part_end - part_begin) * LORA_TILES : 0);
     if (adapted) lora.prime();
@@ -269,7 +263,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     RowEnd end, up_end;
     if (has_row) end.load(linear, row, adapted);
     if (has_row && PAIR == 2) up_end.load(linear, FF + row, adapted);
-    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    bool gives = MLP && RANK && next_lora.a;
     LoraOfActGiver giver;
     if (gives) giver.prime(next_lora, first * ROWS, tiles * ROWS);
     space.fill();
@@ -280,7 +274,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
     __syncthreads();
 
 // 활성값의 위와 아래 절반, NF4의 표, 8비트 코드표
-    Inputs inputs = {high, high + HIDDEN, space.table, space.codes};
+    Inputs inputs = {high, high + HIDDEN, space.codes};
 // 3. 곱한다. 워프마다의 합은 공유 메모리에 있고, 동기화한 뒤에 행마다 더한다
     if (adapted) lora.run(inputs, space.lora_partial);
     product.run(inputs, space.partial);
@@ -291,7 +285,6 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
                                 adapter, space.down + part * Space::DOWN);
         __syncthreads();
     }
-// 어댑터가 꺼져 있으면 널을 넘겨 곱을 건너뛴다
     const float* down = adapted ? space.down : 0;
 // 4. 출력 행 하나를 스레드 하나가 마무리한다
     if (!MLP) {
@@ -352,8 +345,8 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     Out out_product(out.part, first, OUT ? tiles : 0);
     if (DOWN) down_product.prime();
     if (OUT) out_product.prime();
-    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f;
-    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    bool out_adapted = OUT && RANK && out.lora_a.weight;
+    bool down_adapted = DOWN && RANK && down_lora.a;
     LoraDown<QDIM> lora(&out.lora_a, 0, out_adapted ? LORA_TILES : 0);
     if (out_adapted) lora.prime();
     float* down_partial = space.partial + (OUT ? slots * WARPS * ROWS : 0);
@@ -381,8 +374,8 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
     if (down_adapted) taker.take(adapter, space.down + Space::DOWN);
     __syncthreads();
 
-    Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.table, space.codes};
-    Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.table, space.codes};
+    Inputs out_inputs = {inputs, LOW ? inputs + QDIM : 0, space.codes};
+    Inputs down_inputs = {acts, LOW ? acts + FF : 0, space.codes};
 // 3. 곱한다
     if (out_adapted) lora.run(out_inputs, space.lora_partial);
     if (DOWN) down_product.run(down_inputs, down_partial);
@@ -436,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Nor
     wait_for_previous_kernel();
     read_residual<BF16, true>(from, norm, weight, bias, 1.f, high, scratch);
     __syncthreads();
-    product.run({high, high + HIDDEN, 0, 0}, partial);
+    product.run({high, high + HIDDEN, 0}, partial);
     __syncthreads();
     int row = first * ROWS + threadIdx.x;
 // 16의 배수까지 채운 행의 로짓은 적지 않는다

@@ -66,6 +66,10 @@ __device__ __forceinline__ void store_int8(signed char* values, u16* scales, int
     if (d % GROUP == 0) scales[d / GROUP] = bits;
 }
 
+__device__ __forceinline__ float float_at(const uint4& four, int j) {
+    return __uint_as_float(j == 0 ? four.x : j == 1 ? four.y : j == 2 ? four.z : four.w);
+}
+
 __device__ __forceinline__ float int8_at(const uint4& packed, int j) {
     u32 word = j < 4 ? packed.x : j < 8 ? packed.y : j < 12 ? packed.z : packed.w;
     return (float)((int)(word << (3 - j % 4) * 8) >> 24);
@@ -85,34 +89,52 @@ __device__ __forceinline__ void copy_head(const float* source, float* target, co
 // 레인 하나가 32칸 간격으로 PER_LANE칸을 맡는다
     enum { PER_LANE = (HEAD_DIM + 31) / 32 };
     int lane = threadIdx.x & 31;
-    float value[PER_LANE], square = 0.f;
+    float value[PER_LANE], gain[PER_LANE], square = 0.f;
+    #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = lane + i * 32;
         value[i] = d < HEAD_DIM ? __ldcg(source + d) : 0.f;
-        square += value[i] * value[i];
+        gain[i] = weight && d < HEAD_DIM ? __ldg(weight + d) : 1.f;  // 더하기 전에 읽어 기다림을 겹친다
     }
+    #pragma unroll
+    for (int i = 0; i < PER_LANE; i++) square += value[i] * value[i];
     float scale = weight ? rsqrtf(warp_sum(square) / HEAD_DIM + EPS) : 1.f;
+    #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = lane + i * 32;
-        if (d < HEAD_DIM) target[d] = value[i] * scale * (weight ? __ldg(weight + d) : 1.f);
+        if (d < HEAD_DIM) target[d] = value[i] * scale * gain[i];
     }
 }
 
-// attention을 세는 블록의 공유 메모리. N은 스레드 수다. decode_plan.py의 `attend_space`가 크기를 센다.
-template <int N> struct AttendSpace {
-    float raw[HEADS_PER_BLOCK + 2][HEAD_DIM], query[HEADS_PER_BLOCK][HEAD_DIM], sums[N / 32][HEADS_PER_BLOCK][HEAD_DIM];
-    float2 peaks[N / 32][HEADS_PER_BLOCK];  // 워프마다의 (최댓값, 지수의 합)
+// 머리의 d번째 칸을 공유 메모리에 두는 자리. 레인마다의 LANE칸을 네 칸씩 레인의 차례로 놓아, 이웃한 레인들이 이어진 128바이트를
+// 읽는다. 칸의 차례대로 두면 레인들이 같은 은행에 부딪쳐 네 배가 걸린다.
+__device__ __forceinline__ int lane_place(int d) { return ((d % LANE / 4) * (HEAD_DIM / LANE) + d / LANE) * 4 + d % 4; }
+// 그 자리에 든 칸.
+__device__ __forceinline__ int lane_column(int place) {
+    return place / 4 % (HEAD_DIM / LANE) * LANE + place / 4 / (HEAD_DIM / LANE) * 4 + place % 4;
+}
+
+// attention을 세는 블록의 공유 메모리. query와 sums의 칸은 `lane_place`의 차례다. N은 스레드 수, Q는 맡은 q 머리의 수다.
+// decode_plan.py의 `_attend_space`가 크기를 센다.
+template <int N, int Q> struct AttendSpace {
+    float raw[Q + 2][HEAD_DIM], query[Q][HEAD_DIM], sums[N / 32][Q][HEAD_DIM];
+    float2 peaks[N / 32][Q];  // 워프마다의 (최댓값, 지수의 합)
     __align__(16) signed char fresh[2][HEAD_DIM];
     u16 fresh_scales[2][HEAD_DIM / GROUP];
 };
 
-// 함께 곱한 q, k, v에서 한 블록이 attention을 셀 수 있는 묶음: K, V 머리 하나와 그것을 함께 쓰는 q 머리들.
+// 함께 곱한 q, k, v에서 attention 하나가 기다리는 묶음: K, V 머리 하나와 그것을 함께 쓰는 q 머리들.
 struct HeadGroup {
     enum { TILES = (PER_KV + 2) * HEAD_DIM / ROWS };
     __device__ __forceinline__ static int of(int tile) {
         int row = tile * ROWS;
         if (INTERLEAVED) return row / (3 * HEAD_DIM);
         return row < QDIM ? row / HEAD_DIM / PER_KV : (row - QDIM) % KVDIM / HEAD_DIM;
+    }
+// 이 묶음(tile)에서 시작하는 q 머리. 없으면 -1이다
+    __device__ __forceinline__ static int query_of(int tile) {
+        int row = tile * ROWS, step = INTERLEAVED ? 3 * HEAD_DIM : HEAD_DIM;
+        return row % step == 0 && (INTERLEAVED || row < QDIM) ? row / step : -1;
     }
 };
 
@@ -130,19 +152,19 @@ __device__ __forceinline__ void prefetch_cache(const Attention& attention, u8* b
     }
 }
 
-// 새 토큰의 K, V를 cache에 더하고, q 머리 first_head부터 HEADS_PER_BLOCK개의 attention을 위치의 한 토막에서 센다.
+// 새 토큰의 K, V를 cache에 더하고, q 머리 first_head부터 Q개의 attention을 위치의 한 토막에서 센다.
 // 레인 SPAN개가 위치 하나를 맡고, 저마다 제 위치들의 softmax를 이어 가다가 끝에 한 번 합친다. 그래서 도는 동안 동기화가
 // 없다. 토막이 여럿이면(SPLIT) 머리마다 마지막에 끝난 블록이 토막의 결과를 합친다.
 //   N: 스레드 수. lines: 함께 답하는 줄이 여럿인지.
 //   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], first_page: 그 첫 쪽. 토막이 하나면 모든 위치가 여기에 있다.
 //   out: 16비트 [위, 아래][QDIM]
 //   partial: [HEADS][splits][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
-template <int N, bool SPLIT>
-__device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* qkv, const Attention& attention,
+template <int N, int Q, bool SPLIT>
+__device__ __forceinline__ void attend_job(AttendSpace<N, Q>& space, const float* qkv, const Attention& attention,
                                            u8* const* pages, u8* first_page, int position, int first_head, int split,
                                            int splits, bool lines, float* partial, int* done, u16* out) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
-           AT_ONCE = N / SPAN, STEPS = SPLIT ? 4 : 1, Q = HEADS_PER_BLOCK, KEY = Q, WARPS_HERE = N / 32,
+           AT_ONCE = N / SPAN, STEPS = SPLIT ? 4 : 1, KEY = Q, WARPS_HERE = N / 32,
            PER_LANE = (HEAD_DIM + 31) / 32 };
     int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, part = tid % SPAN, sub = tid / SPAN;
     int kv = first_head / PER_KV, layer = attention.layer;
@@ -193,7 +215,7 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
             int d = lane + i * 32;
             if (d >= HEAD_DIM) continue;
             float turned = v <= KEY ? rotate(space.raw[v], turn[i], d) : space.raw[v][d];
-            if (v < Q) space.query[v][d] = turned * ATTENTION_SCALE;
+            if (v < Q) space.query[v][lane_place(d)] = turned * ATTENTION_SCALE;
             else store_int8(space.fresh[v - Q], space.fresh_scales[v - Q], d, turned);
         }
     }
@@ -232,10 +254,17 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
         for (int s = 0; s < STEPS; s++) {
             float dot[Q] = {};
             #pragma unroll
-            for (int j = 0; j < LANE; j++) {
-                float one = int8_at(now.key[s], j);
+            for (int four = 0; four < LANE / 4; four++) {
+                uint4 query[Q];
                 #pragma unroll
-                for (int h = 0; h < Q; h++) dot[h] += part < LANES ? space.query[h][part * LANE + j] * one : 0.f;
+                for (int h = 0; h < Q; h++)
+                    query[h] = part < LANES ? ((const uint4*)space.query[h])[four * LANES + part] : uint4{0, 0, 0, 0};
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float one = int8_at(now.key[s], four * 4 + j);
+                    #pragma unroll
+                    for (int h = 0; h < Q; h++) dot[h] += float_at(query[h], j) * one;
+                }
             }
             #pragma unroll
             for (int h = 0; h < Q; h++) {
@@ -284,8 +313,13 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
         for (int j = 0; j < LANE; j++) {
             sum[h][j] *= shrink;
             for (int step = SPAN; step < 32; step <<= 1) sum[h][j] += __shfl_xor_sync(~0u, sum[h][j], step);
-            if (lane < LANES) space.sums[warp][h][lane * LANE + j] = sum[h][j];
         }
+        if (lane < LANES)
+            #pragma unroll
+            for (int j = 0; j < LANE; j += 4)
+                ((uint4*)space.sums[warp][h])[j / 4 * LANES + lane] = {
+                    __float_as_uint(sum[h][j]), __float_as_uint(sum[h][j + 1]), __float_as_uint(sum[h][j + 2]),
+                    __float_as_uint(sum[h][j + 3])};
         if (lane == 0) space.peaks[warp][h] = {top, total[h]};
     }
     __syncthreads();
@@ -296,13 +330,13 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
     };
 // 워프들을 합친다. 토막이 하나뿐이면 여기서 끝나고, 아니면 토막의 결과를 남긴다
     for (int i = tid; i < Q * HEAD_DIM; i += N) {
-        int h = i / HEAD_DIM, d = i % HEAD_DIM;
+        int h = i / HEAD_DIM, place = i % HEAD_DIM, d = lane_column(place);
         float top = -1e30f, whole = 0.f, merged = 0.f;
         for (int w = 0; w < WARPS_HERE; w++) top = fmaxf(top, space.peaks[w][h].x);
         #pragma unroll 4
         for (int w = 0; w < WARPS_HERE; w++) {
             float shrink = expf(space.peaks[w][h].x - top);
-            whole += space.peaks[w][h].y * shrink, merged += space.sums[w][h][d] * shrink;
+            whole += space.peaks[w][h].y * shrink, merged += space.sums[w][h][place] * shrink;
         }
         float* mine = partial + ((size_t)(first_head + h) * splits + split) * (HEAD_DIM + 2);
         if (active == 1) give(first_head + h, d, merged / whole);
@@ -337,10 +371,10 @@ __device__ __forceinline__ void attend_job(AttendSpace<N>& space, const float* q
 // grid (HEADS / HEADS_PER_BLOCK, SPLITS 이하, 함께 답하는 줄의 수). 줄마다 메모리가 이어져 있다.
 extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     const float* qkv, Attention attention, u8* const* pages, const int* state, float* partial, int* done, u16* out) {
-    __shared__ AttendSpace<ATTENDERS> space;
+    __shared__ AttendSpace<ATTENDERS, HEADS_PER_BLOCK> space;
     let_next_kernel_start();
     int line = blockIdx.z;
-    attend_job<ATTENDERS, true>(space, qkv + line * (QDIM + 2 * KVDIM), attention, pages + line * PAGES, 0,
+    attend_job<ATTENDERS, HEADS_PER_BLOCK, true>(space, qkv + line * (QDIM + 2 * KVDIM), attention, pages + line * PAGES, 0,
                                 state[line * 6], blockIdx.x * HEADS_PER_BLOCK, blockIdx.y, gridDim.y, gridDim.z > 1,
                                 partial + line * HEADS * gridDim.y * (HEAD_DIM + 2), done + line * HEADS,
                                 out + line * 2 * QDIM);

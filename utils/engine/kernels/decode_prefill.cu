@@ -1,41 +1,7 @@
-// 질문을 읽을 때 쓰는 커널들. 행렬 곱과 attention은 torch가 하고 여기서는 그 사이를 잇는다.
+// 질문을 읽을 때 쓰는 커널들. 행렬 곱은 decode_read.cu가, attention은 torch가 하고 여기서는 그 사이를 잇는다.
 
-// NF4 행렬의 행 몇 개를 16비트로 푼다. 스레드 하나가 8칸을 맡는다. count: 8칸짜리 조각의 수.
-extern "C" __global__ void dequantize(const u8* weight, const void* scale, const float* group, float offset,
-                                      const float* code, u16* out, int first_row, int columns, int count) {
-    __shared__ float table[16];
-    if (threadIdx.x < 16) table[threadIdx.x] = NF4_CODE[threadIdx.x];
-    __syncthreads();
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    size_t at = (size_t)first_row * columns + (size_t)i * 8;
-// 바이트 하나에 가중치가 둘이고 위의 네 비트가 앞의 칸이다
-    u32 packed = __ldg((const u32*)(weight + at / 2)), pairs[4];
-#if DOUBLE_QUANT
-    float largest = __ldg(code + ((const u8*)scale)[at / 64]) * __ldg(group + (at >> 14)) + offset;
-#else
-    float largest = ((const float*)scale)[at / 64];
-#endif
-    #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        u32 byte = packed >> j * 8 & 255;
-        pairs[j] = narrow<BF16>(table[byte >> 4] * largest) | (u32)narrow<BF16>(table[byte & 15] * largest) << 16;
-    }
-    ((uint4*)out)[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-
-// int8 행렬의 행 몇 개를 16비트로 푼다. 스레드 하나가 8칸을 맡는다.
-extern "C" __global__ void widen_int8(const signed char* weight, const float* row_scale, u16* out, int first_row,
-                                      int columns, int count) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    size_t at = (size_t)first_row * columns + (size_t)i * 8;
-    float scale = row_scale[at / columns];
-    for (int j = 0; j < 8; j++) out[(size_t)i * 8 + j] = narrow<BF16>(weight[at + j] * scale);
-}
-
-// 토큰마다의 norm. grid (T). in: fp32 [T][HIDDEN]. bias가 널이면 RMS norm이거나 bias가 없는 것이다.
-//   residual이 널이면 out [T][HIDDEN] 16비트에 적고, 아니면 residual [T][HIDDEN] fp32에 더한다(POST_NORM).
+// 토큰마다의 norm. grid (T). in: fp32 [T][HIDDEN]. weight가 널이면 norm을 걸지 않는다. bias가 널이면 RMS norm이거나 bias가 없는 것이다.
+//   residual이 널이면 out [T][HIDDEN] 16비트(ACT_BF16)에 IN_SCALE을 곱해 적고, 아니면 residual [T][HIDDEN] fp32에 더한다(POST_NORM).
 extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in, const float* weight, const float* bias,
                                                                 u16* out, float* residual) {
     __shared__ float scratch[32];
@@ -54,19 +20,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
         if (i >= HIDDEN) continue;
-        float normal = (value[j] - mean) * scale * weight[i] + (bias ? bias[i] : 0.f);
+        float normal = weight ? (value[j] - mean) * scale * weight[i] + (bias ? bias[i] : 0.f) : value[j];
         if (residual) residual[at + i] += normal;
-        else out[at + i] = narrow<BF16>(normal);
+        else out[at + i] = narrow<ACT_BF16>(normal * IN_SCALE);
     }
 }
 
 // qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 SPLIT_THREADS.
 //   qkv: 16비트 [T][QDIM + 2 KVDIM], query: [HEADS][T][HEAD_DIM], keys, values: [KV_HEADS][total][HEAD_DIM]
 extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
-    const u16* qkv, Attention attention, u8* const* pages, const int* past, int tokens, int total, u16* query,
+    const u16* qkv, Attention attention, u8* const* pages, int past, int tokens, int total, u16* query,
     u16* keys, u16* values) {
     __shared__ float raw[2][HEAD_DIM], scratch[32];
-    int token = blockIdx.x, position = *past + token, tid = threadIdx.x;
+    int token = blockIdx.x, position = past + token, tid = threadIdx.x;
 // 앞의 HEADS개 블록은 q 머리를, 나머지는 k와 v 머리를 맡는다
     bool is_query = blockIdx.y < HEADS;
     int head = is_query ? blockIdx.y : blockIdx.y - HEADS;
@@ -110,4 +76,14 @@ extern "C" __global__ void read_cache(u8* const* pages, int layer, int total, u1
         values[at] = narrow<BF16>(page.values(1, layer, blockIdx.y)[d] *
                                   widen<false>(page.scales(1, layer, blockIdx.y)[d / GROUP]));
     }
+}
+
+// MLP의 활성 함수. in: 16비트(BF16) [tokens][FF 또는 gate와 up 2 FF], out: 16비트(ACT_BF16) [tokens][FF], IN_SCALE을 곱한다.
+extern "C" __global__ void activate_rows(const u16* in, u16* out, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const u16* source = in + (size_t)(i / FF) * FF * (GATED ? 2 : 1) + i % FF;
+    float value = activate(widen<BF16>(*source));
+    if (GATED) value *= widen<BF16>(source[FF]);
+    out[i] = narrow<ACT_BF16>(value * IN_SCALE);
 }

@@ -6,25 +6,30 @@
 #define INT8_K 64
 #define NF4_K 128
 
+extern __shared__ char shared[];
+
+// 커널이 함께 쓰는 공유 메모리(표와 합의 자리)의 시작. 앞에는 드라이버와 컴파일러가 쓰는 자리가 있다.
+__device__ __forceinline__ char* space_begin() { return shared + (SPACE_AT - shared_address(shared)); }
+
 __constant__ float NF4_CODE[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 // NF4 바이트 하나(가중치 둘)를 fp16 둘로 바꾸는 표. 레인마다 사본을 두어 은행 충돌이 없다. 한 줄은 32개(128바이트)이고,
-// 공유 메모리가 넉넉하면 줄의 간격(TABLE_STEP)이 256바이트라서 명령 하나로 줄을 찾는다.
-__device__ __forceinline__ void build_table(u32* table) {
-    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
+// 공유 메모리가 넉넉하면 줄의 간격(TABLE_STEP)이 256바이트라서 명령 하나로 줄을 찾는다. 표는 공유 메모리의 주소 SPACE_AT에 있다:
+// 주소가 상수라서 찾은 줄에 더하지 않고 읽는다.
+template <int N> __device__ __forceinline__ void build_table(u32* table) {
+    for (int i = threadIdx.x; i < 256 * 8; i += N) {
         u32 pair = narrow<false>(NF4_CODE[i >> 7]) | (u32)narrow<false>(NF4_CODE[i >> 3 & 15]) << 16;
         ((uint4*)table)[i / 8 * (TABLE_STEP / 16) + i % 8] = {pair, pair, pair, pair};
     }
 }
 
 // word의 byte번째 바이트에 든 가중치 둘. lane_bytes는 레인의 번호 x 4다.
-template <int BYTE> __device__ __forceinline__ u32 pair_at(const u32* table, u32 word, u32 lane_bytes) {
-    u32 at = TABLE_STEP == 256 ? byte_above<BYTE>(word, lane_bytes)
-                               : (BYTE ? word >> (BYTE * 8 - 7) : word << 7) & 0x7f80 | lane_bytes;
-    return *(const u32*)((const char*)table + at);
+template <int BYTE> __device__ __forceinline__ u32 pair_at(u32 word, u32 lane_bytes) {
+    return shared_word<SPACE_AT>(TABLE_STEP == 256 ? byte_above<BYTE>(word, lane_bytes)
+                                                   : (BYTE ? word >> (BYTE * 8 - 7) : word << 7) & 0x7f80 | lane_bytes);
 }
 
 // 행렬 하나. 16비트와 int8 가중치면 weight만 쓴다. scale: 64칸마다의 절댓값(이중 양자화면 8비트), group: 그 절댓값의
@@ -52,7 +57,6 @@ struct Linear {
 struct Inputs {
     const u16* high;
     const u16* low;
-    const u32* table;
     const float* code;
 };
 
@@ -142,10 +146,10 @@ template <int K> struct Nf4Piece {
         float c[2][4] = {};
         #pragma unroll
         for (int q = 0; q < 4; q++) {
-            mma<false>(c[0], pair_at<0>(in.table, a[q], lane), pair_at<0>(in.table, d[q], lane),
-                       pair_at<1>(in.table, a[q], lane), pair_at<1>(in.table, d[q], lane), b[q].x, b[q].y);
-            mma<false>(c[1], pair_at<2>(in.table, a[q], lane), pair_at<2>(in.table, d[q], lane),
-                       pair_at<3>(in.table, a[q], lane), pair_at<3>(in.table, d[q], lane), b[q].z, b[q].w);
+            mma<false>(c[0], pair_at<0>(a[q], lane), pair_at<0>(d[q], lane), pair_at<1>(a[q], lane),
+                       pair_at<1>(d[q], lane), b[q].x, b[q].y);
+            mma<false>(c[1], pair_at<2>(a[q], lane), pair_at<2>(d[q], lane), pair_at<3>(a[q], lane),
+                       pair_at<3>(d[q], lane), b[q].z, b[q].w);
         }
         float2 s = decode(top_scale, in.code, offset), z = decode(low_scale, in.code, offset);
         upper += (c[0][0] + c[1][0]) * s.x + (c[0][1] + c[1][1]) * s.y;

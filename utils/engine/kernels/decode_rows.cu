@@ -45,7 +45,7 @@ template <bool BF, int K, bool HALF, int U, bool SPREAD_> struct WideLines {
             if (!HALF) low[HALF ? 0 : i / 2][i % 2] = load_weight(source + 8 * ROW_BYTES);
         }
     }
-    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32*, const float*,
+    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const float*,
                                                               float (&sum)[SETS][4]) const {
         #pragma unroll
         for (int i = 0; i < UNITS * 2; i++) {
@@ -102,8 +102,8 @@ template <int K> struct Nf4Lines {
         return __uint_as_float(scale[u]);
 #endif
     }
-    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32* table,
-                                                              const float* code, float (&sum)[SETS][4]) const {
+    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const float* code,
+                                                              float (&sum)[SETS][4]) const {
         u32 lane = (threadIdx.x & 31) * 4;
         #pragma unroll
         for (int u = 0; u < UNITS; u++) {
@@ -113,9 +113,8 @@ template <int K> struct Nf4Lines {
             for (int h = 0; h < 2; h++) {
 // 표에서 꺼낸 가중치는 모든 줄이 함께 쓴다. 한 줄일 때와 달리 꺼내는 값이 거의 들지 않는다
                 u32 a = h ? top[u].y : top[u].x, d = h ? low[u].y : low[u].x;
-                u32 w[8] = {pair_at<0>(table, a, lane), pair_at<0>(table, d, lane), pair_at<1>(table, a, lane),
-                            pair_at<1>(table, d, lane), pair_at<2>(table, a, lane), pair_at<2>(table, d, lane),
-                            pair_at<3>(table, a, lane), pair_at<3>(table, d, lane)};
+                u32 w[8] = {pair_at<0>(a, lane), pair_at<0>(d, lane), pair_at<1>(a, lane), pair_at<1>(d, lane),
+                            pair_at<2>(a, lane), pair_at<2>(d, lane), pair_at<3>(a, lane), pair_at<3>(d, lane)};
                 #pragma unroll
                 for (int j = 0; j < SETS * HALVES; j++) {
                     const u32* in = b[u].v[j / HALVES][j % HALVES] + h * 4;
@@ -143,7 +142,7 @@ template <int K> struct Int8Lines {
         top = load_weight(source);
         low = load_weight(source + 8 * ROW_BYTES);
     }
-    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const u32*, const float*,
+    template <int HALVES> __device__ __forceinline__ void add(const Unit<HALVES> (&b)[UNITS], const float*,
                                                               float (&sum)[SETS][4]) const {
         u32 a[4] = {top.x, top.y, top.z, top.w}, d[4] = {low.x, low.y, low.z, low.w};
         #pragma unroll
@@ -379,7 +378,7 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
     }
     // 조각 하나를 곱하는 동안 AHEAD개 뒤의 조각을 읽는다. now, from: 곱하고 있는 묶음과 chunk.
     template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b,
-                                                               const u32* table, const float* code, float* partial) {
+                                                               const float* code, float* partial) {
         int now = 0, from = 0, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
         float sum[SETS][4] = {};
         for (int base = 0; base < total; base += 2) {
@@ -388,7 +387,7 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
                 if (base + d >= total) break;
                 const int s = d % S::AT_ONCE, piece = d % AHEAD;
                 if (!S::ALL_HELD && s == 0 && now == 0) input.fill(b, from);
-                if (S::segment(from, s) < S::SEGMENTS) pieces[piece].add(b[s], table, code, sum);
+                if (S::segment(from, s) < S::SEGMENTS) pieces[piece].add(b[s], code, sum);
                 if (base + d + AHEAD < total) load(piece, (d + AHEAD) % S::AT_ONCE);
                 if (s < S::AT_ONCE - 1) continue;
 // 묶음 하나의 제 칸을 다 곱했다
@@ -411,7 +410,6 @@ template <class T, class S, class Where, int AHEAD = LINE_AHEAD> struct LineProd
 // 공유 메모리: 표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK][LINES] | norm의 [WARPS][LINES] float2 | 합의 자리
 // [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. 자리는 decode_plan.py가 센다.
 struct LineSpace {
-    u32* table;
     float* codes;
     float* down;
     float2* scratch;
@@ -419,15 +417,14 @@ struct LineSpace {
     float* ends;
 
     __device__ __forceinline__ LineSpace() {
-        table = (u32*)shared;
-        codes = (float*)(shared + TABLE_BYTES);
+        codes = (float*)(space_begin() + TABLE_BYTES);
         down = codes + (DOWN_AT - TABLE_BYTES) / 4;
         scratch = (float2*)(down + (LINE_SCRATCH_AT - DOWN_AT) / 4);
         partial = (float*)(scratch + (LINE_SUMS_AT - LINE_SCRATCH_AT) / 8);
         ends = partial + (LINE_ENDS_AT - LINE_SUMS_AT) / 4;
     }
     __device__ __forceinline__ void fill(const float* code) const {
-        if (WEIGHT == NF4_WEIGHT) build_table(table);
+        if (WEIGHT == NF4_WEIGHT) build_table<THREADS>((u32*)space_begin());
         if (DOUBLE_QUANT && threadIdx.x < 256) codes[threadIdx.x] = __ldg(code + threadIdx.x);
     }
 };
@@ -450,7 +447,7 @@ template <class S, int K> struct LineLora {
         for (int from = begin; from < end; from += LINE_SLOTS) {
             int count = min(LINE_SLOTS, end - from);
             product.begin(a, from, count);
-            product.run(input, b, space.table, space.codes, space.partial);
+            product.run(input, b, space.codes, space.partial);
             __syncthreads();
             for (int e = threadIdx.x; e < count * LORA_TILE * LINES; e += THREADS) {
                 int row = e % LORA_TILE, line = e / LORA_TILE % LINES, tile = e / LORA_TILE / LINES;
@@ -583,7 +580,7 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     for (int begin = first; begin < last; begin += AT_ONCE) {
         count = min(AT_ONCE, last - begin);
 // 3. 곱한다
-        product.run(input, b, space.table, space.codes, space.partial);
+        product.run(input, b, space.codes, space.partial);
         __syncthreads();
         if (begin + count < last)
             product.begin(linear.part, (begin + count) * PAIR, min(AT_ONCE, last - begin - count) * PAIR);
@@ -674,13 +671,13 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
             if (OutShare::ALL_HELD) out_input.fill(b, 0);
             if (out_adapted && begin == first) lora.run(out_input, b, adapter, space);
             if (begin > first) out_product.begin(out.part, begin, count);
-            out_product.run(out_input, b, space.table, space.codes, space.partial);
+            out_product.run(out_input, b, space.codes, space.partial);
         }
         if (DOWN) {
             typename DownShare::Held b;
             if (DownShare::ALL_HELD) down_input.fill(b, 0);
             if (begin > first) down_product.begin(down.part, begin, count);
-            down_product.run(down_input, b, space.table, space.codes, down_partial);
+            down_product.run(down_input, b, space.codes, down_partial);
         }
         if (down_adapted && begin == first) taker.take(adapter, (float*)space.scratch, down_d);
         __syncthreads();
@@ -738,7 +735,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float*
     for (int begin = first; begin < last; begin += LINE_SLOTS) {
         int count = min(LINE_SLOTS, last - begin);
         // 출력 행렬은 늘 16비트라 NF4의 표와 절댓값의 코드가 필요 없다
-        product.run(input, b, 0, 0, space.partial);
+        product.run(input, b, 0, space.partial);
         __syncthreads();
         if (begin + count < last) product.begin(linear.part, begin + count, min(LINE_SLOTS, last - begin - count));
         for (int e = threadIdx.x; e < count * CELLS; e += THREADS) {

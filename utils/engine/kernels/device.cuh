@@ -89,6 +89,26 @@ __device__ __forceinline__ uint2 load_weight8(const void* address) {
     return v;
 }
 
+// 16바이트를 공유 메모리로 베끼기 시작한다. end_of_copies가 한 묶음을 맺고, wait_for_copies는 최근의 LEFT묶음만 남을 때까지
+// 제 것이 끝나기를 기다린다.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+#else
+    *(uint4*)to = *(const uint4*)from;
+#endif
+}
+__device__ __forceinline__ void end_of_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
@@ -100,6 +120,23 @@ __device__ __forceinline__ uint2 int8_to_fp16(u32 word) {
     asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
     asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
     return {low, high};
+}
+
+// *at이 count에 닿기를 기다린다. 그전에 다른 블록이 적은 것이 그 뒤에 보인다.
+__device__ __forceinline__ void wait_until(const int* at, int count) {
+    int now;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+    while (now < count);
+}
+
+// 공유 메모리 안의 주소(바이트).
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// 공유 메모리의 주소 AT + offset에 든 워드. AT이 상수라서 주소를 더하는 명령이 없다. 그 주소에 적고 동기화한 다음에 부른다.
+template <int AT> __device__ __forceinline__ u32 shared_word(u32 offset) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(AT));
+    return word;
 }
 
 // word의 BYTE번째 바이트 x 256 + low(256보다 작다). 명령 하나다.
