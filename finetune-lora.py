@@ -159,7 +159,7 @@ def check_flags(flags: dict) -> None:
             (micro is None or 1 <= micro <= MAX_BATCH,
              f"micro_batch_size는 1 이상 {MAX_BATCH:,} 이하여야 한다: {micro}"),
             (None in (batch, micro) or micro < 1 or batch < 1 or batch % micro == 0,
-             f"micro_batch_size {micro}은 batch_size {batch}를 나누지 못한다. 가까운 값: {below}, {above}"),
+             f"micro_batch_size가 batch_size {batch}의 약수가 아니다: {micro}. 가까운 값: {below}, {above}"),
             (flags["learning_rate"] is None or flags["learning_rate"] > 0,
              f"learning_rate는 0보다 커야 한다: {flags['learning_rate']}"),
             (flags["dpo_beta"] is None or 0 < flags["dpo_beta"] <= 100,

@@ -171,12 +171,11 @@ def spoil(folder: Path, how: str) -> None:
         weights.rename(folder / "pytorch_model.bin")
     elif how == "auto_map":
         edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
-    elif how == "outside":
+    elif how in ("outside", "drive"):
+        weights.unlink()  # 파일 하나가 있으면 index는 읽지 않는다
+        outside = "../outside.safetensors" if how == "outside" else "C:\\outside.safetensors"
         (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "../outside.safetensors"}}), encoding="utf-8")
-    elif how == "drive":
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "C:\\outside.safetensors"}}), encoding="utf-8")
+            json.dumps({"weight_map": {"a": outside}}), encoding="utf-8")
     elif how == "header":
         with weights.open("wb") as stream:
             stream.write(struct.pack("<Q", 100_000_000))

@@ -73,8 +73,8 @@ def require_utf8(texts: list[str]) -> None:
     """
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and any(text != text.encode("utf-8", "ignore").decode() for text in texts):
-        raise UsageError(f"이 환경은 파일 이름을 {encoding}으로 읽어 한글 경로를 쓸 수 없다. 환경 변수 PYTHONUTF8=1을 "
-                         "정하고(export PYTHONUTF8=1) 다시 실행한다")
+        raise UsageError(f"이 환경은 파일 이름의 인코딩이 {encoding}이어서 한글 경로를 쓸 수 없다. 환경 변수 "
+                         "PYTHONUTF8=1을 정하고(export PYTHONUTF8=1) 다시 실행한다")
 
 
 def look_quick() -> Quick:
@@ -87,7 +87,7 @@ def look_quick() -> Quick:
 def check_python(facts: Quick) -> Finding:
     text = f"Python {facts.python[0]}.{facts.python[1]}"
     if facts.python < (3, 11):
-        return Finding(BAD, f"{text}은 너무 오래되었다", "conda create -n pgko python=3.12 && conda activate pgko")
+        return Finding(BAD, f"너무 오래된 {text}", "conda create -n pgko python=3.12 && conda activate pgko")
     return Finding(OK, text)
 
 

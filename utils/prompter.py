@@ -144,4 +144,4 @@ def _check_template(template: dict) -> None:
             raise UsageError(f"템플릿 '{name}'의 {form}에는 {{{'}, {'.join(sorted(slots))}}}가 있어야 한다")
         marker = template["answer_marker"].rstrip(" ")
         if not marker or not template[form].rstrip(" ").endswith(marker):
-            raise UsageError(f"템플릿 '{name}'의 {form}은 answer_marker로 끝나야 한다")
+            raise UsageError(f"템플릿 '{name}'에서 이 항목은 answer_marker로 끝나야 한다: {form}")

@@ -36,7 +36,7 @@ class Sampling:
     def __post_init__(self):
         rules = [
             (0 <= self.temperature <= 100, "temperature", "0에서 100까지"),
-            (0 < self.top_p <= 1, "top_p", "0보다 크고 1 이하"),
+            (0 < self.top_p <= 1, "top_p", "0 초과 1 이하"),
             (self.top_k >= 0, "top_k", "0 이상"),
             (self.max_new_tokens >= 1, "max_new_tokens", "1 이상"),
             (0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "0.01에서 100까지"),
@@ -44,7 +44,7 @@ class Sampling:
         ]
         for holds, name, allowed in rules:
             if not holds:
-                raise UsageError(f"{name}은 {allowed}여야 한다. 받은 값: {getattr(self, name)}")
+                raise UsageError(f"{name}의 범위는 {allowed}이다. 받은 값: {getattr(self, name)}")
 
     def seed_number(self) -> int:
         """실제로 쓸 씨앗(0 이상, 2^63 미만)."""

@@ -213,10 +213,13 @@ def test_bad_requests_are_400_in_one_korean_line(client, extra):
     assert reply.status_code == 400 and "\n" not in message and any("가" <= char <= "힣" for char in message), message
 
 
-def test_tools_are_refused_by_name(client):
-    body = {"messages": [{"role": "user", "content": "가"}], "tools": [{"type": "function"}]}
+@pytest.mark.parametrize("name, value", [
+    ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("min_p", 0.1), ("ignore_eos", True),
+    ("chat_template_kwargs", {"enable_thinking": False}), ("guided_choice", ["가"])])
+def test_what_would_change_the_answer_is_refused_by_name(client, name, value):
+    body = {"messages": [{"role": "user", "content": "가"}], name: value}
     reply = client.post("/v1/chat/completions", json=body)
-    assert reply.status_code == 400 and "tools" in reply.json()["error"]["message"]
+    assert reply.status_code == 400 and name in reply.json()["error"]["message"]
 
 
 def test_lm_evaluation_harness_scores_a_task(talk_server, base, model, tokenizer, tmp_path, monkeypatch):

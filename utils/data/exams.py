@@ -122,8 +122,8 @@ def _own_item(row: dict, number: int, source: str, prompter) -> Item:
         return Item((right.strip(),), 0, (whole,))
     options, right = _read_options(row[listed]), said[-1].text.strip()
     if said[-1].role != "assistant" or right not in options:
-        raise UsageError(f"{source}의 {number}번째 행의 {listed}가 서로 다른 글의 목록이 아니거나 정답({right[:40]})이 "
-                         "거기에 없다")
+        raise UsageError(f"{source}의 {number}번째 행의 {listed} 열이 서로 다른 글의 목록이 아니거나 거기에 "
+                         f"정답({right[:40]})이 없다")
     return _choice(said[:-1], options, options.index(right), number, source, prompter)
 
 

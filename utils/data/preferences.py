@@ -90,7 +90,7 @@ def join_pair(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], lis
     """
     for turns, what in ((chosen, "고른 답"), (rejected, "버린 답")):
         if turns[-1].role != "assistant":
-            raise BadTurns(f"의 {what}이 assistant의 글로 끝나지 않는다. 답을 적거나 그 행을 뺀다")
+            raise BadTurns(f"의 {what} 열이 assistant의 글로 끝나지 않는다. 답을 적거나 그 행을 뺀다")
     heads = [[(turn.role, turn.text, turn.input) for turn in turns[:-1]] for turns in (chosen, rejected)]
     if heads[0] != heads[1]:
         raise BadTurns("의 고른 답과 버린 답은 마지막 답 앞의 글이 서로 다르다. 같은 질문의 두 답을 적거나 행을 뺀다")

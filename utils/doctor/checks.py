@@ -37,17 +37,17 @@ def check_driver(facts: Full) -> Finding:
     name, _, driver = facts.nvidia.partition(",")
     needed = OLDEST_DRIVER.get((facts.torch_cuda or "").split(".")[0], 0)
     if _major(driver) < needed:
-        return Finding(BAD, f"드라이버 {driver.strip()}은 CUDA {facts.torch_cuda}에 낮다",
+        return Finding(BAD, f"드라이버가 CUDA {facts.torch_cuda}에 낮다: {driver.strip()}",
                        f"NVIDIA 드라이버를 {needed} 이상으로 올린다(WSL은 Windows 쪽만 올린다)")
     if facts.torch_cuda and not facts.gpu:
-        return Finding(BAD, f"{name}이 있지만 torch가 쓰지 못한다",
+        return Finding(BAD, f"카드가 있지만 torch가 쓰지 못한다: {name}",
                        "다시 켠 뒤에도 같으면 드라이버를 새로 설치한다. CUDA_VISIBLE_DEVICES가 비어 있는지도 본다")
     return Finding(OK, f"{name}, 드라이버 {driver.strip()}")
 
 
 def check_bf16(facts: Full) -> Finding:
     if facts.capability is not None and facts.capability < (8, 0):
-        return Finding(WARN, f"{facts.gpu}에는 bf16 회로가 없어 fp16으로 학습한다",
+        return Finding(WARN, f"bf16 회로가 없는 카드라 fp16으로 학습한다: {facts.gpu}",
                        "loss가 nan이 되면 --learning_rate를 절반으로 줄인다")
     return Finding(OK, "bf16을 직접 계산한다" if facts.capability else "CPU에서는 fp32를 쓴다")
 

@@ -148,7 +148,7 @@ def load_kernels(source: str, names: list[str], defines: dict[str, int | float |
     for name in names:
         function = ctypes.c_void_p()
         if _driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()):
-            raise CompileError(f"커널 {name}이 소스에 없다")
+            raise CompileError(f"소스에 없는 커널: {name}")
         kernels[name] = Kernel(function, name)
     return kernels
 

@@ -94,6 +94,6 @@ def find_base(base_model: str | None, config: dict, facts: dict, cache_dir: str 
     from_folder = expected not in (None, hashlib.sha256(trained_on.encode()).hexdigest())
     name, given = (Path(text.replace("\\", "/")).name for text in (trained_on, base_model or trained_on))
     differs = expected != model_digest(folder) if from_folder else bool(name) and name != given
-    warning = (f"기반 모델 {folder}는 어댑터가 말하는 {trained_on}과 이름이나 설정이 다르다. 모양이 맞으면 합친다. "
-               "배운 기반 모델이 맞는지 본다")
+    warning = (f"기반 모델({folder})의 이름이나 설정이 어댑터가 말하는 것({trained_on})과 다르다. 모양이 맞으면 "
+               "합친다. 배운 기반 모델이 맞는지 본다")
     return FoundBase(folder, warning if differs else None)

@@ -105,7 +105,7 @@ def require_repeatable(adapter: Path) -> None:
     config = read_adapter_config(adapter)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise UsageError(f"LoRA 어댑터만 쓴다. {adapter}의 peft_type은 {kind!r}이다")
+        raise UsageError(f"어댑터가 LoRA가 아니다(peft_type {kind!r}): {adapter}. LoRA 어댑터만 쓴다")
     start = str(config.get("init_lora_weights"))
     if start.startswith(_UNREPEATABLE):
         raise UsageError(f"얹을 때마다 기반 가중치를 다르게 나누는 어댑터다(init_lora_weights={start!r}): {adapter}. "

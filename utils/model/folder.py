@@ -68,7 +68,7 @@ def open_model_folder(path: str | Path) -> ModelFolder:
     for name in sorted(set(expected.values())) if expected else [SINGLE_FILE]:
         for entry in read_safetensors_header(path / name):
             if expected and expected.get(entry.name) != name:
-                raise UsageError(f"{path / INDEX_FILE}와 {name}이 어긋난다: {entry.name}")
+                raise UsageError(f"{path / INDEX_FILE}: {name} 파일과 어긋난다: {entry.name}")
             tensors[entry.name] = entry
     missing = sorted(set(expected) - set(tensors))
     if missing:

@@ -40,8 +40,8 @@ def choose_device() -> Device:
         major, minor = torch.cuda.get_device_capability()
         card = f"{torch.cuda.get_device_name()}(compute capability {major}.{minor})"
         if major >= 8:
-            return Device(device, torch.bfloat16, f"{card}는 bf16을 직접 계산한다")
-        return Device(device, torch.float16, f"{card}는 bf16이 없어 fp16을 쓴다")
+            return Device(device, torch.bfloat16, f"bf16을 직접 계산하는 {card}")
+        return Device(device, torch.float16, f"bf16이 없어 fp16을 쓰는 {card}")
     if torch.backends.mps.is_available():
         return Device(torch.device("mps"), torch.float16, "Apple GPU(MPS)는 fp16을 쓴다. bitsandbytes는 쓸 수 없다")
     return Device(torch.device("cpu"), torch.float32, "쓸 수 있는 GPU가 없어 CPU에서 fp32를 쓴다")

@@ -67,12 +67,13 @@ def read_config(adapter: Path) -> dict:
     config = read_json(adapter / ADAPTER_CONFIG, f"어댑터 설정이 없다: {adapter / ADAPTER_CONFIG}")
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UsageError(f"LoRA 어댑터만 합칠 수 있다. {adapter}의 peft_type은 {kind!r}이다")
+        raise UsageError(f"어댑터가 LoRA가 아니다(peft_type {kind!r}): {adapter}. LoRA 어댑터만 합친다")
     odd = [f"{name}={value!r}" for name, value in config.items() if name not in _HARMLESS and value not in _EMPTY]
     if config.get("init_lora_weights", True) not in _PLAIN_INIT:
         odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if odd:
-        raise UsageError(f"이런 어댑터는 합치지 않는다(반만 합쳐지는 것을 막는다): {', '.join(odd)} ({adapter})")
+        raise UsageError(f"이런 어댑터는 합치지 않는다(반만 합쳐지는 것을 막는다): {', '.join(odd)} ({adapter}). "
+                         "합치지 않고 generate.py --peft_root로 얹어 쓴다")
     numbers = [config.get("r"), config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
     if not all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers):
         raise UsageError(f"{adapter / ADAPTER_CONFIG}의 r이나 lora_alpha가 양수가 아니다")
@@ -129,7 +130,7 @@ def match_base(updates: dict[str, Update], config: dict, adapter: Path, base: Mo
     for module, update in updates.items():
         entry = disk.entries.get(f"{module}.weight")
         if f"{module}.weight" in disk.built:
-            raise UsageError(f"어댑터의 층 {module}은 파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 합칠 수 없다")
+            raise UsageError(f"파일의 tensor 여럿을 합치거나 나누어 만드는 층이라 어댑터를 합칠 수 없다: {module}")
         if entry is None:
             raise UsageError(f"어댑터의 층이 기반 모델 {base.path}에 없다: {module}. 어댑터를 배운 기반 모델을 적는다")
         update = replace(update, transposed=module in disk.transposed)

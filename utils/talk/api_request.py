@@ -13,7 +13,10 @@ MAX_PROMPTS = 64
 MAX_TOP = 20
 # 하지 못하는 일 -> 적어도 되는 값. 말없이 다른 답을 하느니 거절한다
 UNSUPPORTED = {"n": (1,), "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "logit_bias": ({},),
-               "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},)}
+               "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},),
+               "tool_choice": ("none", "auto"), "min_p": (0,), "typical_p": (1,), "min_tokens": (0,),
+               "ignore_eos": (False,), "chat_template_kwargs": ({},), "grammar": ("",), "guided_json": (),
+               "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": ()}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def read(body: object, answerer: Answerer, chat: bool) -> Asked:
         raise UsageError("본문은 JSON 객체여야 한다")
     for name, allowed in UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in allowed:
-            raise UsageError(f"{name}은 지원하지 않는다. 빼고 보낸다. 받은 값: {str(body[name])[:40]}")
+            raise UsageError(f"지원하지 않는 항목이다. 빼고 보낸다. {name}: {str(body[name])[:40]}")
     echo, stream = (_flag(body, name) for name in ("echo", "stream"))
     echo = echo and not chat
     read_only = echo and _max_tokens(body) == 0
@@ -80,7 +83,7 @@ def read(body: object, answerer: Answerer, chat: bool) -> Asked:
 def _flag(body: dict, name: str) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise UsageError(f"{name}은 true나 false다. 받은 값: {str(value)[:40]}")
+        raise UsageError(f"{name}에는 true나 false를 적는다. 받은 값: {str(value)[:40]}")
     return bool(value)
 
 
@@ -88,7 +91,7 @@ def _count(body: dict, name: str) -> int | None:
     value = body.get(name)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and not (whole and 0 <= value <= MAX_TOP):
-        raise UsageError(f"{name}은 0에서 {MAX_TOP}까지의 정수다. 받은 값: {str(value)[:40]}")
+        raise UsageError(f"{name}에는 0에서 {MAX_TOP}까지의 정수를 적는다. 받은 값: {str(value)[:40]}")
     return value
 
 
@@ -117,7 +120,7 @@ def _stops(body: dict) -> list[str]:
     stops = [stops] if isinstance(stops, str) else stops
     fits = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not fits or not all(isinstance(text, str) and text for text in stops):
-        raise UsageError(f"stop에는 글을 {MAX_STOPS}개까지 적는다")
+        raise UsageError(f"stop에는 글이나, 글 {MAX_STOPS}개까지의 목록을 적는다")
     return stops
 
 
@@ -161,4 +164,4 @@ def _is_tokens(value: object) -> bool:
 
 def _require_short(name: str, n_chars: int) -> None:
     if n_chars > MAX_CHARS:
-        raise UsageError(f"{name}가 너무 길다: {n_chars:,}글자. {MAX_CHARS:,}글자까지 받는다")
+        raise UsageError(f"글이 너무 길다({name}): {n_chars:,}글자. {MAX_CHARS:,}글자까지 받는다")

@@ -17,7 +17,7 @@ def exposure_problem(server_name: str, share: bool, auth: str | None) -> str:
         return "--auth는 사용자:암호 꼴로 적는다"
     if not auth and (share or not is_loopback(server_name)):
         where = "--share_gradio True" if share else f"--server_name {server_name}"
-        return f"{where}는 다른 사람도 들어올 수 있다. --auth 사용자:암호를 함께 적는다"
+        return f"다른 사람도 들어올 수 있는 설정이다({where}). --auth 사용자:암호를 함께 적는다"
     return ""
 
 

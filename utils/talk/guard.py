@@ -95,7 +95,7 @@ def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
         fits = is_number(value) and low <= value <= high
         if not fits or (whole and value != int(value)):
             kind = "정수" if whole else "수"
-            raise UsageError(f"{name}은 {low}에서 {high}까지의 {kind}다. 받은 값: {str(value)[:40]}")
+            raise UsageError(f"{name}의 값은 {low}에서 {high}까지의 {kind}다. 받은 값: {str(value)[:40]}")
         numbers[name] = int(value) if whole else float(value)
     if seed is not None and not (is_number(seed) and 0 <= seed < 2**53):
         raise UsageError("seed는 0 이상 2^53 미만의 정수다")

@@ -97,8 +97,8 @@ def _roots() -> tuple[Path, ...]:
 def _inside(path: object, what: str, home: str) -> Path:
     """지금 폴더나 저장소 안의 절대 경로. `..`을 풀어서 보고, 사용자가 만든 링크는 따라간다. `home`은 옮길 폴더다."""
     if not isinstance(path, str) or not path.strip() or "\0" in path:
-        raise UsageError(f"{what}을 골라 주세요")
+        raise UsageError(f"골라 주세요: {what}")
     found = Path(os.path.normpath(Path.cwd() / path))
     if not any(found.is_relative_to(root) for root in _roots()):
-        raise UsageError(f"{what}은 지금 폴더나 저장소 안에 있어야 해요: {path[:200]}. {home} 폴더로 옮겨 주세요")
+        raise UsageError(f"지금 폴더나 저장소 안에 있어야 해요({what}): {path[:200]}. {home} 폴더로 옮겨 주세요")
     return found

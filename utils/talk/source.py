@@ -94,7 +94,7 @@ def find_source(base_model: str | None, peft_root: str | None, say: Callable[[st
     recorded = bool(trained_on) and not base_model
     folder = str(loader.receive_base(asked, cache_dir, recorded))
     if trained_on and base_model and _last(trained_on) != _last(base_model):
-        say(f"주의: 기반 모델 {base_model}은 어댑터가 말하는 {trained_on}과 이름이 다르다. 배운 기반 모델이 맞는지 "
+        say(f"주의: 기반 모델({base_model})의 이름이 어댑터의 것({trained_on})과 다르다. 배운 기반 모델이 맞는지 "
             "본다")
     if adapter is not None and has_merged(folder, adapter):
         raise UsageError(f"이미 이 어댑터를 합친 모델이다: {asked}. 두 번 얹지 않게 --peft_root를 빼고 실행한다")

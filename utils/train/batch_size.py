@@ -90,6 +90,7 @@ def share_of_batch(settings: Settings, batch_size: int) -> int:
     share, rest = divmod(batch_size, n_processes())
     if rest or not share or (settings.micro_batch_size and share % settings.micro_batch_size):
         unit = n_processes() * (settings.micro_batch_size or 1)
-        raise UsageError(f"batch_size {batch_size}는 프로세스 {n_processes()}개 x micro_batch_size "
-                         f"{settings.micro_batch_size or 1}로 나누어지지 않는다. --batch_size {unit}의 배수로 적는다")
+        raise UsageError(f"batch_size를 프로세스와 micro_batch_size에 나눌 수 없다: batch {batch_size}, "
+                         f"프로세스 {n_processes()}개, micro {settings.micro_batch_size or 1}. "
+                         f"--batch_size {unit}의 배수로 적는다")
     return share

@@ -151,7 +151,7 @@ class Loop:
             cause = "기반 모델의 가중치에 NaN이나 inf가 있거나 계산 범위를 넘는다"
             advice = "기반 모델을 다시 받는다"
         last = self.checkpoints.newest() if self.checkpoints is not None else None
-        kept = f"마지막으로 온전한 것은 {last}이다" if last else "아직 저장한 체크포인트는 없다"
+        kept = f"마지막으로 온전한 것: {last}" if last else "아직 저장한 체크포인트는 없다"
         raise UsageError(f"step {self.state.global_step + 1}에서 {bad}가 NaN이나 inf가 되어, 가중치를 고치기 전에 "
                          f"멈추었다. 이유: {cause}(지금 학습률 {rate:.1e}). {kept}. {advice}")
 

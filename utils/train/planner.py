@@ -124,5 +124,5 @@ def fit(work: Workload, budget: float, batch_size: int, micro_batch_size: int | 
     advice = f"--cutoff_len {shorter}로 줄이면 들어간다" if shorter else "더 작은 모델을 쓴다"
     if micro_batch_size and micro_batch_size > 1 and fits(least):
         advice = "--micro_batch_size를 빼면 들어간다"
-    raise UsageError(f"이 모델과 {work.block}토큰 블록은 적어도 {sum(least.parts.values()) / GB:.1f} GB가 필요한데 "
+    raise UsageError(f"이 모델과 {work.block}토큰 블록에는 적어도 {sum(least.parts.values()) / GB:.1f} GB가 필요한데 "
                      f"쓸 수 있는 VRAM은 {budget / GB:.1f} GB다. {advice}")

@@ -65,7 +65,8 @@ def open_base(settings: Settings) -> dict:
 def check_block_fits(cutoff_len: int, config: dict) -> None:
     limit = config.get("max_position_embeddings") or config.get("n_positions")
     if limit and cutoff_len > limit:
-        raise UsageError(f"cutoff_len {cutoff_len}이 모델의 문맥 {limit}보다 길다. --cutoff_len {limit} 이하로 적는다")
+        raise UsageError(f"블록(cutoff_len {cutoff_len})이 모델의 문맥 {limit}토큰보다 길다. "
+                         f"--cutoff_len {limit} 이하로 적는다")
 
 
 def open_exams(settings: Settings, prompter) -> list[Exam]:

@@ -53,7 +53,7 @@ def choose_trackers(settings: Settings) -> TrackerChoice:
     watch, log_model = settings.wandb_watch or "false", settings.wandb_log_model or "false"
     for flag, value, allowed in (("wandb_watch", watch, WATCH), ("wandb_log_model", log_model, LOG_MODEL)):
         if value not in allowed:
-            raise UsageError(f"{flag}는 {', '.join(allowed)} 가운데 하나다: {value}")
+            raise UsageError(f"{flag}의 값은 {', '.join(allowed)} 가운데 하나다: {value}")
     if os.environ.get("WANDB_MODE") not in OFFLINE_MODES:
         require_login()
     project = settings.wandb_project or DEFAULT_PROJECT
