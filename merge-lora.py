@@ -51,7 +51,7 @@ def merge(
     ])
     with process.importing():
         from utils import files
-        from utils.merge import exportable, gguf, writer
+        from utils.merge import exportable, gguf, proof, writer
         from utils.merge.job import open_job
 
     max_bytes = writer.parse_size(max_shard_size)
@@ -62,21 +62,22 @@ def merge(
     for warning in job.warnings:
         console.say(f"경고: {warning}")
     console.say(f"어댑터: {shown(job.adapter)}  기반 모델: {shown(job.base.path)}  갱신할 행렬 {len(job.updates)}개")
+    windows = proof.read_windows(job) if verify else None
     with files.staged(output_dir) as folder:
         hashed = writer.write_model(folder, job, max_bytes, console.say)
-        proof = prove(job, folder) if verify else None
+        proven = prove(job, windows, folder) if verify else None
         if export:
             console.say(f"GGUF: {gguf.write(folder, gguf_type)}")
-        writer.finish(folder, job, hashed, proof)
+        writer.finish(folder, job, hashed, proven)
     console.say(f"합친 모델: {shown(output_dir)}")
     console.say(f'  대화: python {script("generate.py")} --base_model "{output_dir}"')
 
 
-def prove(job, folder) -> dict:
+def prove(job, windows, folder) -> dict:
     """검산하고 그 결과를 알린다. 쓴 것이 쓰려던 것과 다르면 멈추고, 배운 것과 다르면 경고한다."""
     from utils.merge import proof
 
-    report = proof.prove(job, folder)
+    report = proof.prove(job, windows, folder)
     proof.judge(report)
     console.say(f"검산: {proof.describe(report)}")
     for warning in proof.warnings(report):

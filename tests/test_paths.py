@@ -81,3 +81,23 @@ def test_download_command_keeps_the_place_of_a_published_name():
     command = folder.download_command(Path("resources/polyglot-ko-5.8b"))
     assert command.startswith("hf download EleutherAI/polyglot-ko-5.8b --local-dir resources/polyglot-ko-5.8b ")
     assert PureWindowsPath(r"resources\polyglot-ko-5.8b").as_posix() in command
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert paths.at_home("data_path", "~/faq.csv") == str(tmp_path / "faq.csv")
+    assert paths.at_home("peft_root", ("~/a", "b")) == (str(tmp_path / "a"), "b")
+    assert paths.at_home("ask", "~/.bashrc가 뭐야?") == "~/.bashrc가 뭐야?"
+    assert paths.at_home("output_dir", "~이름") == "~이름"
+
+
+def test_a_file_given_for_a_folder_says_so(tmp_path):
+    from utils.model.adapter import find_adapter
+
+    for name in ("model.gguf", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"0")
+        with pytest.raises(UsageError, match="폴더가 아니라 파일이다"):
+            loader.require_base(tmp_path / name)
+        with pytest.raises(UsageError, match="폴더가 아니라 파일이다"):
+            find_adapter(tmp_path / name)

@@ -26,7 +26,7 @@ from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
 from utils.errors import UsageError, memory_reason
 from utils.helptext import asks_help, descriptions, examples, help_text
-from utils.paths import ROOT
+from utils.paths import ROOT, at_home
 from utils.process import is_first_process
 
 TRUE_WORDS = {"true", "yes", "on", "1", "참"}
@@ -212,7 +212,7 @@ def _fit_all(texts: dict[str, str | bool], parameters: Parameters) -> dict:
             problems.append(f"--{name}의 값이 비었다. 값을 적거나 플래그를 뺀다")
         else:
             try:
-                values[name] = _fit(text, annotation)
+                values[name] = at_home(name, _fit(text, annotation))
             except ValueError as expected:
                 problems.append(f"--{name}에는 {expected}: '{text}'")
     if problems:

@@ -6,8 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BASE_DEMO = ROOT / "resources" / "polyglot-ko-demo"
 OWN_FOLDERS = ("resources", "train", "data")  # 사용자의 것이 생기는 폴더. 아직 없을 수도 있다
+_PATH_ENDINGS = ("dir", "dirs", "path", "root", "model", "data")  # 경로를 적는 플래그의 이름의 끝
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DATA_DEMO = ROOT / "ko-datasets" / "polyglot-ko-skills.json"
+
+
+def at_home(flag: str, value: object) -> object:
+    """경로의 플래그면 `~/`를 홈 폴더로 바꾼 값. 셸은 `--이름=~/폴더`의 물결표를 바꾸지 않는다."""
+    if isinstance(value, tuple):
+        return tuple(at_home(flag, each) for each in value)
+    is_path = isinstance(value, str) and flag.rpartition("_")[2] in _PATH_ENDINGS
+    return str(Path(value).expanduser()) if is_path and value.startswith(("~/", "~\\")) else value
 
 
 def find_input(path: str) -> str:

@@ -287,26 +287,30 @@ def written(trained, tmp_path, name: str = "one"):
     return tmp_path / "merged"
 
 
+def prove_again(job, folder) -> None:
+    proof.judge(proof.prove(job, proof.read_windows(job), folder))
+
+
 def test_proof_catches_a_zeroed_tensor(trained, tmp_path):
     folder = written(trained, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match="합친 모델이 기반 모델"):
-        proof.judge(proof.prove(open_one(trained), folder))
+        prove_again(open_one(trained), folder)
 
 
 def test_proof_catches_a_swapped_adapter(trained, tmp_path):
     folder = written(trained, tmp_path, "two")
     with pytest.raises(UsageError, match="합친 모델이 기반 모델"):
-        proof.judge(proof.prove(open_one(trained, "one"), folder))
+        prove_again(open_one(trained, "one"), folder)
 
 
 def test_proof_catches_a_wrong_alpha(trained, adapter, tmp_path):
     folder = written(trained, tmp_path)
     edit_config(adapter, lora_alpha=16)
     with pytest.raises(UsageError, match="합친 모델이 기반 모델"):
-        proof.judge(proof.prove(open_job(str(adapter), None, None, "original"), folder))
+        prove_again(open_job(str(adapter), None, None, "original"), folder)
 
 
 def test_failed_proof_leaves_nothing(trained, tmp_path, monkeypatch):
@@ -365,7 +369,7 @@ def test_shapes_decide_and_names_only_warn(trained, tmp_path, capsys):
         merge(peft_root=str(trained / "one"), base_model=str(small), output_dir=str(tmp_path / "merged"))
     other = shutil.copytree(trained / "polyglot-ko-tiny", tmp_path / "another")
     merge(peft_root=str(trained / "one"), base_model=str(other), output_dir=str(tmp_path / "merged"), verify=False)
-    assert "이름이나 설정이 다르다" in capsys.readouterr().out  # 모양이 맞으면 이름은 알리기만 한다
+    assert "이름이나 설정이 어댑터가 말하는 것" in capsys.readouterr().out  # 모양이 맞으면 이름은 알리기만 한다
 
 
 def test_base_with_nan_is_refused(trained, adapter, tmp_path):
@@ -387,6 +391,20 @@ def test_tied_embedding_is_refused(trained, adapter, tmp_path):
                                                 "base_model.model.lm_head.lora_B.weight": torch.ones(vocab, 4)}))
     with pytest.raises(UsageError, match="묶인"):
         merge(peft_root=str(adapter), base_model=str(base), output_dir=str(tmp_path / "merged"))
+
+
+def test_an_adapter_is_not_merged_twice(trained, tmp_path):
+    merge(peft_root=str(trained / "one"), output_dir=str(tmp_path / "merged"), verify=False)
+    with pytest.raises(UsageError, match="이미 이 어댑터를 합친 모델"):
+        merge(peft_root=str(trained / "one"), base_model=str(tmp_path / "merged"), output_dir=str(tmp_path / "twice"))
+    assert not (tmp_path / "twice").exists()
+
+
+def test_broken_records_are_said_before_anything_is_written(trained, adapter, tmp_path, capsys):
+    (adapter / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"run\.json"):
+        merge(peft_root=str(adapter), output_dir=str(tmp_path / "merged"))
+    assert "model.safetensors" not in capsys.readouterr().out
 
 
 def test_output_that_would_hurt_something_is_refused(trained, tmp_path):

@@ -46,7 +46,7 @@ def choose_files(folder: Path) -> dict[Task, Path]:
         UsageError: 쓸 파일이 없다. 이름은 시험의 것인데 읽을 수 없는 파일이 있다.
     """
     found: dict[str, tuple[tuple, Task, Path]] = {}
-    problem = UsageError(f"KoBEST의 파일이 없는 폴더다: {folder}. .tsv, .jsonl, .parquet이 든 폴더를 적는다")
+    unread = ""
     for file in sorted(folder.rglob("*")):
         where = file.relative_to(folder)
         part = _part(where)
@@ -57,13 +57,13 @@ def choose_files(folder: Path) -> dict[Task, Path]:
         except UsageError as error:
             if any(task.name in str(where).lower() for task in TASKS):
                 raise
-            problem = error
+            unread = f" 읽지 못한 것: {error}"
             continue
         rank = (PARTS.index(part) if part else len(PARTS), len(where.stem), str(where))  # 작은 것을 고른다
         if task is not None and (task.name not in found or rank < found[task.name][0]):
             found[task.name] = rank, task, file
     if not found:
-        raise problem
+        raise UsageError(f"KoBEST의 파일이 없는 폴더다: {folder}. .tsv, .jsonl, .parquet이 든 폴더를 적는다.{unread}")
     return {found[task.name][1]: found[task.name][2] for task in TASKS if task.name in found}
 
 
@@ -74,6 +74,7 @@ def _part(where: Path) -> str | None:
 
 
 def _rows(file: Path) -> Iterator[dict]:
+    """파일의 행. 공개된 TSV의 글에는 감싸지 않은 큰따옴표가 있어, 엄격한 `read_csv`로 읽지 않는다."""
     if file.suffix.lower() != ".tsv":
         for _, row in read_rows(file):
             yield row

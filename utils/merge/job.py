@@ -10,7 +10,7 @@ import torch
 
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
-from utils.model.adapter import find_adapter, read_prompt_info
+from utils.model.adapter import find_adapter, has_merged, read_prompt_info
 from utils.model.folder import ModelFolder, TensorEntry, find_trained_base, model_digest, open_model_folder
 from utils.model.loader import receive_base
 from utils.paths import find_input
@@ -61,6 +61,9 @@ def open_job(peft_root: str, base_model: str | None, cache_dir: str | None, onto
     facts = (read_manifest(adapter) or {}).get("run", {})
     read_prompt_info(adapter)  # 다 쓴 다음에 깨진 것을 알지 않게 한다
     found = find_base(base_model, config, facts, cache_dir)
+    if has_merged(found.folder, adapter):
+        raise UsageError(f"이미 이 어댑터를 합친 모델이다: {found.folder}. 두 번 더하지 않게, 합치기 전의 기반 모델을 "
+                         "--base_model로 적는다")
     base = open_model_folder(found.folder)
     disk = diskmap.read(base)
     dtype = getattr(torch, str(facts.get("dtype", {}).get("shown", "float32")), torch.float32)

@@ -113,9 +113,13 @@ def read_windows(job: Job) -> Windows:
     return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
 
 
-def prove(job: Job, merged: Path) -> Proof:
-    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과."""
-    windows = read_windows(job)
+def prove(job: Job, windows: Windows, merged: Path) -> Proof:
+    """디스크의 합친 모델을 쓰려던 것(합칠 바탕 + 어댑터), 배운 모델(NF4로 올린 기반 모델 + 어댑터)과 비교한 결과.
+
+    Args:
+        windows: `read_windows`가 읽은 것. 데이터의 잘못은 합친 것을 쓰기 전에 드러나야 하므로 먼저 읽어 둔다.
+        merged: 합친 모델의 폴더.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     written = open_model_folder(merged)
     quantised, rounded = writer.quantised_entries(job), writer.quantised_built(job)
@@ -181,7 +185,7 @@ def describe(proof: Proof) -> str:
             f"쓴 것과 쓰려던 것: 같은 첫 토큰 {proof.top1:.1%}, 평균 KL {proof.kl:.1e}, "
             f"가장 큰 logit 차이 {proof.largest_gap:.3f}. 배운 모델과: 답의 loss "
             f"{proof.trained_loss:.3f} -> {proof.merged_loss:.3f}(학습 전 {proof.base_loss:.3f}), "
-            f"남은 개선 {kept}")
+            f"남은 개선: {kept}")
 
 
 @torch.no_grad()

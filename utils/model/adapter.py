@@ -1,5 +1,6 @@
 """어댑터 폴더 하나: 찾고, 읽고, 모델에 얹고, 스스로를 설명하는 prompt.json을 쓴다."""
 
+import filecmp
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,6 +143,8 @@ def find_adapter(peft_root: str | Path) -> Path:
         UsageError: 폴더가 없거나 어댑터가 없다.
     """
     root = Path(peft_root)
+    if root.is_file():
+        raise UsageError(f"어댑터의 폴더가 아니라 파일이다: {root}. 그 파일이 든 폴더를 적는다: {root.parent}")
     if not root.is_dir():
         advice = f". hub의 어댑터면 먼저 받는다: hf download {peft_root} --local-dir {root.name}(그 폴더를 " \
                  "--peft_root로 적는다)" if looks_like_hub_id(peft_root) else ""
@@ -158,6 +161,17 @@ def find_adapter(peft_root: str | Path) -> Path:
     if (root / ADAPTER_CONFIG).is_file():
         raise UsageError(f"어댑터에 가중치({ADAPTER_WEIGHTS})가 없다: {root}")
     raise UsageError(f"어댑터가 없다: {root}. finetune-lora.py의 --output_dir를 적는다{_nearby(root)}")
+
+
+def has_adapter(folder: str | Path) -> bool:
+    """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
+    return (Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS).is_file()
+
+
+def has_merged(folder: str | Path, adapter: Path) -> bool:
+    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 비교한다."""
+    return has_adapter(folder) and filecmp.cmp(
+        Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS, adapter / ADAPTER_WEIGHTS, shallow=False)
 
 
 def _nearby(folder: Path) -> str:

@@ -209,6 +209,9 @@ def require_base(base_model: str | Path, shapes: bool = True) -> dict | None:
 
             require_shapes(folder)
         return folder.config
+    if path.is_file():
+        raise UsageError(f"모델의 폴더가 아니라 파일이다: {base_model}. config.json과 safetensors가 든 폴더를 적는다"
+                         f"{'(GGUF는 읽지 않는다)' if path.suffix == '.gguf' else f': {path.parent}'}")
     if looks_like_hub_id(base_model):
         return None
     command = download_command(path)

@@ -1,6 +1,5 @@
 """대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
-import filecmp
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ from utils.model.adapter import (
     ADAPTER_FOLDER,
     PromptInfo,
     find_adapter,
+    has_adapter,
+    has_merged,
     load_adapter,
     read_adapter_config,
     read_prompt_info,
@@ -211,17 +212,6 @@ def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say:
         say(f"주의: 배울 때 글머리에 붙인 토큰은 {list(info.head_ids)}인데 지금은 {list(head)}이다. 다시 가르친다")
     say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
     return prompter
-
-
-def has_adapter(folder: str | Path) -> bool:
-    """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
-    return (Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS).is_file()
-
-
-def has_merged(folder: str | Path, adapter: Path) -> bool:
-    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 비교한다."""
-    return has_adapter(folder) and filecmp.cmp(
-        Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS, adapter / ADAPTER_WEIGHTS, shallow=False)
 
 
 def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):
