@@ -85,6 +85,15 @@ def test_each_answers_as_if_it_were_alone_also_after_switching(adapters, models,
         assert say(choice.answerer, "왜?", choice.tuned) == alone[name], name
 
 
+def test_an_adapter_that_leaves_something_when_it_is_off_is_not_compared(tiny_neox, tmp_path):
+    said = []
+    folder = write_adapter(tmp_path / "odd", tiny_neox, 1, Prompter().template, r=4, bias="lora_only",
+                           target_modules=["query_key_value"])
+    alone = load_models([find_source(None, str(folder), silent)], None, None, False, None, said.append)
+    assert alone.names == ["odd"] and not alone.default.answerer.can_compare
+    assert any("비교하지 않는다" in line for line in said)
+
+
 def test_the_oracle_is_peft(adapters, models, tiny_neox):
     """transformers와 peft로 하나씩 얹어 만든 답과도 같다. 템플릿은 어댑터마다 제 것이다."""
     asked = []

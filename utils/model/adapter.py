@@ -16,6 +16,7 @@ from utils.seals import MANIFEST, damage
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FOLDER = "adapter"
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # 기반 가중치를 건드리지 않는 시작(init_lora_weights)
 _UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")  # 얹을 때 난수나 데이터로 기반 가중치를 다시 나누는 시작
 
 
@@ -114,6 +115,13 @@ def require_repeatable(adapter: Path) -> None:
                          "저장한 것을 쓴다")
     if config.get("alora_invocation_tokens"):
         raise UsageError(f"정한 말이 나온 뒤에만 더하는 어댑터(aLoRA)는 쓰지 않는다: {adapter}")
+
+
+def can_turn_off(adapter: Path) -> bool:
+    """어댑터를 끄면 기반 모델이 되는지. 함께 배운 bias, 되풀이한 층, 얹을 때 나눈 기반 가중치는 꺼도 남는다."""
+    config = read_adapter_config(adapter)
+    left = (config.get("bias") or "none") != "none" or config.get("layer_replication")
+    return not left and config.get("init_lora_weights", True) in PLAIN_STARTS
 
 
 def _lost(model, found, name: str = "default") -> str:

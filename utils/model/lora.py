@@ -9,6 +9,7 @@ import torch
 
 from utils.errors import UsageError
 from utils.files import read_json
+from utils.model.adapter import PLAIN_STARTS
 from utils.model.diskmap import DiskMap
 from utils.model.folder import (
     ADAPTER_CONFIG,
@@ -31,7 +32,6 @@ _HARMLESS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_mod
              "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "qalora_group_size",
              "runtime_config", "ensure_weight_tying", "lora_ga_config", "corda_config"}
 _EMPTY = (None, False, "none", [], {})
-_PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_config(adapter: Path) -> dict:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UsageError(f"어댑터가 LoRA가 아니다(peft_type {kind!r}): {adapter}. LoRA 어댑터만 합친다")
     odd = [f"{name}={value!r}" for name, value in config.items() if name not in _HARMLESS and value not in _EMPTY]
-    if config.get("init_lora_weights", True) not in _PLAIN_INIT:
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if odd:
         raise UsageError(f"이런 어댑터는 합치지 않는다(반만 합쳐지는 것을 막는다): {', '.join(odd)} ({adapter}). "

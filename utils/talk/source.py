@@ -17,6 +17,7 @@ from utils.model import diskmap, loader, lora, shards, vram
 from utils.model.adapter import (
     ADAPTER_FOLDER,
     PromptInfo,
+    can_turn_off,
     find_adapter,
     has_adapter,
     has_merged,
@@ -131,7 +132,7 @@ def load_models(sources: Sequence[Source], cache_dir: str | None, load_4bit: boo
     answerers = load_answerers(sources, cache_dir, load_4bit, load_8bit, prompt_template, say)
     names = unique_names(source.name for source in sources)
     choices = [Choice(name, answerer) for name, answerer in zip(names, answerers, strict=True)]
-    if answerers[0].can_compare or not has_adapter(sources[0].base_model):
+    if answerers[0].can_compare or not (sources[0].adapter or has_adapter(sources[0].base_model)):
         choices.append(Choice(BASE, answerers[0], tuned=False))
     if len(sources) > 1:
         for name, source in zip(names, sources, strict=True):
@@ -157,8 +158,11 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
             vram.cap(device.device, free)
     tokenizer = load_tokenizer(base_model, cache_dir)
     prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]
-    can_compare = sources[0].adapter is not None
-    if precision.quantize == "4bit" and not can_compare and has_adapter(base_model):
+    adapters = [source.adapter for source in sources if source.adapter]
+    can_compare = bool(adapters) and all(map(can_turn_off, adapters))
+    if adapters and not can_compare:
+        say("주의: 꺼도 기반 모델이 되지 않는 어댑터라 기반 모델과 비교하지 않는다(bias 따위가 남는다)")
+    if precision.quantize == "4bit" and not adapters and has_adapter(base_model):
         model = load_merged_4bit(base_model, device, cache_dir)
         can_compare = True
         say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
