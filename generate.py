@@ -150,7 +150,7 @@ def print_scores(answerer, results, n: int) -> None:
         raise UsageError("어댑터에 run.json이 없어 검증 질문을 알 수 없다. finetune-lora.py의 --output_dir를 적는다")
     validation = results.validation()
     if validation.changed:
-        console.say("주의: 데이터가 학습한 뒤에 바뀌었다. 학습에 쓴 질문이 섞여 있을 수 있다")
+        console.say("주의: 데이터나 나누는 법이 학습한 뒤에 바뀌었다. 학습에 쓴 질문이 섞여 있을 수 있다")
     questions = validation.questions[:n]
     rows = []
     for row in scores.evaluate(answerer, questions):

@@ -83,6 +83,14 @@ def test_download_command_keeps_the_place_of_a_published_name():
     assert PureWindowsPath(r"resources\polyglot-ko-5.8b").as_posix() in command
 
 
+def test_a_card_names_a_place_that_means_something_elsewhere(repository, tmp_path):
+    (tmp_path / "faq.csv").write_text("가", encoding="utf-8")
+    inside = paths.ROOT / "resources" / "polyglot-ko-demo"
+    assert paths.portable(inside) == "resources/polyglot-ko-demo"
+    assert paths.portable("faq.csv") == "faq.csv" and paths.portable("EleutherAI/polyglot-ko-1.3b").startswith("Eleu")
+    assert paths.located("faq.csv") == str(tmp_path / "faq.csv") and paths.located("소유자/이름") == "소유자/이름"
+
+
 def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

@@ -48,6 +48,19 @@ def shown(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def portable(path: str | Path) -> str:
+    """다른 컴퓨터에서도 뜻이 있는 경로: 저장소 안이면 저장소부터의 경로, 밖이면 이름, hub id면 그대로다."""
+    found = Path(path).absolute()
+    if not found.exists():
+        return str(path).replace("\\", "/").rstrip("/")
+    return found.relative_to(ROOT).as_posix() if found.is_relative_to(ROOT) else found.name
+
+
+def located(path: str) -> str:
+    """기록에 남길 경로. 있는 파일이나 폴더면 어느 폴더에서 열어도 찾을 수 있게 절대 경로로, hub id면 그대로다."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
 def script(name: str) -> str:
     """지금 폴더에서 실행할 수 있는 스크립트의 경로. 빈칸이 있으면 따옴표로 감싼다."""
     path = shown(ROOT / name)

@@ -221,10 +221,18 @@ def test_same_row_is_on_one_side_and_new_rows_move_no_old_row(old, new, percent,
         assert not sides[0] & sides[1]
         return sides[1]
 
-    filler = [f"채움 {number}" for number in range(200)]  # 검증에 아무도 들지 않아 하나를 골라 넣는 일이 없게 한다
+    filler = [f"채움 {number}" for number in range(500)]  # 검증에 든 행이 적어 더 채우는 일이 없게 한다
     before = held(old + filler)
     assert held(old + filler + new) & set(old + filler) == before
     held(old)
+
+
+@given(n=st.integers(2, 200), percent=st.floats(1, 60), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None, database=None)
+def test_a_small_set_has_as_many_validation_rows_as_asked(n, percent, seed):
+    """60행의 5%가 우연히 한 행이 되지 않는다."""
+    train, held_out = split_by_content(fake_documents([f"{number}번째 글" for number in range(n)]), percent, seed)
+    assert len(held_out) >= max(1, min(5, round(percent / 100 * n))) and len(train) >= 1
 
 
 @given(percent=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))

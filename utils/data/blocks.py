@@ -10,6 +10,7 @@ import torch
 from utils.data.documents import Documents
 
 IGNORE = -100
+FEW = 5  # 검증할 행이 적어도 이만큼은 되게 한다. 청한 비율로 이만큼이 나오지 않는 데이터면 그 비율만큼이다
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -97,17 +98,24 @@ class Split(NamedTuple):
 def split_by_content(documents: Documents, percent: float, seed: int) -> Split:
     """내용의 해시로 나눈다. 행을 더해도 이미 있던 행은 자리를 바꾸지 않는다.
 
+    행이 적으면 해시의 우연으로 검증할 행이 하나도 없을 수 있다. 그때는 청한 비율의 수(많아야 `FEW`)를 해시의 차례로
+    채운다. 그만큼은 행을 더할 때 자리를 바꿀 수 있다.
+
     Args:
         percent: 검증에 쓸 행의 비율(퍼센트).
     """
-    if percent <= 0 or len(np.unique(documents.digests)) < 2:  # 모두 같은 행이면 나눌 수 없다
+    n_rows = len(np.unique(documents.digests))
+    if percent <= 0 or n_rows < 2:  # 모두 같은 행이면 나눌 수 없다
         return Split(np.arange(len(documents)), np.arange(0))
     # seed마다 다른 수를 섞고 큰 홀수를 곱해(넘친 비트는 버린다) [0, 2^64)에 고르게 흩고, 아래쪽 percent%를 검증에 쓴다
     salt = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
     scrambled = (documents.digests ^ np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
-    held_out = scrambled < np.uint64(int(percent / 100 * (2**64 - 1)))
-    if not held_out.any() or held_out.all():  # 행이 몇 안 될 때도 양쪽에 하나는 있게 한다
-        held_out = scrambled == scrambled.min()
+    limit = np.uint64(int(percent / 100 * (2**64 - 1)))
+    in_order = np.unique(scrambled)  # 작은 것부터
+    least = max(1, min(FEW, round(percent / 100 * n_rows)))
+    held_out = scrambled <= max(limit, in_order[least - 1])
+    if held_out.all():  # 학습할 행도 하나는 있어야 한다
+        held_out = scrambled == in_order[0]
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 

@@ -17,6 +17,7 @@ from utils.model.adapter import ADAPTER_FOLDER, PROMPT_FILE, read_prompt_info
 from utils.model.folder import ADAPTER_FILES, TensorEntry, model_digest, text_config
 from utils.model.shards import Planned
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
+from utils.paths import portable
 from utils.seals import write_manifest
 
 _CARD = """---
@@ -244,9 +245,7 @@ def _read_json(file: Path) -> dict:
 def render(job: Job, output: Path) -> str:
     """합친 폴더의 모델 카드(README.md)."""
     targets = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in job.updates})
-    base = str(job.config.get("base_model_name_or_path") or job.base.path.name).replace("\\", "/").rstrip("/")
-    if Path(base).exists():  # 이 컴퓨터의 폴더면 다른 사람에게 뜻이 없는 앞의 경로를 뺀다. hub id면 그대로 둔다
-        base = base.rsplit("/", 1)[-1]
-    return _CARD.format(base=base, name=output.name,
+    base = str(job.config.get("base_model_name_or_path") or job.base.path)
+    return _CARD.format(base=portable(base), name=output.name,
                         kind=job.base.config["model_type"], rank=job.config["r"], alpha=job.config["lora_alpha"],
                         targets=", ".join(targets), onto=_ONTO[job.onto])

@@ -83,7 +83,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
             return gr.update(), str(error)
         choices = [(scores.plain_question(question, answerer.prompter)[:80], number)
                    for number, question in enumerate(validation.questions[:MAX_CHOICES])]
-        changed = " 데이터가 학습한 뒤에 바뀌었어요." if validation.changed else ""
+        changed = " 데이터나 나누는 법이 학습한 뒤에 바뀌었어요." if validation.changed else ""
         return gr.update(choices=choices, value=0), f"검증 질문 {len(validation.questions):,}개.{changed}"
 
     async def show_one(number, request: gr.Request):

@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Validation:
-    """학습에 쓰지 않은 질문들. 데이터의 내용이 학습할 때와 다르면(해시가 다르면) `changed`가 참이다."""
+    """학습에 쓰지 않은 질문들. 데이터의 해시나 검증 행의 수가 학습할 때와 다르면 `changed`가 참이다."""
 
     questions: list[Question]
     changed: bool
@@ -97,7 +97,8 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
                           each.prompt.tolist()) for each in asked]
     if not questions:
         raise UsageError(f"검증 질문이 없다: {data_path}")
-    return Validation(questions, documents.sha256 != run.get("data", {}).get("sha256", documents.sha256))
+    recorded, now = run.get("data", {}), {"sha256": documents.sha256, "validation_rows": len(members)}
+    return Validation(questions, any(recorded.get(name, value) != value for name, value in now.items()))
 
 
 def plain_question(question: Question, prompter) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils import record
 from utils.files import staged_file
+from utils.paths import portable
 from utils.train.progress import clock
 from utils.train.records import Settings
 
@@ -23,7 +24,7 @@ def render(settings: Settings, run: dict) -> str:
         run: run.json에 담길 것.
     """
     folder = Path(settings.output_dir).as_posix().rstrip("/")
-    base, data, plan = settings.base_model, run["data"], run["plan"]
+    data, plan = run["data"], run["plan"]
     given = ", ".join(settings.lora_target_modules)
     rows = f"{data['rows']:,}행(검증 {data['validation_rows']:,}행), 학습 토큰 {data['train_tokens']:,}개"
     lengths = f"{settings.num_train_epochs:g} epoch, {plan['steps']:,} step, batch {plan['batch_size']} x " \
@@ -34,8 +35,8 @@ def render(settings: Settings, run: dict) -> str:
 
 | | |
 | --- | --- |
-| 기반 모델 | `{base}` |
-| 데이터 | `{settings.data_path}`, {rows} |
+| 기반 모델 | `{portable(settings.base_model)}` |
+| 데이터 | `{portable(settings.data_path)}`, {rows} |
 | 템플릿 | {settings.prompt_template} |
 | 학습 | {lengths} |
 | LoRA | r {settings.lora_r}, alpha {settings.lora_alpha:g}, dropout {settings.lora_dropout:g}, 층 {given} |

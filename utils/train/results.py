@@ -11,6 +11,7 @@ from utils import record, report
 from utils.console import one_line
 from utils.environment import installed_version, peak_ram_bytes
 from utils.model.objective import FIGURES
+from utils.paths import located
 from utils.train import adapter_card, progress
 from utils.train.inputs import Inputs
 from utils.train.records import Plan, Result, Settings
@@ -84,7 +85,8 @@ def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result)
     schedule, state, seconds = plan.schedule, result.state, result.seconds
     tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "base_model": located(settings.base_model),
+                     "data_path": located(settings.data_path)},
         "versions": versions(),
         "device": {"name": str(inputs.device.device), "dtype": str(inputs.device.dtype), "why": inputs.device.reason},
         "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents) // inputs.documents.per_row,

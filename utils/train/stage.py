@@ -14,7 +14,7 @@ from utils.errors import UsageError
 from utils.model import adapter, loader, targets
 from utils.model.loader import require_base
 from utils.model.tokenizer import end_token_ids
-from utils.paths import find_input
+from utils.paths import find_input, located
 from utils.process import n_processes
 from utils.train import corpus, defaults, pairs, planner, tracking
 from utils.train.batch_size import batch_lines, choose_batch, share_of_batch
@@ -127,7 +127,7 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=targets.peft_targets(base, inputs.targets), task_type="CAUSAL_LM",
         fan_in_fan_out=inputs.config["model_type"] in targets.TRANSPOSED,
-        base_model_name_or_path=str(settings.base_model)))
+        base_model_name_or_path=located(settings.base_model)))
     adapter.require_reloadable(model)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
