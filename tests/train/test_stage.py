@@ -106,7 +106,8 @@ def test_samples_ask_the_users_own_questions(tiny_run, tiny_data):
 
 def test_run_describes_itself_in_korean(tiny_run, tiny_neox, tiny_data):
     text = (tiny_run / "README.md").read_text(encoding="utf-8")
-    for said in (f"`{tiny_neox.name}`", f"`{tiny_data.name}`", "40행", "2 epoch", "--peft_root", "merge-lora.py", "검증 loss"):
+    names = f"`{tiny_neox.name}`", f"`{tiny_data.name}`"
+    for said in (*names, "40행", "2 epoch", "--peft_root", "merge-lora.py", "검증 loss"):
         assert said in text
     assert "More Information Needed" not in text
     for checkpoint in tiny_run.glob("checkpoint-*"):

@@ -115,7 +115,7 @@ def split_by_content(documents: Documents, percent: float, seed: int) -> Split:
     least = max(1, min(FEW, round(percent / 100 * n_rows)))
     held_out = scrambled <= max(limit, in_order[least - 1])
     if held_out.all():  # 학습할 행도 하나는 있어야 한다
-        held_out = scrambled == in_order[0]
+        held_out = scrambled < in_order[-1]
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
