@@ -254,6 +254,15 @@ def test_unknown_kinds_are_refused_by_name(neox):
         _pre_tokenizer({"type": "Whitespace"})
 
 
+def test_a_tokenizer_that_rewrites_the_text_is_refused(neox, tmp_path):
+    """llama.cpp의 BPE는 글을 바꾸지 않고 읽으므로 토큰이 달라진다."""
+    folder = shutil.copytree(neox, tmp_path / "nfkc")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFKC"}}), encoding="utf-8")
+    with pytest.raises(UsageError, match="NFKC"):
+        write(folder, "f16")
+
+
 CHATML = ("{% for m in messages %}"
           "{{ '<|sep|>' + m['role'] + '\\n' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|sep|>assistant\\n' }}{% endif %}")

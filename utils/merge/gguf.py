@@ -121,6 +121,8 @@ def _add_tokenizer(writer, gguf, folder: Path, config: dict, loaded) -> None:
     tokenizer = _read(folder / "tokenizer.json")
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise UsageError(f"GGUF로 옮길 줄 모르는 토크나이저다: {tokenizer.get('model', {}).get('type')} (BPE만 안다)")
+    if (normalizer := (tokenizer.get("normalizer") or {}).get("type")) not in (None, "NFC"):
+        raise UsageError(f"글을 바꾸어 읽는 토크나이저는 GGUF로 옮길 줄 모른다(normalizer {normalizer})")
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
     names = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     names |= {index: token["content"] for index, token in added.items()}
