@@ -20,7 +20,10 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
-import fire
+try:
+    import fire
+except ModuleNotFoundError:  # 패키지를 설치하지 않았거나 환경을 켜지 않았다. 시작할 때의 검사가 설치하는 명령을 말한다
+    fire = None
 
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
@@ -50,6 +53,8 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
     use_utf8()
     hush_libraries()
     try:
+        if fire is None:
+            environment.quick(say)
         environment.require_utf8([str(ROOT), str(Path.cwd()), *sys.argv])
         flags = parse(stage, sys.argv[1:] if argv is None else argv, retired or {})
         if flags is not None:

@@ -92,12 +92,14 @@ def check_python(facts: Quick) -> Finding:
 
 
 def check_versions(facts: Quick) -> Finding:
-    from packaging.specifiers import SpecifierSet
-
     ranges = required_versions()
     missing = [name for name, found in facts.versions.items() if found is None and name not in OPTIONAL]
     if missing:
-        return Finding(BAD, f"없는 패키지: {', '.join(missing)}", INSTALL)
+        asleep = "torch" in missing  # 하나만 없으면 그것만 설치하면 된다
+        start = "가상 환경을 만들어 두었으면 먼저 켠다(conda activate pgko). 처음이면 " if asleep else ""
+        return Finding(BAD, f"없는 패키지: {', '.join(missing)}", f"{start}{INSTALL}")
+    from packaging.specifiers import SpecifierSet
+
     untested = [f"{name} {found}(시험한 범위 {ranges[name]})" for name, found in facts.versions.items()
                 if found is not None and not SpecifierSet(ranges[name]).contains(found, prereleases=True)]
     if untested:

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from filelock import FileLock, Timeout
-
 from utils.errors import UsageError, json_reason, why
 from utils.process import is_first_process
 
@@ -130,6 +128,8 @@ def locked(folder: Path, output_dir: str | Path | None = None, busy: str | None 
     Raises:
         UsageError: 다른 실행이 잠갔거나 폴더에 쓸 수 없다.
     """
+    from filelock import FileLock, Timeout
+
     output_dir = output_dir or folder
     if not is_first_process():
         yield

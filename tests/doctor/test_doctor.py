@@ -86,6 +86,27 @@ def test_a_missing_torch_is_told_before_anything_is_computed():
     assert levels == [OK, OK, OK, OK, BAD]
 
 
+def test_without_packages_the_scripts_and_the_doctor_say_how_to_install(tmp_path):
+    """설치하지 않았거나 가상 환경을 켜지 않은 Python에서도 traceback이 아니라 한 줄이다."""
+    for words, code in ((["finetune-lora.py"], 2), (["merge-lora.py"], 2), (["generate.py"], 2),
+                        (["-m", "utils.doctor"], 1)):
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", _BARE, *words], cwd=ROOT, capture_output=True,
+                              encoding="utf-8", timeout=60, env={"PYTHONIOENCODING": "utf-8"})
+        said = done.stdout + done.stderr
+        assert done.returncode == code and "Traceback" not in said, said
+        assert "없는 패키지: torch" in said and "pip install -r requirements.txt" in said
+
+
+# 표준 라이브러리뿐인 Python에서 스크립트나 모듈을 실행한다
+_BARE = """
+import runpy, sys
+sys.path.insert(0, ".")
+words = sys.argv[1:]
+sys.argv = words[:1] if words[0] != "-m" else words[1:]
+runpy.run_module(words[1], run_name="__main__") if words[0] == "-m" else runpy.run_path(words[0], run_name="__main__")
+"""
+
+
 def test_real_facts_of_this_machine():
     facts = look_full()
     assert facts.python == sys.version_info[:2]

@@ -113,5 +113,5 @@ def test_torchrun_starts_two_processes_and_a_batch_they_cannot_share_is_refused_
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch(torchrun, tiny_neox, tiny_data, tmp_path / "run", "--micro_batch_size", "8")
     assert done.returncode != 0
-    assert done.stderr.count("오류: batch_size 8는 프로세스 2개") == 1
+    assert done.stderr.count("오류: batch_size를 프로세스와") == 1
     assert not (tmp_path / "run").exists()

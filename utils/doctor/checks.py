@@ -14,7 +14,9 @@ from utils.environment import (
     QUICK_CHECKS,
     WARN,
     Finding,
+    check_versions,
     install_cuda,
+    look_quick,
     required_versions,
 )
 from utils.model.folder import download_command
@@ -154,7 +156,10 @@ def _major(driver: str) -> int:
 
 
 def main() -> int:
-    findings = diagnose(look_full())
+    """검사한 것을 한 줄씩 출력하고, 고쳐야 할 것이 있으면 1을 돌려준다. 패키지가 없으면 그것부터 말한다."""
+    facts = look_quick()
+    is_installed = check_versions(facts).level != BAD
+    findings = diagnose(look_full()) if is_installed else [check(facts) for check in QUICK_CHECKS]
     for finding in findings:
         print(f"[{finding.level}] {finding.text}")
         if finding.fix:
