@@ -14,6 +14,7 @@ from utils.environment import (
     QUICK_CHECKS,
     WARN,
     Finding,
+    check_python,
     check_versions,
     install_cuda,
     look_quick,
@@ -159,7 +160,7 @@ def main() -> int:
     """검사한 것을 한 줄씩 출력하고, 고쳐야 할 것이 있으면 1을 돌려준다. 패키지가 없으면 그것부터 말한다."""
     facts = look_quick()
     is_installed = check_versions(facts).level != BAD
-    findings = diagnose(look_full()) if is_installed else [check(facts) for check in QUICK_CHECKS]
+    findings = diagnose(look_full()) if is_installed else [check_python(facts), check_versions(facts)]
     for finding in findings:
         print(f"[{finding.level}] {finding.text}")
         if finding.fix:
