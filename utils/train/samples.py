@@ -119,8 +119,9 @@ def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, se
               *(("tuned", rest[begin:begin + GROUP]) for begin in range(0, len(rest), GROUP))]
     total = sum(len(group) for _, group in groups)
     kinds = {one.sample["kind"] for one in asked}
-    say(f"\n{kinds.pop() if len(kinds) == 1 else '질문'} {len(asked)}개에 답해 본다(길어야 {seconds:.0f}초). Ctrl+C를 누르면 답만 "
-        "그만두고, 어댑터와 기록은 그대로 남는다")
+    what = kinds.pop() if len(kinds) == 1 else "질문"
+    say(f"\n{what} {len(asked)}개에 답해 본다(길어야 {seconds:.0f}초). Ctrl+C를 누르면 답만 그만두고, 어댑터와 기록은 "
+        "그대로 남는다")
     finished: list[Asked] = []
     with telling(say, lambda: f"  답 {len(finished)}/{total}개, 길어야 {until - time.perf_counter():.0f}초 남았다"):
         for name, group in groups:
