@@ -87,7 +87,8 @@ def test_a_card_names_a_place_that_means_something_elsewhere(repository, tmp_pat
     (tmp_path / "faq.csv").write_text("가", encoding="utf-8")
     inside = paths.ROOT / "resources" / "polyglot-ko-demo"
     assert paths.portable(inside) == "resources/polyglot-ko-demo"
-    assert paths.portable("faq.csv") == "faq.csv" and paths.portable("EleutherAI/polyglot-ko-1.3b").startswith("Eleu")
+    assert paths.portable("faq.csv") == "faq.csv" == paths.portable(paths.ROOT / ".." / "faq.csv")
+    assert paths.portable("EleutherAI/polyglot-ko-1.3b").startswith("Eleu")
     assert paths.located("faq.csv") == str(tmp_path / "faq.csv") and paths.located("소유자/이름") == "소유자/이름"
 
 

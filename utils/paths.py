@@ -1,5 +1,6 @@
 """저장소의 자리와, 사용자가 적은 입력 경로를 찾는 규칙."""
 
+import os
 import re
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def shown(path: str | Path) -> str:
 
 def portable(path: str | Path) -> str:
     """다른 컴퓨터에서도 뜻이 있는 경로: 저장소 안이면 저장소부터의 경로, 밖이면 이름, hub id면 그대로다."""
-    found = Path(path).absolute()
+    found = Path(located(str(path)))
     if not found.exists():
         return str(path).replace("\\", "/").rstrip("/")
     return found.relative_to(ROOT).as_posix() if found.is_relative_to(ROOT) else found.name
@@ -58,7 +59,7 @@ def portable(path: str | Path) -> str:
 
 def located(path: str) -> str:
     """기록에 남길 경로. 있는 파일이나 폴더면 어느 폴더에서 열어도 찾을 수 있게 절대 경로로, hub id면 그대로다."""
-    return str(Path(path).absolute()) if Path(path).exists() else path
+    return os.path.normpath(Path(path).absolute()) if Path(path).exists() else path  # 링크는 풀지 않는다
 
 
 def script(name: str) -> str:
