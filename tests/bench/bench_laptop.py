@@ -94,7 +94,7 @@ def walk_all(trials: list[Trial], options) -> None:
     held = hold_all_but(options.free_gb)
     shapes = list(dict.fromkeys(trial.shape for trial in trials))
     with ProcessPoolExecutor(WRITERS, get_context("spawn")) as writers, ThreadPoolExecutor(1) as merger:
-        written = {shape: writers.submit(write_folder, shape, Path(options.work) / shape) for shape in shapes}
+        written = {shape: writers.submit(write_once, shape, Path(options.work) / shape) for shape in shapes}
         before: Trial | None = None
         for index, trial in enumerate(trials):
             began = time.perf_counter()
@@ -108,6 +108,12 @@ def walk_all(trials: list[Trial], options) -> None:
             before = trial
         finish(before, options.out)
     del held
+
+
+def write_once(shape: str, folder: Path) -> None:
+    """토크나이저를 맨 끝에 쓰므로 그것이 있으면 온전한 폴더다."""
+    if not (folder / "tokenizer.json").is_file():
+        write_folder(shape, folder)
 
 
 def finish(trial: Trial, out: str | None) -> None:
@@ -146,8 +152,9 @@ def train(trial: Trial, options) -> dict:
     report = json.loads((trial.run / "run.json").read_text(encoding="utf-8"))
     history = [entry for entry in report["history"] if "loss" in entry]
     tokens = report["data"]["train_tokens"] * float(options.epochs) / len(history)
-    found = {"train_tokens_per_second": steady_speed(history, tokens), "steps": len(history), "path": report["path"],
-             "loop_s": report["train_seconds"], "peak_ram_gb": report["peak_ram_gb"], **watch.found("train")}
+    found = {"train_tokens_per_second": steady_speed(history, tokens, skip=2), "steps": len(history),
+             "path": report["path"], "loop_s": report["train_seconds"], "peak_ram_gb": report["peak_ram_gb"],
+             **watch.found("train")}
     if told := PREDICTED.search(text):
         planned, done = PLANNED.search(text), RECOMPUTED.search(report["path"])
         found |= {"vram_gb": report["peak_vram_gb"], "predicted_gb": float(told[2]),

@@ -1,6 +1,5 @@
 """대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +153,7 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     if device.device.type == "cuda":
         free = vram.left(device.device)
         require_room(base_model, precision.quantize, free)
-        if sys.platform == "win32":  # 답이 길어져도 RAM으로 넘치지 않게 한다
+        if vram.SPILLS:  # 답이 길어져도 넘치지 않게 한다
             vram.cap(device.device, free)
     tokenizer = load_tokenizer(base_model, cache_dir)
     prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]

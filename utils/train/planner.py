@@ -1,6 +1,5 @@
 """모델을 올리기 전에 고르는, 카드에 들어가는 학습 방식. 가장 빠른 것부터 예측(`prediction`)해 본다."""
 
-import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,8 +84,8 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
 
 
 def cap_allocator(plan: MemoryPlan, device: torch.device, vram_gb: float | None) -> None:
-    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 Windows일 때만이다."""
-    if device.type == "cuda" and (vram_gb is not None or sys.platform == "win32"):
+    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 드라이버가 RAM으로 넘칠 때만이다."""
+    if device.type == "cuda" and (vram_gb is not None or vram.SPILLS):
         vram.cap(device, plan.budget - CONTEXT)
 
 
