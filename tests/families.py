@@ -105,4 +105,4 @@ def exact(model):
             linear.weight = torch.nn.Parameter(weight)
             linear.bias = child.bias
             setattr(parent, name, linear)
-    return model.float()
+    return torch.nn.Module.float(model)  # transformers는 양자화한 모델의 float()를 거절한다

@@ -7,11 +7,12 @@ from families import add_lora, build, exact, quantize
 
 from utils.engine.cuda import CompileError, compile_to_cubin
 from utils.engine.decode_engine import kernel_source, why_not
-from utils.engine.decode_plan import INT8, NF4, PAGE, WIDE, Plan
+from utils.engine.decode_plan import INT8, NF4, WIDE, Plan
 from utils.engine.decode_rows import DecodeRows
-from utils.engine.decode_step import DecodeStep, KvCache, kernel_names
+from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe, rotary_frequencies
 from utils.engine.kernel_cache import remembered
+from utils.engine.kv_cache import PAGE, KvCache
 from utils.engine.prefill import Prefill
 from utils.engine.weights import Weights, why_not_weights
 
@@ -177,10 +178,9 @@ def test_weights_as_the_kernels_read_them():
 
 def test_the_cache_grows_by_pages():
     """쪽은 쓰는 만큼만 늘고, 있던 쪽은 옮기지 않는다. Qwen3-1.7B의 2,048토큰이 200 MB를 넘지 않는다."""
-    family = describe(build("qwen3"))
-    plan = Plan(family, VOCAB, 0, WIDE, False, True, MULTIPROCESSORS, SHARED)
     model = build("qwen3")
-    cache = KvCache(family, plan, rotary_frequencies(model, family), torch.device("cpu"))
+    family = describe(model)
+    cache = KvCache(family, rotary_frequencies(model, family), torch.device("cpu"))
     cache.grow(1)
     first = int(cache.table[0])
     cache.grow(PAGE + 1)

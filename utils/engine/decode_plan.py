@@ -10,6 +10,7 @@ import torch
 
 from utils.engine.cuda import CompileError
 from utils.engine.family import ACTIVATION_CODES, Family
+from utils.engine.kv_cache import PAGE, PageLayout
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_read.cu", "decode_prefill.cu", "decode_rows.cu")
@@ -29,7 +30,6 @@ ATTEND_SOON = 512    # 볼 위치가 이만큼까지면 q, k, v를 곱한 블록
 ATTEND_TILES = 3, 6  # attention을 이어서, 따로 세는 데 드는 시간. 행렬의 묶음(tile) 몇 개를 곱하는 시간인지
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
 LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
-PAGE = 512           # KV cache 한 쪽의 위치의 수
 LINES = 16           # 함께 답하는 질문의 수
 LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수. 2면 레지스터가 모자라 느리다
 LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수
@@ -40,30 +40,6 @@ WIDE_TABLE = 160_000   # 블록의 공유 메모리(바이트)가 이만큼이�
 SPACE_AT = 2048        # 커널이 쓰기 시작하는 공유 메모리의 주소. 앞은 드라이버(1,024바이트)와 컴파일러의 것이다
 SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
 SCRATCH = 2 * WARPS * 8  # norm이 쓰는 자리(바이트)
-
-
-@dataclass(frozen=True)
-class PageLayout:
-    """KV cache 한 쪽의 자리(바이트). 값, 배율, rotary의 차례다.
-
-    Attributes:
-        group: int8 값 몇 개가 배율 하나를 함께 쓰는지.
-        scales, turns: 배율과 rotary가 시작하는 자리.
-        size: 한 쪽의 크기.
-    """
-
-    group: int
-    scales: int
-    turns: int
-    size: int
-
-    @classmethod
-    def of(cls, family: Family) -> "PageLayout":
-        group = 16 if family.head_dim % 32 else 32
-        values = 2 * family.layers * family.kv_heads * PAGE * family.head_dim
-        scales = values // group * 2
-        turns = len(family.rotary_kinds) * PAGE * (family.rotary // 2) * 8
-        return cls(group, values, values + scales, values + scales + turns)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import torch
 
 from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINES, THREADS
-from utils.engine.decode_step import DecodeStep, KvCache, LoraOfActArgument, norm_argument
+from utils.engine.decode_step import DecodeStep, LoraOfActArgument, norm_argument
+from utils.engine.kv_cache import KvCache
 from utils.engine.norms import Norm
 from utils.engine.weights import Layer
 
@@ -35,7 +36,7 @@ class DecodeRows:
         if device.type == "cuda":
             self.told = self.told.pin_memory()
         self._table = torch.zeros(LINES, len(step.cache.table), dtype=torch.int64, device=device)
-        self._caches = [KvCache(family, step.plan, self._weights.rotary, device, row) for row in self._table]
+        self._caches = [KvCache(family, self._weights.rotary, device, row) for row in self._table]
 
     def begin(self, prefill, questions: list[list[int]], answer: int, choices: list[list[int]]) -> None:
         """질문들을 읽고 줄마다 첫 토큰을 고른다. 모자라는 줄은 첫 줄과 같은 것을 같은 자리에 적으며 헛돈다.

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, PAGE, SPLITS, THREADS, Plan
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, SPLITS, THREADS, Plan
 from utils.engine.family import Family
+from utils.engine.kv_cache import KvCache
 from utils.engine.norms import Norm
 from utils.engine.weights import Layer, Linear, Weights
 
@@ -64,58 +65,6 @@ class AttendArgument(ctypes.Structure):
                                                      for name in ("pages", "state", "done", "out")]
 
 
-class KvCache:
-    """층마다의 K, V. 위치 PAGE개마다 메모리 한 쪽이고, 대화가 길어지면 쪽을 더한다.
-
-    Attributes:
-        table: 쪽의 주소 int64 [쪽의 최대 수]. 커널이 읽는다. 주면 그 메모리를 쓴다.
-        capacity: 지금 담을 수 있는 위치의 수.
-    """
-
-    def __init__(self, family: Family, plan: Plan, rotary: tuple, device: torch.device,
-                 table: torch.Tensor | None = None):
-        self._family, self._plan, self._rotary, self._device = family, plan, rotary, device
-        self._pages: list[torch.Tensor] = []
-        pages = -(-family.context // PAGE)
-        self.table = torch.zeros(pages, dtype=torch.int64, device=device) if table is None else table
-
-    @property
-    def capacity(self) -> int:
-        return len(self._pages) * PAGE
-
-    def fits(self, free: float) -> int:
-        """`free`바이트가 더 있을 때 담을 수 있는 위치의 수. 질문을 읽으며 층 하나의 K, V를 푸는 자리도 센다."""
-        widened = 2 * self._family.kv_heads * self._family.head_dim * 2 * PAGE
-        return int((free + len(self._pages) * self._plan.pages.size) // (self._plan.pages.size + 2 * widened)) * PAGE
-
-    def lines_that_fit(self, lengths: list[int], free: float) -> int:
-        """`free`바이트가 더 있을 때, 길이가 `lengths`인 줄들의 앞에서 몇 줄까지 저마다의 쪽에 담을 수 있는지."""
-        pages = [-(-length // PAGE) for length in lengths]
-        room = (self.fits(free) - self.capacity) // PAGE
-        return sum(sum(pages[: count + 1]) <= room for count in range(len(pages)))
-
-    def grow(self, tokens: int) -> None:
-        """위치 `tokens`개를 담을 수 있게 쪽을 더한다."""
-        while self.capacity < tokens:
-            page = torch.zeros(self._plan.pages.size, dtype=torch.uint8, device=self._device)
-            page[self._plan.pages.turns :].copy_(self._turns(self.capacity).view(torch.uint8).flatten())
-            self.table[len(self._pages)] = page.data_ptr()
-            self._pages.append(page)
-
-    def clear(self) -> None:
-        """모든 쪽을 돌려준다."""
-        self._pages.clear()
-
-    def _turns(self, begin: int) -> torch.Tensor:
-        """begin부터 PAGE개 위치의 (cos, sin) fp32 [rotary의 종류, PAGE, rotary / 2, 2]. transformers와 같은 수다."""
-        positions = torch.arange(begin, begin + PAGE, device=self._device, dtype=torch.float32)[:, None]
-        kinds = []
-        for inv_freq, scaling in self._rotary:
-            angles = positions * inv_freq.to(self._device, torch.float32)
-            kinds.append(torch.stack((angles.cos(), angles.sin()), -1) * scaling)
-        return torch.stack(kinds).contiguous()
-
-
 class DecodeStep:
     """토큰 하나의 커널들. 잔차와 상태를 담은 메모리를 쥔다.
 
@@ -133,7 +82,7 @@ class DecodeStep:
     def __init__(self, weights: Weights, plan: Plan, kernels: dict[str, Callable], vocab: int):
         self.weights, self.plan, self.kernels = weights, plan, kernels
         family, device = weights.family, weights.embedding.device
-        self.cache = KvCache(family, plan, weights.rotary, device)
+        self.cache = KvCache(family, weights.rotary, device)
         q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
         self.x = torch.zeros(family.hidden, device=device)
         self._other_x = torch.zeros_like(self.x)

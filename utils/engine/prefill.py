@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from utils.engine.decode_plan import READ_TOKENS, READERS, SPLIT_THREADS, THREADS
+from utils.engine.decode_plan import READ_TOKENS, READERS, ROWS, SPLIT_THREADS, THREADS
 from utils.engine.decode_step import DecodeStep, MatrixArgument
 from utils.engine.norms import Norm
 from utils.engine.weights import Adapter, Layer
@@ -16,16 +17,20 @@ from utils.engine.weights import Adapter, Layer
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
 TOGETHER = 1024         # 짧은 질문들을 함께 읽을 때의 토큰의 수
+# 줄마다, 머리마다 따로 세는 것들. cuDNN은 줄의 수에 따라 다른 커널을 고를 수 있다
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
-class Span:
-    """함께 읽는 토큰들 가운데 질문 하나의 것: begin부터 end까지이고, table에 적힌 쪽의 past번째 위치부터 온다."""
+class Place:
+    """함께 읽는 토큰들의 자리. 질문마다 같은 수이고, 저마다의 past번째 위치부터 온다.
 
-    begin: int
-    end: int
-    past: int
+    Attributes:
+        table: 질문마다의 쪽의 주소 [질문의 수, 쪽의 수].
+    """
+
     table: torch.Tensor
+    past: int = 0
 
 
 class Prefill:
@@ -56,8 +61,7 @@ class Prefill:
             return x[len(ids) - 1]
         with self._aside():
             for past in range(0, len(ids), PIECE):
-                piece = ids[past : past + PIECE].to(self._device)
-                x = self._piece(piece, [Span(0, len(piece), past, table)])
+                x = self._piece(ids[past : past + PIECE].to(self._device), Place(table[None], past))
         return x[-1]
 
     @torch.inference_mode()
@@ -71,20 +75,16 @@ class Prefill:
             tables: 질문마다 K, V를 적을 쪽의 주소 [질문의 수, 쪽의 수].
         """
         x = torch.empty(len(questions), self._weights.family.hidden, device=self._device)
-        short = [index for index, question in enumerate(questions) if len(question) <= CAPTURED[-1]]
-        while short:
-            sizes = [_captured(len(questions[index])) for index in short]
-            count = sum(sum(sizes[: end + 1]) <= TOGETHER for end in range(len(sizes)))
-            group, short = short[:count], short[count:]
-            ids, spans = torch.zeros(sum(sizes[:count]), dtype=torch.long), []
-            for index, size in zip(group, sizes[:count], strict=True):
-                begin = spans[-1].end if spans else 0
-                ids[begin : begin + len(questions[index])] = torch.tensor(questions[index])
-                spans.append(Span(begin, begin + size, 0, tables[index]))
-            with self._aside():
-                read = self._piece(ids.to(self._device), spans)
-                x[group] = read[[span.begin + len(questions[index]) - 1
-                                 for span, index in zip(spans, group, strict=True)]]
+        for size in CAPTURED:
+            same = [index for index, question in enumerate(questions) if _captured(len(question)) == size]
+            for begin in range(0, len(same), TOGETHER // size):
+                group = same[begin : begin + TOGETHER // size]
+                ids = torch.zeros(len(group), size, dtype=torch.long)
+                for row, index in zip(ids, group, strict=True):
+                    row[: len(questions[index])] = torch.tensor(questions[index])
+                last = [row * size + len(questions[index]) - 1 for row, index in enumerate(group)]
+                with self._aside():
+                    x[group] = self._piece(ids.flatten().to(self._device), Place(tables[group]))[last]
         own = self._step.cache.table.clone()
         for index, question in enumerate(questions):
             if len(question) > CAPTURED[-1]:
@@ -115,53 +115,49 @@ class Prefill:
         """(graph, 토큰을 넣는 자리 [size], 잔차가 나오는 자리 [size, hidden])."""
         if size not in self._graphs:
             ids = torch.zeros(size, dtype=torch.long, device=self._device)
-            graph, spans = torch.cuda.CUDAGraph(), [Span(0, size, 0, self._step.cache.table)]
+            graph, place = torch.cuda.CUDAGraph(), Place(self._step.cache.table[None])
             with self._aside():
-                self._piece(ids, spans)
+                self._piece(ids, place)
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                x = self._piece(ids, spans)
+                x = self._piece(ids, place)
             self._graphs[size] = graph, ids, x
         return self._graphs[size]
 
-    def _piece(self, ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
-        """토큰 ids [T]를 지난 잔차 fp32 [T, hidden]. 질문마다 제 Span의 토큰만 본다."""
+    def _piece(self, ids: torch.Tensor, place: Place) -> torch.Tensor:
+        """토큰 ids [T]를 지난 잔차 fp32 [T, hidden]. 질문마다 제 토큰만 본다."""
         x = F.embedding(ids, self._weights.embedding).float() * self._weights.embedding_scale
         for index, layer in enumerate(self._weights.layers):
-            self._layer(x, index, layer, spans)
+            self._layer(x, index, layer, place)
         return x
 
-    def _layer(self, x: torch.Tensor, index: int, layer: Layer, spans: list[Span]) -> None:
+    def _layer(self, x: torch.Tensor, index: int, layer: Layer, place: Place) -> None:
         """x [T, hidden]에 층 하나를 더한다."""
         parallel = self._weights.family.parallel
         second = self._mlp(self._normalize(x, layer.norm2), index) if parallel else None
-        self._add(x, self._attend(self._normalize(x, layer.norm1), index, spans), layer.post1)
+        self._add(x, self._attend(self._normalize(x, layer.norm1), index, place), layer.post1)
         self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), index), layer.post2)
 
-    def _attend(self, x: torch.Tensor, index: int, spans: list[Span]) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, index: int, place: Place) -> torch.Tensor:
         """x [T, hidden] -> attention의 출력 [T, hidden]. K, V를 cache에 적는다."""
         family, qkv = self._weights.family, self._product(x, index, "qkv")
-        attended = x.new_empty(len(x), family.heads, family.head_dim)
-        for span in spans:
-            attention = self._attend_span(qkv[span.begin : span.end], index, span)
-            torch.mul(attention[0].transpose(0, 1), self._step.plan.in_scale, out=attended[span.begin : span.end])
-        return self._product(attended.flatten(1), index, "out")
-
-    def _attend_span(self, qkv: torch.Tensor, index: int, span: Span) -> torch.Tensor:
-        """질문 하나의 qkv [T, 폭] -> [1, heads, T, head_dim]."""
-        family, tokens, past = self._weights.family, len(qkv), span.past
+        lines, past = len(place.table), place.past
+        tokens = len(x) // lines
         total, block = past + tokens, (-(-family.head_dim // 32) * 32,)
-        query = qkv.new_empty(1, family.heads, tokens, family.head_dim)
-        keys, values = qkv.new_empty(2, 1, family.kv_heads, total, family.head_dim)
-        if past:
-            self._kernels["read_cache"]((past, family.kv_heads), block, span.table, index, total, keys, values)
-        self._kernels["split_heads"]((tokens, family.heads + family.kv_heads), (SPLIT_THREADS,), qkv,
-                                     self._step.attention_argument(index), span.table, past, tokens, total, query, keys,
-                                     values)
-        return self._attention(query, keys, values, family.windows[index])
+        query = qkv.new_empty(lines, family.heads, tokens, family.head_dim)
+        keys, values = qkv.new_empty(2, lines, family.kv_heads, total, family.head_dim)
+        if past:  # 긴 질문은 하나씩 읽는다
+            self._kernels["read_cache"]((past, family.kv_heads), block, place.table, index, total, keys, values)
+        self._kernels["split_heads"]((len(x), family.heads + family.kv_heads), (SPLIT_THREADS,), qkv,
+                                     self._step.attention_argument(index), place.table, past, tokens, total, query,
+                                     keys, values)
+        attention = self._attention(query, keys, values, family.windows[index])
+        attended = x.new_empty(lines, tokens, family.heads, family.head_dim)
+        torch.mul(attention.transpose(1, 2), self._step.plan.in_scale, out=attended)
+        return self._product(attended.view(len(x), -1), index, "out")
 
     def _attention(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
-        """query [1, heads, T, d], keys와 values [1, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
+        """query [줄, heads, T, d], keys와 values [줄, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
         family, tokens, total = self._weights.family, query.shape[2], keys.shape[2]
         if window and total > window:  # 조각의 첫 토큰이 볼 수 있는 데부터만 본다
             begin = max(0, total - tokens - window + 1)
@@ -171,8 +167,10 @@ class Prefill:
             mask, causal = (columns <= rows) & (columns > rows - window), False
         else:
             mask, causal = (None, True) if tokens == total else (causal_lower_right(tokens, total), False)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
-                                              scale=family.attention_scale, enable_gqa=family.heads != family.kv_heads)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
+                                                  scale=family.attention_scale,
+                                                  enable_gqa=family.heads != family.kv_heads)
 
     def _mlp(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """x [T, hidden] -> MLP의 출력 [T, hidden]."""
@@ -214,14 +212,13 @@ class Prefill:
             return None
         down, (tokens, columns) = adapter.down, x.shape
         rows = down.shape[0] * down.shape[1]
-        blocks, row_warps, shared = self._step.plan.read_grid(rows)
         z = x.new_empty(tokens, rows)
-        self._kernels["read_lora"]((blocks, -(-tokens // READ_TOKENS)), (READERS,), x,
-                                   MatrixArgument(down.data_ptr(), None, None, 0.0), rows, columns, tokens, row_warps,
-                                   self._step.adapter_on, z, shared=shared)
+        self._kernels["read_lora"]((-(-rows // ROWS), -(-tokens // 8)), (THREADS,), x,
+                                   MatrixArgument(down.data_ptr(), None, None, 0.0), rows, columns, tokens,
+                                   self._step.adapter_on, z)
         return z
 
 
-def _captured(tokens: int) -> int:
-    """짧은 질문을 채우는 길이."""
-    return next(size for size in CAPTURED if size >= tokens)
+def _captured(tokens: int) -> int | None:
+    """짧은 질문을 채우는 길이. 긴 질문이면 None."""
+    return next((size for size in CAPTURED if size >= tokens), None)

@@ -16,12 +16,17 @@ struct Norm {
 struct Row {
     float v[PER_THREAD];
 
+// j번째로 맡은 칸이 벡터 안에 있는지. 마지막 것만 빼면 컴파일할 때 안다
+    __device__ __forceinline__ static bool has(int j) {
+        return (j + 1) * THREADS <= HIDDEN || threadIdx.x + j * THREADS < HIDDEN;
+    }
+
 // 앞 커널이 적은 값은 L1을 거치지 않고 읽는다(ldcg). 다른 SM이 적은 것이라 L1에는 옛 값이 있을 수 있다.
     __device__ __forceinline__ void load(const float* source) {
         #pragma unroll
         for (int j = 0; j < PER_THREAD; j++) {
             int i = threadIdx.x + j * THREADS;
-            v[j] = source && i < HIDDEN ? __ldcg(source + i) : 0.f;
+            v[j] = source && has(j) ? __ldcg(source + i) : 0.f;
         }
     }
 // 가중치는 바뀌지 않으므로 읽기 전용 캐시로 읽는다(ldg).
@@ -29,7 +34,7 @@ struct Row {
         #pragma unroll
         for (int j = 0; j < PER_THREAD; j++) {
             int i = threadIdx.x + j * THREADS;
-            v[j] = source && i < HIDDEN ? __ldg(source + i) : 0.f;
+            v[j] = source && has(j) ? __ldg(source + i) : 0.f;
         }
     }
 };
@@ -80,7 +85,7 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
         }
         for (int j = 0; j < PER_THREAD; j++) {
             int i = threadIdx.x + j * THREADS;
-            if (from.x_out && blockIdx.x == 0 && i < HIDDEN) from.x_out[i] = x.v[j];
+            if (from.x_out && blockIdx.x == 0 && Row::has(j)) from.x_out[i] = x.v[j];
         }
     }
     if (NORMED && !EARLY_NORM) load_norm(norm, weight, bias);
@@ -89,7 +94,7 @@ __device__ __forceinline__ void read_residual(const Residual& from, const Norm& 
     #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         int i = threadIdx.x + j * THREADS;
-        if (i >= HIDDEN) continue;
+        if (!Row::has(j)) continue;
         float value = NORMED ? (x.v[j] - moment.x) * moment.y * weight.v[j] : x.v[j];
         if (NORMED && !RMS) value += bias.v[j];
         store_split<BF>(high + i, high + HIDDEN + i, value * scale);
@@ -146,27 +151,26 @@ struct LoraOfActGiver {
 
 struct LoraOfActTaker {
     enum { PER_WARP = (RANK + WARPS - 1) / WARPS, PER_LANE = (MLP_BLOCKS + 31) / 32 };
-    float held[PER_WARP ? PER_WARP : 1];
+    float held[PER_WARP ? PER_WARP : 1][PER_LANE];
 
+// 범위를 넘는 자리도 가까운 것을 읽어 두고 버린다: 읽을지를 따지면 하나씩 기다린다
     __device__ __forceinline__ void load(const LoraOfAct& lora) {
         #pragma unroll
-        for (int w = 0; w < PER_WARP; w++) {
-            int r = (threadIdx.x >> 5) + w * WARPS;
-            float sum = 0.f;
-            #pragma unroll
-            for (int l = 0; l < PER_LANE; l++) {
-                int b = (threadIdx.x & 31) + l * 32;
-                if (r < RANK && b < MLP_BLOCKS) sum += __ldcg(lora.partial + b * RANK + r);
-            }
-            held[PER_WARP ? w : 0] = sum;
+        for (int i = 0; i < PER_WARP * PER_LANE; i++) {
+            int r = (threadIdx.x >> 5) + i / PER_LANE * WARPS, b = (threadIdx.x & 31) + i % PER_LANE * 32;
+            held[i / PER_LANE][i % PER_LANE] = __ldcg(lora.partial + min(b, MLP_BLOCKS - 1) * RANK + min(r, RANK - 1));
         }
     }
     // d [RANK]를 공유 메모리에 적는다. 그 뒤에 동기화해야 한다.
     __device__ __forceinline__ void take(float adapter, float* down) const {
         #pragma unroll
         for (int w = 0; w < PER_WARP; w++) {
-            float sum = warp_sum(held[PER_WARP ? w : 0]);
             int r = (threadIdx.x >> 5) + w * WARPS;
+            float sum = 0.f;
+            #pragma unroll
+            for (int l = 0; l < PER_LANE; l++)
+                if ((threadIdx.x & 31) + l * 32 < MLP_BLOCKS) sum += held[w][l];
+            sum = warp_sum(sum);
             if ((threadIdx.x & 31) == 0 && r < RANK) down[r] = sum * adapter;
         }
     }
@@ -328,6 +332,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project(
                           slots, out, act, attend);
 }
 
+// 앞 커널이 적은 16비트 N개를 공유 메모리로 옮긴다. 다 읽기 시작한 다음에 적는다. 많으면 나머지는 적으면서 읽는다.
+template <int N> struct CopyIn {
+    enum { PARTS = N / 8, TURNS = (PARTS + THREADS - 1) / THREADS, HELD = TURNS < 4 ? TURNS : 4 };
+    uint4 held[HELD];
+
+    __device__ __forceinline__ static int place(int turn) { return threadIdx.x + turn * THREADS; }
+    __device__ __forceinline__ void load(const u16* from, int turn = 0) {
+        #pragma unroll
+        for (int k = 0; k < HELD; k++) held[k] = __ldcg((const uint4*)from + min(place(turn + k), PARTS - 1));
+    }
+    __device__ __forceinline__ void store(const u16* from, u16* to) {
+        #pragma unroll
+        for (int turn = 0; turn < TURNS; turn += HELD) {
+            if (turn) load(from, turn);
+            #pragma unroll
+            for (int k = 0; k < HELD; k++)
+                if ((turn + k + 1) * THREADS <= PARTS || place(turn + k) < PARTS)
+                    ((uint4*)to)[place(turn + k)] = held[k];
+        }
+    }
+};
+
 // 잔차에 더하는 선형층: attention의 출력 W_o, MLP의 출력 W_down, 병렬 잔차면 둘 다.
 //   x: 잔차 [HIDDEN]. POST_NORM이면 더하지 않고 y에 적는다.
 //   입력은 위 절반만 쓴다(16비트 가중치는 아래 절반도): 공유 메모리를 아낀다.
@@ -363,14 +389,13 @@ __device__ __forceinline__ void contract_job(float* x, float* y, const u16* atte
 // 2. 앞 커널이 적은 활성값을 공유 메모리로 옮긴다. LoRA의 몫도 함께 읽기 시작해서 기다림을 겹친다
     LoraOfActTaker taker;
     if (down_adapted) taker.load(down_lora);
-    if (OUT)
-        for (int i = threadIdx.x; i < QDIM * COPIES / 8; i += THREADS)
-            ((uint4*)inputs)[i] = __ldcg((const uint4*)attended + i);
-    if (DOWN)
-        #pragma unroll 4
-        for (int i = threadIdx.x; i < FF * COPIES / 8; i += THREADS)
-            ((uint4*)acts)[i] = __ldcg((const uint4*)act + i);
+    CopyIn<QDIM * COPIES> out_copy;
+    CopyIn<FF * COPIES> down_copy;
+    if (OUT) out_copy.load(attended);
+    if (DOWN) down_copy.load(act);
     float value = has_row && !POST_NORM ? __ldcg(x + row) : 0.f;
+    if (OUT) out_copy.store(attended, inputs);
+    if (DOWN) down_copy.store(act, acts);
     if (down_adapted) taker.take(adapter, space.down + Space::DOWN);
     __syncthreads();
 

@@ -26,18 +26,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
     }
 }
 
-// qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (T, HEADS + KV_HEADS), 블록 SPLIT_THREADS.
-//   qkv: 16비트 [T][QDIM + 2 KVDIM], query: [HEADS][T][HEAD_DIM], keys, values: [KV_HEADS][total][HEAD_DIM]
+// qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (줄의 수 x T, HEADS + KV_HEADS), 블록 SPLIT_THREADS.
+//   qkv: 16비트 [줄][T][QDIM + 2 KVDIM], query: [줄][HEADS][T][HEAD_DIM], keys, values: [줄][KV_HEADS][total][HEAD_DIM]
+//   pages: [줄][PAGES]. 줄마다 past번째 위치부터 온다
 extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
     const u16* qkv, Attention attention, u8* const* pages, int past, int tokens, int total, u16* query,
     u16* keys, u16* values) {
     __shared__ float raw[2][HEAD_DIM], scratch[32];
-    int token = blockIdx.x, position = past + token, tid = threadIdx.x;
+    int line = blockIdx.x / tokens, token = blockIdx.x % tokens, position = past + token, tid = threadIdx.x;
 // 앞의 HEADS개 블록은 q 머리를, 나머지는 k와 v 머리를 맡는다
     bool is_query = blockIdx.y < HEADS;
     int head = is_query ? blockIdx.y : blockIdx.y - HEADS;
     if (position >= CONTEXT) return;  // 조각의 길이를 맞추느라 채운 자리
-    const u16* source = qkv + (size_t)token * (QDIM + 2 * KVDIM);
+    const u16* source = qkv + (size_t)blockIdx.x * (QDIM + 2 * KVDIM);
     const float* weight = is_query ? attention.q_norm : attention.k_norm;
     float square = 0.f;
     for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) {
@@ -49,16 +50,16 @@ extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
     float scale = weight ? rsqrtf(block_sum(square, scratch) / HEAD_DIM + EPS) : 1.f;
     for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) raw[0][d] *= scale * (weight ? weight[d] : 1.f);
     __syncthreads();
-    Page page(pages, position);
+    Page page(pages + (size_t)line * PAGES, position);
     const float2* turns = attention.turn < 0 ? 0 : page.turns(attention.turn);
     for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) {
         float turned = rotate(raw[0], turn_of(turns, d), d);
         if (is_query) {
-            query[((size_t)head * tokens + token) * HEAD_DIM + d] = narrow<BF16>(turned);
+            query[(((size_t)line * HEADS + head) * tokens + token) * HEAD_DIM + d] = narrow<BF16>(turned);
             continue;
         }
 // 이 조각의 attention은 16비트 K, V로 세고, 뒤의 토큰이 읽을 것은 int8로 적는다
-        size_t at = ((size_t)head * total + position) * HEAD_DIM + d;
+        size_t at = (((size_t)line * KV_HEADS + head) * total + position) * HEAD_DIM + d;
         keys[at] = narrow<BF16>(turned);
         values[at] = narrow<BF16>(raw[1][d]);
         store_int8(page.values(0, attention.layer, head), page.scales(0, attention.layer, head), d, turned);

@@ -178,19 +178,39 @@ __device__ __forceinline__ bool read_job(const u16* x, const Matrix& matrix, int
     return true;
 }
 
-// LoRA의 아래쪽 곱 z [tokens][rows] = A x. 배율(IN_SCALE)은 곱해진 그대로다. 어댑터가 꺼져 있으면 0이다.
-//   rows: 나란한 행렬의 수 x LORA_ROWS. grid (행의 묶음 / row_warps, 토큰 / READ_TOKENS).
-extern "C" __global__ void __launch_bounds__(READERS, 2) read_lora(const u16* x, Matrix a, int rows, int columns, int tokens,
-                                                                int row_warps, const float* adapter, u16* z) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = blockIdx.y * READ_TOKENS;
-    int tile = blockIdx.x * row_warps + warp % row_warps;
-    float acc[READ_TOKENS / 8][4];
-    if (!read_job<WideRead<ACT_BF16>>(x, a, tile, rows, columns, first, tokens, row_warps, acc)) return;
-    #pragma unroll
-    for (int i = 0; i < READ_TOKENS / 2; i++) {
-        int row = tile * ROWS + (lane >> 2) + i % 4 / 2 * 8, token = first + i / 4 * 8 + (lane & 3) * 2 + i % 2;
-        if (row < rows && token < tokens) z[(size_t)token * rows + row] = narrow<ACT_BF16>(acc[i / 4][i % 4] * *adapter);
+// LoRA의 아래쪽 곱 z [tokens][rows] = A x. 배율(IN_SCALE)은 곱해진 그대로이고, 어댑터가 꺼져 있으면 0이다. 행이 적어 블록도 적으므로
+// 블록의 워프들이 칸을 나누어 빨리 끝낸다.
+//   rows: 나란한 행렬의 수 x LORA_ROWS. grid (rows / ROWS, tokens / 8).
+extern "C" __global__ void __launch_bounds__(THREADS) read_lora(const u16* x, Matrix a, int rows, int columns, int tokens,
+                                                                const float* adapter, u16* z) {
+    __shared__ float sums[WARPS][4][32];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int row = blockIdx.x * ROWS + g, token = blockIdx.y * 8;
+    const u16* source = x + (size_t)min(token + g, tokens - 1) * columns + t * 16;
+    float c[4] = {0.f, 0.f, 0.f, 0.f};
+    #pragma unroll 2
+    for (int column = warp * READ_UNIT; column < columns; column += WARPS * READ_UNIT) {
+        WideRead<ACT_BF16> piece;
+        piece.load(a, min(row, rows - 1), min(row + 8, rows - 1), column, columns);
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint4 b = __ldg((const uint4*)(source + column + h * 8));
+            u32 in[2][4];
+            piece.pairs(h * 2, in[0]), piece.pairs(h * 2 + 1, in[1]);
+            mma<ACT_BF16>(c, in[0][0], in[0][1], in[0][2], in[0][3], b.x, b.y);
+            mma<ACT_BF16>(c, in[1][0], in[1][1], in[1][2], in[1][3], b.z, b.w);
+        }
     }
+    #pragma unroll
+    for (int i = 0; i < 4; i++) sums[warp][i][lane] = c[i];
+    __syncthreads();
+// 워프 넷이 합의 네 칸을 하나씩 맡아 정해진 차례로 더한다
+    if (warp >= 4) return;
+    float sum = 0.f;
+    #pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += sums[w][warp][lane];
+    row += warp / 2 * 8, token += t * 2 + warp % 2;
+    if (row < rows && token < tokens) z[(size_t)token * rows + row] = narrow<ACT_BF16>(sum * *adapter);
 }
 
 // out [tokens][rows] = x W^T + bias + B z. 나란한 행렬 셋까지를 이어 놓은 것이고, rows0과 rows1은 앞의 둘의 행의 수다.
