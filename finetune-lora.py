@@ -63,22 +63,22 @@ def train(
         data_path: 데이터 파일(.json .jsonl .csv .tsv .xlsx .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
         output_dir: 결과를 쓸 폴더.
         cache_dir: 받은 모델과 데이터를 둘 폴더.
-        num_train_epochs: 데이터를 몇 번 볼지.
+        num_train_epochs: 데이터를 몇 번 볼지. 재니 몇천 행이면 1과 5가 같고, 몇십 행에 3은 모자랐다.
         batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다. 적지 않으면 16이고, 데이터가
-            적어 50 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
+            적어 100 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
-        learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot(GPT-NeoX)은 1e-3, 다른 모델은 재어 고른 5e-4다.
+        learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot은 1e-3, 다른 모델은 재어 고른 5e-4다(auto는 없다).
         dpo_beta: 선호 쌍(prompt, chosen, rejected의 열)을 배울 때 기반 모델에서 멀어지는 것을 얼마나 막을지(DPO의
-            beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 1e-5다.
+            beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 3e-5다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
         val_set_size: 검증에 쓸 행의 비율(퍼센트). 검증 loss는 답의 토큰만 센다. 0이면 검증하지 않는다.
-        train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답의 시험(KoBEST SentiNeg)을
-            글머리의 토큰 없이 가르쳐 재면 질문도 배운 것이 98.2%, 답만 배운 것이 95.8%를 맞혔다.
+        train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답(KoBEST SentiNeg)을 가르치면
+            3,649행에서는 둘 다 98.8%를 맞혔고, 30행에서는 질문도 배운 것이 96%, 답만 배운 것이 91%였다.
         early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
         eval_task: 학습한 다음 볼 시험. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나. 두 모델이 맞힌 비율을
             run.json에 남긴다.
         seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.
-        lora_r: LoRA의 rank.
+        lora_r: LoRA의 rank. 4, 16, 32도 재니 8과 같았다.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.
         lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. attention, all(모든 선형층), auto도

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 from settings_questions import SEEDS, TARGETS, Question, Results, best, key_of, questions, values_of  # noqa: E402
 
-LEFT_SECONDS = 20  # 시간이 다 된 다음 하던 것을 마치게 두는 시간
+LEFT_SECONDS = 30  # 시간이 다 된 다음 하던 것을 마치게 두는 시간
 
 
 def work(pipe, options: dict) -> None:

@@ -89,6 +89,8 @@ class Lab:
         if extra.get("asked_wide"):
             model = on_wide_base(settings, inputs, model)
         found |= self.score(case["task"], model, inputs)
+        if extra.get("pairs"):  # 배운 것과 상관없는 답이 깨지지 않았는지
+            found["talk_loss"] = self.score("koalpaca", model, inputs)["answer_loss"]
         if not extra.keys() & {"trainer", "neftune"}:  # 남의 길은 모델에 무엇을 남겼는지 모른다
             self.give_back(model, None if extra.keys() & {"wide", "asked_wide"} else "4bit")
         return {**found, "batch": [inputs.batch.size, inputs.batch.block_len, inputs.batch.room],

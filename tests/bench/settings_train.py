@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from utils.data.blocks import PackedDataset
 from utils.model import loader
+from utils.model.objective import FIGURES
 from utils.model.targets import find_backbone
 from utils.train import stage
 from utils.train.autograd_step import AutogradStep
@@ -110,7 +111,9 @@ def train(settings: Settings, inputs: stage.Inputs, plan, model, extra: dict) ->
     loop.run()
     kept.restore(loop)
     history = [row for row in loop.state.log_history if "eval_loss" in row]
-    return {"path": loop.step.path, "before": before, "val_loss": loop.state.best_metric,
+    best = next((row for row in history if row["step"] == loop.state.best_global_step), {})
+    rewards = {name: best[name] for name in map("eval_{}".format, FIGURES[1:]) if name in best}
+    return {**rewards, "path": loop.step.path, "before": before, "val_loss": loop.state.best_metric,
             "best_step": loop.state.best_global_step, "last_val_loss": history[-1]["eval_loss"] if history else None,
             "probe_loss": next((row["eval_loss"] for row in history if row["step"] == loop.probe), None),
             "tenth_loss": next((row["eval_loss"] for row in history if row["step"] >= schedule.interval), None)}

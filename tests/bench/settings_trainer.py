@@ -11,7 +11,7 @@ from utils.data.blocks import IGNORE
 from utils.train import stage
 from utils.train.records import Plan, Settings
 
-MOST_ROWS = 8  # 한 번에 계산하는 행의 수. 어휘가 크면 로짓이 카드를 채운다
+MOST_ROWS = 4  # 한 번에 계산하는 행의 수. 어휘가 크면 로짓이 카드를 채운다
 
 
 class Rows(torch.utils.data.Dataset):

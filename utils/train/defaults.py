@@ -7,7 +7,7 @@ from utils.train.records import Settings
 
 RATES = {"gpt_neox": 1e-3}  # polyglot
 OTHER_RATE = 5e-4  # auto가 고르는 층에 맞다
-PAIR_RATE = 1e-5  # 선호 쌍. 1e-4에서는 데모 모델의 답이 깨졌다
+PAIR_RATE = 3e-5  # 선호 쌍. 1e-5로는 덜 배우고, 1e-4에서는 데모 모델의 답이 깨졌다
 BETA = 0.1  # DPO의 논문과 TRL이 쓰는 값
 
 
