@@ -277,21 +277,6 @@ def peaks(shapes=(POLYGLOT, "qwen3-1.7b", "llama-1.5b", "exaone4-1.2b", "gemma3-
     return results
 
 
-class Strict:
-    """attention의 backward를 라이브러리의 결정적 방식으로 하게 한다(atomic 없이 나누어 더한다)."""
-
-    def __init__(self, attention):
-        self.attention, self.name, self.forward = attention, f"결정적 {attention.name}", attention.forward
-
-    def backward(self, *args):
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True)
-        try:
-            return self.attention.backward(*args)
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
 def exact(shape: str = "qwen3-1.7b") -> dict:
     """찍은 micro-step을 되풀이해 비트까지 같은지와, attention의 결정적 방식의 비용."""
     from utils.engine.train_step import TrainStep
@@ -303,13 +288,10 @@ def exact(shape: str = "qwen3-1.7b") -> dict:
         parameter.data = parameter.data.float()
         parameter.grad = torch.zeros_like(parameter)
     for documents in (1, 2, 4, 8):
-        batch = {name: value[None].cuda() for name, value in Blocks(4, documents=documents)[0].items()}
-        batch["factor"] = torch.tensor(1e-3, device="cuda")
-        batch["keys"] = torch.tensor([[5, 7]], dtype=torch.int32, device="cuda")
+        batch = {name: value[None] for name, value in Blocks(4, documents=documents)[0].items()}
+        batch |= {"factor": torch.tensor(1e-3), "keys": torch.tensor([[5, 7]], dtype=torch.int32)}
         for strict in (False, True):
-            step = TrainStep(model, 0, 9)
-            if strict:
-                step.attention = Strict(step.attention)
+            step = TrainStep(model, 0, 9, strict)
             captured, runs, times = CapturedStep(step, torch.device("cuda")), [], []
             for _ in range(8):
                 for parameter in trained:
@@ -322,7 +304,8 @@ def exact(shape: str = "qwen3-1.7b") -> dict:
                 times.append(start.elapsed_time(end))
                 runs.append([parameter.grad.clone() for parameter in trained])
             same = all(torch.equal(a, b) for other in runs[3:] for a, b in zip(runs[2], other, strict=True))
-            name = f"문서 {documents}, {step.attention.name}"
+            single = step.options(batch)["single"]
+            name = f"문서 {documents}, {(step.single if single else step.attention).name}"
             results[name] = same, round(statistics.median(times[3:]), 2)
             print("  비트까지 같다, ms:", name, results[name], flush=True)
             captured.release()

@@ -23,20 +23,22 @@ class Documents:
     Attributes:
         positions: 문서마다 0부터 다시 시작하는 자리 [rows, block].
         offsets: 이어 붙인 토큰에서 문서가 시작하는 곳 [capacity + 1] int32. 남는 자리는 토큰의 수다.
+        single: 블록마다 첫 문서만 배운다(`single_attention.is_single`).
     """
 
     positions: torch.Tensor
     offsets: torch.Tensor
+    single: bool = False
 
     @classmethod
-    def find(cls, positions: torch.Tensor, capacity: int) -> "Documents":
+    def find(cls, positions: torch.Tensor, capacity: int, single: bool = False) -> "Documents":
         """`capacity`는 문서의 수보다 작으면 안 된다. 크기를 모양으로만 정하므로 GPU를 기다리지 않는다."""
         starts = positions.flatten() == 0
         tokens = starts.numel()
         rank = torch.where(starts, starts.cumsum(0) - 1, capacity + 1)
         offsets = torch.full((capacity + 2,), tokens, dtype=torch.int32, device=positions.device)
         offsets.scatter_(0, rank, torch.arange(tokens, dtype=torch.int32, device=positions.device))
-        return cls(positions, offsets[:capacity + 1].clone())
+        return cls(positions, offsets[:capacity + 1].clone(), single)
 
     @property
     def longest(self) -> int:

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from utils.data.blocks import shifted_targets
-from utils.engine.attention import Documents, choose_attention
+from utils.engine.attention import Attention, Documents, choose_attention
 from utils.engine.cuda import CompileError
 from utils.engine.families import describe
 from utils.engine.family import Family
 from utils.engine.norms import read_norm
+from utils.engine.single_attention import choose_single, is_single
 from utils.engine.train_kernels import CudaOps
 from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers
 from utils.engine.train_memory import kept_widths, pad_row, saved_widths, scratch_elements, work_widths
@@ -68,13 +69,15 @@ class Forward:
         self.recompute_layers = min(recompute_layers, len(self.layers) - 1)
         self.max_documents = max_documents
         self.ops = self._choose_ops()
-        self.attention = choose_attention(family.heads, family.kv_heads, family.head_dim, family.attention_scale,
-                                          any(family.windows), self.dtype, self.device, exact)
+        shape = family.heads, family.kv_heads, family.head_dim, family.attention_scale
+        self.attention = choose_attention(*shape, any(family.windows), self.dtype, self.device, exact)
+        self.single = None if exact else choose_single(*shape, self.dtype, self.device)
         self.release()
 
     @property
     def path(self) -> str:
-        return (f"손으로 쓴 {self.family.kind}({self.ops.name}, attention: {self.attention.name}, "
+        single = f"(문서 하나면 {self.single.name})" if self.single else ""
+        return (f"손으로 쓴 {self.family.kind}({self.ops.name}, attention: {self.attention.name}{single}, "
                 f"재계산 {self.recompute_layers}/{len(self.layers)}층)")
 
     def _choose_ops(self) -> TorchOps:
@@ -151,10 +154,19 @@ class Forward:
         tokens, stride = len(self.x[0]), pad_row(width)
         return self.buffers[name][:tokens * stride].view(tokens, stride)[:, :width]
 
+    def options(self, batch: dict) -> dict:
+        """`batch`(CPU)에 맞는 `train`과 `evaluate`의 인자."""
+        return {"single": self.single is not None and is_single(batch)}
+
+    def _attention_of(self, layer: Layer, documents: Documents) -> Attention:
+        """이 층의 attention. 문서가 하나이고 창이 아무것도 가리지 않으면 경계를 보지 않는 빠른 것을 쓴다."""
+        cut = 0 < layer.window < documents.longest
+        return self.single if documents.single and not cut else self.attention
+
     @torch.no_grad()
-    def evaluate(self, batch: dict) -> torch.Tensor:
+    def evaluate(self, batch: dict, single: bool = False) -> torch.Tensor:
         """dropout 없이 구한 음의 로그 가능도의 합. 선호 쌍이면 쌍마다의 값(`objective.measured`)이다."""
-        documents = self._begin(batch, "evaluate")
+        documents = self._begin(batch, "evaluate", single)
         for layer in self.layers:
             self._forward_layer(layer, documents, None)
             self.saved[layer.index].drop()
@@ -164,14 +176,14 @@ class Forward:
         return measured(head_loss(hidden, self.head, targets, None, None, self.unpacker.lend(),
                                   self.ops.cross_entropy), batch)
 
-    def _begin(self, batch: dict, name: str) -> Documents:
+    def _begin(self, batch: dict, name: str, single: bool) -> Documents:
         rows, block = batch["input_ids"].shape
         self._prepare(rows, block)
         self.unpacker.begin(name)
         self.ops.embed(self._table(), batch["input_ids"], self.x[0])
         if self.embedding_scale != 1.0:
             self.x[0].mul_(self.embedding_scale)
-        return Documents.find(batch["position_ids"], self.max_documents * rows)
+        return Documents.find(batch["position_ids"], self.max_documents * rows, single)
 
     def _forward_layer(self, layer: Layer, documents: Documents, keys) -> None:
         """`x[index]`에서 `x[index + 1]`을 구한다."""
@@ -196,7 +208,8 @@ class Forward:
         self._multiply(layer.qkv, n1, z["qkv"], keys, again, saved.qkv)
         table = self.tables[layer.turn] if layer.turn >= 0 else None
         q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
-        saved.attended, saved.attention = self.attention.forward(q, k, v, documents, layer.window)
+        attention = self._attention_of(layer, documents)
+        saved.attended, saved.attention = attention.forward(q, k, v, documents, layer.window)
         if residual is None:
             return  # 함께 읽는 구조의 backward는 attention을 더한 값이 필요 없다
         attended = saved.attended.flatten(1)

@@ -19,14 +19,15 @@ class TrainStep(Forward):
     """micro-step 하나: `Forward`에 손으로 쓴 backward를 더한다. 만드는 법은 `Forward`와 같다."""
 
     @torch.no_grad()
-    def train(self, batch: dict) -> torch.Tensor:
+    def train(self, batch: dict, single: bool = False) -> torch.Tensor:
         """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`(`objective.objective`)을 돌려준다.
 
         Args:
             batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 씨앗),
                 factor(fp32 스칼라). 선호 쌍이면 reference와 beta도 있다.
+            single: 블록마다 첫 문서만 배운다(`options`).
         """
-        documents, keys = self._begin(batch, "train"), batch["keys"]
+        documents, keys = self._begin(batch, "train", single), batch["keys"]
         for layer in self.layers:
             self._forward_layer(layer, documents, keys)
         targets = shifted_targets(batch["labels"]).flatten()
@@ -90,8 +91,9 @@ class TrainStep(Forward):
         table = self.tables[layer.turn] if layer.turn >= 0 else None
         if family.qk_norm:  # 버퍼에는 다른 층의 q와 k가 남아 있을 수 있다
             q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
-        parts = self.attention.backward(wide[:, :family.q_width].unflatten(1, (family.heads, family.head_dim)), q, k, v,
-                                        saved.attended, saved.attention, documents, layer.window)
+        attended = wide[:, :family.q_width].unflatten(1, (family.heads, family.head_dim))  # 의 gradient
+        parts = self._attention_of(layer, documents).backward(attended, q, k, v, saved.attended, saved.attention,
+                                                              documents, layer.window)
         saved.drop()
         ops.unrotate(*parts, saved.qkv, layer, documents.positions, table)
         del parts

@@ -109,6 +109,10 @@ class AutogradStep:
                 yield (_HeadNll.apply(hidden, self.head, targets) if torch.is_grad_enabled()
                        else head_loss(hidden, self.head.weight, targets, head=self.head))
 
+    def options(self, batch: Batch) -> dict:
+        """batch에 따라 달라지는 것이 없다."""
+        return {}
+
     def train(self, batch: Batch) -> torch.Tensor:
         """gradient를 `.grad`에 더하고 `factor * 손실`(`objective`)을 돌려준다."""
         if not self.model.training:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -16,8 +17,9 @@ class CapturedStep:
     graph는 한 번의 호출로 모두 시작한다. 대신 커널이 읽고 쓰는 주소가 찍을 때의 것으로 굳는다. 그래서 입력은 늘 같은
     자리(static tensor)에 복사하고, gradient는 `weights`가 잡아 둔 같은 `.grad`에 더하고, 결과는 베껴서 돌려준다.
 
-    첫 번째는 그대로 실행해 워밍업으로 삼는다. 학습과 평가를 따로 찍지만 메모리 풀은 함께 쓴다: 둘은 번갈아 돌 뿐
-    겹치지 않으므로 중간값의 자리를 함께 쓸 수 있다. cuBLAS는 stream마다 작업 공간을 잡으므로 모두 stream 하나에서 한다.
+    첫 번째는 그대로 실행해 워밍업으로 삼는다. 학습과 평가를, 그리고 batch마다 다른 인자(`Step.options`)를 따로 찍지만
+    메모리 풀은 함께 쓴다: 번갈아 돌 뿐 겹치지 않으므로 중간값의 자리를 함께 쓸 수 있다. cuBLAS는 stream마다 작업 공간을
+    잡으므로 모두 stream 하나에서 한다.
     """
 
     def __init__(self, step: Step, device: torch.device, stream: torch.cuda.Stream | None = None):
@@ -51,13 +53,13 @@ class CapturedStep:
     def recompute_more(self) -> bool:
         return self.step.recompute_more()
 
-    @property
-    def captured(self) -> bool:
-        """학습 graph가 이미 찍혔는지. 찍힌 뒤의 실행은 메모리를 새로 잡지 않는다."""
-        return "train" in self._graphs
+    def has_captured(self, batch: Batch) -> bool:
+        """이 batch를 학습할 graph가 이미 찍혔는지. 찍힌 뒤의 실행은 메모리를 새로 잡지 않는다."""
+        return ("train", *self.step.options(batch).values()) in self._graphs
 
-    def _run(self, kind: str, batch: Batch) -> torch.Tensor:
-        function = getattr(self.step, kind)
+    def _run(self, name: str, batch: Batch) -> torch.Tensor:
+        options = self.step.options(batch)
+        kind, function = (name, *options.values()), partial(getattr(self.step, name), **options)
         if not self.enabled:
             with self._aside():
                 return function({name: value.to(self.device) for name, value in batch.items()})
@@ -95,7 +97,7 @@ class CapturedStep:
             self._inputs[name].copy_(value, non_blocking=True)
         return self._inputs
 
-    def _capture(self, kind: str, function: Callable[[Batch], torch.Tensor], batch: Batch) -> bool:
+    def _capture(self, kind: tuple, function: Callable[[Batch], torch.Tensor], batch: Batch) -> bool:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

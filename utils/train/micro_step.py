@@ -16,10 +16,13 @@ class Step(Protocol):
 
     path: str  # 어느 길인지 설명하는 한 줄
 
-    def train(self, batch: Batch) -> torch.Tensor:
+    def options(self, batch: Batch) -> dict:
+        """CPU에 있는 `batch`를 보고 정하는 `train`과 `evaluate`의 인자. CUDA graph는 이것마다 따로 찍는다."""
+
+    def train(self, batch: Batch, **options) -> torch.Tensor:
         """`batch["factor"]`를 곱한 손실의 gradient를 `.grad`에 더하고 그 손실(`objective.objective`)을 돌려준다."""
 
-    def evaluate(self, batch: Batch) -> torch.Tensor:
+    def evaluate(self, batch: Batch, **options) -> torch.Tensor:
         """dropout 없이 구한 값(`objective.measured`): 음의 로그 가능도의 합, 선호 쌍이면 쌍마다의 값."""
 
     def release(self) -> None:

@@ -8,18 +8,18 @@ micro-step은 블록을 묶고, 손실을 조각으로 구하고, 커널을 쓴�
 식을 보고(`is_exact`), 16비트의 값이 fp32에서 벗어난 정도를 모델의 forward가 벗어난 정도와 비교한다(`is_as_near`).
 """
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from utils.console import detail
-from utils.data.blocks import IGNORE
+from utils.data.blocks import IGNORE, document_ids
 from utils.errors import UsageError, first_line
+from utils.train.dropout import without_dropout
 from utils.train.micro_step import Batch, RunningStep, Step
 from utils.train.truth import NO_MEMORY, Truth, find_exact, find_truth, in_fp32, nudged, take_gradients
 
@@ -162,14 +162,36 @@ def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) ->
     """
     with nudged(model), without_dropout(model):
         block = {**truth.block, **device_keys(device)}
-        short = {**truth.short, "keys": None}  # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않는다
+        # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않고, 참값은 합의 gradient이므로 아무것도 곱하지 않는다
+        short = {**truth.short, "keys": None, "factor": torch.ones((), device=device)}
         loss = float(step.evaluate(block))
-        one = torch.ones((), device=device)  # 참값은 합의 gradient이므로 아무것도 곱하지 않는다
-        short_loss = float(step.train({**short, "factor": one}).flatten()[0])
+        short_loss = float(step.train(short).flatten()[0])
         gradients = take_gradients(model)
+        check_options(step, model, short)
     rows = model.get_input_embeddings().weight.shape[0]
     check_isolation(step, rows, 1, max(8, truth.short["input_ids"].shape[1]), device, device_keys(device))
     return Measured(loss, short_loss, gradients)
+
+
+def check_options(step: Step, model: nn.Module, short: Batch) -> None:
+    """batch를 보고 고르는 길(`Step.options`)이 보통의 길과 같은 gradient를 내는지. 첫 문서만 배우는 블록에서 본다.
+
+    Raises:
+        UsageError: 고른 길의 gradient가 다르다.
+    """
+    first = document_ids(short["position_ids"]) == 1
+    alone = {**short, "labels": short["labels"].where(first, IGNORE)}
+    alone = {name: value for name, value in alone.items() if name not in ("reference", "beta")}
+    options = step.options({name: alone[name].cpu() for name in ("labels", "position_ids")})
+    if not any(options.values()):
+        return
+    gradients = []
+    for chosen in ({}, options):
+        step.train(alone, **chosen)
+        gradients.append(take_gradients(model))
+    apart, name = furthest(gradients[1], gradients[0])
+    if not apart <= TOLERANCE[model_dtype(model)][1]:
+        raise UsageError(f"{step.path}: 문서가 하나인 블록에서 {name}의 gradient가 {apart:.0%} 다르다")
 
 
 def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int, device: torch.device,
@@ -242,26 +264,3 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
     """블록 하나의 dropout 씨앗: keys [1, 2] int32."""
     return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}
-
-
-@contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """모든 dropout 확률을 0으로 두고, 끝나면 되돌린다. train과 eval에서 같은 값이 나오게 한다."""
-    changed: list[tuple[object, str, float]] = []
-    for owner in (*model.modules(), *configs_of(model)):
-        for name, value in list(vars(owner).items()):
-            chance = "drop" in name or (name == "p" and isinstance(owner, nn.Dropout))
-            if chance and type(value) is float and value:
-                changed.append((owner, name, value))
-                setattr(owner, name, 0.0)
-    try:
-        yield
-    finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
-
-
-def configs_of(model: nn.Module) -> list:
-    found = {id(module.config): module.config for module in model.modules()
-             if hasattr(getattr(module, "config", None), "get_text_config")}
-    return list(found.values())

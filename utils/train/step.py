@@ -72,10 +72,10 @@ class SplittingStep:
             UsageError: 블록 하나도 계산할 수 없다.
         """
         blocks = {name: value for name, value in batch.items() if name != "factor"}
+        parts = split_rows(blocks, self.rows)
         # 찍힌 graph는 메모리를 새로 잡지 않는다. 사본은 찍기 전의 몇 번뿐이라 CPU에 둔다
-        before = None if self.step.captured else self.gradients.to("cpu", copy=True)
+        before = None if all(map(self.step.has_captured, parts)) else self.gradients.to("cpu", copy=True)
         while True:
-            parts = split_rows(blocks, self.rows)
             try:
                 return sum(self.step.train({**part, "factor": batch["factor"]}) for part in parts)
             except torch.OutOfMemoryError:
@@ -84,6 +84,7 @@ class SplittingStep:
             self.step.release()
             self.gradients.copy_(before)
             self._use_less_memory(batch["input_ids"].shape[1])
+            parts = split_rows(blocks, self.rows)
 
     def _use_less_memory(self, block: int) -> None:
         """micro batch를 반으로 줄이거나, 이미 한 블록이면 재계산하는 층을 늘린다."""
