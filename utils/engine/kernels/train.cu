@@ -558,8 +558,12 @@ __device__ __forceinline__ float2 activation(float x) {
         float slope = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * k * (1.f + 0.134145f * x * x);
         return float2{0.5f * x * (1.f + t), slope};
     }
-    float half = 0.5f * (1.f + erff(x * 0.70710678f));  // gelu: x Phi(x), 기울기는 Phi(x) + x phi(x)
-    return float2{x * half, half + x * 0.39894228f * expf(-0.5f * x * x)};
+    // gelu: x Phi(x), 기울기는 Phi(x) + x phi(x). Phi(-|x|) = e^(-x^2 / 2) (a1 t + ... + a5 t^5) / 2, t = 1 / (1 + p |x|)로
+    // 어림한다(Abramowitz와 Stegun 7.1.26). erf의 오차는 1.5e-7이고, erff와 달리 phi와 지수 하나를 함께 쓴다
+    float bell = expf(-0.5f * x * x), t = 1.f / (1.f + 0.23164189f * fabsf(x));
+    float tail = bell * t * (0.12741480f + t * (-0.14224837f + t * (0.71070687f + t * (-0.72657601f + t * 0.53070271f))));
+    float below = x < 0.f ? tail : 1.f - tail;
+    return float2{x * below, below + x * 0.39894228f * bell};
 }
 
 #define FF_VECTORS (FF / 8)
