@@ -188,6 +188,7 @@ template <class T> static T exchange(T value, int source) {
     return value;
 }
 template <class T> static T __shfl_xor_sync(u32, T value, int step) { return exchange(value, (fiber->id % 32) ^ step); }
+template <class T> static T __shfl_sync(u32, T value, int source) { return exchange(value, source); }
 template <class T> static T __shfl_up_sync(u32, T value, int step) {
     int lane = fiber->id % 32;
     return exchange(value, lane >= step ? lane - step : lane);

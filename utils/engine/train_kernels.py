@@ -1,4 +1,4 @@
-"""학습 커널(`kernels/train.cu`)을 부르는 `CudaOps`. 하는 일은 `TorchOps`와 같다."""
+"""학습 커널(`kernels/train*.cu`)을 부르는 `CudaOps`. 하는 일은 `TorchOps`와 같다."""
 
 import ctypes
 from pathlib import Path
@@ -11,12 +11,12 @@ from utils.engine.train_layers import Adapter, Projection
 from utils.engine.train_memory import RANK_UNIT, TILE_ROWS
 from utils.engine.train_ops import TorchOps, drop_threshold
 
-SOURCES = ("device.cuh", "common.cuh", "train.cu")
+SOURCES = ("device.cuh", "common.cuh", "train.cu", "train_lora.cu")
 KERNELS = ("norm_forward", "post_norm", "norm_backward", "lora_down", "lora_backward", "reduce_partials", "dequantize",
            "rotate", "unrotate", "activate", "activate_backward", "cross_entropy", "gather")
 # 블록의 모양. 커널에는 -D로 들어가고 여기서는 grid의 크기를 정한다
 LORA_ROWS, LORA_THREADS = 8, 512  # lora_down: 블록 하나가 텐서 코어의 너비인 행 8개
-TILE_THREADS = 128  # lora_backward: 블록 하나가 행 TILE_ROWS개 x 열 512개
+TILE_THREADS, TILE_COLUMNS = 2 * TILE_ROWS, 64  # lora_backward: 워프 하나가 행 16개 x 열 64개
 SUM_THREADS, SUM_COLUMNS = 256, 128  # reduce_partials: 블록 하나가 fp32 128개(lane마다 넷)
 LOSS_THREADS = 512
 FLAT_THREADS = 256  # 원소별 커널
@@ -24,7 +24,7 @@ HEADS_PER_BLOCK = 4  # rotate: 워프 하나가 머리 하나
 
 
 class LoraArgument(ctypes.Structure):
-    """LoRA 하나. train.cu의 `Lora`와 같은 차례다."""
+    """LoRA 하나. train_lora.cu의 `Lora`와 같은 차례다."""
 
     _fields_ = [("a", ctypes.c_void_p), *((name, ctypes.c_int) for name in (
         "own", "rank", "padded", "site", "threshold")), ("keep_scale", ctypes.c_float)]
@@ -59,8 +59,9 @@ def kernel_defines(family: Family, dtype: torch.dtype) -> dict[str, int | str]:
         "LOGIT_SCALE": f"{family.logit_scale:.9e}f", "LOGIT_CAP": f"{family.logit_cap:.9e}f",
         "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
         "BF16": int(dtype is torch.bfloat16), "SPAN": RANK_UNIT, "LORA_ROWS": LORA_ROWS, "LORA_THREADS": LORA_THREADS,
-        "TILE_ROWS": TILE_ROWS, "TILE_THREADS": TILE_THREADS, "SUM_THREADS": SUM_THREADS, "FLAT_THREADS": FLAT_THREADS,
-        "HEADS_PER_BLOCK": HEADS_PER_BLOCK, "LOSS_THREADS": LOSS_THREADS,
+        "TILE_ROWS": TILE_ROWS, "TILE_THREADS": TILE_THREADS, "TILE_COLUMNS": TILE_COLUMNS,
+        "SUM_THREADS": SUM_THREADS, "FLAT_THREADS": FLAT_THREADS, "HEADS_PER_BLOCK": HEADS_PER_BLOCK,
+        "LOSS_THREADS": LOSS_THREADS,
     }
 
 
@@ -122,7 +123,7 @@ class CudaOps(TorchOps):
             count = adapter.rank * columns
             partial = torch.empty(tiles * count, dtype=torch.float32, device=u.device)
             self.kernels["lora_backward"](
-                (-(-columns // (4 * TILE_THREADS)), tiles), (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial,
+                (-(-columns // TILE_COLUMNS), tiles), (TILE_THREADS,), u, wide, adapter.lora_a.detach(), partial,
                 keys, norm and norm.weight, norm and norm.bias, stats, tokens, u.stride(0), wide.stride(0), columns,
                 adapter.column, adapter.rank, _block_len(keys, tokens), adapter.site, *_dropout(adapter, keys))
             self.kernels["reduce_partials"]((-(-count // SUM_COLUMNS),), (SUM_THREADS,), partial, adapter.lora_a.grad,
@@ -179,7 +180,8 @@ class CudaOps(TorchOps):
         return nll
 
     def embed(self, table, ids, out) -> None:
-        self._flat("gather", out.numel() // 8, table, ids, out, out.numel() // 8)
+        count = out.numel() // 8
+        self.kernels["gather"]((-(-count // FLAT_THREADS),), (FLAT_THREADS,), table, ids, out, count)
 
 
 def _block_len(keys, tokens: int) -> int:

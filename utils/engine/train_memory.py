@@ -11,7 +11,7 @@ LOGIT_ROWS, FEWER_LOGIT_ROWS = 256, 128  # logits를 한 번에 만드는 토큰
 ROW_UNIT = 64  # 행렬 곱의 행이 시작하는 단위. 16비트 64개가 128바이트다
 RANK_UNIT = 8  # 커널은 16바이트(16비트 8개)씩 읽는다
 STATS = 8  # 두 norm의 평균과 1/표준편차. fp32 넷을 16비트로 센 것
-TILE_ROWS = 16  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부분합이 잠시 있다
+TILE_ROWS = 64  # A의 gradient를 이만큼의 행마다 따로 더한 fp32 부분합이 잠시 있다
 
 
 def pad_rank(rank: int) -> int:

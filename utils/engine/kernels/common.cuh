@@ -120,31 +120,20 @@ __device__ __forceinline__ u32 drop_word(uint2 seed, u32 pair) {
     return word ^ word >> 16;
 }
 
-// 행 row의 column부터 N개(짝수)의 값에 곱하는 수. columns는 행의 폭.
-template <int N> __device__ __forceinline__ void drop_scales(const Dropout& drop, uint2 seed, int row, int columns,
-                                                              int column, float (&scale)[N]) {
-    bool none = drop.keys == nullptr || drop.threshold == 0;
-    u32 pair = none ? 0u : (u32)(row % drop.block_len) * (u32)(columns / 2) + (u32)(column / 2);
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-        u32 word = none ? ~0u : drop_word(seed, pair + i);
-        scale[2 * i] = none ? 1.f : (int)(word & 0xffff) >= drop.threshold ? drop.keep_scale : 0.f;
-        scale[2 * i + 1] = none ? 1.f : (int)(word >> 16) >= drop.threshold ? drop.keep_scale : 0.f;
-    }
-}
-
-// 행 row의 column부터 여덟 값(워드 넷)에서 버릴 것을 0으로 만든다. 남는 값의 배율은 나중에 곱한다.
-__device__ __forceinline__ void drop_eight(const Dropout& drop, uint2 seed, int row, int columns, int column,
-                                           uint4& words) {
-    if (drop.keys == nullptr || drop.threshold == 0) return;
-    u32 pair = (u32)(row % drop.block_len) * (u32)(columns / 2) + (u32)(column / 2);
-    u32* each[4] = {&words.x, &words.y, &words.z, &words.w};
+// 행 row의 column부터 여덟 값(워드 넷)에서 버릴 것을 0으로 만들고, 남긴 자리의 비트를 돌려준다. 남는 값의 배율은 나중에
+// 곱한다.
+__device__ __forceinline__ u32 drop_eight(const Dropout& drop, uint2 seed, int row, int columns, int column,
+                                          u32 (&words)[4]) {
+    if (drop.keys == nullptr || drop.threshold == 0) return 255;
+    u32 pair = (u32)(row % drop.block_len) * (u32)(columns / 2) + (u32)(column / 2), kept = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         u32 word = drop_word(seed, pair + i);
-        u32 low = (int)(word & 0xffff) >= drop.threshold ? 0xffffu : 0u;
-        *each[i] &= low | ((int)(word >> 16) >= drop.threshold ? 0xffff0000u : 0u);
+        bool low = (int)(word & 0xffff) >= drop.threshold, high = (int)(word >> 16) >= drop.threshold;
+        words[i] &= (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
+        kept |= (low | high << 1) << 2 * i;
     }
+    return kept;
 }
 
 // tanh. exp 하나로 구한다. exp가 넘치면 나누기가 0이 되어 1에 머문다.
