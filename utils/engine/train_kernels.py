@@ -173,10 +173,9 @@ class CudaOps(TorchOps):
         self._flat("activate_backward", count, h, gradient, gradient.stride(0), count)
 
     def cross_entropy(self, logits, targets, factor):
-        if logits.shape[1] % 8:
-            return super().cross_entropy(logits, targets, factor)
         nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        self.kernels["cross_entropy"]((len(logits),), (LOSS_THREADS,), logits, targets, nll, factor, logits.shape[1])
+        self.kernels["cross_entropy"]((len(logits),), (LOSS_THREADS,), logits, targets, nll, factor, logits.shape[1],
+                                      logits.stride(0))
         return nll
 
     def embed(self, table, ids, out) -> None:

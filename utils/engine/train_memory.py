@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from utils.engine.family import Family
+from utils.model.loss import pad_vocab
 
 LOGIT_ROWS, FEWER_LOGIT_ROWS = 256, 128  # logits를 한 번에 만드는 토큰 수. 메모리가 모자라 재계산하면 뒤의 것
 ROW_UNIT = 64  # 행렬 곱의 행이 시작하는 단위. 16비트 64개가 128바이트다
@@ -93,7 +94,7 @@ def scratch_elements(family: Family, tails: Tails, tokens: int, recompute: int) 
     어휘가 15만이면 logits 한 조각은 78 MB다. 더 크게 만들어도 빨라지지 않는다.
     """
     rows = LOGIT_ROWS if recompute == 0 else FEWER_LOGIT_ROWS
-    return max(weight_elements(family, tails), min(tokens, rows) * family.vocab)
+    return max(weight_elements(family, tails), min(tokens, rows) * pad_vocab(family.vocab))
 
 
 def weight_elements(family: Family, tails: Tails) -> int:

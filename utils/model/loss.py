@@ -10,6 +10,7 @@ from torch import nn
 from utils.data.blocks import IGNORE
 
 HEAD_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수. logits는 [HEAD_CHUNK, 어휘] 크기로만 존재한다
+LOGIT_UNIT = 8  # logits의 행이 시작하는 단위. 커널이 16바이트(16비트 8개)씩 읽는다
 PROBE_TOKENS = 8  # 출력 행렬 뒤의 계산을 재는 글의 길이
 STRAIGHT = 0.02  # 잰 비율과의 차이가 이 비율보다 작으면 같은 것으로 본다. bf16의 반올림은 0.004다
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -55,6 +56,11 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, factor: torch.Te
     return nll
 
 
+def pad_vocab(vocab: int) -> int:
+    """logits의 행 사이의 간격."""
+    return -(-vocab // LOGIT_UNIT) * LOGIT_UNIT
+
+
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor | None = None,
               gradient: torch.Tensor | None = None, buffer: torch.Tensor | None = None, cross_entropy=cross_entropy_,
               head: Head | None = None) -> torch.Tensor:
@@ -76,14 +82,15 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
         토큰마다의 음의 로그 가능도 [tokens], fp32.
     """
     tokens, vocab = len(hidden), len(weight)
+    row = pad_vocab(vocab)
     head = head or Head(weight)
     if buffer is None:
-        buffer = hidden.new_empty(min(HEAD_CHUNK, tokens) * vocab)
-    chunk = buffer.numel() // vocab  # 한 번에 계산할 토큰의 수
+        buffer = hidden.new_empty(min(HEAD_CHUNK, tokens) * row)
+    chunk = buffer.numel() // row  # 한 번에 계산할 토큰의 수
     nll = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
-        logits = buffer[:(part.stop - start) * vocab].view(-1, vocab)
+        logits = buffer[:(part.stop - start) * row].view(-1, row)[:, :vocab]
         torch.mm(hidden[part], weight.t(), out=logits)
         if head.bias is not None:
             logits.add_(head.bias)

@@ -368,13 +368,14 @@ __device__ __forceinline__ float shape_logit(float x) {
 
 // 행 하나의 음의 로그 가능도 log(sum e^l) - l[정답]. factor가 있으면 logits를 gradient로 덮어쓴다.
 //   d/dx = factor (softmax(l) - onehot) * dl/dx,  dl/dx = LOGIT_SCALE (1 - (l / cap)^2)
-// 행을 두 번 읽는다. 처음에는 최댓값과 합을 함께 구한다(최댓값이 바뀌면 합에 e^(옛것 - 새것)을 곱한다).
+// 행의 간격 stride는 8의 배수이고, vocab에서 거기까지는 아무것이나 들어 있다. 행을 두 번 읽는다. 처음에는 최댓값과 합을 함께 구한다(최댓값이 바뀌면 합에 e^(옛것 - 새것)을 곱한다).
 extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* logits, const long long* targets,
-                                                                        float* nll, const float* factor, int vocab) {
+                                                                        float* nll, const float* factor, int vocab,
+                                                                        int stride) {
     __shared__ float tops[LOSS_THREADS / 32], sums[LOSS_THREADS / 32];
-    u16* row = logits + (size_t)blockIdx.x * vocab;
+    u16* row = logits + (size_t)blockIdx.x * stride;
     long long target = targets[blockIdx.x];
-    int vectors = vocab / 8;
+    int vectors = stride / 8;
     if (target < 0) {  // 세지 않는 자리
         if (threadIdx.x == 0) nll[blockIdx.x] = 0.f;
         if (factor)
@@ -388,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy(u16* lo
         float best = top;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            value.v[i] = shape_logit(value.v[i]);
+            value.v[i] = at * 8 + i < vocab ? shape_logit(value.v[i]) : -3.4e38f;
             best = fmaxf(best, value.v[i]);
         }
         sum *= expf(top - best);
