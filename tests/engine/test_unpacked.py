@@ -36,7 +36,7 @@ def test_weights_are_whole_while_used(room):
     def unpack(projection, out):
         return TorchOps.unpacked_view(projection, out).fill_(projection.tail)
 
-    unpacker, early = Unpacker(unpack, buffer), []
+    unpacker, early = Unpacker(unpack, buffer, buffer), []
     walk(unpacker, order, early)
     assert not any(early)  # 처음에는 차례를 모른다
     walk(unpacker, order, early)

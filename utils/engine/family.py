@@ -95,6 +95,10 @@ class Family:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
+    def qk_width(self) -> int:
+        return (self.heads + self.kv_heads) * self.head_dim
+
+    @property
     def mlp_width(self) -> int:
         """MLP의 첫 곱이 내는 폭. 문이 있으면 gate와 up을 이어 붙인 것이다."""
         return self.ff * (2 if self.gated else 1)

@@ -14,7 +14,7 @@ from utils.engine.norms import read_norm
 from utils.engine.single_attention import choose_single, is_single
 from utils.engine.train_kernels import CudaOps
 from utils.engine.train_layers import Layer, Projection, largest_tails, move_embedding, read_layers
-from utils.engine.train_memory import kept_widths, pad_row, saved_widths, scratch_elements, work_widths
+from utils.engine.train_memory import kept_widths, lent_width, pad_row, saved_widths, scratch_elements, work_widths
 from utils.engine.train_ops import TorchOps
 from utils.engine.unpacked import Unpacker
 from utils.model.loss import head_loss
@@ -127,12 +127,14 @@ class Forward:
         shared, *own = [Saved(**{name: stack[at] for name, stack in stacks.items()}) for at in range(alone + 1)]
         self.saved = [*[shared] * self.recompute_layers, *own]
         self.saved += [shared] * (len(self.layers) - len(self.saved))
-        widths = work_widths(family, self.tails)
+        sizes = [tokens * width for width in work_widths(family, self.tails).values()]
+        sizes.append(scratch_elements(family, self.tails, tokens, self.recompute_layers))
         # 한꺼번에 잡아, 저마다 할당기의 덩어리 끝을 비워 두지 않게 한다
-        parts = empty(tokens * sum(widths.values())).split([tokens * width for width in widths.values()])
-        self.buffers = dict(zip(widths, parts, strict=True))
-        scratch = empty(scratch_elements(family, self.tails, tokens, self.recompute_layers))
-        self.unpacker = Unpacker(lambda projection, out: self.ops.weight(projection, out), scratch)
+        room = empty(sum(sizes))
+        *parts, scratch = room.split(sizes)
+        self.buffers = dict(zip(work_widths(family, self.tails), parts, strict=True))
+        self.unpacker = Unpacker(lambda projection, out: self.ops.weight(projection, out), scratch,
+                                 room[-len(scratch) - tokens * lent_width(family, self.tails):])
         self.tables = [self._rotary_table(kind, block) for kind in family.rotary_kinds]
         self._shape = (rows, block)
 
@@ -162,6 +164,10 @@ class Forward:
         """이 층의 attention. 문서가 하나이고 창이 아무것도 가리지 않으면 경계를 보지 않는 빠른 것을 쓴다."""
         cut = 0 < layer.window < documents.longest
         return self.single if documents.single and not cut else self.attention
+
+    def _qk(self) -> torch.Tensor:
+        """norm을 걸고 돌린 q와 k의 자리 [tokens * qk_width]. norm이 없으면 비어 있다."""
+        return self.buffers["t"][:len(self.x[0]) * self.family.qk_width if self.family.qk_norm else 0]
 
     @torch.no_grad()
     def evaluate(self, batch: dict, single: bool = False) -> torch.Tensor:
@@ -207,7 +213,7 @@ class Forward:
         ops.norm(x, norms, None if family.post_norm else residual, layer.out_bias, self.stats[layer.index, 0])
         self._multiply(layer.qkv, n1, z["qkv"], keys, again, saved.qkv)
         table = self.tables[layer.turn] if layer.turn >= 0 else None
-        q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
+        q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self._qk())
         attention = self._attention_of(layer, documents)
         saved.attended, saved.attention = attention.forward(q, k, v, documents, layer.window)
         if residual is None:

@@ -81,20 +81,26 @@ def work_widths(family: Family, tails: Tails) -> dict[str, int]:
         "n2": family.hidden + tails.mlp if family.parallel else 0,  # 차례로 읽는 구조는 n1을 다시 쓴다
         # attention의 출력, 활성 함수의 뒤, 그 gradient, 마지막 은닉값의 gradient. 함께 쓰이지 않는다
         "g": max(family.hidden, family.q_width + tails.out, family.ff + tails.down),
-        # 다시 구한 선형층의 입력, 또는 출력에 거는 norm의 gradient
-        "t": max(family.hidden if family.post_norm else 0, family.ff if tails.down else 0),
+        # 다시 구한 선형층의 입력, norm을 걸고 돌린 q와 k. 함께 쓰이지 않는다
+        "t": max(family.ff if tails.down else 0, family.qk_width if family.qk_norm else 0),
     }
-    qk = (family.heads + family.kv_heads) * family.head_dim if family.qk_norm else 0  # norm을 걸고 돌린 q와 k
-    return {name: pad_row(width) for name, width in wide.items()} | {"qk": qk}
+    return {name: pad_row(width) for name, width in wide.items()}
+
+
+def lent_width(family: Family, tails: Tails) -> int:
+    """손실을 구하는 동안 비는 토큰마다의 칸: 마지막 은닉값의 gradient 뒤의 g와, 바로 뒤에 놓인 t."""
+    widths = work_widths(family, tails)
+    return widths["g"] - pad_row(family.hidden) + widths["t"]
 
 
 def scratch_elements(family: Family, tails: Tails, tokens: int, recompute: int) -> int:
-    """푼 가중치와 logits 한 조각이 번갈아 쓰는 자리의 원소 수.
+    """푼 가중치와 logits 한 조각이 번갈아 쓰는 자리의 원소 수. logits는 바로 앞의 빈 칸(`lent_width`)까지 쓴다.
 
     어휘가 15만이면 logits 한 조각은 78 MB다. 더 크게 만들어도 빨라지지 않는다.
     """
     rows = LOGIT_ROWS if recompute == 0 else FEWER_LOGIT_ROWS
-    return max(weight_elements(family, tails), min(tokens, rows) * pad_vocab(family.vocab))
+    logits = min(tokens, rows) * pad_vocab(family.vocab)
+    return max(weight_elements(family, tails), logits - tokens * lent_width(family, tails))
 
 
 def weight_elements(family: Family, tails: Tails) -> int:

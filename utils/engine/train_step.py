@@ -90,7 +90,7 @@ class TrainStep(Forward):
         q, k, v = ops.heads(saved.qkv)
         table = self.tables[layer.turn] if layer.turn >= 0 else None
         if family.qk_norm:  # 버퍼에는 다른 층의 q와 k가 남아 있을 수 있다
-            q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self.buffers["qk"])
+            q, k, v = ops.rotate(saved.qkv, layer, documents.positions, table, self._qk())
         attended = wide[:, :family.q_width].unflatten(1, (family.heads, family.head_dim))  # 의 gradient
         parts = self._attention_of(layer, documents).backward(attended, q, k, v, saved.attended, saved.attention,
                                                               documents, layer.window)
@@ -106,7 +106,7 @@ class TrainStep(Forward):
         """잔차의 gradient에서 선형층의 출력의 gradient와 거기에 곱할 수를 구한다."""
         if norm is None:
             return gradient, self.family.residual_scale
-        dy = self.buffers["t"][:y.numel()].view(y.shape)
+        dy = self.buffers["n1"][:y.numel()].view(y.shape)
         self.ops.norm_backward(y, [(norm, gradient)], dy)  # norm에 잔차의 배율이 들어 있다
         return dy, 1.0
 

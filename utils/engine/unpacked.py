@@ -27,13 +27,15 @@ class Unpacker:
     남는 만큼 미리 풀고, GPU에서는 다른 stream에서 나란히 한다. 차례는 처음 지나갈 때 적어 둔다.
     """
 
-    def __init__(self, unpack: Callable[[Projection, torch.Tensor], torch.Tensor], buffer: torch.Tensor):
+    def __init__(self, unpack: Callable[[Projection, torch.Tensor], torch.Tensor], buffer: torch.Tensor,
+                 lent: torch.Tensor):
         """
         Args:
             unpack: 가중치를 1차원의 자리에 풀어 [rows, columns + tail]을 주는 함수.
             buffer: [원소의 수], 모델의 dtype.
+            lent: logits가 쓸 자리. buffer를 모두 품는다.
         """
-        self.unpack, self.buffer = unpack, buffer
+        self.unpack, self.buffer, self.lent = unpack, buffer, lent
         self.side = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
         self.orders: dict[str, list[Projection | None]] = {}  # 이름 -> 차례. None에서는 logits가 자리를 쓴다
         self.held: list[Unpacked] = []  # 쓰는 차례대로
@@ -68,9 +70,9 @@ class Unpacker:
             self.held.append(self._unpack_aside(projection, start))
 
     def lend(self) -> torch.Tensor:
-        """logits가 쓸 자리 전체."""
+        """logits가 쓸 자리. 푼 가중치가 하나도 남지 않은 때다."""
         self._note(None)
-        return self.buffer
+        return self.lent
 
     def _note(self, item: Projection | None) -> None:
         if not self.known:

@@ -17,7 +17,7 @@ from utils.engine.train_memory import (
 CONTEXT = 0.55e9  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
 WORKSPACE = 32 << 20  # cuBLAS의 작업 공간. 계산하는 stream 하나에만 있다
 FRAGMENTS = 0.02  # 할당기가 쪼개져 쓰지 못하고 남기는 비율
-SPARE = 20 << 20  # 할당기는 10 MiB보다 작은 것들을 20 MiB의 덩어리에 담는다. 모두 합쳐 그 하나쯤이 비어 있다
+SPARE = 2 * (20 << 20)  # 할당기는 10 MiB보다 작은 것들을 20 MiB의 덩어리에 담는다. 평소의 풀과 graph의 풀에 하나씩 빈다
 LOSS_CHUNK = 512  # 손실을 한 번에 계산하는 토큰 수
 LARGE, SEGMENT = 10 << 20, 2 << 20  # 할당기는 10 MiB부터 2 MiB의 배수로 잡는다
 
@@ -92,17 +92,20 @@ def _predict_engine(family: Family, work: Workload, micro: int, recompute: int) 
     widest = max((shape.columns for shape in trained_linears.values()), default=0)
     tiles = -(-tokens // TILE_ROWS)  # 올림
     partial = 4 * tiles * rank * widest
+    work_room = buffers + scratch + partial + _attention_backward(family, work, micro)
+    # 다 배우면 활성값과 작업 공간을 놓고, CPU에 둔 입력 embedding을 GPU로 되돌린다
+    restored = 0 if family.tied else table
     return {
         "가중치": layers * (quantized + small) + table,
         # fp32 네 벌: 값, gradient, Adam의 평균 둘
         "어댑터와 optimizer": 4 * 4 * trained,
         "저장하는 활성값": stored,
-        "작업 공간": buffers + scratch + partial + _flash_backward(family, work, micro),
+        "작업 공간": max(work_room, restored - stored),
     }
 
 
-def _flash_backward(family: Family, work: Workload, micro: int) -> float:
-    """flash attention의 backward가 잠시 쓰는 바이트.
+def _attention_backward(family: Family, work: Workload, micro: int) -> float:
+    """attention의 backward가 잠시 쓰는 바이트. flash의 것이고, 문서가 하나일 때의 cuDNN은 이보다 적게 쓴다.
 
     fp32 dq의 합(문서마다 128행까지, 머리를 32의 배수까지 채운다. 비트까지 같게 하면 SM을 채울 만큼 여러 벌이다), 이어
     놓은 dout, 16비트 dq, q의 머리 수만큼 늘린 dk와 dv, 그것을 더한 kv_heads의 dk와 dv.
