@@ -77,23 +77,27 @@ def check_greedy(model, decoder: Decoder, questions: list[list[int]], truth) -> 
     return {"parted_from_generate": partings, "rows_parted_from_single": rows}
 
 
-def draw(decoder: Decoder, logits: torch.Tensor, answer: list[int], settings: Sampling) -> torch.Tensor:
-    """뽑는 커널로 씨앗을 바꾸어 DRAWS번 뽑은 토큰. 블록 하나가 한 번을 뽑으므로 LINES번씩 함께 뽑는다."""
-    step, vocab = decoder._engine._step, len(logits)
-    context = len(step.answer)
-    line_logits = torch.empty(LINES, -(-vocab // 4) * 4, device="cuda")
-    answers = torch.zeros(LINES, context, dtype=torch.int32, device="cuda")
+def draw(step, logits: torch.Tensor, answer: list[int], settings: Sampling, times: int) -> torch.Tensor:
+    """뽑는 커널로 씨앗을 바꾸어 times번 뽑은 토큰 [times]. 블록 하나가 한 번을 뽑으므로 LINES번씩 함께 뽑는다.
+
+    Args:
+        step: `DecodeStep`.
+        logits: 로짓 [어휘]. 고를 수 있는 토큰의 수와 길이가 같다.
+    """
+    vocab, context, lines = len(logits), len(step.answer), min(LINES, times)
+    line_logits = torch.empty(lines, -(-vocab // 4) * 4, device="cuda")
+    answers = torch.zeros(lines, context, dtype=torch.int32, device="cuda")
     answers[:, : len(answer)] = torch.tensor(answer, dtype=torch.int32)
-    told, x = torch.zeros(LINES, context, dtype=torch.int32).pin_memory(), step.x.repeat(LINES, 1)
+    told, x = torch.zeros(lines, context, dtype=torch.int32).pin_memory(), step.x.repeat(lines, 1)
     step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
     first, drawn = [0, len(answer), settings.top_k, settings.no_repeat_ngram_size], []
-    for begin in range(0, DRAWS, LINES):
-        state = torch.tensor([[*first, begin + line, 77] for line in range(LINES)], dtype=torch.int32, device="cuda")
+    for begin in range(0, times, lines):
+        state = torch.tensor([[*first, begin + line, 77] for line in range(lines)], dtype=torch.int32, device="cuda")
         line_logits[:, :vocab] = logits
-        step.kernels["choose"]((LINES,), (CHOOSERS,), line_logits, state, step.settings, answers, told,
+        step.kernels["choose"]((lines,), (CHOOSERS,), line_logits, state, step.settings, answers, told,
                                step.weights.embedding, x, shared=step.plan.choose_shared)
         drawn.append(answers[:, len(answer)].clone())
-    return torch.cat(drawn).long()
+    return torch.cat(drawn)[:times].long()
 
 
 def check_sampling(decoder: Decoder, question: list[int]) -> list[dict]:
@@ -102,7 +106,8 @@ def check_sampling(decoder: Decoder, question: list[int]) -> list[dict]:
     truth = decoder._engine.logits(question, [0])[0].clone()
     for settings in SAMPLED:
         expected = probabilities(penalize(truth, answer, settings), settings) * DRAWS
-        counts = torch.bincount(draw(decoder, truth, answer, settings), minlength=len(expected)).float()
+        drawn = draw(decoder._engine._step, truth, answer, settings, DRAWS)
+        counts = torch.bincount(drawn, minlength=len(expected)).float()
         big = expected >= 5
         seen, wanted = (torch.cat((side[big], side[~big].sum()[None])) for side in (counts, expected))
         keep = wanted >= 5

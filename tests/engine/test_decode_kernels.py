@@ -133,6 +133,16 @@ def test_every_grid_fits_and_covers_its_rows(multiprocessors, name, sizes):
         assert grid.shared <= limit and grid.blocks * grid.slots >= count
 
 
+@pytest.mark.parametrize(("multiprocessors", "limit"), [(30, 65_536), (20, 101_376), (132, 232_448)])
+def test_questions_are_read_within_the_shared_memory(multiprocessors, limit):
+    family = big("gpt_neox", **POLYGLOT)
+    plan = Plan(family, 30_000, 8, NF4, False, False, multiprocessors, limit)
+    for rows in (family.qkv_width, family.ff, family.hidden):
+        blocks, row_warps, shared = plan.read_grid(rows)
+        assert row_warps in (2, 4, 8) and blocks * row_warps * 16 >= rows
+        assert shared <= plan.shared("read_linear") <= limit
+
+
 @pytest.mark.parametrize(("name", "sizes"), [("gpt_neox", POLYGLOT), ("qwen3", QWEN3), ("gemma3_text", GEMMA3)])
 def test_attention_follows_only_where_blocks_keep_to_heads(name, sizes):
     """큰 GPU에서는 q, k, v의 블록이 머리를 넘지 않아 attention을 이어서 센다. SM이 적으면 따로 센다."""

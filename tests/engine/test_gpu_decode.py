@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import families
 from families import exact
+from generate_check import draw
 from standin import SHAPES, add_lora, build
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCausalLM
 
@@ -146,11 +147,11 @@ def test_greedy_equals_generate():
     model = model.to(half())
     decoder = Decoder(model, range(512), (-1,))
     assert "전용 CUDA 커널" in decoder.path
-    for row in rows.tolist():
-        ids = torch.tensor([row[:24]], device="cuda")
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=128,
-                                  pad_token_id=0)[0, 24:].tolist()
-        assert list(decoder.stream(row[:24], Sampling(**GREEDY, max_new_tokens=128))) == expected
+    ids = rows[:, :24]
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=128,
+                              pad_token_id=0)[:, 24:].tolist()
+    settings = Sampling(**GREEDY, max_new_tokens=128)
+    assert [list(decoder.stream(question, settings)) for question in ids.tolist()] == expected
 
 
 def test_adapter_switch_stop_and_seed():
@@ -176,25 +177,15 @@ def test_adapter_switch_stop_and_seed():
 
 @pytest.fixture(scope="module", params=[500, 50_000])
 def engine(request):
-    """어휘가 작으면 로짓을 레지스터에, 크면 메모리에 둔다. 큰 어휘에서 500번 뒤의 로짓은 뽑히지 않을 만큼 작다."""
+    """어휘가 작으면 로짓을 레지스터에, 크면 메모리에 둔다."""
     return FastDecode(plain(half(), vocab=request.param + 12), request.param)
 
 
-def draw(engine, logits, answer, settings, times):
-    """뽑기 커널만 여러 번 부른 결과."""
-    step = engine._step
-    step.settings.copy_(torch.tensor([settings.temperature, settings.top_p, settings.repetition_penalty]))
-    step.answer[: len(answer)] = torch.tensor(answer, dtype=torch.int32)
-    states = torch.tensor([[0, len(answer), settings.top_k, settings.no_repeat_ngram_size, seed, 77]
-                           for seed in range(times)], dtype=torch.int32, device="cuda")
-    drawn = torch.empty(times, dtype=torch.int32, device="cuda")
-    for index in range(times):
-        step.state.copy_(states[index])
-        step.logits.fill_(-1e4)
-        step.logits[: len(logits)] = logits
-        step.pick()
-        drawn[index] = step.answer[len(answer)]
-    return drawn.cpu().long()
+def drawn(engine, logits, answer, settings, times):
+    """뽑기 커널만 여러 번 부른 결과. 큰 어휘의 나머지 로짓은 뽑히지 않을 만큼 작다."""
+    whole = torch.full_like(engine._step.logits, -1e4)
+    whole[: len(logits)] = logits.cuda()
+    return draw(engine._step, whole, answer, settings, times).cpu()
 
 
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (3.0, 0), (1.0, 1), (1.0, 2), (1.5, 3)])
@@ -203,7 +194,7 @@ def test_penalties(engine, penalty, ngram):
     answer = [5, 6, 7, 5, 6, 9, 5, 6]
     logits = torch.randn(500, generator=torch.Generator().manual_seed(4))
     logits[[5, 7, 9]] = torch.tensor([20.0, 19.0, 18.0])
-    assert draw(engine, logits.cuda(), answer, settings, 1).item() == int(penalize(logits, answer, settings).argmax())
+    assert drawn(engine, logits, answer, settings, 1).item() == int(penalize(logits, answer, settings).argmax())
 
 
 @pytest.mark.parametrize("settings", [
@@ -213,7 +204,7 @@ def test_sampling_follows_the_distribution(engine, settings):
     """20,000번 뽑은 도수의 카이제곱 값이 자유도에 맞는다."""
     answer, logits = [5, 6, 7, 5, 6, 9], torch.randn(500, generator=torch.Generator().manual_seed(9)) * 2
     expected = probabilities(penalize(logits, answer, settings), settings) * 20_000
-    counts = torch.bincount(draw(engine, logits.cuda(), answer, settings, 20_000), minlength=500).float()
+    counts = torch.bincount(drawn(engine, logits, answer, settings, 20_000), minlength=500).float()
     assert counts[expected == 0].sum() == 0
     big = expected >= 5
     statistic, freedom = float(((counts - expected) ** 2 / expected)[big].sum()), int(big.sum()) - 1

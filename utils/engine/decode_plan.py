@@ -203,7 +203,7 @@ class Plan:
 
     def shared(self, name: str) -> int:
         """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
-        if name.startswith("read_l"):
+        if name == "read_linear":
             return min(self._read_shared(2), self._limit)
         grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),

@@ -1,7 +1,7 @@
 """질문을 읽는다: 질문을 조각으로 나누어 행렬 곱으로 지나며 KV cache를 채운다."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from utils.engine.weights import Adapter, Layer
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
 TOGETHER = 1024         # 짧은 질문들을 함께 읽을 때의 토큰의 수
-# 줄마다, 머리마다 따로 세는 것들. cuDNN은 줄의 수에 따라 다른 커널을 고를 수 있다
+# 함께 읽을 때의 attention을 고르는 차례. cuDNN은 질문의 수에 따라 다른 커널을 고를 수 있어 뒤에 둔다
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
@@ -145,7 +145,9 @@ class Prefill:
         tokens = len(x) // lines
         total, block = past + tokens, (-(-family.head_dim // 32) * 32,)
         query = qkv.new_empty(lines, family.heads, tokens, family.head_dim)
-        keys, values = qkv.new_empty(2, lines, family.kv_heads, total, family.head_dim)
+        # 문맥을 넘어 채운 자리에는 적지 않는다. 보지 않는 V도 NaN이면 0을 곱해 NaN이 된다
+        make = qkv.new_zeros if total > family.context else qkv.new_empty
+        keys, values = make(2, lines, family.kv_heads, total, family.head_dim)
         if past:  # 긴 질문은 하나씩 읽는다
             self._kernels["read_cache"]((past, family.kv_heads), block, place.table, index, total, keys, values)
         self._kernels["split_heads"]((len(x), family.heads + family.kv_heads), (SPLIT_THREADS,), qkv,
@@ -167,7 +169,7 @@ class Prefill:
             mask, causal = (columns <= rows) & (columns > rows - window), False
         else:
             mask, causal = (None, True) if tokens == total else (causal_lower_right(tokens, total), False)
-        with sdpa_kernel(BACKENDS, set_priority=True):
+        with sdpa_kernel(BACKENDS, set_priority=True) if total <= CAPTURED[-1] else nullcontext():
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
                                                   scale=family.attention_scale,
                                                   enable_gqa=family.heads != family.kv_heads)

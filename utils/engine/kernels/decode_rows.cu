@@ -490,15 +490,22 @@ __device__ __forceinline__ float finish_line(const Linear& linear, float sum, co
 // 이어서 도는 블록은 더해 간다. act는 합의 자리에 남겨 둔 fp32다. 묶음 하나의 자리는 stride칸 떨어져 있다.
 __device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* act, int stride, int first, int rows,
                                            int block, bool again) {
+    enum { MOST = (LINE_SLOTS * ROWS + 31) / 32 };  // 레인 하나가 맡는 행의 최대 수
     int lane = threadIdx.x & 31;
     for (int r = threadIdx.x >> 5; r < RANK; r += WARPS) {
-        // 워프가 rank 하나(A의 행 r)를 맡아, 줄마다 act와의 내적을 구한다
-        float sum[LINES] = {};
-        for (int i = lane; i < rows; i += 32) {
-            float weight = __ldg(lora.a + (size_t)r * FF + first + i);
+        // 워프가 rank 하나(A의 행 r)를 맡아, 줄마다 act와의 내적을 구한다. A는 모두 읽기 시작한 다음에 쓴다
+        float sum[LINES] = {}, weight[MOST];
+        #pragma unroll
+        for (int k = 0; k < MOST; k++)
+            weight[k] = __ldg(lora.a + (size_t)r * FF + first + min(lane + k * 32, rows - 1));
+        #pragma unroll 1
+        for (int i = lane; i < rows; i += 32) {  // 펼치면 레지스터가 모자란다. 쥔 것을 하나씩 당겨 쓴다
+            float now = weight[0];
+            #pragma unroll
+            for (int k = 1; k < MOST; k++) weight[k - 1] = weight[k];
             #pragma unroll
             for (int line = 0; line < LINES; line++)
-                sum[line] += weight * act[i / ROWS * stride + cell(i % ROWS, line)];
+                sum[line] += now * act[i / ROWS * stride + cell(i % ROWS, line)];
         }
         float* target = lora.partial + ((size_t)block * RANK + r) * LINES;
         #pragma unroll
@@ -512,18 +519,25 @@ __device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* a
 // 블록들의 몫을 차례로 더해 d [RANK][LINES]를 얻는다. 읽기(load)와 모으기(take)를 나누어 그 사이의 일과 겹친다.
 struct LineTaker {
     enum { OUTPUTS = (RANK ? RANK : 1) * LINES, SHARES = OUTPUTS < THREADS ? THREADS / OUTPUTS : 1,
-           MINE = (OUTPUTS + THREADS - 1) / THREADS };
+           MINE = (OUTPUTS + THREADS - 1) / THREADS, AT_ONCE = 8 };
     float held[MINE];
 
-    // 스레드가 남으면 SHARES개가 블록들을 나누어 더한다. 더하는 차례가 정해져 있어 답은 늘 같다.
+    // 스레드가 남으면 SHARES개가 블록들을 나누어 더한다. 더하는 차례가 정해져 있어 답은 늘 같다. AT_ONCE개씩 읽기 시작한 다음에
+    // 더하고, 범위를 넘는 것도 가까운 것을 읽고 버린다: 읽을지를 따지면 하나씩 기다린다.
     __device__ __forceinline__ void load(const float* partial, int blocks) {
         #pragma unroll
         for (int m = 0; m < MINE; m++) {
             int e = threadIdx.x + m * THREADS;
             float sum = 0.f;
-            #pragma unroll 16
-            for (int b = e / OUTPUTS; b < blocks && e < OUTPUTS * SHARES; b += SHARES)
-                sum += __ldcg(partial + b * OUTPUTS + e % OUTPUTS);
+            #pragma unroll 1
+            for (int b = e / OUTPUTS; b < blocks && e < OUTPUTS * SHARES; b += SHARES * AT_ONCE) {
+                float one[AT_ONCE];
+                #pragma unroll
+                for (int k = 0; k < AT_ONCE; k++)
+                    one[k] = __ldcg(partial + min(b + k * SHARES, blocks - 1) * OUTPUTS + e % OUTPUTS);
+                #pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) sum += b + k * SHARES < blocks ? one[k] : 0.f;
+            }
             held[m] = sum;
         }
     }
@@ -558,8 +572,8 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     int first = UNITS * block / blocks, last = UNITS * (block + 1) / blocks, count = min(AT_ONCE, last - first);
     LineProduct<T, S, Where> product;
     product.begin(linear.part, first * PAIR, count * PAIR);
-    bool adapted = RANK && linear.lora_a.weight && adapter != 0.f && first < last;
-    bool gives = MLP && RANK && next_lora.a && adapter != 0.f;
+    bool adapted = RANK && linear.lora_a.weight && first < last;
+    bool gives = MLP && RANK && next_lora.a;
     LineLora<S, HIDDEN> lora;
     if (adapted) lora.prime(&linear.lora_a, MLP ? 0 : Where::part(first), MLP ? PARTS : Where::part(last - 1) + 1);
     LineSpace space;
@@ -646,8 +660,8 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
     LineProduct<LinePiece<FF>, DownShare, OneMatrix> down_product;
     if (DOWN) down_product.begin(down.part, first, count);
     if (OUT) out_product.begin(out.part, first, count);
-    bool out_adapted = OUT && RANK && out.lora_a.weight && adapter != 0.f && first < last;
-    bool down_adapted = DOWN && RANK && down_lora.a && adapter != 0.f;
+    bool out_adapted = OUT && RANK && out.lora_a.weight && first < last;
+    bool down_adapted = DOWN && RANK && down_lora.a;
     LineLora<OutShare, QDIM> lora;
     if (out_adapted) lora.prime(&out.lora_a, 0, 1);
     LineSpace space;
