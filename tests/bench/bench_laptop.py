@@ -76,15 +76,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", default="/tmp/laptop")
     parser.add_argument("--data", default=str(ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"))
-    parser.add_argument("--shapes", default="", help="쉼표로 이은 모양. 적지 않으면 모두")
+    parser.add_argument("--shapes", default="", help="쉼표로 이은 모양. 이 차례로 간다. 적지 않으면 모두")
     parser.add_argument("--free_gb", type=float, default=5.2, help="남겨 둘 VRAM. 0이면 붙들지 않는다")
     parser.add_argument("--epochs", default="1")
     parser.add_argument("--out", default=None, help="잰 것을 한 줄씩 더할 파일")
     options = parser.parse_args()
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    trials = [Trial(shape, targets, work) for shape, targets in TRIALS
-              if not options.shapes or shape in options.shapes.split(",")]
+    trials = [Trial(shape, targets, work) for shape, targets in TRIALS]
+    if options.shapes:
+        shapes = options.shapes.split(",")
+        trials = sorted((each for each in trials if each.shape in shapes), key=lambda each: shapes.index(each.shape))
     try:
         walk_all(trials, options)
     finally:
