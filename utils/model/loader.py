@@ -147,7 +147,7 @@ def _no_warm_up() -> Iterator[None]:
     from transformers import modeling_utils
 
     warm_up = modeling_utils.caching_allocator_warmup
-    modeling_utils.caching_allocator_warmup = lambda *arguments: None
+    modeling_utils.caching_allocator_warmup = lambda *_, **__: None
     try:
         yield
     finally:
