@@ -4,8 +4,8 @@
     python tests/bench/bench_laptop.py --shapes qwen3-0.6b --free_gb 0 --epochs 0.05    VRAM을 붙들지 않는다(CPU도 된다)
 
 모델 폴더는 따로 도는 프로세스들이 미리 쓰고, 합치기(CPU)는 다음 모양이 배우는 동안 한다. 단계마다 잰 것을 곧바로 JSON
-한 줄로 찍고 `--out`에 더한다. 스크립트의 말은 work/<모양>-<층>-<단계>.log에 몇 초에 나왔는지와 함께 남는다. 실패한
-단계는 그 말을 적고 다음 모양으로 간다.
+한 줄로 찍고 `--out`에 더한다. 스크립트의 말은 work/<모양>-<층>-<단계>.log에 몇 초에 나왔고 카드를 얼마나
+썼는지와 함께 남는다. 실패한 단계는 그 말을 적고 다음 모양으로 간다.
 """
 
 import argparse
@@ -35,7 +35,9 @@ TRIALS = (("polyglot-ko-1.3b", None), ("qwen3-1.7b", None), ("llama-1.5b", None)
           ("polyglot-ko-3.8b", None), ("qwen3-0.6b", None))
 QUESTION = "한글은 누가 만들었어?"
 WRITERS = 4  # 모델 폴더를 나란히 쓰는 프로세스의 수
-WATCH_EVERY = 0.02  # 카드에 남은 양을 보는 간격(초)
+WATCH_EVERY = 0.01  # 카드에 남은 양을 보는 간격(초)
+# 학습이 한 말의 시작 -> 그 말로 끝난 단계. 단계마다 카드에서 쓴 것의 최댓값을 적는다
+ENDS = {"모델:": "load", "학습 길:": "check", "결과": "train", "어댑터:": "answers"}
 RECOVERY, TRACEBACK = re.compile("메모리가 모자라.*다시 계산한다"), "Traceback"
 PREDICTED = re.compile(r"VRAM: .*?([\d.]+) GB\(예측 ([\d.]+) GB")
 PLANNED, RECOMPUTED = re.compile(r"블록, 재계산 (\d+)층"), re.compile(r"재계산 (\d+)/")
@@ -74,15 +76,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", default="/tmp/laptop")
     parser.add_argument("--data", default=str(ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"))
-    parser.add_argument("--shapes", default="", help="쉼표로 이은 모양. 적지 않으면 모두")
+    parser.add_argument("--shapes", default="", help="쉼표로 이은 모양. 이 차례로 간다. 적지 않으면 모두")
     parser.add_argument("--free_gb", type=float, default=5.2, help="남겨 둘 VRAM. 0이면 붙들지 않는다")
     parser.add_argument("--epochs", default="1")
     parser.add_argument("--out", default=None, help="잰 것을 한 줄씩 더할 파일")
     options = parser.parse_args()
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    trials = [Trial(shape, targets, work) for shape, targets in TRIALS
-              if not options.shapes or shape in options.shapes.split(",")]
+    trials = [Trial(shape, targets, work) for shape, targets in TRIALS]
+    if options.shapes:
+        shapes = options.shapes.split(",")
+        trials = sorted((each for each in trials if each.shape in shapes), key=lambda each: shapes.index(each.shape))
     try:
         walk_all(trials, options)
     finally:
@@ -146,7 +150,7 @@ def measure(trial: Trial, stage: str, work, out: str | None) -> None:
 def train(trial: Trial, options) -> dict:
     chosen = ("--lora_target_modules", trial.targets) if trial.targets else ()
     with Watch() as watch:
-        text = call(trial, "train", "finetune-lora.py", "--base_model", trial.base, "--data_path", options.data,
+        text = call(trial, "train", watch, "finetune-lora.py", "--base_model", trial.base, "--data_path", options.data,
                     "--output_dir", trial.run, "--num_train_epochs", options.epochs, "--batch_size", 16,
                     "--verbose", "True", *chosen)
     report = json.loads((trial.run / "run.json").read_text(encoding="utf-8"))
@@ -164,7 +168,8 @@ def train(trial: Trial, options) -> dict:
 
 def merge(trial: Trial, last: bool) -> dict:
     """합친다. 이 모양을 더 배우지 않으면 기반 모델을 지운다."""
-    call(trial, "merge", "merge-lora.py", "--peft_root", trial.run, "--output_dir", trial.merged, "--verify", "False")
+    call(trial, "merge", None, "merge-lora.py", "--peft_root", trial.run, "--output_dir", trial.merged, "--verify",
+         "False")
     size = sum(file.stat().st_size for file in trial.merged.glob("*.safetensors"))
     if last:
         shutil.rmtree(trial.base)
@@ -173,7 +178,7 @@ def merge(trial: Trial, last: bool) -> dict:
 
 def ask(trial: Trial) -> dict:
     with Watch() as watch:
-        text = call(trial, "ask", "generate.py", "--load_4bit", "True", "--base_model", trial.merged, "--ask",
+        text = call(trial, "ask", watch, "generate.py", "--load_4bit", "True", "--base_model", trial.merged, "--ask",
                     QUESTION, "--verbose", "True")
     found = watch.found("ask")
     for name, pattern in (("answer_tokens_per_second", SPEED), ("first_token_s", FIRST), ("longest", LONGEST)):
@@ -182,8 +187,8 @@ def ask(trial: Trial) -> dict:
     return found
 
 
-def call(trial: Trial, stage: str, script: str, *flags) -> str:
-    """스크립트를 사용자처럼 부르고 한 말을 돌려준다. 줄마다 몇 초에 나왔는지를 로그에 남긴다.
+def call(trial: Trial, stage: str, watch: "Watch | None", script: str, *flags) -> str:
+    """스크립트를 사용자처럼 부르고 한 말을 돌려준다. 줄마다 몇 초에 나왔고 그때까지 카드를 얼마나 썼는지 남긴다.
 
     Raises:
         RuntimeError: 실패했다. 출력의 끝을 말한다.
@@ -195,7 +200,8 @@ def call(trial: Trial, stage: str, script: str, *flags) -> str:
             env={**os.environ, "PYTHONIOENCODING": "utf-8"}) as process:
         for line in process.stdout:
             lines.append(line)
-            log.write(f"{time.perf_counter() - began:6.1f} {line}")
+            used = watch.told(line) if watch else 0.0
+            log.write(f"{time.perf_counter() - began:6.1f} {used:5.2f} {line}")
             log.flush()
     text = "".join(lines)
     trial.row["tracebacks"] += text.count(TRACEBACK)
@@ -223,8 +229,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         import torch
 
-        self.most, self.ended = 0, threading.Event()
-        self.thread = None
+        self.most, self.recent, self.ended = 0, 0, threading.Event()
+        self.thread, self.step, self.peaks = None, 0.0, {}
         if torch.cuda.is_available():
             self.thread = threading.Thread(target=self._look, args=(torch.cuda.mem_get_info,), daemon=True)
             self.thread.start()
@@ -233,7 +239,17 @@ class Watch:
     def _look(self, room) -> None:
         free = room()[0]
         while not self.ended.wait(WATCH_EVERY):
-            self.most = max(self.most, free - room()[0])
+            used = free - room()[0]
+            self.most, self.recent = max(self.most, used), max(self.recent, used)
+
+    def told(self, line: str) -> float:
+        """앞의 줄부터 이 줄까지 쓴 것의 최댓값(GB)."""
+        used, self.recent = self.recent / 1e9, 0
+        self.step = max(self.step, used)
+        for start, name in ENDS.items():
+            if line.startswith(start):
+                self.peaks[f"{name}_peak_gb"], self.step = self.step, 0.0
+        return used
 
     def __exit__(self, *_) -> None:
         self.ended.set()
@@ -241,7 +257,7 @@ class Watch:
             self.thread.join()
 
     def found(self, stage: str) -> dict:
-        return {} if self.thread is None else {f"{stage}_card_gb": self.most / 1e9}
+        return {} if self.thread is None else {f"{stage}_card_gb": self.most / 1e9, **self.peaks}
 
 
 def print_table(trials: list[Trial]) -> None:

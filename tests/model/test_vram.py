@@ -1,9 +1,10 @@
 """카드에 남은 양과 상한. GPU가 있어야 한다."""
 
+import families
 import pytest
 import torch
 
-from utils.model import vram
+from utils.model import loader, vram
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")]
 
@@ -25,3 +26,15 @@ def test_what_is_left_stays_under_the_cap():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert vram.left(device) > before
+
+
+def test_loading_takes_little_more_than_the_weights(tmp_path):
+    """어휘가 큰 모델도 다 올린 것보다 조금만 더 쓰며 올린다. 빈 VRAM에 겨우 들어가는 모델이 올리다 죽지 않는다."""
+    embedding = 2 * 300_000 * 256
+    families.build("qwen3", torch.bfloat16, vocab_size=300_000, hidden_size=256).save_pretrained(tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    model = loader.load_base(tmp_path, loader.choose_device(), "4bit")
+    assert embedding < torch.cuda.max_memory_reserved() - before < 1.3 * embedding
+    del model

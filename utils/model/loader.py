@@ -1,6 +1,8 @@
 """장치와 dtype, 설정, 기반 모델: 한 번 고르고, 검사하고, 올린다."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,10 +116,11 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     if is_sharded():  # RAM에서 양자화한다. torchrun은 프로세스마다 스레드를 하나만 주어 몇 분이 걸린다
         torch.set_num_threads(max(1, os.cpu_count() // n_local_processes()))
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            str(base_model), dtype=device.dtype, quantization_config=quantization,
-            device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True)  # attention은 sdpa, 없는 구조면 eager를 스스로 고른다
+        with _no_warm_up():  # attention은 transformers가 고른다: sdpa, 없는 구조면 eager
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                str(base_model), dtype=device.dtype, quantization_config=quantization,
+                device_map={"": "cpu" if is_sharded() else device.device}, cache_dir=cache_dir, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"기반 모델을 읽지 못했다: {base_model} ({first_line(error)})") from None
     except RuntimeError as error:
@@ -133,6 +136,22 @@ def load_base(base_model: str | Path, device: Device, quantize: str | None = Non
     keep_nf4_layout(model)
     _refuse_nan(model, base_model)
     return model
+
+
+@contextlib.contextmanager
+def _no_warm_up() -> Iterator[None]:
+    """transformers가 가중치만큼의 VRAM을 한 덩어리로 미리 잡지 않게 한다.
+
+    그 덩어리에는 양자화하기 전의 값이 지나간 틈이 남는다. 학습의 버퍼는 틈에 들어가지 못해 VRAM이 0.1~0.3 GB 더 든다.
+    """
+    from transformers import modeling_utils
+
+    warm_up = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warm_up
 
 
 def keep_nf4_layout(model) -> None:
@@ -155,10 +174,12 @@ def inexact_widths(model) -> list[int]:
 
 
 def _refuse_nan(model, base_model: str | Path) -> None:
-    found = {name: torch.stack([torch.isfinite(values).all() for values in scales])
-             for name, parameter in model.named_parameters() if (scales := _scales(parameter))}
-    if not torch.cat([*found.values()]).all():  # GPU를 한 번만 기다린다
-        name = next(name for name, finite in found.items() if not finite.all())
+    # NaN과 inf는 최솟값이나 최댓값에 드러난다. isfinite는 같은 크기의 중간값 셋을 만들어, 어휘가 15만인 embedding에서
+    # 1.5 GB를 더 쓴다
+    ends = {name: torch.stack([end.float() for values in scales for end in torch.aminmax(values)])
+            for name, parameter in model.named_parameters() if (scales := _scales(parameter))}
+    if not torch.cat([*ends.values()]).isfinite().all():  # GPU를 한 번만 기다린다
+        name = next(name for name, values in ends.items() if not values.isfinite().all())
         raise UsageError(f"기반 모델에 NaN이나 inf가 들어 있다: {base_model}의 {name}")
 
 

@@ -41,6 +41,8 @@ from utils.talk.answerer import Answerer
 from utils.talk.line import Line
 from utils.talk.models import BASE, Choice, Models, unique_names
 
+UNMERGED_BYTES = 2**25  # 갱신을 빼는 조각 하나의 fp32. 작으면 GPU를 부르는 일이, 크면 메모리가 는다
+
 
 @dataclass(frozen=True)
 class Source:
@@ -248,7 +250,7 @@ def unmerged(entry: TensorEntry, update: lora.Update, device: Device) -> torch.T
     """합친 가중치에서 갱신을 뺀 것 [entry.shape]. 조각마다 장치에서 fp32로 빼고 장치의 dtype으로 반올림한다."""
     update = replace(update, a=update.a.to(device.device), b=update.b.to(device.device))
     weight = torch.empty(entry.shape, dtype=device.dtype, device=device.device)
-    for start, stop in shards.row_spans(entry.shape):
+    for start, stop in shards.row_spans(entry.shape, UNMERGED_BYTES):
         merged = shards.read_rows(entry, start, stop).to(device.device).float()
         weight[start:stop] = merged - update.rows(start, stop)
     return weight

@@ -60,6 +60,7 @@ def choose_step(candidates: Sequence[Callable[[], Step]], model: nn.Module, data
         raise
     except Exception as error:
         raise UsageError(f"이 모델은 글만 주어 계산할 수 없어 학습하지 않는다({first_line(error)})") from error
+    free_cache(device)
     exact, reason = None, ""
     for make in candidates:
         step = make()
@@ -69,6 +70,7 @@ def choose_step(candidates: Sequence[Callable[[], Step]], model: nn.Module, data
             reject()
             if measured is not None and model_dtype(model) is not torch.float32:
                 exact = exact or find_exact(model, dataset, max_documents, device)
+                free_cache(device)
                 if exact is not None and is_as_near(measured, truth, exact) and is_exact(make, model, exact, device):
                     detail(f"{reason}. 16비트의 반올림 때문이고 fp32로 계산하면 같으므로 이 길을 쓴다")
                     step, reason = make(), None
@@ -232,14 +234,23 @@ def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int,
                          f"{own_changed:.4f}로 바뀌었다")
 
 
-def forget_comparison(device: torch.device) -> None:
-    """비교가 쓰던 VRAM을 돌려주고 최댓값을 새로 센다. 참값과 micro-step의 버퍼를 놓은 다음에 부른다.
+def free_cache(device: torch.device) -> None:
+    """모델의 forward가 쓰고 놓은 VRAM을 돌려준다.
 
-    모델의 forward는 중간값을 모두 간직하므로 비교는 학습과 다른 크기의 메모리를 잡는다. 남겨 두면 학습의 버퍼가 그 틈에
-    들어가지 못해 더 잡고, run.json의 `peak_vram_gb`와 계획의 예측은 학습이 아니라 비교를 재게 된다.
+    모델의 forward는 중간값을 모두 간직하므로 micro-step과 다른 크기의 메모리를 잡는다. 남겨 두면 micro-step의 버퍼가 그
+    틈에 들어가지 못해 더 잡는다.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def forget_comparison(device: torch.device) -> None:
+    """비교가 쓰던 VRAM을 돌려주고 최댓값을 새로 센다. 참값과 micro-step의 버퍼를 놓은 다음에 부른다.
+
+    그래야 run.json의 `peak_vram_gb`와 계획의 예측이 비교가 아니라 학습을 잰다.
+    """
+    free_cache(device)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
