@@ -77,6 +77,18 @@ def test_a_file_of_kobest_is_learnt_as_it_is_asked(name, tmp_path):
         assert learnt(file) == [Turn("user", text), Turn("assistant", options[answer])]
 
 
+@pytest.mark.parametrize("name", HUB)
+def test_options_that_differ_by_row_are_learnt_as_pairs(name, tmp_path):
+    hub, _, text, options, answer = HUB[name]
+    file = write_rows(tmp_path / f"{name}-train.jsonl", hub)
+    form = columns.form_of(hub, file)
+    assert form.is_preference == (options not in (("아니오", "예"), ("부정", "긍정")))
+    if form.is_preference:
+        better, worse = forms.read_pair(hub, form, 1, file)
+        assert better == [Turn("user", text), Turn("assistant", options[answer])]
+        assert worse[:-1] == better[:-1] and worse[-1].text in set(options) - {options[answer]}
+
+
 @pytest.mark.parametrize("row", [
     {"sentence": "맛있어요", "label": "1"},  # 이름에 kobest나 sentineg가 없는 사용자의 표
     {"Text": "섬이다.", "Question": "섬인가?", "Answer": "그렇다"},

@@ -43,7 +43,8 @@ class Form:
     Attributes:
         columns: 뜻 -> 파일에 적힌 열의 이름. 뜻은 "talk"(대화의 목록), "text"(글 하나), "question"과 "answer", 그리고
             `EXTRAS`의 것이다. 선호 쌍이면 "chosen"과 "rejected"가 있고 "answer"는 없다.
-        exam: KoBEST의 문항이면 그 시험. 시험이 묻는 글과 정답을 배우고, `columns`의 뜻은 그 시험이 안다.
+        exam: KoBEST의 문항이면 그 시험. 시험이 묻는 글과 정답(보기가 행마다 다르면 다른 보기와의 선호 쌍)을 배우고,
+            `columns`의 뜻은 그 시험이 안다.
     """
 
     columns: dict[str, str]
@@ -52,13 +53,14 @@ class Form:
     @property
     def is_preference(self) -> bool:
         """선호 쌍의 꼴인가."""
-        return "chosen" in self.columns
+        return "chosen" in self.columns or (self.exam is not None and self.exam.own_options)
 
     @property
     def guessed(self) -> list[str]:
         """공개된 이름이 아니어서 뜻을 짐작한 열이나 KoBEST의 문항. 없으면 비어 있다."""
         if self.exam is not None:
-            return [f"KoBEST {self.exam.title}의 문항(시험이 묻는 글과 정답으로 읽는다)"]
+            how = "정답과 다른 보기의 선호 쌍" if self.is_preference else "정답"
+            return [f"KoBEST {self.exam.title}의 문항(시험이 묻는 글과 {how}으로 읽는다)"]
         named = [self.columns[meaning] for meaning in ("question", "answer", "text") if meaning in self.columns]
         usual = tuple(map(plain, named)) in (*PAIRS, ("text",))
         return [] if self.is_preference or usual else named

@@ -32,6 +32,8 @@ def read_pair(row: dict, form: Form, number: int, source: str | Path) -> tuple[l
         BadTurns: `read_row`와 같다.
     """
     def read() -> tuple[list[Turn], list[Turn]]:
+        if form.exam is not None:
+            return preferences.join_pair(_exam(row, form.exam), _exam(row, form.exam, wrong=1))
         return preferences.join_pair(*(_read_side(row, form, side) for side in SIDES))
 
     return _read_checked(read, number, source)
@@ -43,6 +45,8 @@ def require_alike(row: dict, form: Form, number: int, source: str | Path) -> Non
     Raises:
         UsageError: 선호 쌍과 보통 행이 한 파일에 섞여 있다.
     """
+    if form.exam is not None:
+        return  # 다른 행은 그 문항으로 읽다가 걸린다
     if form.is_preference:
         written = [name for name, value in row.items() if preferences.is_written(value)]
         # 한쪽 답만 빈 선호 쌍은 섞인 것이 아니다. 읽으면서 무엇이 비었는지 말한다
@@ -106,13 +110,13 @@ def _read(row: dict, form: Form) -> list[Turn]:
     return _with_system(turns, row, columns)
 
 
-def _exam(row: dict, task: Task) -> list[Turn]:
-    """KoBEST의 문항: 시험이 묻는 글과 정답."""
+def _exam(row: dict, task: Task, wrong: int = 0) -> list[Turn]:
+    """KoBEST의 문항: 시험이 묻는 글과 정답. `wrong`을 주면 정답에서 그만큼 다음의 보기."""
     try:
         asked = task.read(task.renamed(row) or row)
     except ValueError as error:
         raise BadTurns(f"을 {task.title}의 문항으로 읽을 수 없다: {error}", "missing") from None
-    return [Turn("user", asked.text), Turn("assistant", asked.options[asked.answer])]
+    return [Turn("user", asked.text), Turn("assistant", asked.options[(asked.answer + wrong) % len(asked.options)])]
 
 
 def _with_system(turns: list[Turn], row: dict, columns: dict[str, str]) -> list[Turn]:

@@ -33,6 +33,8 @@ class Task:
         ask: 행에서 물을 글.
         options: 행에서 보기들.
         first: TSV의 정답이 세기 시작하는 수.
+        by_length: 로그 가능도를 보기의 글자 수로 나눈 점수도 낸다.
+        own_options: 보기가 행마다 다른 글이다. 정답만으로는 고르기를 배우지 못해 선호 쌍으로 배운다.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     options: Callable[[dict], tuple[str, ...]]
     first: int = 0
     by_length: bool = False
+    own_options: bool = False
 
     def read(self, row: dict) -> Asked:
         """hub의 열 이름으로 적힌 행에서 물을 것.
@@ -100,10 +103,11 @@ TASKS = (
     Task("copa", "COPA", ("premise", "question", "alternative_1", "alternative_2", "label"),
          ("sentence", "question", "1", "2", "Answer"),
          lambda row: f"{row['premise']}  {_because(row['question'])}",
-         lambda row: (row["alternative_1"], row["alternative_2"]), first=1),
+         lambda row: (row["alternative_1"], row["alternative_2"]), first=1, own_options=True),
     Task("hellaswag", "HellaSwag", ("context", *_ENDINGS, "label"),
          ("context", "choice1", "choice2", "choice3", "choice4", "label"),
-         lambda row: f"문장: {row['context']}", lambda row: tuple(row[name] for name in _ENDINGS), by_length=True),
+         lambda row: f"문장: {row['context']}", lambda row: tuple(row[name] for name in _ENDINGS), by_length=True,
+         own_options=True),
     Task("sentineg", "SentiNeg", ("sentence", "label"), ("Text", "Label"),
          lambda row: f"문장: {row['sentence']} 긍부정:", lambda row: ("부정", "긍정")),
     Task("wic", "WiC", ("word", "context_1", "context_2", "label"), ("Target", "SENTENCE1", "SENTENCE2", "ANSWER"),
