@@ -45,6 +45,12 @@ def test_a_table_is_read_as_people_make_it(tmp_path, name, content):
     assert read(write(tmp_path / name, content)) == [ROW]
 
 
+def test_a_tab_file_with_unknown_columns_is_no_text(tmp_path):
+    """NSMC의 ratings_train.txt는 표다. 한 글로 배우지 않고 열을 묻는다."""
+    path = write(tmp_path / "ratings.txt", "id\tdocument\tlabel\n1\t좋아요\t1\n2\t싫어요\t0\n")
+    assert [row["document"] for row in read(path)] == ["좋아요", "싫어요"]
+
+
 @pytest.mark.parametrize("text", ["가\t나\n다\n", "질문, 답변이 있는 글.\n다음 줄\n", "text\n가\n"])
 def test_a_text_file_stays_text(tmp_path, text):
     assert read(write(tmp_path / "a.txt", text)) == [{"text": text.strip()}]

@@ -280,6 +280,24 @@ def test_adapters_beyond_lora_are_served_whole_and_refused_by_name_in_the_merge(
         merge(peft_root=str(tmp_path / "adapter"), output_dir=str(tmp_path / "merged"))
 
 
+def test_an_adapter_with_its_own_tokenizer_is_asked_and_merged_with_it(hard, tmp_path):
+    """다른 도구는 배우며 쓴 대화 템플릿을 어댑터와 함께 담는다. 기반 모델의 템플릿으로 물으면 조용히 틀린다."""
+    from transformers import AutoTokenizer
+
+    from utils.talk.source import find_source, load_answerers
+
+    adapter = shutil.copytree(hard / "adapter", tmp_path / "adapter")
+    (adapter / "prompt.json").unlink(missing_ok=True)
+    own = AutoTokenizer.from_pretrained(hard / "base")
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}{% if " \
+                        "add_generation_prompt %}<assistant>{% endif %}"
+    own.save_pretrained(adapter)
+    (answerer,) = load_answerers([find_source(str(hard / "base"), str(adapter), str)], None, None, False, "chat", str)
+    assert own.decode(answerer.ask("왜?")) == "<user>왜?<|endoftext|><assistant>"
+    merge(peft_root=str(adapter), base_model=str(hard / "base"), output_dir=str(tmp_path / "merged"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == own.chat_template
+
+
 def test_saved_embedding_is_refused_by_name(hard, tmp_path):
     """vocab을 늘리면 PEFT는 embedding을 통째로 어댑터에 담는다."""
     adapter = shutil.copytree(hard / "adapter", tmp_path / "adapter")

@@ -13,6 +13,7 @@ from utils.errors import UsageError
 from utils.turns import Turn
 
 SIDES = ("chosen", "rejected")  # 선호 쌍에서 답의 차례. 문서도 이 차례로 놓인다
+KTO = ("prompt", "completion")  # label이 True인 좋은 답과 False인 나쁜 답을 함께 적는 공개된 꼴(KTO)의 열
 ADVICE = "--check_data True로 모두 찾고 --repair_data로 고치거나 뺀다"
 
 
@@ -129,6 +130,8 @@ def _with_system(turns: list[Turn], row: dict, columns: dict[str, str]) -> list[
 
 def _pair(row: dict, columns: dict[str, str]) -> list[Turn]:
     asked, answered = columns["question"], columns["answer"]
+    if (asked, answered) == KTO and str(row.get("label")).strip().lower() == "false":
+        raise BadTurns("의 label이 False다(나쁜 답). 나쁜 답은 따라 배우지 않도록 그 행을 뺀다", "disliked")
     if isinstance(row.get(asked), list) or isinstance(row.get(answered), list):  # 대화의 목록으로 적은 두 열
         question = row[asked] if isinstance(row.get(asked), list) else [{"role": "user", "content": row.get(asked)}]
         answer = row[answered] if isinstance(row.get(answered), list) else [

@@ -16,6 +16,7 @@ from utils.data.encoding import MAX_ROW_CHARS, BadRow, detect_encoding, refuse_r
 from utils.errors import UsageError
 
 TITLE_ROWS = 10  # 열 이름을 이 줄 안에서 찾는다
+TAB_ROWS = 3  # 앞의 이만큼의 줄에 탭이 같은 수로 들었으면 표로 본다
 MARKS = (",", "\t", ";", "|")
 _MARK_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # 엑셀이 읽는, 칸을 나누는 글자를 적은 첫 줄
 _NAN = ("nan", "NaN")  # pandas가 빈 칸을 적는 글자
@@ -51,11 +52,12 @@ def read_csv(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, di
 
 
 def is_table(path: Path, encoding: str) -> bool:
-    """첫 줄에 질문과 답의 열이 나뉘어 적힌 글 파일인가."""
+    """첫 줄에 질문과 답의 열이 나뉘어 적혔거나, 앞의 줄마다 탭이 같은 수로 든 글 파일인가."""
     with path.open(encoding=encoding, newline="") as stream:
-        head = stream.readline(_HEAD_CHARS)
-    forms = (choose_form(_cells(head, mark)) for mark in MARKS)
-    return any(form is not None and "answer" in form.columns for form in forms)
+        head = [stream.readline(_HEAD_CHARS) for _ in range(TAB_ROWS)]
+    forms = (choose_form(_cells(head[0], mark)) for mark in MARKS)
+    tabs = {line.count("\t") for line in head}
+    return any(form is not None and "answer" in form.columns for form in forms) or (len(tabs) == 1 and 0 not in tabs)
 
 
 def read_xlsx(path: Path, on_bad: BadRow | None = None) -> Iterator[tuple[int, dict]]:

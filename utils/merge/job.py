@@ -10,7 +10,7 @@ import torch
 
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
-from utils.model.adapter import find_adapter, has_merged, read_prompt_info
+from utils.model.adapter import find_adapter, has_merged, read_prompt_info, tokenizer_folder
 from utils.model.folder import ModelFolder, TensorEntry, find_trained_base, model_digest, open_model_folder
 from utils.model.loader import receive_base
 from utils.paths import find_input
@@ -40,6 +40,11 @@ class Job:
     onto: str
     trained_dtype: torch.dtype
     warnings: tuple[str, ...] = ()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """합친 모델에 담을 토크나이저의 폴더."""
+        return tokenizer_folder(self.adapter, self.base.path)
 
     def base_rows(self, entry: TensorEntry, quantised: dict[str, bool]) -> Callable[[int, int], torch.Tensor]:
         """`quantised`의 것은 NF4를 다녀온 값, 다른 것은 원래 값의 [start, stop) 행을 fp32로 주는 함수."""

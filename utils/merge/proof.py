@@ -81,7 +81,7 @@ def read_windows(job: Job) -> Windows:
     run.json이 없거나 거기 적힌 데이터를 찾지 못하면 함께 든 데이터의 행이다(찾지 못한 것은 `absent`에 남는다). 검증하지
     않은 학습이면 학습한 데이터의 5%를 본다.
     """
-    tokenizer = load_tokenizer(job.base.path)
+    tokenizer = load_tokenizer(job.tokenizer_folder)
     info = adapter.read_prompt_info(job.adapter) or adapter.read_prompt_info(job.root)
     settings = _run_settings(job.root)
     data, absent = find_recorded(str(settings.get("data_path", DATA_DEMO))), None

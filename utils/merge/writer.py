@@ -54,10 +54,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 _ONTO = {"original": "기반 모델의 원래 가중치", "quantized": "NF4를 다녀온 가중치"}
 
 REPORT_FILE = "merge-report.json"
-# 토크나이저와, 그림도 보는 모델의 입력을 만드는 설정. 구조마다 다른 이름의 어휘 파일은 토크나이저가 말한다
+# 구조마다 다른 이름의 어휘 파일은 토크나이저가 말한다
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
-                   "chat_template.json", "processor_config.json", "preprocessor_config.json")
+                   "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json", "preprocessor_config.json")  # 그림도 보는 모델의 입력
 MORE_TEMPLATES = "additional_chat_templates"  # 대화 템플릿이 여럿인 토크나이저의 나머지
 _LARGEST = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F800000)}  # 바이트의 수, 양의 무한대의 비트
 SPARE_BYTES = 64 * 2**20  # 가중치 곁의 파일(설정, 토크나이저, 어댑터)
@@ -193,7 +193,8 @@ def write_model(folder: Path, job: Job, max_bytes: int, say: Callable[[str], Non
 
 def write_companions(folder: Path, job: Job) -> None:
     """설정, 토크나이저, 템플릿, 어댑터, 모델 카드를 쓴다. 끝 토큰은 토크나이저의 것으로 바로잡는다."""
-    tokenizer = load_tokenizer(job.base.path)
+    source = job.tokenizer_folder
+    tokenizer = load_tokenizer(source)
     ends = list(end_token_ids(tokenizer, job.base.path))
     ends = ends if len(ends) > 1 else ends[0]
     dtypes = {tensor.dtype for tensor in plan(job, {})}
@@ -208,10 +209,13 @@ def write_companions(folder: Path, job: Job) -> None:
     pad = generation.get("pad_token_id", end_token_id(tokenizer))
     _write_json(folder / "generation_config.json", {**generation, "eos_token_id": ends, "pad_token_id": pad})
     for name in {*TOKENIZER_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()}:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for name in PROCESSOR_FILES:
         if (job.base.path / name).is_file():
             shutil.copyfile(job.base.path / name, folder / name)
-    if (job.base.path / MORE_TEMPLATES).is_dir():
-        shutil.copytree(job.base.path / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     prompt = next((place for place in (job.adapter, job.root) if read_prompt_info(place)), None)
     if prompt is not None:
         shutil.copyfile(prompt / PROMPT_FILE, folder / PROMPT_FILE)

@@ -182,6 +182,13 @@ def has_merged(folder: str | Path, adapter: Path) -> bool:
         Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS, adapter / ADAPTER_WEIGHTS, shallow=False)
 
 
+def tokenizer_folder(adapter: Path, base: str | Path) -> Path:
+    """토크나이저를 읽을 폴더. 다른 도구가 배우며 쓴 것(대화 템플릿까지)을 함께 담은 어댑터면 어댑터의 폴더다."""
+    own = "tokenizer_config.json", "tokenizer.json"
+    is_whole = all((adapter / name).is_file() for name in own) and not (adapter / PROMPT_FILE).is_file()
+    return adapter if is_whole else Path(base)
+
+
 def _nearby(folder: Path) -> str:
     """적은 자리 가까이에 있는 어댑터들을 말하는 글. 없으면 빈 글이다."""
     found = {file.parent for place in (folder, Path("train")) for file in place.glob(f"*/{ADAPTER_CONFIG}")}

@@ -23,6 +23,7 @@ from utils.model.adapter import (
     load_adapter,
     read_adapter_config,
     read_prompt_info,
+    tokenizer_folder,
 )
 from utils.model.folder import (
     ADAPTER_WEIGHTS,
@@ -157,8 +158,9 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
         require_room(base_model, precision.quantize, free)
         if vram.SPILLS:  # 답이 길어져도 넘치지 않게 한다
             vram.cap(device.device, free)
-    tokenizer = load_tokenizer(base_model, cache_dir)
-    prompters = [choose_prompter(source, prompt_template, tokenizer, say) for source in sources]
+    tokenizers = [find_tokenizer(source, cache_dir, say) for source in sources]
+    prompters = [choose_prompter(source, prompt_template, tokenizer, say)
+                 for source, tokenizer in zip(sources, tokenizers, strict=True)]
     adapters = [source.adapter for source in sources if source.adapter]
     can_compare = bool(adapters) and all(map(can_turn_off, adapters))
     if adapters and not can_compare:
@@ -174,7 +176,7 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
                 model = load_adapter(model, source.adapter, name)
     line = Line(say)
     answerers = []
-    for source, prompter, name in zip(sources, prompters, _peft_names(sources), strict=True):
+    for source, tokenizer, prompter, name in zip(sources, tokenizers, prompters, _peft_names(sources), strict=True):
         decoder = Decoder(model, tokenizer, find_ends(source, tokenizer), adapter=name if len(sources) > 1 else None)
         detail(f"계산: {decoder.path}")
         if device.device.type == "cuda" and not decoder.is_fast:
@@ -183,6 +185,14 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
         answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
     say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
     return answerers
+
+
+def find_tokenizer(source: Source, cache_dir: str | None, say: Callable[[str], None]):
+    """어댑터를 배운 토크나이저. 어댑터가 제 것을 담고 있지 않으면 기반 모델의 것이다."""
+    folder = source.base_model if source.adapter is None else tokenizer_folder(source.adapter, source.base_model)
+    if folder == source.adapter:
+        say(f"토크나이저: {shown(folder)}(어댑터와 함께 담긴 것)")
+    return load_tokenizer(folder, cache_dir)
 
 
 def _peft_names(sources: Sequence[Source]) -> list[str]:
