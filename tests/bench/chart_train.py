@@ -1,9 +1,9 @@
-"""bench_train.py의 마지막 줄(JSON)을 막대그림으로 그린다.
+"""README.md의 학습의 표(이 도구, Unsloth, 흔한 방법)를 막대그림으로 그린다.
 
-    python tests/bench/chart_train.py bench.log assets/bench-train.png
+    python tests/bench/chart_train.py tests/bench/README.md assets/bench-train.png
 """
 
-import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,30 +12,48 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+HEADING = "| 학습 | 이 도구"
+RIVALS = {"plain": "#b8bcc4", "Unsloth": "#8b95a7", "ours": "#2f6fde"}
+PANELS = ("tokens / s", "{:,.0f}"), ("VRAM, GB", "{:.2f}")
+NUMBER = re.compile(r"[\d,]+(?:\.\d+)?")
+
+
+def read_rows(text: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """표의 줄마다 {누구: (토큰/초, GB)}. 세 쪽이 모두 있는 줄만이다."""
+    lines = text[text.index(HEADING) :].splitlines()[2:]
+    rows = {}
+    for line in lines[: next(index for index, line in enumerate(lines) if not line.startswith("|"))]:
+        name, ours, vram, unsloth, plain = (cell.strip() for cell in line.strip("|").split("|"))
+        cells = {"plain": plain, "Unsloth": unsloth, "ours": f"{ours}; {vram}"}
+        if all(cells.values()):
+            rows[name.replace("`", "")] = {who: numbers(cell) for who, cell in cells.items()}
+    return rows
+
+
+def numbers(cell: str) -> tuple[float, float]:
+    """"44,065; 3.01 GB(3.05)" -> (44065, 3.01)."""
+    speed, vram = NUMBER.findall(re.sub(r", (?=\d+(?:\.\d+)? GB)", "; ", cell))[:2]
+    return float(speed.replace(",", "")), float(vram)
+
 
 def main(source: str, target: str) -> None:
-    results = json.loads(Path(source).read_text(encoding="utf-8").splitlines()[-1])
-    plain, default, lean = results["default"]["plain"], results["default"]["ours"], results["lean"]["ours"]
-    plain5, capped5 = results["5.8b"]["plain"], results["5.8b"]["ours"]
-    bars = [("1.3b plain", plain), ("1.3b ours", default), ("1.3b ours, lean", lean), ("5.8b plain", plain5),
-            ("5.8b ours, 5 GB cap", capped5)]
-    colors = ["#b8bcc4", "#2f6fde", "#79a6f2", "#b8bcc4", "#2f6fde"]
-    panels = [("tokens_per_s", "tokens / s", "{:,.0f}"), ("reserved_gb", "reserved VRAM, GB", "{:.2f}"),
-              ("kernel_us_per_token", "GPU kernel time, us / token", "{:.1f}")]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), sharey=True)
-    for axis, (key, title, form) in zip(axes, panels, strict=True):
-        values = [result[key] for _, result in bars]
-        axis.barh([name for name, _ in bars], values, color=colors)
+    rows = read_rows(Path(source).read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 1 + 1.1 * len(rows)), sharey=True)
+    for axis, (index, (title, form)) in zip(axes, enumerate(PANELS), strict=True):
+        for place, (who, color) in enumerate(RIVALS.items()):
+            values = [row[who][index] for row in rows.values()]
+            heights = [line + (place - 1) * 0.27 for line in range(len(rows))]
+            axis.barh(heights, values, height=0.25, color=color, label=who)
+            for height, value in zip(heights, values, strict=True):
+                axis.text(value, height, " " + form.format(value), va="center", fontsize=9)
         axis.set_title(title, fontsize=11)
-        axis.set_xlim(0, max(values) * 1.22)
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.12)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.set_xticks([])
-        for row, value in enumerate(values):
-            axis.text(value, row, " " + form.format(value), va="center", fontsize=10)
+    axes[0].set_yticks(range(len(rows)), list(rows))
     axes[0].invert_yaxis()  # 축을 함께 쓰므로 한 번만 뒤집는다
-    note = f"{results['device']}, torch {results['torch']}, batch 16 x 1,024 tokens, QLoRA r 8, dropout on"
-    figure.text(0.99, 0.01, note, ha="right", fontsize=8, color="#666666")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
+    figure.tight_layout()
     figure.savefig(target, dpi=110)
 
 
