@@ -17,7 +17,7 @@ from utils.engine.weights import Adapter, Layer
 CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
 TOGETHER = 1024         # 짧은 질문들을 함께 읽을 때의 토큰의 수
-# 함께 읽을 때의 attention을 고르는 차례. cuDNN은 질문의 수에 따라 다른 커널을 고를 수 있어 뒤에 둔다
+# 짧은 질문의 attention을 고르는 차례. cuDNN은 함께 읽는 질문의 수에 따라 다른 커널을 고를 수 있어 뒤에 둔다
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
@@ -161,18 +161,30 @@ class Prefill:
     def _attention(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
         """query [줄, heads, T, d], keys와 values [줄, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
         family, tokens, total = self._weights.family, query.shape[2], keys.shape[2]
-        if window and total > window:  # 조각의 첫 토큰이 볼 수 있는 데부터만 본다
-            begin = max(0, total - tokens - window + 1)
-            keys, values = keys[:, :, begin:], values[:, :, begin:]
-            rows = torch.arange(total - tokens, total, device=query.device)[:, None]
-            columns = torch.arange(begin, total, device=query.device)
-            mask, causal = (columns <= rows) & (columns > rows - window), False
-        else:
-            mask, causal = (None, True) if tokens == total else (causal_lower_right(tokens, total), False)
-        with sdpa_kernel(BACKENDS, set_priority=True) if total <= CAPTURED[-1] else nullcontext():
+        if window and total > window:
+            lines = zip(query.split(1), keys.split(1), values.split(1), strict=True)
+            return torch.cat([self._windowed(*line, window) for line in lines])
+        mask, causal = (None, True) if tokens == total else (causal_lower_right(tokens, total), False)
+        grouped = family.heads != family.kv_heads
+        order = [backend for backend in BACKENDS if not grouped or backend != SDPBackend.EFFICIENT_ATTENTION]
+        with sdpa_kernel(order, set_priority=True) if total <= CAPTURED[-1] else nullcontext():
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
-                                                  scale=family.attention_scale,
-                                                  enable_gqa=family.heads != family.kv_heads)
+                                                  scale=family.attention_scale, enable_gqa=grouped)
+
+    def _windowed(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+        """가까운 window개만 보는 attention. 줄 하나씩 센다.
+
+        K, V 머리를 q 머리의 수만큼 늘려서 준다. 늘리지 않고 mask와 함께 주면 KV 머리 하나(Gemma 3)를 틀리게 세는 구현이
+        있다.
+        """
+        family, tokens, total = self._weights.family, query.shape[2], keys.shape[2]
+        begin = max(0, total - tokens - window + 1)  # 조각의 첫 토큰이 볼 수 있는 데부터만 본다
+        rows = torch.arange(total - tokens, total, device=query.device)[:, None]
+        columns = torch.arange(begin, total, device=query.device)
+        mask = (columns <= rows) & (columns > rows - window)
+        keys, values = (one[:, :, begin:].repeat_interleave(family.heads // family.kv_heads, dim=1)
+                        for one in (keys, values))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=family.attention_scale)
 
     def _mlp(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """x [T, hidden] -> MLP의 출력 [T, hidden]."""
