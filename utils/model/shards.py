@@ -99,11 +99,11 @@ def read_whole(entry: TensorEntry) -> torch.Tensor:
     return read_rows(entry, 0, *(entry.shape[:1] or (1,))).view(entry.shape)
 
 
-def row_spans(shape: tuple[int, ...], n_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """fp32로 펼쳐도 `n_bytes`를 넘지 않는 행의 범위들. 스칼라는 한 행이다."""
+def row_spans(shape: tuple[int, ...], n_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """fp32로 펼쳐도 `n_bytes`(적지 않으면 조각 하나의 크기)를 넘지 않는 행의 범위들. 스칼라는 한 행이다."""
     rows = shape[0] if shape else 1
     row_bytes = 4 * max(1, math.prod(shape[1:]))  # fp32로 펼친 한 행
-    step = max(1, n_bytes // row_bytes)
+    step = max(1, (n_bytes or CHUNK_BYTES) // row_bytes)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
