@@ -200,6 +200,17 @@ def test_a_tenth_of_the_gain_may_be_lost_silently(losses, warned):
     assert bool(proof.warnings(report)) is warned
 
 
+def test_a_few_tokens_that_rounding_sends_to_another_expert_are_no_mistake():
+    """KL이 큰 십분의 일의 토큰은 첫 토큰이 달라도 되고, 더 많은 토큰이 다르면 틀린 것이다."""
+    torch.manual_seed(0)
+    expected = torch.randn(40, 30)
+    for moved, right in ((4, True), (12, False)):
+        actual = expected.clone()
+        actual[:moved] = actual[:moved].flip(-1)
+        found = proof._compare(expected, actual)
+        assert found["top1"] <= 1 - (moved - 1) / 40 and (found["top1_most"] == 1) is right
+
+
 def test_proof_says_when_the_data_is_gone(hard, tmp_path, capsys):
     adapter = shutil.copytree(hard / "adapter", tmp_path / "adapter")
     settings = {"data_path": str(tmp_path / "gone.json"), "cutoff_len": 64}
