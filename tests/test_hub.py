@@ -205,7 +205,7 @@ def test_an_adapter_of_an_unreachable_base_serves_on_a_base_given_by_hand(adapte
     with pytest.raises(UsageError, match="--base_model"):
         find_source(None, str(adapter), print)
     source = find_source(base, str(adapter), print)
-    assert source.base_model == base and f"주의: 기반 모델 {base}" in capsys.readouterr().out
+    assert source.base_model == base and f"주의: 기반 모델({base})" in capsys.readouterr().out
     same = find_source(None, str(talk_run), print)
     assert same.base_model == base and "주의" not in capsys.readouterr().out
 
