@@ -168,7 +168,7 @@ def check_flags(flags: dict) -> None:
              f"cutoff_len은 8 이상 {MAX_BLOCK:,} 이하여야 한다: {flags['cutoff_len']}"),
             (0 <= flags["val_set_size"] < 100, f"val_set_size는 0 이상 100 미만의 퍼센트다: {flags['val_set_size']}"),
             (1 <= flags["lora_r"] <= MAX_RANK, f"lora_r은 1 이상 {MAX_RANK:,} 이하여야 한다: {flags['lora_r']}"),
-            (0 < flags["lora_alpha"] <= 1e6, f"lora_alpha는 0보다 크고 1e6 이하여야 한다: {flags['lora_alpha']:g}"),
+            (0 < flags["lora_alpha"] <= 1e5, f"lora_alpha는 0보다 크고 1e5 이하여야 한다: {flags['lora_alpha']:g}"),
             (0 <= flags["lora_dropout"] < 1, f"lora_dropout은 0 이상 1 미만이다: {flags['lora_dropout']}"),
             (flags["vram_gb"] is None or flags["vram_gb"] > 0, f"vram_gb는 0보다 커야 한다: {flags['vram_gb']}"),
             (0 <= flags["seed"] < 2**32, f"seed는 0 이상 2^32 미만이다: {flags['seed']}"),

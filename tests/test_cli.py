@@ -1,5 +1,6 @@
 """명령줄은 단계의 서명에 정확히 맞추어지고, 잘못은 모두 한 줄로 알려진다."""
 
+import errno
 import gc
 import os
 import subprocess
@@ -224,3 +225,16 @@ def test_garbage_collection_rests_only_while_libraries_are_imported():
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("number, said", [(errno.ENAMETOOLONG, "이름이 너무 길다"), (errno.EACCES, "권한이 없다"),
+                                          (errno.ENOSPC, "디스크가 차서")])
+def test_a_path_that_the_system_refuses_is_one_line(capsys, number, said):
+    def stage(*, folder: str = "x"):
+        """단계 하나."""
+        raise OSError(number, "refused", folder)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(stage, argv=["--folder", "자리"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and "자리" in error and error.count("\n") == 1

@@ -79,7 +79,7 @@ def test_any_number_is_in_range_or_one_line(values):
 
 @pytest.mark.parametrize("argv, words", [
     ("--num_train_epochs 1e30", "100,000 이하"), ("--dpo_beta 1e30", "100 이하"),
-    ("--cutoff_len 1000000", "131,072 이하"), ("--lora_r 99999999", "8,192 이하"), ("--lora_alpha 1e30", "1e6 이하"),
+    ("--cutoff_len 1000000", "131,072 이하"), ("--lora_r 99999999", "8,192 이하"), ("--lora_alpha 1e30", "1e5 이하"),
     ("--early_stopping_patience 0", "1 이상"), ("--wandb_run_name 가", "--wandb_project를 함께")])
 def test_a_number_out_of_range_names_the_side_that_it_is_out_of(argv, words):
     defaults = {name: parameter.default for name, parameter in PARAMETERS.items()}

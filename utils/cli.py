@@ -7,7 +7,6 @@ fire는 알지 못하는 플래그를 함수를 실행한 뒤에야 거절하고
 import ast
 import contextlib
 import difflib
-import errno
 import functools
 import inspect
 import io
@@ -27,7 +26,7 @@ except ModuleNotFoundError:  # 패키지를 설치하지 않았거나 환경을 
 
 from utils import environment
 from utils.console import hush_libraries, printable, say, use_utf8
-from utils.errors import UsageError, memory_reason
+from utils.errors import UsageError, disk_reason, memory_reason
 from utils.helptext import asks_help, descriptions, examples, help_text
 from utils.paths import ROOT, at_home
 from utils.process import is_first_process
@@ -39,7 +38,6 @@ LONG_DASHES = "–—―−"
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 Parameters = typing.Mapping[str, inspect.Parameter]
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] | None = None) -> None:
@@ -70,10 +68,7 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        reason = memory_reason(error)
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            where = f": {error.filename}" if error.filename else ""
-            reason = f"디스크가 차서 쓰지 못했다{where}. 자리를 비운 뒤 다시 실행한다"
+        reason = memory_reason(error) or disk_reason(error)
         if reason is None:
             raise
         print(f"오류: {reason}", file=sys.stderr)

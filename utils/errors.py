@@ -13,7 +13,11 @@ _WHY = {
     errno.EROFS: "읽기만 되는 디스크다",
     errno.ENOSPC: "디스크가 찼다",
     errno.ENAMETOOLONG: "이름이 너무 길다",
+    errno.EINVAL: "이름에 쓸 수 없는 글자가 있다",
+    errno.ELOOP: "링크가 자기를 가리킨다",
 }
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BAD_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _JSON_WORDS = {  # json 모듈의 오류 -> 사람의 말
     "Expecting value": "값이 있어야 할 자리다", "Expecting property name": "큰따옴표로 감싼 이름이 있어야 할 자리다",
     "Expecting ',' delimiter": "쉼표나 닫는 괄호가 있어야 할 자리다", "Extra data": "값이 끝난 뒤에 다른 글이 있다",
@@ -40,6 +44,16 @@ class UsageError(Exception):
 def why(error: OSError) -> str:
     """운영 체제가 거절한 이유를 한국어로. 모르는 것은 운영 체제의 말 그대로다."""
     return _WHY.get(error.errno) or error.strerror or str(error)
+
+
+def disk_reason(error: Exception) -> str | None:
+    """디스크나 경로 탓에 운영 체제가 거절한 오류면 무엇이 문제이고 무엇을 할지 한 줄. 다른 오류면 None."""
+    number, name = (getattr(error, key, None) for key in ("errno", "filename"))
+    if isinstance(error, OSError) and number in FULL_DISK:
+        return f"디스크가 차서 쓰지 못했다{f': {name}' if name else ''}. 자리를 비운 뒤 다시 실행한다"
+    if isinstance(error, OSError) and number in _BAD_PLACE and name:
+        return f"쓸 수 없는 경로다({why(error)}): {name}. 다른 경로를 적는다"
+    return None
 
 
 def memory_reason(error: Exception) -> str | None:

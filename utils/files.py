@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,13 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from utils.errors import UsageError, json_reason, why
+from utils.errors import FULL_DISK, UsageError, json_reason, why
 from utils.process import is_first_process
 
 STAGING = ".tmp-"
 LOCK_FILE = ".lock"
 WAITS = (0.1, 0.3, 1.0, 3.0)  # 초
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = ("No space left", "os error 28)", "os error 27)", "os error 112)", "os error 122)",
               "PytorchStreamWriter failed", "inline_container.cc", "iostream error", "file write failed")
 
@@ -176,4 +174,4 @@ def read_json(path: Path, missing: str) -> dict:
 
 def is_full_disk(error: BaseException) -> bool:
     """디스크가 차서 난 오류인지. torch와 safetensors는 errno 없이 글로만 알린다."""
-    return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXT)
+    return getattr(error, "errno", None) in FULL_DISK or any(text in str(error) for text in _FULL_TEXT)

@@ -3,11 +3,10 @@
 import errno
 from pathlib import Path
 
-from utils.errors import UsageError
+from utils.errors import FULL_DISK, UsageError
 
 SETTINGS_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 MODEL_FILES = (*SETTINGS_FILES, "*.safetensors")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _RETRY = "인터넷에 이어진 곳에서 받는다: {command}"
 _FILE = "받아서 쓸 파일을 적는다: {command}"
@@ -66,10 +65,10 @@ def refusal(what: str, name: str | Path, error: BaseException, cache_dir: str | 
                             "(그 폴더를 --base_model로 적는다)")
     page = f"datasets/{name}" if data else name
     reason, advice = _reason(chain)
-    broken = next((part for part in chain if getattr(part, "errno", None) in (*_FULL, *_CLOSED)), None)
+    broken = next((part for part in chain if getattr(part, "errno", None) in (*FULL_DISK, *_CLOSED)), None)
     if broken is not None:
         where = broken.filename or cache_dir or "받은 것을 두는 폴더"
-        reason = f"{'디스크가 찼다' if broken.errno in _FULL else '쓸 수 없는 폴더다'}: {where}"
+        reason = f"{'디스크가 찼다' if broken.errno in FULL_DISK else '쓸 수 없는 폴더다'}: {where}"
         advice = "자리를 비우거나 --cache_dir로 다른 폴더를 적는다"
     return UsageError(f"hub에서 {what} 받지 못했다: {name}. {reason}. {advice.format(command=command, page=page)}")
 

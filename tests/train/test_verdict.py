@@ -38,7 +38,8 @@ def command_of(found) -> dict:
 
 
 @pytest.mark.parametrize("before, after, said", [
-    (4.0, 4.5, "나쁘다"), (4.0, 4.0, "나쁘다"), (7.687, 7.678, "거의 배우지 못했다"),
+    (4.0, 4.5, "나쁘다"), (4.0, 4.0, "거의 배우지 못했다"), (4.0, 4.0001, "거의 배우지 못했다"),
+    (7.687, 7.678, "거의 배우지 못했다"),
     (4.0, 3.93, "거의 배우지 못했다")])
 def test_worse_and_hardly_better_are_said_and_never_look_well(output, before, after, said, capsys):
     found = verdict(before, after, output_dir=output)

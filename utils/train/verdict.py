@@ -11,8 +11,10 @@ from utils.train.batch_size import FEW_STEPS
 from utils.train.records import Plan, Result, Settings
 
 LEAST_FALL = 0.02  # loss가 이 비율보다 적게 줄었으면 거의 배우지 못한 것이다
+SAME = 1.0005  # loss가 이 비율보다 적게 늘었으면 그대로인 것이다
 CLEARLY_RISEN = 1.02  # 가장 좋은 검증 loss보다 이만큼 크면 그 뒤로는 외우기만 한 것이다
 HIGH_RATE = 1e-4  # 이보다 높은 학습률로 나빠졌으면 먼저 학습률을 의심한다
+LOWEST_RATE = 1e-5  # 올려 보라고 하는 학습률은 적어도 이만큼이다
 WILD_RATE = 1e-2  # 이보다 높으면 loss가 줄었어도 답이 깨지기 쉽다. 고르는 학습률은 가장 높아도 1e-3이다
 
 
@@ -37,12 +39,12 @@ def judge(settings: Settings, plan: Plan, result: Result) -> Verdict:
     before, after = losses.before, losses.after
     outcome = pairs.outcome_line(result)
     figures = f"{losses.kind} loss {before:.4f} -> {after:.4f}" + (f", {outcome}" if outcome else "")
-    if after >= before:
+    if after >= before * SAME:
         return Verdict(False, (f"주의: 학습한 모델이 학습 전보다 나쁘다({figures}, {after / before - 1:.1%} 늘었다).",
                                *advice(settings, plan, worse=True)))
     if 1 - after / before < LEAST_FALL:
-        return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {1 - after / before:.1%} 줄었다).",
-                               *advice(settings, plan, worse=False)))
+        return Verdict(False, (f"주의: 거의 배우지 못했다({figures}, {max(0.0, 1 - after / before):.1%} "
+                               "줄었다).", *advice(settings, plan, worse=False)))
     if too_high := wild(settings):
         return Verdict(False, tuple(too_high))
     return Verdict(True, (*([f"{outcome}."] if outcome else []), *displaced(settings, result), *overfitted(result),
@@ -77,7 +79,7 @@ def advice(settings: Settings, plan: Plan, worse: bool) -> list[str]:
         return ["해 볼 것: --check_data True로 데이터를 보고, 행을 늘리거나 --num_train_epochs를 줄인다."]
     if rate < HIGH_RATE:
         times = 10 if settings.dpo_beta is None else 3  # 선호 쌍은 조금만 높아도 답이 깨진다
-        return try_this("학습률을 올린다", settings, learning_rate=f"{min(rate * times, 1e-3):g}")
+        return try_this("학습률을 올린다", settings, learning_rate=f"{max(min(rate * times, 1e-3), LOWEST_RATE):g}")
     if steps < FEW_STEPS and settings.batch_size is not None:
         return try_this(f"{steps} step뿐이었다. batch를 데이터에 맞게 고르게 한다", settings, batch_size=None)
     return try_this("데이터를 더 여러 번 본다", settings, num_train_epochs=f"{epochs * 3:g}")
