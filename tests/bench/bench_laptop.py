@@ -95,7 +95,7 @@ def main() -> None:
 
 def walk_all(trials: list[Trial], options) -> None:
     """모양마다 배우고, 합치는 일을 곁에 맡기고, 그 앞의 모양에게 묻는다. 카드는 한 번에 한 단계만 쓴다."""
-    held = hold_all_but(options.free_gb)
+    held = None
     shapes = list(dict.fromkeys(trial.shape for trial in trials))
     with ProcessPoolExecutor(WRITERS, get_context("spawn")) as writers, ThreadPoolExecutor(1) as merger:
         written = {shape: writers.submit(write_once, shape, Path(options.work) / shape) for shape in shapes}
@@ -104,6 +104,8 @@ def walk_all(trials: list[Trial], options) -> None:
             began = time.perf_counter()
             written[trial.shape].result()
             trial.row["waited_s"] = time.perf_counter() - began
+            del held  # 그 사이에 다른 프로그램이 카드를 쓰거나 놓았으면 다시 맞춘다
+            held = hold_all_but(options.free_gb)
             measure(trial, "train", partial(train, trial, options), options.out)
             last = all(later.shape != trial.shape for later in trials[index + 1:])
             trial.merging = merger.submit(measure, trial, "merge", partial(merge, trial, last), options.out)
