@@ -13,6 +13,7 @@ import io
 import math
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ QUOTES = {"''", "“”", "‘’"}  # 여는 것과 닫는 것
 LONG_DASHES = "–—―−"
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+WAIT_FOR_FIRST = 5  # 다른 프로세스가 제 오류를 말하기 전에 기다리는 초
 Parameters = typing.Mapping[str, inspect.Parameter]
 
 
@@ -59,8 +61,9 @@ def run(stage: Callable, retired: dict[str, str] | None = None, argv: list[str] 
             environment.quick(say)
             stage(**flags)
     except UsageError as error:
-        if is_first_process():
-            print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        if not is_first_process():  # torchrun은 하나가 끝나면 나머지를 죽인다. 첫 프로세스가 먼저 말하고 끝나게 한다
+            time.sleep(WAIT_FOR_FIRST)
+        print(f"오류: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
