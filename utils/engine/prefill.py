@@ -14,7 +14,7 @@ from utils.engine.decode_step import DecodeStep, MatrixArgument
 from utils.engine.norms import Norm
 from utils.engine.weights import Adapter, Layer
 
-CAPTURED = 32, 64, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
+CAPTURED = 32, 64, 96, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
 TOGETHER = 1024         # 짧은 질문들을 함께 읽을 때의 토큰의 수
 # 짧은 질문의 attention을 고르는 차례. cuDNN은 함께 읽는 질문의 수에 따라 다른 커널을 고를 수 있어 뒤에 둔다
