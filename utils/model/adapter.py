@@ -105,9 +105,7 @@ def require_repeatable(adapter: Path) -> None:
         UsageError: LoRA가 아니거나, 얹을 때 기반 가중치를 난수나 데이터로 다시 나누거나, 글의 어느 자리부터만 더한다.
     """
     config = read_adapter_config(adapter)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise UsageError(f"어댑터가 LoRA가 아니다(peft_type {kind!r}): {adapter}. LoRA 어댑터만 쓴다")
+    require_lora(config, adapter)
     start = str(config.get("init_lora_weights"))
     if start.startswith(_UNREPEATABLE):
         raise UsageError(f"얹을 때마다 기반 가중치를 다르게 나누는 어댑터다(init_lora_weights={start!r}): {adapter}. "
@@ -115,6 +113,17 @@ def require_repeatable(adapter: Path) -> None:
                          "저장한 것을 쓴다")
     if config.get("alora_invocation_tokens"):
         raise UsageError(f"정한 말이 나온 뒤에만 더하는 어댑터(aLoRA)는 쓰지 않는다: {adapter}")
+
+
+def require_lora(config: object, adapter: Path) -> None:
+    """어댑터의 설정이 LoRA의 것인지 본다.
+
+    Raises:
+        UsageError: 설정이 아니거나 다른 방법의 어댑터다.
+    """
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UsageError(f"어댑터가 LoRA가 아니다(peft_type {kind!r}): {adapter}. LoRA 어댑터만 쓴다")
 
 
 def can_turn_off(adapter: Path) -> bool:

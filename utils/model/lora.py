@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import UsageError
-from utils.files import read_json
-from utils.model.adapter import PLAIN_STARTS
+from utils.model.adapter import PLAIN_STARTS, read_adapter_config, require_lora
 from utils.model.diskmap import DiskMap
 from utils.model.folder import (
     ADAPTER_CONFIG,
@@ -64,10 +63,8 @@ def read_config(adapter: Path) -> dict:
     Raises:
         UsageError: LoRA가 아니거나, 단순한 `W + scale * B @ A`가 아니다.
     """
-    config = read_json(adapter / ADAPTER_CONFIG, f"어댑터 설정이 없다: {adapter / ADAPTER_CONFIG}")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UsageError(f"어댑터가 LoRA가 아니다(peft_type {kind!r}): {adapter}. LoRA 어댑터만 합친다")
+    config = read_adapter_config(adapter)
+    require_lora(config, adapter)
     odd = [f"{name}={value!r}" for name, value in config.items() if name not in _HARMLESS and value not in _EMPTY]
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
