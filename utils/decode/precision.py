@@ -11,11 +11,11 @@ from utils.errors import UsageError
 from utils.model import vram
 from utils.model.folder import ModelFolder, open_model_folder
 from utils.model.loader import Device
+from utils.model.nf4 import SCALE_BYTES
 
 SPARE = 0.6e9  # 가중치 말고 답을 만드는 데 드는 바이트: KV cache, 버퍼, CUDA context
 LEAST = 0.3e9  # 그 가운데 짧은 답에도 드는 것. CUDA context는 이미 잡혀 있다
-# 선형층의 값 하나의 바이트. NF4는 값 64개마다 8비트 absmax, absmax 256개마다 fp32 하나가 더 있다
-VALUE_BYTES = {"4bit": 1 / 2 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0, None: 2.0}
+VALUE_BYTES = {"4bit": 1 / 2 + SCALE_BYTES, "8bit": 1.0, None: 2.0}  # 선형층의 값 하나의 바이트
 
 
 class Precision(NamedTuple):

@@ -8,6 +8,7 @@ from utils.model.shards import read_rows, read_whole, row_spans
 
 BLOCK = 64  # absmax 하나를 함께 쓰는 가중치의 수
 OFFSET_BLOCK = 256  # 이중 양자화에서 배율 하나를 함께 쓰는 absmax의 수
+SCALE_BYTES = 1 / BLOCK + 4 / (BLOCK * OFFSET_BLOCK)  # 값 하나에 드는 배율: 8비트 absmax와, 그것들의 fp32
 
 
 class NF4Rows:

@@ -13,6 +13,7 @@ from utils.engine.train_memory import (
     scratch_elements,
     work_widths,
 )
+from utils.model.nf4 import SCALE_BYTES
 
 CONTEXT = 0.55e9  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
 WORKSPACE = 32 << 20  # cuBLAS의 작업 공간. 계산하는 stream 하나에만 있다
@@ -150,10 +151,8 @@ def _predict_autograd(work: Workload, micro: int, recompute: int) -> dict[str, f
 
 
 def _nf4_bytes(count: int) -> float:
-    """값 count개의 NF4: 4비트 값, 64개마다 8비트 absmax, absmax 256개마다 fp32 하나."""
-    codes = _segments(count / 2)
-    absmax = count / 64
-    return codes + absmax + 4 * absmax / 256
+    """값 count개의 NF4: 4비트 값과 배율."""
+    return _segments(count / 2) + count * SCALE_BYTES
 
 
 def _segments(size: float) -> float:
