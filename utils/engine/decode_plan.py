@@ -101,10 +101,8 @@ class Plan:
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)
         attending = self._attend_space(family.head_dim)
-        # 블록의 묶음들이 머리를 넘지 않아야 attention을 이어서 센다
-        alone = attending <= shared_limit
         head_tiles = family.head_dim // ROWS * (3 if family.interleaved else 1)
-        self._whole_heads = lambda tiles, blocks: alone and tiles % blocks == 0 and head_tiles % (tiles // blocks) == 0
+        self._head_tiles = head_tiles if attending <= shared_limit else 0
         self.lora_rows = lora_rows(rank)
         norm = SCRATCH + max(hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
         qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
@@ -236,6 +234,10 @@ class Plan:
                 _, qkv_blocks, slots = min(ways)
                 return qkv_blocks, Grid(blocks, slots, extra + slots * SLOT)
             blocks += 1
+
+    def _whole_heads(self, tiles: int, blocks: int) -> bool:
+        """blocks개의 블록이 나눈 묶음들이 머리를 넘지 않아, 그 블록이 attention을 이어서 셀 수 있는지."""
+        return self._head_tiles > 0 and tiles % blocks == 0 and self._head_tiles % (tiles // blocks) == 0
 
     def _attend_space(self, head_dim: int) -> int:
         """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""

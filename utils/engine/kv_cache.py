@@ -1,6 +1,7 @@
 """KV cache: 위치 PAGE개마다 메모리 한 쪽이다. 쪽의 자리와, 쪽을 더하고 돌려주는 일."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -60,7 +61,7 @@ class KvCache:
         """`free`바이트가 더 있을 때, 길이가 `lengths`인 줄들의 앞에서 몇 줄까지 저마다의 쪽에 담을 수 있는지."""
         pages = [-(-length // PAGE) for length in lengths]
         room = (self.fits(free) - self.capacity) // PAGE
-        return sum(sum(pages[: count + 1]) <= room for count in range(len(pages)))
+        return sum(together <= room for together in accumulate(pages))
 
     def grow(self, tokens: int) -> None:
         """위치 `tokens`개를 담을 수 있게 쪽을 더한다."""

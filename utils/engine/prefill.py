@@ -43,6 +43,9 @@ class Prefill:
     def __init__(self, step: DecodeStep):
         self._step, self._weights, self._kernels = step, step.weights, step.kernels
         self._device = self._weights.embedding.device
+        self._grouped = self._weights.family.heads != self._weights.family.kv_heads
+        self._backends = [each for each in BACKENDS
+                          if not self._grouped or each != SDPBackend.EFFICIENT_ATTENTION]
         self._pool = self._stream = None
         if self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -165,11 +168,9 @@ class Prefill:
             lines = zip(query.split(1), keys.split(1), values.split(1), strict=True)
             return torch.cat([self._windowed(*line, window) for line in lines])
         mask, causal = (None, True) if tokens == total else (causal_lower_right(tokens, total), False)
-        grouped = family.heads != family.kv_heads
-        order = [backend for backend in BACKENDS if not grouped or backend != SDPBackend.EFFICIENT_ATTENTION]
-        with sdpa_kernel(order, set_priority=True) if total <= CAPTURED[-1] else nullcontext():
+        with sdpa_kernel(self._backends, set_priority=True) if total <= CAPTURED[-1] else nullcontext():
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal,
-                                                  scale=family.attention_scale, enable_gqa=grouped)
+                                                  scale=family.attention_scale, enable_gqa=self._grouped)
 
     def _windowed(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
         """가까운 window개만 보는 attention. 줄 하나씩 센다.
