@@ -6,8 +6,8 @@
 
 GEMMA는 기반 모델의 폴더, KOBEST는 {COPA,SentiNeg}-{train,dev}.tsv와 BoolQ-dev.tsv가 든 폴더, KOALPACA는 textonly
 파일이다. 일꾼 여럿이 카드 하나에서 함께 배우고, 하나가 끝날 때마다 한 줄을 덧붙인다. 시간이 다 되면 그만두고, 다시
-부르면 남은 것부터 한다. 모든 물음을 씨앗 하나로 값진 것부터 묻고, 다음 씨앗으로 다시 묻는다. `--only`를 적으면 이름이
-그렇게 시작하는 물음만, 적은 차례로 한다. 마지막 줄은 JSON이다.
+부르면 남은 것부터 한다. 값진 물음부터, 줄마다 씨앗을 다 채우고 다음 줄로 간다. `--only`를 적으면 이름이 그렇게
+시작하는 물음만, 적은 차례로 한다. 마지막 줄은 JSON이다.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from settings_questions import SEEDS, TARGETS, Question, Results, best, key_of, questions, values_of  # noqa: E402
+from settings_questions import TARGETS, Question, Results, best, key_of, questions, values_of  # noqa: E402
 
 LEFT_SECONDS = 30  # 시간이 다 된 다음 하던 것을 마치게 두는 시간
 
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
 
 def next_case(asked: list[Question], results: Results, started: set[str]) -> dict | None:
     """아직 시작하지 않은 첫 설정."""
-    every = (one for seed in SEEDS for question in asked for one in question.cases(seed))
+    every = (one for question in asked for one in question.cases())
     return next((one for one in every if key_of(one) not in results and key_of(one) not in started), None)
 
 
@@ -141,7 +141,7 @@ def show(file: Path) -> None:
     results = read_results(file)
     summary: dict = {}
     for question in questions():
-        if not any(key_of(one) in results for seed in question.seeds for one in question.cases(seed)):
+        if not any(key_of(one) in results for one in question.cases()):
             continue
         print(f"\n### {question.title}\n\n| | 맞힌 비율 | 고르기의 loss | 정답의 loss | 검증 loss | step | 씨앗 |\n"
               "| --- | --- | --- | --- | --- | --- | --- |")

@@ -43,10 +43,10 @@ class Question:
     rows: Rows
     seeds: tuple[int, ...] = SEEDS
 
-    def cases(self, seed: int) -> Iterator[dict]:
-        """씨앗 하나의 모든 줄."""
-        if seed in self.seeds:
-            for _, one in self.rows:
+    def cases(self) -> Iterator[dict]:
+        """줄마다 모든 씨앗."""
+        for _, one in self.rows:
+            for seed in self.seeds:
                 yield {**one, "seed": seed}
 
 

@@ -45,11 +45,11 @@ def train_plainly(settings: Settings, inputs: stage.Inputs, plan: Plan, model, w
     """배우고, 검증 loss가 가장 낮은 때의 어댑터를 모델에 남긴다. step마다 배우는 행의 수는 이 도구의 평균과 같다."""
     members = np.sort(np.concatenate(inputs.train_set.blocks))
     rows = max(1, round(len(members) / len(inputs.train_set) * inputs.batch.size))
-    accumulation = -(-rows // MOST_ROWS)
+    together = max(count for count in range(1, MOST_ROWS + 1) if rows % count == 0)
     model.config.use_cache = False
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(dir=work), per_device_train_batch_size=max(1, rows // accumulation),
-        gradient_accumulation_steps=accumulation, max_steps=plan.schedule.steps, learning_rate=settings.learning_rate,
+        output_dir=tempfile.mkdtemp(dir=work), per_device_train_batch_size=together,
+        gradient_accumulation_steps=rows // together, max_steps=plan.schedule.steps, learning_rate=settings.learning_rate,
         lr_scheduler_type="linear", warmup_steps=plan.schedule.warmup, weight_decay=0.0, max_grad_norm=1.0,
         bf16=inputs.device.dtype is torch.bfloat16, optim="adamw_torch", seed=settings.seed, report_to=[],
         use_cpu=inputs.device.device.type == "cpu", disable_tqdm=True, remove_unused_columns=False,
