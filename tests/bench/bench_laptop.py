@@ -4,8 +4,9 @@
     python tests/bench/bench_laptop.py --shapes qwen3-0.6b --free_gb 0 --epochs 0.05    VRAM을 붙들지 않는다(CPU도 된다)
 
 모델 폴더는 따로 도는 프로세스들이 미리 쓰고, 합치기(CPU)는 다음 모양이 배우는 동안 한다. 단계마다 잰 것을 곧바로 JSON
-한 줄로 찍고 `--out`에 더한다. 스크립트의 말은 work/<모양>-<층>-<단계>.log에 몇 초에 나왔고 카드를 얼마나
-썼는지와 함께 남는다. 실패한 단계는 그 말을 적고 다음 모양으로 간다.
+한 줄로 찍고 `--out`에 더한다. 다시 부르면 `--out`에 세 단계가 다 있는 모양은 지나간다. 스크립트의 말은
+work/<모양>-<층>-<단계>.log에 몇 초에 나왔고 카드를 얼마나 썼는지와 함께 남는다. 실패한 단계는 그 말을 적고 다음
+모양으로 간다.
 """
 
 import argparse
@@ -60,6 +61,10 @@ class Trial:
         return f"{self.shape}-{self.targets or 'default'}"
 
     @property
+    def is_done(self) -> bool:
+        return "ask_s" in self.row and "error" not in self.row
+
+    @property
     def base(self) -> Path:
         return self.work / self.shape
 
@@ -87,10 +92,22 @@ def main() -> None:
     if options.shapes:
         shapes = options.shapes.split(",")
         trials = sorted((each for each in trials if each.shape in shapes), key=lambda each: shapes.index(each.shape))
+    recall(trials, options.out)
     try:
-        walk_all(trials, options)
+        walk_all([trial for trial in trials if not trial.is_done], options)
     finally:
         print_table(trials)
+
+
+def recall(trials: list[Trial], out: str | None) -> None:
+    """`out`에 세 단계가 다 있는 모양의 잰 것을 되찾는다."""
+    rows: dict[str, dict] = {}
+    for line in Path(out).read_text(encoding="utf-8").splitlines() if out and Path(out).exists() else ():
+        stage = json.loads(line)
+        rows[stage["trial"]] = stage if stage["stage"] == "train" else rows.get(stage["trial"], {}) | stage
+    for trial in trials:
+        if "ask_s" in (row := rows.get(trial.name, {})) and "error" not in row:
+            trial.row = row
 
 
 def walk_all(trials: list[Trial], options) -> None:
@@ -112,7 +129,8 @@ def walk_all(trials: list[Trial], options) -> None:
             if before is not None:
                 finish(before, options.out)
             before = trial
-        finish(before, options.out)
+        if before is not None:
+            finish(before, options.out)
     del held
 
 
@@ -231,7 +249,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         import torch
 
-        self.most, self.recent, self.ended = 0, 0, threading.Event()
+        self.most, self.recent, self.free, self.ended = 0, 0, 0, threading.Event()
         self.thread, self.step, self.peaks = None, 0.0, {}
         if torch.cuda.is_available():
             self.thread = threading.Thread(target=self._look, args=(torch.cuda.mem_get_info,), daemon=True)
@@ -241,7 +259,8 @@ class Watch:
     def _look(self, room) -> None:
         free = room()[0]
         while not self.ended.wait(WATCH_EVERY):
-            used = free - room()[0]
+            left = room()[0]
+            used, self.free = free - left, max(self.free, left)
             self.most, self.recent = max(self.most, used), max(self.recent, used)
 
     def told(self, line: str) -> float:
@@ -259,7 +278,9 @@ class Watch:
             self.thread.join()
 
     def found(self, stage: str) -> dict:
-        return {} if self.thread is None else {f"{stage}_card_gb": self.most / 1e9, **self.peaks}
+        if self.thread is None:
+            return {}
+        return {f"{stage}_card_gb": self.most / 1e9, f"{stage}_free_gb": self.free / 1e9, **self.peaks}
 
 
 def print_table(trials: list[Trial]) -> None:

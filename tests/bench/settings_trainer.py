@@ -49,8 +49,9 @@ def train_plainly(settings: Settings, inputs: stage.Inputs, plan: Plan, model, w
     model.config.use_cache = False
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(dir=work), per_device_train_batch_size=together,
-        gradient_accumulation_steps=rows // together, max_steps=plan.schedule.steps, learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear", warmup_steps=plan.schedule.warmup, weight_decay=0.0, max_grad_norm=1.0,
+        gradient_accumulation_steps=rows // together, max_steps=plan.schedule.steps,
+        learning_rate=settings.learning_rate, lr_scheduler_type="linear",
+        warmup_steps=plan.schedule.warmup, weight_decay=0.0, max_grad_norm=1.0,
         bf16=inputs.device.dtype is torch.bfloat16, optim="adamw_torch", seed=settings.seed, report_to=[],
         use_cpu=inputs.device.device.type == "cpu", disable_tqdm=True, remove_unused_columns=False,
         eval_strategy="steps", eval_steps=plan.schedule.interval, save_strategy="steps",
