@@ -3,10 +3,9 @@
     python tests/bench/bench_laptop.py --work /dev/shm/laptop --out laptop.jsonl
     python tests/bench/bench_laptop.py --shapes qwen3-0.6b --free_gb 0 --epochs 0.05    VRAM을 붙들지 않는다(CPU도 된다)
 
-모델 폴더는 따로 도는 프로세스들이 미리 쓰고, 합치기(CPU)는 다음 모양이 배우는 동안 한다. 단계마다 잰 것을 곧바로 JSON
-한 줄로 찍고 `--out`에 더한다. 다시 부르면 `--out`에 세 단계가 다 있는 모양은 지나간다. 스크립트의 말은
-work/<모양>-<층>-<단계>.log에 몇 초에 나왔고 카드를 얼마나 썼는지와 함께 남는다. 실패한 단계는 그 말을 적고 다음
-모양으로 간다.
+모델 폴더(모두 50 GB)는 따로 도는 프로세스들이 미리 쓰고, 합치기(CPU)는 다음 모양이 배우는 동안 한다. 단계마다 잰 것을
+곧바로 JSON 한 줄로 찍고 `--out`에 더한다. 다시 부르면 `--out`에 세 단계가 다 있는 모양은 지나간다. 스크립트의 말은
+work/<모양>-<층>-<단계>.log에 몇 초에 나왔는지와 함께 남는다. 실패한 단계는 그 말을 적고 다음 모양으로 간다.
 """
 
 import argparse
@@ -30,18 +29,17 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from bench_scale import steady_speed  # noqa: E402
 from modern import write_folder  # noqa: E402
 
-# (모양, LoRA를 붙일 층). 적지 않은 것은 기본값이다. 값진 것부터다
-TRIALS = (("polyglot-ko-1.3b", None), ("qwen3-1.7b", None), ("llama-1.5b", None), ("gemma3-1b", None),
-          ("polyglot-ko-1.3b", "all"), ("qwen3-4b", None), ("polyglot-ko-5.8b", None), ("llama-2.1b", None),
-          ("polyglot-ko-3.8b", None), ("qwen3-0.6b", None))
+# (모양, LoRA를 붙일 층). 적지 않은 것은 기본값이다
+TRIALS = (("polyglot-ko-1.3b", None), ("polyglot-ko-1.3b", "all"), ("polyglot-ko-3.8b", None),
+          ("polyglot-ko-5.8b", None), ("qwen3-0.6b", None), ("qwen3-1.7b", None), ("qwen3-4b", None),
+          ("llama-1.5b", None), ("llama-2.1b", None), ("gemma3-1b", None))
+DATA = ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"
 QUESTION = "한글은 누가 만들었어?"
 WRITERS = 4  # 모델 폴더를 나란히 쓰는 프로세스의 수
 WATCH_EVERY = 0.01  # 카드에 남은 양을 보는 간격(초)
-# 학습이 한 말의 시작 -> 그 말로 끝난 단계. 단계마다 카드에서 쓴 것의 최댓값을 적는다
-ENDS = {"모델:": "load", "학습 길:": "check", "결과": "train", "어댑터:": "answers"}
-RECOVERY, TRACEBACK = re.compile("메모리가 모자라.*다시 계산한다"), "Traceback"
+TRACEBACK, RECOVERY = "Traceback", re.compile("메모리가 모자라.*다시 계산한다")
 PREDICTED = re.compile(r"VRAM: .*?([\d.]+) GB\(예측 ([\d.]+) GB")
-PLANNED, RECOMPUTED = re.compile(r"블록, 재계산 (\d+)층"), re.compile(r"재계산 (\d+)/")
+RECOMPUTED = re.compile(r"재계산 (\d+)/")
 SPEED, FIRST = re.compile(r"([\d.,]+) 토큰/초 ·"), re.compile(r"첫 토큰까지 ([\d.]+)초")
 LONGEST = re.compile(r"대화 길이: 질문과 답을 합쳐 ([\d,]+)토큰")
 
@@ -56,82 +54,60 @@ class Trial:
     row: dict = field(default_factory=lambda: {"tracebacks": 0, "recoveries": 0})
     merging: Future | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.shape}-{self.targets or 'default'}"
-
-    @property
-    def is_done(self) -> bool:
-        return "ask_s" in self.row and "error" not in self.row
-
-    @property
-    def base(self) -> Path:
-        return self.work / self.shape
-
-    @property
-    def run(self) -> Path:
-        return self.work / f"{self.name}-run"
-
-    @property
-    def merged(self) -> Path:
-        return self.work / f"{self.name}-merged"
+    def __post_init__(self):
+        self.name = f"{self.shape}-{self.targets or 'default'}"
+        self.base = self.work / self.shape
+        self.run, self.merged = self.work / f"{self.name}-run", self.work / f"{self.name}-merged"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--work", default="/tmp/laptop")
-    parser.add_argument("--data", default=str(ROOT / "ko-datasets/polyglot-ko-lite_textonly.json"))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/laptop"))
     parser.add_argument("--shapes", default="", help="쉼표로 이은 모양. 이 차례로 간다. 적지 않으면 모두")
     parser.add_argument("--free_gb", type=float, default=5.2, help="남겨 둘 VRAM. 0이면 붙들지 않는다")
     parser.add_argument("--epochs", default="1")
-    parser.add_argument("--out", default=None, help="잰 것을 한 줄씩 더할 파일")
+    parser.add_argument("--out", type=Path, default=Path("laptop.jsonl"), help="잰 것을 한 줄씩 더할 파일")
     options = parser.parse_args()
-    work = Path(options.work)
-    work.mkdir(parents=True, exist_ok=True)
-    trials = [Trial(shape, targets, work) for shape, targets in TRIALS]
+    options.work.mkdir(parents=True, exist_ok=True)
+    trials = [Trial(*each, options.work) for each in TRIALS]
     if options.shapes:
         shapes = options.shapes.split(",")
         trials = sorted((each for each in trials if each.shape in shapes), key=lambda each: shapes.index(each.shape))
-    recall(trials, options.out)
+    known = read_rows(options.out)
+    for trial in trials:
+        trial.row = known.get(trial.name, trial.row)
     try:
-        walk_all([trial for trial in trials if not trial.is_done], options)
+        walk_all([trial for trial in trials if trial.name not in known], options)
     finally:
         print_table(trials)
 
 
-def recall(trials: list[Trial], out: str | None) -> None:
-    """`out`에 세 단계가 다 있는 모양의 잰 것을 되찾는다."""
+def read_rows(out: Path) -> dict[str, dict]:
+    """모양마다 이미 잰 것. 세 단계가 다 있는 것만."""
     rows: dict[str, dict] = {}
-    for line in Path(out).read_text(encoding="utf-8").splitlines() if out and Path(out).exists() else ():
-        stage = json.loads(line)
-        rows[stage["trial"]] = stage if stage["stage"] == "train" else rows.get(stage["trial"], {}) | stage
-    for trial in trials:
-        if "ask_s" in (row := rows.get(trial.name, {})) and "error" not in row:
-            trial.row = row
+    for line in out.read_text(encoding="utf-8").splitlines() if out.exists() else ():
+        row = json.loads(line)
+        rows[row["trial"]] = row if row["stage"] == "train" else rows.get(row["trial"], {}) | row
+    return {name: row for name, row in rows.items() if "ask_s" in row and "error" not in row}
 
 
 def walk_all(trials: list[Trial], options) -> None:
     """모양마다 배우고, 합치는 일을 곁에 맡기고, 그 앞의 모양에게 묻는다. 카드는 한 번에 한 단계만 쓴다."""
-    held = None
-    shapes = list(dict.fromkeys(trial.shape for trial in trials))
     with ProcessPoolExecutor(WRITERS, get_context("spawn")) as writers, ThreadPoolExecutor(1) as merger:
-        written = {shape: writers.submit(write_once, shape, Path(options.work) / shape) for shape in shapes}
-        before: Trial | None = None
-        for index, trial in enumerate(trials):
-            began = time.perf_counter()
-            written[trial.shape].result()
-            trial.row["waited_s"] = time.perf_counter() - began
-            del held  # 그 사이에 다른 프로그램이 카드를 쓰거나 놓았으면 다시 맞춘다
-            held = hold_all_but(options.free_gb)
-            measure(trial, "train", partial(train, trial, options), options.out)
-            last = all(later.shape != trial.shape for later in trials[index + 1:])
-            trial.merging = merger.submit(measure, trial, "merge", partial(merge, trial, last), options.out)
+        written = {shape: writers.submit(write_once, shape, options.work / shape)
+                   for shape in dict.fromkeys(trial.shape for trial in trials)}
+        for before, trial in zip([None, *trials], [*trials, None], strict=True):
+            held = hold_all_but(options.free_gb)  # 그 사이에 다른 프로그램이 카드를 쓰거나 놓았으면 다시 맞춘다
+            if trial is not None:
+                written[trial.shape].result()
+                measure(trial, "train", partial(train, trial, options.epochs), options.out)
+                trial.merging = merger.submit(measure, trial, "merge", partial(merge, trial), options.out)
             if before is not None:
-                finish(before, options.out)
-            before = trial
-        if before is not None:
-            finish(before, options.out)
-    del held
+                before.merging.result()
+                measure(before, "ask", partial(ask, before), options.out)
+                for left in (before.run, before.merged):
+                    shutil.rmtree(left, ignore_errors=True)
+            del held
 
 
 def write_once(shape: str, folder: Path) -> None:
@@ -140,15 +116,7 @@ def write_once(shape: str, folder: Path) -> None:
         write_folder(shape, folder)
 
 
-def finish(trial: Trial, out: str | None) -> None:
-    """합치기를 기다려 합친 모델에게 묻는다."""
-    trial.merging.result()
-    measure(trial, "ask", partial(ask, trial), out)
-    for left in (trial.run, trial.merged):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def measure(trial: Trial, stage: str, work, out: str | None) -> None:
+def measure(trial: Trial, stage: str, work, out: Path) -> None:
     """단계 하나를 지나며 잰 것을 찍는다. 앞 단계가 실패했으면 하지 않는다."""
     if "error" in trial.row:
         return
@@ -158,57 +126,49 @@ def measure(trial: Trial, stage: str, work, out: str | None) -> None:
     except RuntimeError as error:
         found = {"error": str(error)}
     found[f"{stage}_s"] = time.perf_counter() - began
-    trial.row.update(found)
+    trial.row |= found
     line = json.dumps({"trial": trial.name, "stage": stage, **found, "tracebacks": trial.row["tracebacks"],
                        "recoveries": trial.row["recoveries"]}, ensure_ascii=False)
     print(line, flush=True)
-    if out:
-        with Path(out).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    with out.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
-def train(trial: Trial, options) -> dict:
+def train(trial: Trial, epochs: str) -> dict:
     chosen = ("--lora_target_modules", trial.targets) if trial.targets else ()
-    with Watch() as watch:
-        text = call(trial, "train", watch, "finetune-lora.py", "--base_model", trial.base, "--data_path", options.data,
-                    "--output_dir", trial.run, "--num_train_epochs", options.epochs, "--batch_size", 16,
-                    "--verbose", "True", *chosen)
+    with Watch("train") as watch:
+        text = call(trial, "train", "finetune-lora.py", "--base_model", trial.base, "--data_path", DATA, "--output_dir",
+                    trial.run, "--num_train_epochs", epochs, "--batch_size", 16, "--verbose", "True", *chosen)
     report = json.loads((trial.run / "run.json").read_text(encoding="utf-8"))
     history = [entry for entry in report["history"] if "loss" in entry]
-    tokens = report["data"]["train_tokens"] * float(options.epochs) / len(history)
+    tokens = report["data"]["train_tokens"] * float(epochs) / len(history)
     found = {"train_tokens_per_second": steady_speed(history, tokens, skip=2), "steps": len(history),
-             "path": report["path"], "loop_s": report["train_seconds"], "peak_ram_gb": report["peak_ram_gb"],
-             **watch.found("train")}
+             "path": report["path"], "peak_ram_gb": report["peak_ram_gb"], **watch.found}
     if told := PREDICTED.search(text):
-        planned, done = PLANNED.search(text), RECOMPUTED.search(report["path"])
+        recomputed = RECOMPUTED.search(report["path"])
         found |= {"vram_gb": report["peak_vram_gb"], "predicted_gb": float(told[2]),
-                  "planned_layers": int(planned[1]) if planned else 0, "recomputed": int(done[1]) if done else None}
+                  "recomputed": int(recomputed[1]) if recomputed else None}
     return found
 
 
-def merge(trial: Trial, last: bool) -> dict:
-    """합친다. 이 모양을 더 배우지 않으면 기반 모델을 지운다."""
-    call(trial, "merge", None, "merge-lora.py", "--peft_root", trial.run, "--output_dir", trial.merged, "--verify",
-         "False")
-    size = sum(file.stat().st_size for file in trial.merged.glob("*.safetensors"))
-    if last:
-        shutil.rmtree(trial.base)
-    return {"merged_gb": size / 1e9}
+def merge(trial: Trial) -> dict:
+    call(trial, "merge", "merge-lora.py", "--peft_root", trial.run, "--output_dir", trial.merged, "--verify", "False")
+    return {"merged_gb": sum(file.stat().st_size for file in trial.merged.glob("*.safetensors")) / 1e9}
 
 
 def ask(trial: Trial) -> dict:
-    with Watch() as watch:
-        text = call(trial, "ask", watch, "generate.py", "--load_4bit", "True", "--base_model", trial.merged, "--ask",
-                    QUESTION, "--verbose", "True")
-    found = watch.found("ask")
+    with Watch("ask") as watch:
+        text = call(trial, "ask", "generate.py", "--load_4bit", "True", "--base_model", trial.merged, "--ask", QUESTION,
+                    "--verbose", "True")
+    found = watch.found
     for name, pattern in (("answer_tokens_per_second", SPEED), ("first_token_s", FIRST), ("longest", LONGEST)):
         if told := pattern.search(text):  # 한 토큰에 끝난 답에는 속도가 없다
             found[name] = float(told[1].replace(",", ""))
     return found
 
 
-def call(trial: Trial, stage: str, watch: "Watch | None", script: str, *flags) -> str:
-    """스크립트를 사용자처럼 부르고 한 말을 돌려준다. 줄마다 몇 초에 나왔고 그때까지 카드를 얼마나 썼는지 남긴다.
+def call(trial: Trial, stage: str, script: str, *flags) -> str:
+    """스크립트를 사용자처럼 부르고 한 말을 돌려준다.
 
     Raises:
         RuntimeError: 실패했다. 출력의 끝을 말한다.
@@ -220,8 +180,7 @@ def call(trial: Trial, stage: str, watch: "Watch | None", script: str, *flags) -
             env={**os.environ, "PYTHONIOENCODING": "utf-8"}) as process:
         for line in process.stdout:
             lines.append(line)
-            used = watch.told(line) if watch else 0.0
-            log.write(f"{time.perf_counter() - began:6.1f} {used:5.2f} {line}")
+            log.write(f"{time.perf_counter() - began:6.1f} {line}")
             log.flush()
     text = "".join(lines)
     trial.row["tracebacks"] += text.count(TRACEBACK)
@@ -244,62 +203,51 @@ def hold_all_but(free_gb: float):
 
 
 class Watch:
-    """`with` 안에 있는 동안 카드에서 더 쓰인 것의 최댓값을 잰다. CUDA context까지 센다."""
+    """`with` 안에 있는 동안 카드에 남은 양을 본다.
+
+    Attributes:
+        found: `with`를 나온 다음, 더 쓰인 것의 최댓값과(CUDA context까지 센다) 남은 것의 최댓값, GB.
+    """
+
+    def __init__(self, stage: str):
+        self.stage, self.found, self.seen, self.ended = stage, {}, [], threading.Event()
 
     def __enter__(self) -> "Watch":
         import torch
 
-        self.most, self.recent, self.free, self.ended = 0, 0, 0, threading.Event()
-        self.thread, self.step, self.peaks = None, 0.0, {}
+        self.thread = threading.Thread(target=self._look, args=(torch.cuda.mem_get_info,), daemon=True)
         if torch.cuda.is_available():
-            self.thread = threading.Thread(target=self._look, args=(torch.cuda.mem_get_info,), daemon=True)
+            self.seen.append(torch.cuda.mem_get_info()[0] / 1e9)
             self.thread.start()
         return self
 
     def _look(self, room) -> None:
-        free = room()[0]
         while not self.ended.wait(WATCH_EVERY):
-            left = room()[0]
-            used, self.free = free - left, max(self.free, left)
-            self.most, self.recent = max(self.most, used), max(self.recent, used)
-
-    def told(self, line: str) -> float:
-        """앞의 줄부터 이 줄까지 쓴 것의 최댓값(GB)."""
-        used, self.recent = self.recent / 1e9, 0
-        self.step = max(self.step, used)
-        for start, name in ENDS.items():
-            if line.startswith(start):
-                self.peaks[f"{name}_peak_gb"], self.step = self.step, 0.0
-        return used
+            self.seen.append(room()[0] / 1e9)
 
     def __exit__(self, *_) -> None:
         self.ended.set()
-        if self.thread is not None:
+        if self.seen:
             self.thread.join()
-
-    def found(self, stage: str) -> dict:
-        if self.thread is None:
-            return {}
-        return {f"{stage}_card_gb": self.most / 1e9, f"{stage}_free_gb": self.free / 1e9, **self.peaks}
+            self.found = {f"{self.stage}_card_gb": self.seen[0] - min(self.seen),
+                          f"{self.stage}_free_gb": max(self.seen)}
 
 
 def print_table(trials: list[Trial]) -> None:
-    print("\n| 모양 | LoRA | 학습 토큰/초 | VRAM(예측) GB, 재계산한 층 | 카드에서 쓴 것 GB: 학습, 대화 | 병합 초 | "
-          "답 토큰/초(첫 토큰) | traceback, 메모리 부족 |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("모델(LoRA를 붙인 층)", "학습 토큰/초", "VRAM(예측) GB", "다시 계산한 층", "합치기, 초",
+             "대화 토큰/초(첫 토큰, 초)", "대화의 길이(토큰)", "카드에서 쓴 것 GB: 학습, 대화", "traceback, 복구")
+    print(f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for trial in trials:
-        row = trial.row
-        cells = [trial.shape, trial.targets or "기본값", shown(row, "train_tokens_per_second", ",.0f"),
-                 f"{shown(row, 'vram_gb', '.2f')}({shown(row, 'predicted_gb', '.2f')}), {row.get('recomputed', '')}",
-                 f"{shown(row, 'train_card_gb', '.2f')}, {shown(row, 'ask_card_gb', '.2f')}",
-                 shown(row, "merge_s", ".1f"),
-                 f"{shown(row, 'answer_tokens_per_second', ',.0f')}({shown(row, 'first_token_s', '.2f')})",
-                 f"{row['tracebacks']}, {row['recoveries']}"]
-        print(f"| {' | '.join(cells)} |" + (f" {row['error'].splitlines()[-1]}" if "error" in row else ""), flush=True)
+        def shown(name: str, form: str = "", row: dict = trial.row) -> str:
+            return format(row[name], form) if row.get(name) is not None else ""
 
-
-def shown(row: dict, name: str, form: str) -> str:
-    return format(row[name], form) if row.get(name) is not None else ""
+        cells = [f"{trial.shape} ({trial.targets or '기본값'})", shown("train_tokens_per_second", ",.0f"),
+                 f"{shown('vram_gb', '.2f')} ({shown('predicted_gb', '.2f')})", shown("recomputed"),
+                 shown("merge_s", ".0f"),
+                 f"{shown('answer_tokens_per_second', ',.0f')} ({shown('first_token_s', '.2f')})",
+                 shown("longest", ",.0f"), f"{shown('train_card_gb', '.2f')}, {shown('ask_card_gb', '.2f')}",
+                 f"{shown('tracebacks')}, {shown('recoveries')}"]
+        print(f"| {' | '.join(cells)} | {trial.row.get('error', '')[-200:]}", flush=True)
 
 
 if __name__ == "__main__":
