@@ -81,8 +81,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
             validation = results.validation()
         except UsageError as error:
             return gr.update(), str(error)
-        choices = [(scores.plain_question(question, answerer.prompter)[:80], number)
-                   for number, question in enumerate(validation.questions[:MAX_CHOICES])]
+        choices = [(question.text[:80], number) for number, question in enumerate(validation.questions[:MAX_CHOICES])]
         changed = " 데이터나 나누는 법이 학습한 뒤에 바뀌었어요." if validation.changed else ""
         return gr.update(choices=choices, value=0), f"검증 질문 {len(validation.questions):,}개.{changed}"
 
@@ -112,7 +111,7 @@ def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
                     pass
                 if any(answer.finish_reason in ("cancelled", "error") for answer in answers):
                     break
-                rows.append(scores.make_row(question, answers, answerer.prompter))
+                rows.append(scores.make_row(question, answers))
                 yield html_table(HEADERS, scores.table(rows)), scores.to_csv(rows), gr.update()
             yield gr.update(), gr.update(), f"질문 {len(rows)}개로 쟀어요. ↑는 클수록, ↓는 작을수록 좋아요"
         except UsageError as error:
