@@ -22,7 +22,7 @@ from utils.merge import job, proof
 from utils.model import checkpoint
 from utils.model.adapter import find_adapter, read_adapter_config, read_prompt_info
 from utils.model.folder import open_model_folder
-from utils.train import run_folder
+from utils.train import conditions
 
 finetune_lora = load_script("finetune-lora.py")
 PARAMETERS = inspect.signature(finetune_lora.train).parameters
@@ -149,7 +149,7 @@ def test_any_model_folder_is_a_model_or_one_line(room, files, config, index):
 @given(st.dictionaries(st.sampled_from(["seed", "num_train_epochs", "lora_r", "x"]), json_values))
 def test_any_recorded_run_differs_by_name(old):
     new = {name: {"id": 1, "shown": "1"} for name in ("seed", "num_train_epochs", "lora_r")}
-    assert all(": " in line for line in run_folder.differences(old, new))
+    assert all(": " in line for line in conditions.differences(old, new))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from utils.chat_settings import CHAT, THINKS, read_settings
 from utils.errors import UsageError
 from utils.turns import Joined, Pieces, Turn, Unlearned, filled
 
-CHAT = "chat"
 THOUGHTS, THOUGHTS_END = "<think>", "</think>"
 # 글 속에 글자로 적힌 특수 토큰을 가르는 표시. 이 자리에서 나누어 토큰화하면 특수 토큰이 되지 않는다. 유니코드가 글자로
 # 쓰지 않기로 한 번호라 글에 나오지 않는다
@@ -50,11 +50,11 @@ class ChatPrompter:
     """토크나이저에 든 대화 템플릿을 쓰는 `Prompter`. 다른 모델의 instruct 형식을 그대로 따른다.
 
     Args:
-        template: {"name": "chat"}. "enable_thinking"(bool)이 있으면 템플릿에 그대로 넘긴다. 없으면 템플릿의 기본값이다.
+        template: {"name": "chat"}과 그 설정(`chat_settings`). 없는 설정은 템플릿의 기본값이다.
         unwrap: 한 글로 된 행을 질문과 답으로 푼다. 풀 수 없으면 None이다.
 
     Raises:
-        UsageError: 토크나이저에 대화 템플릿이 없거나, enable_thinking이 bool이 아니다.
+        UsageError: 토크나이저에 대화 템플릿이 없거나, 설정의 값이 틀렸다.
     """
 
     name = CHAT
@@ -63,16 +63,14 @@ class ChatPrompter:
                  unwrap: Callable[[str], list[Turn] | None] = lambda text: None):
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("이 모델의 토크나이저에는 대화 템플릿이 없다. --prompt_template default를 쓴다")
-        self.template = {"name": CHAT, **{key: value for key, value in (template or {}).items()
-                                          if key == "enable_thinking"}}
-        self._settings = {key: value for key, value in self.template.items() if key != "name"}
-        if not all(isinstance(value, bool) for value in self._settings.values()):
-            raise UsageError("템플릿 chat의 enable_thinking에는 true나 false를 적는다")
+        written = tokenizer.chat_template
+        written = written if isinstance(written, str) else written.get("default", "")  # 이름마다 하나씩 둔 것도 있다
+        self.template, self._variables, self._source = read_settings(template or {}, written)
         self._tokenizer = tokenizer
         self._unwrap = unwrap
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-        self._has_marks = isinstance(tokenizer.chat_template, str) and bool(_MARKS.search(tokenizer.chat_template))
+        self._has_marks = bool(_MARKS.search(written))
         self._header, self._trail = self._probe()
         self.end_tokens = end_tokens(tokenizer, self._trail)
 
@@ -143,7 +141,7 @@ class ChatPrompter:
         told, marks = self._render(turns, marks=self._has_marks)
         if not told.startswith(asked):
             advice = "system을 첫 질문에 합치거나 " if turns[0].role == "system" else ""
-            if self._settings:
+            if THINKS in self._variables:
                 advice += f"{THOUGHTS}로 적은 생각이 든 답이면 enable_thinking을 true로 하거나 "
             raise CannotSay("토크나이저의 대화 템플릿이 답이 있을 때와 물을 때의 앞글을 다르게 적어, 배운 대로 물을 "
                             f"수 없다. {advice}--prompt_template default를 쓴다")
@@ -184,11 +182,11 @@ class ChatPrompter:
                 from transformers.utils.chat_template_utils import render_jinja_template
 
                 texts, places = render_jinja_template(
-                    [messages], chat_template=self._tokenizer.chat_template, return_assistant_tokens_mask=True,
-                    **{**self._tokenizer.special_tokens_map, **self._settings})
+                    [messages], chat_template=self._source, return_assistant_tokens_mask=True,
+                    **{**self._tokenizer.special_tokens_map, **self._variables})
                 return texts[0], list(places[0])
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask,
-                                                       **self._settings), []
+            return self._tokenizer.apply_chat_template(messages, chat_template=self._source or None, tokenize=False,
+                                                       add_generation_prompt=ask, **self._variables), []
         except Exception as error:  # 템플릿은 모델과 함께 온 프로그램이라 무슨 오류든 낼 수 있다
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             said = ", ".join(turn.role for turn in turns[:6]) + (", ..." if len(turns) > 6 else "")

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.chat import CHAT, ChatPrompter
+from utils.chat import ChatPrompter
+from utils.chat_settings import CHAT, DATE
 from utils.errors import UsageError, json_reason
 from utils.turns import Pieces, Turn, Unlearned, filled, shift_space
 from utils.turns import fill_placeholder as fill_placeholder
@@ -101,13 +102,17 @@ class Prompter:
         return shift_space(text[: start + spaces], text[start + spaces :])
 
 
-def make_prompter(template: str | Path | dict, tokenizer=None) -> Prompter | ChatPrompter:
-    """이름이 `chat`이면 토크나이저의 대화 템플릿을, 아니면 파일이나 dict의 템플릿을 쓴다."""
+def make_prompter(template: str | Path | dict, tokenizer=None, date: str | None = None) -> Prompter | ChatPrompter:
+    """이름이 `chat`이면 토크나이저의 대화 템플릿을, 아니면 파일이나 dict의 템플릿을 쓴다.
+
+    Args:
+        date: 템플릿이 날짜를 적으면 그 날짜("2026-11-29"). 템플릿이 스스로 정했거나 None이면 쓰지 않는다.
+    """
     if str(template) == CHAT:
         template = {"name": CHAT}
     content = template if isinstance(template, dict) else _read_template(template)
     if isinstance(content, dict) and content.get("name") == CHAT:
-        return ChatPrompter(tokenizer, content, unwrap)
+        return ChatPrompter(tokenizer, {DATE: date, **content} if date else content, unwrap)
     return Prompter(template)
 
 

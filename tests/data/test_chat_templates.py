@@ -1,5 +1,6 @@
 """공개된 대화 템플릿마다, 배우는 토큰은 apply_chat_template의 토큰이고 물을 때의 토큰은 그 앞부분이다."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -150,6 +151,26 @@ def test_thinking_is_chosen_in_a_template_file(tokenizers, tmp_path):
     path.write_text('{"name": "chat", "enable_thinking": "off"}', encoding="utf-8")
     with pytest.raises(UsageError, match="enable_thinking"):
         make_prompter(str(path), tokenizers["qwen3"])
+
+
+DATED = """{{ bos_token }}오늘: {{ strftime_now("%Y.%m.%d") }}
+{% for message in messages %}[INST]{{ message.content }}[/INST]{% endfor %}"""
+
+
+def test_a_template_that_writes_today_says_one_day(tokenizers, tmp_path):
+    """배운 글과 물을 때의 글이 날마다 달라지지 않게 날짜를 하나로 정해 담는다."""
+    tokenizer = equip(build_tokenizer(tmp_path / "dated"), DATED)
+    before = datetime.date.today()
+    today = make_prompter("chat", tokenizer)
+    assert today.template["date"] in (before.isoformat(), datetime.date.today().isoformat())
+    learned = make_prompter({"name": "chat", "date": "2024-07-26"}, tokenizer)
+    assert "오늘: 2024.07.26\n" in learned.prompt("가?") and "오늘: 2024.07.26\n" in learned.talk(PLAIN[:1])[0][0][0]
+    assert make_prompter(learned.template, tokenizer).prompt("가?") == learned.prompt("가?") != today.prompt("가?")
+    assert make_prompter("chat", tokenizer, date="2024-07-26").template == learned.template
+    assert make_prompter({"name": "chat", "date": "2025-01-02"}, tokenizer, "2024-07-26").template["date"][:4] == "2025"
+    with pytest.raises(UsageError, match="date"):
+        make_prompter({"name": "chat", "date": "어제"}, tokenizer)
+    assert make_prompter(learned.template, tokenizers["llama3"]).template == {"name": "chat"}
 
 
 def test_an_answer_with_thoughts_is_not_taught_without_them(tokenizers):

@@ -14,7 +14,7 @@ from utils import files, seals
 from utils.errors import UsageError
 from utils.model import checkpoint
 from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS
-from utils.train import run_folder
+from utils.train import conditions, run_folder
 
 pytestmark = pytest.mark.quick
 
@@ -144,12 +144,22 @@ def test_differences_name_old_and_new_and_more_epochs_are_fine():
         return {name: {"id": value, "shown": str(value)} for name, value in values.items()}
 
     old = facts(seed=1, lora_r=8, num_train_epochs=3)
-    assert run_folder.differences(old, facts(seed=1, lora_r=8, num_train_epochs=5)) == []
-    assert run_folder.differences(old, facts(seed=2, lora_r=8, num_train_epochs=2)) == ["seed: 1 -> 2",
-                                                                                  "num_train_epochs: 3 -> 2"]
+    assert conditions.differences(old, facts(seed=1, lora_r=8, num_train_epochs=5)) == []
+    shorter = conditions.differences(old, facts(seed=2, lora_r=8, num_train_epochs=2))
+    assert shorter == ["seed: 1 -> 2", "num_train_epochs: 3 -> 2"]
     moved = {"data_path": {"id": "aa", "shown": "rows.json"}}, {"data_path": {"id": "bb", "shown": "rows.json"}}
-    assert run_folder.differences(*moved) == ["data_path: rows.json -> rows.json(내용이 다르다)"]
-    assert run_folder.differences({}, facts(seed=2)) == ["seed: 없음 -> 2"]
+    assert conditions.differences(*moved) == ["data_path: rows.json -> rows.json(내용이 다르다)"]
+    assert conditions.differences({}, facts(seed=2)) == ["seed: 없음 -> 2"]
+
+
+def test_rows_split_another_way_are_a_difference_only_when_nothing_else_is():
+    def facts(seed, split):
+        return {"split": {"id": split, "shown": f"학습 {split}행"}, "seed": {"id": seed, "shown": str(seed)}}
+
+    assert conditions.differences(facts(1, 38), facts(2, 39)) == ["seed: 1 -> 2"]
+    (line,) = conditions.differences(facts(1, 38), facts(1, 39))
+    assert "split: 학습 38행 -> 학습 39행" in line and "다르게 나누던 버전" in line
+    assert "split: 없음 -> 학습 39행" in conditions.differences({"seed": facts(1, 39)["seed"]}, facts(1, 39))[0]
 
 
 @pytest.mark.parametrize("argv", [

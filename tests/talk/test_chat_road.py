@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 from conftest import call_script, load_answerer
 
+from utils import record
 from utils.data import columns, dataset, forms
 from utils.data.questions import held_out_members, read_question
 from utils.model.adapter import read_prompt_info
 from utils.model.tokenizer import load_tokenizer
+from utils.talk import scores
 from utils.talk.source import find_source
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "templates_real" / "chatml.jinja"
@@ -59,3 +61,11 @@ def test_what_is_asked_is_the_beginning_of_what_was_learned(tmp_path, tiny_neox,
             assert answerer.ask_talk(turns[:place]) == tokens[:start].tolist()
     question = read_question(documents, int(held_out_members(documents, 20, 42)[0]))
     assert question.answer[-1] == turn_end and tokenizer.decode(question.answer[:-1]).endswith("입니다.")
+
+    validation = scores.load_validation(run, answerer, str(tmp_path / "cache"))
+    assert not validation.changed
+    for asked in validation.questions:
+        assert "<|im_" not in asked.text and asked.text.endswith("는?")
+    recorded = record.read_run(run)
+    record.write_run(run, {**recorded, "data": {**recorded["data"], "validation_sha256": "다르게 나눈 행"}})
+    assert scores.load_validation(run, answerer, str(tmp_path / "cache")).changed

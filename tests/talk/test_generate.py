@@ -98,6 +98,11 @@ class TestTemplate:
         prompter = choose_prompter(find_source(None, str(talk_run), print), None, load_tokenizer(base), print)
         assert prompter.name == "default" and "주의" not in capsys.readouterr().out
 
+    def test_naming_the_template_that_was_learned_is_no_warning(self, talk_run, base, capsys):
+        source = find_source(None, str(talk_run), print)
+        assert choose_prompter(source, "default", load_tokenizer(base), print).template["name"] == "default"
+        assert "주의" not in capsys.readouterr().out
+
     def test_another_template_is_a_warning(self, talk_run, base, capsys):
         source = find_source(None, str(talk_run), print)
         prompter = choose_prompter(source, "instruction-output", load_tokenizer(base), print)

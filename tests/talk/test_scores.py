@@ -67,12 +67,11 @@ def test_validation_questions_are_the_held_out_rows(answerer, talk_run):
     validation = scores.load_validation(talk_run, answerer)
     assert 1 <= len(validation.questions) < 40 and not validation.changed
     for question in validation.questions:
-        plain = scores.plain_question(question, answerer.prompter)
-        number = plain.split()[0]
-        assert plain == f"{number} 더하기 {number}는?"
+        number = question.text.split()[0]
+        assert question.text == f"{number} 더하기 {number}는?"
         double = 2 * int(number)
         assert question.reference == f"{number}에 {number}를 더하면 {double}입니다. {number}의 두 배와 같습니다."
-        assert question.input_ids == answerer.ask(plain)
+        assert question.input_ids == answerer.ask(question.text)
 
 
 def test_changed_data_is_seen_by_its_content(answerer, talk_run, tmp_path):
@@ -111,7 +110,7 @@ def test_scores_stay_between_0_and_100(answerer):
     question = scores.Question("질문", "답", [5])
     for text in ("", "�", "답", "질문 질문 질문", "a" * 500):
         answer = Answer([5], Sampling(), text=text, ids=[1] * len(text), finish_reason="stop")
-        assert all(0 <= value <= 100 for value in scores.score(answer, question, "질문").values())
+        assert all(0 <= value <= 100 for value in scores.score(answer, question).values())
 
 
 def test_scorecard_compares_both_models_and_stays_in_the_run(answerer, talk_run, tmp_path):

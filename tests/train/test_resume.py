@@ -1,6 +1,7 @@
 """이어서 배운 것은 한 번에 배운 것과 한 비트도 다르지 않고, 조건이 바뀌면 이어 가지 않는다."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from faults import same, state_of
 
 from utils import seals
 from utils.model import checkpoint
+from utils.model.adapter import read_prompt_info
+from utils.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 LONG = {"num_train_epochs": 4.4}  # 40 step, 4 step마다 평가하고 저장한다
@@ -123,6 +126,21 @@ def test_moved_base_and_data_of_the_same_content_are_the_same_run(lab, cut, tmp_
     data.write_bytes(Path(tiny_data).read_bytes())
     stopped = lab.resume(cut, base_model=base, data_path=data, signals=[[6, "SIGINT"]])
     assert stopped.code == 130, stopped.text
+
+
+def test_a_resumed_run_writes_the_date_that_it_began_with(lab, tmp_path, tiny_neox):
+    """대화 템플릿이 오늘을 적어도, 다른 날에 이어 배우는 글은 시작한 날의 것이다."""
+    base, output, template = tmp_path / "base", tmp_path / "run", tmp_path / "dated.json"
+    shutil.copytree(tiny_neox, base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = ("{{ strftime_now('%Y.%m.%d') }} {% for message in messages %}{{ message.content }}"
+                               "{% if message.role == 'user' %}: {% else %}{{ eos_token }}{% endif %}{% endfor %}")
+    tokenizer.save_pretrained(base)
+    template.write_text('{"name": "chat", "date": "2020-01-02"}', encoding="utf-8")
+    assert lab.train(output, base_model=base, prompt_template=template, signals=[[3, "SIGINT"]]).code == 130
+    done = lab.resume(output, base_model=base, prompt_template="chat")
+    assert done.code == 0, done.text
+    assert read_prompt_info(output).template == {"name": "chat", "date": "2020-01-02"}
 
 
 def test_nothing_is_resumed_unasked_and_a_named_checkpoint_is_that_one(lab, tmp_path):

@@ -119,6 +119,16 @@ def split_by_content(documents: Documents, percent: float, seed: int) -> Split:
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
+def fingerprint(documents: Documents, *members: np.ndarray) -> str:
+    """문서들의 내용의 해시. 다르게 나뉘었거나 템플릿이 다른 글을 적었으면 다르다.
+
+    Args:
+        members: 문서 번호들. 저마다 [n] int64.
+    """
+    return hashlib.sha256(b"".join(hashlib.sha256(documents.digests[each].tobytes()).digest()
+                                   for each in members)).hexdigest()
+
+
 def unit_lengths(documents: Documents, members: np.ndarray) -> np.ndarray:
     """함께 다니는 문서들의 길이의 합(토큰). 선호 쌍이면 [members의 절반], 아니면 문서마다의 길이다."""
     return documents.lengths()[members].reshape(-1, documents.per_row).sum(1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.chat import CHAT
+from utils.chat_settings import CHAT
 from utils.data.columns import Form
 from utils.data.encoding import detect_encoding
 from utils.data.forms import unpacked

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import chat, prompter, turns
+from utils import chat, chat_settings, prompter, turns
 from utils.data import (
     check,
     columns,
@@ -228,7 +228,7 @@ def _encode_ahead(documents: Iterator[_Document],
 def _code_sha256() -> str:
     """토큰과 검사를 만드는 코드의 해시. 코드가 바뀌면 옛 캐시를 쓰지 않는다."""
     modules = (encoding, tables, readers, rows, kobest, columns, forms, preferences, talks, texts, window, encoder,
-               turns, chat, prompter, check, row_check, pair_check)
+               turns, chat, chat_settings, prompter, check, row_check, pair_check)
     return text_sha256(*(Path(each.__file__).read_text(encoding="utf-8") for each in modules),
                        Path(__file__).read_text(encoding="utf-8"))
 

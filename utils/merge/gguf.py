@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.chat_settings import CHAT
 from utils.data.encoder import head_ids
 from utils.errors import UsageError
 from utils.merge.exportable import ARCHITECTURES, head_dim_of, import_gguf, require_exportable, rotary_share
@@ -18,7 +19,6 @@ from utils.model.adapter import read_prompt_info
 from utils.model.folder import ModelFolder, open_model_folder
 from utils.model.shards import read_whole
 from utils.model.tokenizer import end_token_ids, load_tokenizer
-from utils.prompter import CHAT
 
 _LARGEST_F16 = 65504.0
 # 토큰을 자르는 정규식의 일부 -> llama.cpp가 그 방식을 부르는 이름

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from utils.chat_settings import CHAT
 from utils.model.adapter import read_prompt_info
 from utils.model.tokenizer import end_token_ids, load_tokenizer
-from utils.prompter import CHAT, Prompter
+from utils.prompter import Prompter
 
 _QUESTION, _ANSWER, _SYSTEM = "<질문의 자리>", "<답의 자리>", "<지시의 자리>"
 _SLOTS = {_QUESTION: "{{ .Prompt }}", _ANSWER: "{{ .Response }}", _SYSTEM: "{{ .System }}"}

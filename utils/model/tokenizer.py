@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from utils import hub
-from utils.chat import CHAT, ChatPrompter
+from utils.chat import ChatPrompter
+from utils.chat_settings import CHAT
 from utils.errors import UsageError, first_line
 from utils.files import read_json
 from utils.model.folder import text_config

@@ -4,12 +4,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from utils.chat_settings import CHAT
 from utils.data.encoder import Encoder, require_known_ids
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.textstream import Opening, TextStream
 from utils.errors import UsageError
-from utils.prompter import CHAT, Turn
+from utils.prompter import Turn
 from utils.sampling import Sampling
 from utils.talk.line import Line, Task
 from utils.turns import as_talk

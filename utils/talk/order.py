@@ -5,10 +5,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.chat_settings import CHAT
 from utils.data.readers import READERS
 from utils.errors import UsageError
 from utils.paths import ROOT
-from utils.prompter import CHAT, TEMPLATES
+from utils.prompter import TEMPLATES
 from utils.talk.guard import is_number
 
 DATA_FOLDERS = (".", "data", "ko-datasets")

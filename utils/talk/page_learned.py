@@ -11,6 +11,7 @@ from utils.prompter import EXAMPLES
 from utils.record import MODELS
 from utils.talk import scorecards, scores
 from utils.talk.answerer import Answerer, describe
+from utils.talk.page_reply import LIVE
 from utils.talk.page_runs import html_table
 from utils.talk.page_settings import status_line, unchecked
 
@@ -57,78 +58,93 @@ class Results:
 
 def learned_tab(answerer: Answerer, results: Results, tab: gr.Tab) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다."""
-    gr.Markdown("학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교해요. "
-                "늘 가장 그럴듯한 토큰을 골라요(Temperature 0).")
-    pick = unchecked(gr.Dropdown([], label="검증 질문", elem_id="question", interactive=True))
-    ask = gr.Button("두 모델에게 묻기", variant="primary", elem_id="ask-both")
-    with gr.Row():
-        reference, base, tuned = (
-            gr.Textbox(label=label, lines=10, max_lines=10, interactive=False, min_width=220, elem_id=name)
-            for label, name in (("모범 답", "reference"),
-                                *((model.title, f"learned-{model.name}") for model in MODELS)))
-    with gr.Row():
-        count = gr.Slider(1, MAX_QUESTIONS, value=5, step=1, label="몇 개의 질문으로 잴까요", elem_id="count", scale=3,
-                          min_width=240)
-        measure = gr.Button("재기", variant="primary", elem_id="measure", scale=1, min_width=100)
-        stop = gr.Button("멈추기", variant="stop", elem_id="measure-stop", scale=1, min_width=100)
-        export = gr.Button("CSV로 내려받기", elem_id="csv", scale=1, min_width=160)
-    status = status_line("learned-status", None)
-    table = gr.HTML(elem_id="scores")
-    csv = gr.Textbox(visible="hidden", elem_id="csv-text")
+    LearnedTab(answerer, results).connect(tab)
+    for name, run in results.runs.items():
+        if rows := scorecards.table(run):
+            gr.Markdown(f"**{name}의 성적표**")
+            gr.HTML(html_table(scorecards.HEADERS, rows), elem_classes="scorecard")
 
-    def fill():
+
+class LearnedTab:
+    """탭의 칸들과, 누르면 하는 일."""
+
+    def __init__(self, answerer: Answerer, results: Results):
+        self.answerer, self.results = answerer, results
+        gr.Markdown("학습에 쓰지 않은 질문에 기반 모델과 학습한 모델이 한 답을 비교해요. "
+                    "늘 가장 그럴듯한 토큰을 골라요(Temperature 0).")
+        self.place_question()
+        self.place_score()
+
+    def place_question(self) -> None:
+        """질문 하나를 골라 두 모델의 답을 나란히 보는 칸."""
+        self.pick = unchecked(gr.Dropdown([], label="검증 질문", elem_id="question", interactive=True))
+        self.ask = gr.Button("두 모델에게 묻기", variant="primary", elem_id="ask-both")
+        titles = ("모범 답", "reference"), *((model.title, f"learned-{model.name}") for model in MODELS)
+        with gr.Row():
+            self.answers = [gr.Textbox(label=label, lines=10, max_lines=10, interactive=False, min_width=220,
+                                       elem_id=name) for label, name in titles]
+
+    def place_score(self) -> None:
+        """질문 여럿을 재는 단추와 점수의 표."""
+        with gr.Row():
+            self.count = gr.Slider(1, MAX_QUESTIONS, value=5, step=1, label="몇 개의 질문으로 잴까요",
+                                   elem_id="count", scale=3, min_width=240)
+            self.measure = gr.Button("재기", variant="primary", elem_id="measure", scale=1, min_width=100)
+            self.stop = gr.Button("멈추기", variant="stop", elem_id="measure-stop", scale=1, min_width=100)
+            self.export = gr.Button("CSV로 내려받기", elem_id="csv", scale=1, min_width=160)
+        self.status = status_line("learned-status", None)
+        self.table = gr.HTML(elem_id="scores")
+        self.csv = gr.Textbox(visible="hidden", elem_id="csv-text")
+
+    def connect(self, tab: gr.Tab) -> None:
+        """칸과 단추를 하는 일에 잇는다."""
+        tab.select(self.fill, None, [self.pick, self.status], api_visibility="private")
+        self.ask.click(self.show_one, self.pick, [*self.answers, self.status], **LIVE)
+        self.measure.click(self.score, self.count, [self.table, self.csv, self.status], **LIVE)
+        self.stop.click(self.leave, **LIVE)
+        self.export.click(None, self.csv, js="(text) => lite.exportCsv(text)", api_visibility="private")
+
+    def fill(self):
+        """검증 질문을 읽어 고르는 칸에 넣는다."""
         try:
-            validation = results.validation()
+            validation = self.results.validation()
         except UsageError as error:
             return gr.update(), str(error)
-        choices = [(scores.plain_question(question, answerer.prompter)[:80], number)
-                   for number, question in enumerate(validation.questions[:MAX_CHOICES])]
+        choices = [(question.text[:80], number) for number, question in enumerate(validation.questions[:MAX_CHOICES])]
         changed = " 데이터나 나누는 법이 학습한 뒤에 바뀌었어요." if validation.changed else ""
         return gr.update(choices=choices, value=0), f"검증 질문 {len(validation.questions):,}개.{changed}"
 
-    async def show_one(number, request: gr.Request):
+    async def show_one(self, number, request: gr.Request):
         try:
-            question = results.question(number)
-            answers = scores.make_answers(question, answerer.context, request.session_hash)
-            answerer.submit(*answers)
+            question = self.results.question(number)
+            answers = scores.make_answers(question, self.answerer.context, request.session_hash)
+            self.answerer.submit(*answers)
         except UsageError as error:
             yield "", "", "", str(error)
             return
-        async for ahead in answerer.follow(*answers):
+        async for ahead in self.answerer.follow(*answers):
             last = next((answer for answer in answers if not answer.finish_reason), answers[-1])
             yield question.reference, *(answer.text.rstrip() for answer in answers), describe(last, ahead)
 
-    async def score(number, request: gr.Request):
+    async def score(self, number, request: gr.Request):
         rows = []
         try:
             if not isinstance(number, int) or not 1 <= number <= MAX_QUESTIONS:
                 raise UsageError(f"질문의 수는 1에서 {MAX_QUESTIONS}까지예요")
-            questions = results.validation().questions[:number]
+            questions = self.results.validation().questions[:number]
             for question in questions:
                 yield gr.update(), gr.update(), f"{len(rows)}/{len(questions)}번째까지 쟀어요"
-                answers = scores.make_answers(question, answerer.context, request.session_hash)
-                answerer.submit(*answers)
-                async for _ in answerer.follow(*answers):
+                answers = scores.make_answers(question, self.answerer.context, request.session_hash)
+                self.answerer.submit(*answers)
+                async for _ in self.answerer.follow(*answers):
                     pass
                 if any(answer.finish_reason in ("cancelled", "error") for answer in answers):
                     break
-                rows.append(scores.make_row(question, answers, answerer.prompter))
+                rows.append(scores.make_row(question, answers))
                 yield html_table(HEADERS, scores.table(rows)), scores.to_csv(rows), gr.update()
             yield gr.update(), gr.update(), f"질문 {len(rows)}개로 쟀어요. ↑는 클수록, ↓는 작을수록 좋아요"
         except UsageError as error:
             yield gr.update(), gr.update(), str(error)
 
-    def leave(request: gr.Request):
-        answerer.leave(request.session_hash)
-
-    tab.select(fill, None, [pick, status], api_visibility="private")
-    ask.click(show_one, pick, [reference, base, tuned, status], concurrency_limit=None, show_progress="hidden",
-              api_visibility="private")
-    measure.click(score, count, [table, csv, status], concurrency_limit=None, show_progress="hidden",
-                  api_visibility="private")
-    stop.click(leave, concurrency_limit=None, show_progress="hidden", api_visibility="private")
-    export.click(None, csv, js="(text) => lite.exportCsv(text)", api_visibility="private")
-    for name, run in results.runs.items():
-        if rows := scorecards.table(run):
-            gr.Markdown(f"**{name}의 성적표**")
-            gr.HTML(html_table(scorecards.HEADERS, rows), elem_classes="scorecard")
+    def leave(self, request: gr.Request):
+        self.answerer.leave(request.session_hash)

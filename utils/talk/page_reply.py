@@ -19,8 +19,6 @@ EMPTY = "질문을 적어 주세요"
 BUSY = "지금은 바빠요. 기다리는 질문이 많으니 잠시 뒤에 다시 보내 주세요"
 GOOD, BAD = "좋은 답으로 남겼어요", "나쁜 답으로 남겼어요"
 MARKED = ". '내 기록'에서 학습 데이터로 내려받을 수 있어요"
-
-
 SILENT = "모델이 한 글자도 답하지 않았어요. 다시 보내거나 다르게 물어보세요"
 LONG = "질문이 너무 길어요. 줄여서 다시 보내 주세요"
 LIVE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # 모든 이벤트의 설정
@@ -136,7 +134,8 @@ def _question_before(talk: Talk, index: object) -> int:
     return index - index % 2
 
 
-def is_answer(value, index: object) -> bool:
+def is_answer(index: object) -> bool:
+    """대화의 `index`번째 말이 답인지. 질문과 답이 번갈아 있다."""
     return isinstance(index, int) and index % 2 == 1
 
 

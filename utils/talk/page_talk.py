@@ -16,91 +16,117 @@ HEIGHT = "max(200px, calc(100dvh - 340px))"  # 질문과 보내기가 첫 화면
 def talk_tab(models: Models, results: Results, page: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown,
              other: gr.Dropdown) -> None:
     """지금 만드는 탭에 칸과 일을 놓는다. `model`과 `other`는 페이지 위의 고르는 칸이다."""
-    context = models.default.answerer.context
-    # 암호는 정해 두어야 서버를 다시 열어도 읽는다. 지키는 것은 브라우저다
-    talk = gr.BrowserState(None, storage_key="polyglot-ko-lite-talk", secret="browser-only")
-    with gr.Row(elem_id="talk-row"):
-        chat = _chatbot("chat", label=title_of(models.default.name), editable="all", show_label=False, min_width=280)
-        beside = _chatbot("chat-other", visible=False, min_width=280)
-    with gr.Row(elem_id="talk-bar"):
-        fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")
-        chips = gr.Dataset(components=[gr.Textbox(render=False)], samples=chips_of(results),
-                           label="예시 질문", show_label=False, layout="gallery", elem_id="chips", container=False)
-    question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=4, autofocus=True, elem_id="talk-question",
-                          max_length=guard.MAX_CHARS, submit_btn="보내기", container=False,
-                          placeholder="질문 (Enter 보내기 · Shift+Enter 줄바꿈)")
-    status = status_line("talk-status")
-    with gr.Accordion("설정", open=False, elem_id="talk-settings"):
-        system = gr.Textbox(label="시스템 글", info="대화의 맨 앞에 두고 모델이 늘 따르게 할 말이에요", lines=2,
-                            max_lines=6, max_length=guard.MAX_CHARS, elem_id="system")
-        with gr.Row():
-            controls = main_sliders(context, "talk-")
-        with gr.Row():
-            controls += more_settings(context, "talk-")
-    reopen = gr.Button(visible="hidden", elem_id="reopen")
+    TalkTab(models, results).connect(page, tabs, model, other)
 
-    asked = [model, other, system, *controls]
-    shown = [talk, chat, beside, question, status]
 
-    async def send(request: gr.Request, value, text, *settings):
-        async for update in say(models, value, None, text or "", settings, request.session_hash):
+class TalkTab:
+    """탭의 칸들과, 누르면 하는 일."""
+
+    def __init__(self, models: Models, results: Results):
+        self.models = models
+        # 암호는 정해 두어야 서버를 다시 열어도 읽는다. 지키는 것은 브라우저다
+        self.talk = gr.BrowserState(None, storage_key="polyglot-ko-lite-talk", secret="browser-only")
+        self.place_chat(results)
+        self.place_settings()
+        self.reopen = gr.Button(visible="hidden", elem_id="reopen")
+        self.shown = [self.talk, self.chat, self.beside, self.question, self.status]
+
+    def place_chat(self, results: Results) -> None:
+        """대화와 나란히 볼 대화, 예시 질문, 질문 칸."""
+        with gr.Row(elem_id="talk-row"):
+            self.chat = _chatbot("chat", label=title_of(self.models.default.name), editable="all", show_label=False,
+                                 min_width=280)
+            self.beside = _chatbot("chat-other", visible=False, min_width=280)
+        with gr.Row(elem_id="talk-bar"):
+            self.fresh = gr.Button("새 대화", size="sm", scale=0, min_width=80, elem_id="talk-new")
+            self.chips = gr.Dataset(components=[gr.Textbox(render=False)], samples=chips_of(results),
+                                    label="예시 질문", show_label=False, layout="gallery", elem_id="chips",
+                                    container=False)
+        self.question = gr.Textbox(show_label=False, label="질문", lines=1, max_lines=4, autofocus=True,
+                                   elem_id="talk-question", max_length=guard.MAX_CHARS, submit_btn="보내기",
+                                   container=False, placeholder="질문 (Enter 보내기 · Shift+Enter 줄바꿈)")
+        self.status = status_line("talk-status")
+
+    def place_settings(self) -> None:
+        """접어 둔 설정: 시스템 글과 답을 고르는 칸들."""
+        context = self.models.default.answerer.context
+        with gr.Accordion("설정", open=False, elem_id="talk-settings"):
+            self.system = gr.Textbox(label="시스템 글", info="대화의 맨 앞에 두고 모델이 늘 따르게 할 말이에요",
+                                     lines=2, max_lines=6, max_length=guard.MAX_CHARS, elem_id="system")
+            with gr.Row():
+                self.controls = main_sliders(context, "talk-")
+            with gr.Row():
+                self.controls += more_settings(context, "talk-")
+
+    def connect(self, page: gr.Blocks, tabs: gr.Tabs, model: gr.Dropdown, other: gr.Dropdown) -> None:
+        """칸과 단추를 하는 일에 잇는다."""
+        asked = [model, other, self.system, *self.controls]
+        self.question.submit(self.send, [self.talk, self.question, *asked], self.shown, **LIVE)
+        self.chat.retry(self.retry, [self.talk, *asked], self.shown, **LIVE)
+        self.chat.edit(self.edit, [self.talk, *asked], self.shown, **LIVE)
+        self.chat.undo(undo, self.talk, self.shown, **LIVE)
+        self.chat.like(like, self.talk, [self.talk, self.chat, self.status], **LIVE)
+        self.question.stop(self.stop, None, self.question, **LIVE)
+        self.fresh.click(self.renew, None, self.shown, **LIVE)
+        self.chips.click(lambda row: row[0], self.chips, self.question, **LIVE)
+        other.change(columns, other, [self.chat, self.beside], **LIVE)
+        model.change(lambda picked: gr.update(label=title_of(picked)), model, self.chat, **LIVE)
+        page.load(open_talk, self.talk, [*self.shown, self.system], **LIVE)
+        self.reopen.click(open_talk, self.talk, [*self.shown, self.system], js="() => lite.chosen()", **LIVE)
+        self.reopen.click(lambda: gr.update(selected="talk"), None, tabs, **LIVE)
+        self.talk.change(None, self.talk, js="(talk) => lite.keep(talk)", api_visibility="private")
+
+    async def send(self, request: gr.Request, value, text, *settings):
+        async for update in say(self.models, value, None, text or "", settings, request.session_hash):
             yield update
 
-    async def retry(event: gr.RetryData, request: gr.Request, value, *settings):
-        async for update in say(models, value, event.index, None, settings, request.session_hash):
+    async def retry(self, event: gr.RetryData, request: gr.Request, value, *settings):
+        async for update in say(self.models, value, event.index, None, settings, request.session_hash):
             yield update
 
-    async def edit(event: gr.EditData, request: gr.Request, value, *settings):
-        if is_answer(value, event.index):
+    async def edit(self, event: gr.EditData, request: gr.Request, value, *settings):
+        """고쳐 쓴 답은 좋은 답으로 남기고, 고쳐 쓴 질문은 다시 묻는다."""
+        if is_answer(event.index):
             yield correct(value, event.index, plain(event.value))
             return
-        async for update in say(models, value, event.index, plain(event.value), settings, request.session_hash):
+        async for update in say(self.models, value, event.index, plain(event.value), settings, request.session_hash):
             yield update
 
-    def undo(value):
-        said = reread(value)
-        place = said.last_question()
-        text = said.said[place].text if said.said else ""
-        return screen(said.cut(place), question=gr.update(value=text))
-
-    def like(event: gr.LikeData, value):
-        return mark(value, event.index, event.liked)
-
-    def renew(request: gr.Request):
-        models.default.answerer.leave(request.session_hash, clear=True)
+    def renew(self, request: gr.Request):
+        self.models.default.answerer.leave(request.session_hash, clear=True)
         return screen(Talk(), question=waiting())
 
-    def stop(request: gr.Request):
-        models.default.answerer.leave(request.session_hash)
+    def stop(self, request: gr.Request):
+        self.models.default.answerer.leave(request.session_hash)
         return waiting()
 
-    def open_talk(value):
-        """저장된 대화를 편다. 답을 받지 못한 마지막 질문은 질문 칸에 되돌려 놓는다."""
-        talk = reread(value)
-        question = gr.skip()
-        if len(talk.said) % 2 and talk.said[-1].text:
-            question = gr.update(value=talk.said[-1].text)
-            talk = talk.cut(len(talk.said) - 1)
-        return *screen(talk, question=question), talk.system or gr.skip()
 
-    def columns(picked):
-        side = gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
-        return gr.update(show_label=picked != ALONE), side
+def undo(value):
+    """마지막 질문과 답을 빼고, 그 질문을 질문 칸에 되돌려 놓는다."""
+    said = reread(value)
+    place = said.last_question()
+    text = said.said[place].text if said.said else ""
+    return screen(said.cut(place), question=gr.update(value=text))
 
-    for trigger, act, inputs in ((question.submit, send, [talk, question]), (chat.retry, retry, [talk]),
-                                 (chat.edit, edit, [talk])):
-        trigger(act, [*inputs, *asked], shown, **LIVE)
-    chat.undo(undo, talk, shown, **LIVE)
-    chat.like(like, talk, [talk, chat, status], **LIVE)
-    question.stop(stop, None, question, **LIVE)
-    fresh.click(renew, None, shown, **LIVE)
-    chips.click(lambda row: row[0], chips, question, **LIVE)
-    other.change(columns, other, [chat, beside], **LIVE)
-    model.change(lambda picked: gr.update(label=title_of(picked)), model, chat, **LIVE)
-    page.load(open_talk, talk, [*shown, system], **LIVE)
-    reopen.click(open_talk, talk, [*shown, system], js="() => lite.chosen()", **LIVE)
-    reopen.click(lambda: gr.update(selected="talk"), None, tabs, **LIVE)
-    talk.change(None, talk, js="(talk) => lite.keep(talk)", api_visibility="private")
+
+def like(event: gr.LikeData, value):
+    return mark(value, event.index, event.liked)
+
+
+def open_talk(value):
+    """저장된 대화를 편다. 답을 받지 못한 마지막 질문은 질문 칸에 되돌려 놓는다."""
+    talk = reread(value)
+    question = gr.skip()
+    if len(talk.said) % 2 and talk.said[-1].text:
+        question = gr.update(value=talk.said[-1].text)
+        talk = talk.cut(len(talk.said) - 1)
+    return *screen(talk, question=question), talk.system or gr.skip()
+
+
+def columns(picked):
+    """나란히 볼 모델을 골랐으면 대화가 두 열이다."""
+    side = gr.update(visible=False) if picked == ALONE else gr.update(visible=True, label=title_of(picked))
+    return gr.update(show_label=picked != ALONE), side
 
 
 def pickers(models: Models) -> tuple[gr.Dropdown, gr.Dropdown]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from utils import record
 from utils.data import dataset
-from utils.data.questions import held_out_members, read_question
+from utils.data.blocks import fingerprint
+from utils.data.questions import held_out_members, plain_question, read_question
 from utils.errors import UsageError
 from utils.paths import find_recorded
 from utils.record import MODELS
@@ -43,7 +44,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Question:
-    """검증 질문 하나. `input_ids`는 답이 시작되기 직전까지의 토큰이다."""
+    """검증 질문 하나. `text`는 사람이 읽을 질문, `input_ids`는 답이 시작되기 직전까지의 토큰이다."""
 
     text: str
     reference: str
@@ -69,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Validation:
-    """학습에 쓰지 않은 질문들. 데이터의 해시나 검증 행의 수가 학습할 때와 다르면 `changed`가 참이다."""
+    """학습에 쓰지 않은 질문들. 데이터나 검증 행이 학습할 때와 다르면 `changed`가 참이다."""
 
     questions: list[Question]
     changed: bool
@@ -93,19 +94,14 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
                                        answerer.end_id, cache_dir)
     members = held_out_members(documents, settings["val_set_size"], settings["seed"])
     asked = [each for each in (read_question(documents, member) for member in members) if len(each.prompt)]
-    questions = [Question(tokenizer.decode(each.prompt), tokenizer.decode(each.answer[:-1]).strip(),
-                          each.prompt.tolist()) for each in asked]
+    questions = [Question(plain_question(tokenizer, answerer.prompter, each.prompt),
+                          tokenizer.decode(each.answer[:-1]).strip(), each.prompt.tolist()) for each in asked]
     if not questions:
         raise UsageError(f"검증 질문이 없다: {data_path}")
-    recorded, now = run.get("data", {}), {"sha256": documents.sha256, "validation_rows": len(members)}
+    recorded = run.get("data", {})
+    now = {"sha256": documents.sha256, "validation_rows": len(members),
+           "validation_sha256": fingerprint(documents, members)}
     return Validation(questions, any(recorded.get(name, value) != value for name, value in now.items()))
-
-
-def plain_question(question: Question, prompter) -> str:
-    """템플릿의 표시를 뺀, 사람이 읽을 질문."""
-    opening = prompter.prompt("\0").partition("\0")[0]
-    marker = getattr(prompter, "answer_marker", "").rstrip(" ")
-    return question.text.removeprefix(opening).removesuffix(marker).strip() or question.text
 
 
 def make_answers(question: Question, context: int, session: str = "") -> tuple[Answer, ...]:
@@ -114,14 +110,14 @@ def make_answers(question: Question, context: int, session: str = "") -> tuple[A
     return tuple(Answer(question.input_ids, settings, model.tuned, session=session) for model in MODELS)
 
 
-def score(answer: Answer, question: Question, plain: str) -> dict[str, float]:
+def score(answer: Answer, question: Question) -> dict[str, float]:
     """답 하나의 점수. 모두 0에서 100이다."""
     return {
         "stopped": 100.0 * (answer.finish_reason == "stop"),
         "chrf": chrf(answer.text, question.reference),
         "hangul": 100 * hangul_share(answer.text),
         "repetition": 100 * repetition(answer.ids),
-        "echo": 100 * echo(answer.text, plain),
+        "echo": 100 * echo(answer.text, question.text),
     }
 
 
@@ -198,11 +194,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     return "\ufeff" + out.getvalue()
 
 
-def make_row(question: Question, answers: Sequence[Answer], prompter) -> Row:
+def make_row(question: Question, answers: Sequence[Answer]) -> Row:
     """질문 하나의 결과. `answers`는 `make_answers`가 만든 차례대로다."""
-    plain = plain_question(question, prompter)
-    return Row(plain, question.reference, {model.name: Scored(answer.text, score(answer, question, plain))
-                                           for model, answer in zip(MODELS, answers, strict=True)})
+    return Row(question.text, question.reference, {model.name: Scored(answer.text, score(answer, question))
+                                                   for model, answer in zip(MODELS, answers, strict=True)})
 
 
 def evaluate(answerer: Answerer, questions: Sequence[Question]) -> Iterator[Row]:
@@ -213,7 +208,7 @@ def evaluate(answerer: Answerer, questions: Sequence[Question]) -> Iterator[Row]
         for answers in zip(*pairs, strict=True):
             answerer.together(answers)
         for question, answers in zip(group, pairs, strict=True):
-            yield make_row(question, answers, answerer.prompter)
+            yield make_row(question, answers)
 
 
 def _ngrams(text: str, order: int) -> Counter:

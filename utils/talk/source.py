@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils.chat import CHAT
+from utils.chat_settings import CHAT
 from utils.console import detail
 from utils.data.encoder import head_ids
 from utils.decode.decoder import Decoder
@@ -216,17 +216,25 @@ def find_prompt_info(source: Source) -> PromptInfo | None:
 def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say: Callable[[str], None]):
     """저장된 템플릿을 쓴다. 다른 것을 고르면 알린다."""
     info = find_prompt_info(source)
-    prompter = make_prompter(prompt_template or (info.template if info else "default"), tokenizer)
-    if info and prompter.template != info.template:
+    # 배운 것과 이름이 같으면 생각과 날짜까지 배울 때의 것이다
+    stored = info.template if info and prompt_template in (None, info.template.get("name")) else None
+    prompter = make_prompter(stored or prompt_template or "default", tokenizer)
+    if info and stored is None and prompter.template != info.template:
         say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
-    end_id = answer_end_id(tokenizer, prompter)
-    if info and prompter.template == info.template and info.end_token_id != end_id:
-        say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 이 템플릿과 토크나이저의 것은 {end_id}번이다")
-    head = tuple(head_ids(tokenizer))  # 대화 템플릿은 글머리를 스스로 적는다
-    if info and prompter.template == info.template and prompter.name != CHAT and info.head_ids != head:
-        say(f"주의: 배울 때 글머리에 붙인 토큰은 {list(info.head_ids)}인데 지금은 {list(head)}이다. 다시 가르친다")
+    elif info:
+        warn_of_tokens(info, prompter, tokenizer, say)
     say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
     return prompter
+
+
+def warn_of_tokens(info: PromptInfo, prompter, tokenizer, say: Callable[[str], None]) -> None:
+    """배울 때와 같은 템플릿인데 토크나이저가 달라 끝과 글머리의 토큰이 다르면 알린다."""
+    end_id = answer_end_id(tokenizer, prompter)
+    if info.end_token_id != end_id:
+        say(f"주의: 배울 때의 끝 토큰은 {info.end_token_id}번인데 이 템플릿과 토크나이저의 것은 {end_id}번이다")
+    head = tuple(head_ids(tokenizer))  # 대화 템플릿은 글머리를 스스로 적는다
+    if prompter.name != CHAT and info.head_ids != head:
+        say(f"주의: 배울 때 글머리에 붙인 토큰은 {list(info.head_ids)}인데 지금은 {list(head)}이다. 다시 가르친다")
 
 
 def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):

@@ -12,7 +12,7 @@ import numpy as np
 from utils.data.blocks import pack
 from utils.errors import UsageError
 from utils.process import n_processes
-from utils.train import run_folder
+from utils.train import conditions, run_folder
 from utils.train.records import BatchSize, Schedule, Settings
 
 DEFAULT_BATCH = 16
@@ -37,7 +37,7 @@ def choose_batch(settings: Settings, lengths: np.ndarray, longest: int, world: i
     whole = settings.cutoff_len
     if settings.batch_size is not None:
         return attempt(settings.batch_size, whole, whole)
-    earlier = run_folder.earlier_batch(settings)
+    earlier = conditions.earlier_batch(settings)
     if earlier is not None:
         return attempt(earlier.size, earlier.block_len, earlier.room)
 

@@ -16,7 +16,7 @@ from utils.errors import UsageError
 from utils.model import loader
 from utils.model.tokenizer import answer_end_id, load_tokenizer
 from utils.prompter import make_prompter
-from utils.train import pairs
+from utils.train import conditions, pairs
 from utils.train.records import BatchSize, Settings
 
 
@@ -41,7 +41,7 @@ def read(settings: Settings, skip_bad: bool = False) -> Corpus:
         UsageError: 토크나이저나 템플릿이나 데이터가 잘못되었다. 모델의 embedding에 없는 토큰이 나온다.
     """
     tokenizer = load_tokenizer(settings.base_model, settings.cache_dir)
-    prompter = make_prompter(settings.prompt_template, tokenizer)
+    prompter = make_prompter(settings.prompt_template, tokenizer, conditions.earlier_date(settings))
     end_id = answer_end_id(tokenizer, prompter)
     n_rows = loader.load_config(settings.base_model, settings.cache_dir).get("vocab_size")
     encoder = Encoder(tokenizer, end_id, n_rows)

@@ -9,6 +9,7 @@ import torch
 
 from utils import record, report
 from utils.console import one_line
+from utils.data.blocks import fingerprint
 from utils.environment import installed_version, peak_ram_bytes
 from utils.model.objective import FIGURES
 from utils.paths import located
@@ -83,6 +84,7 @@ def stopped_line(samples: list[dict]) -> str:
 def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:
     """학습 한 번을 되풀이하고 비교하는 데 필요한 모든 것."""
     schedule, state, seconds = plan.schedule, result.state, result.seconds
+    held_out = inputs.documents.asked(inputs.parts.held_out)
     tokens = inputs.train_set.n_tokens * settings.num_train_epochs * state.global_step / state.max_steps
     return {
         "settings": {**asdict(settings), "base_model": located(settings.base_model),
@@ -92,7 +94,7 @@ def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result)
         "data": {"sha256": inputs.data_sha256, "rows": len(inputs.documents) // inputs.documents.per_row,
                  "cut": inputs.documents.n_cut,
                  "train_tokens": inputs.train_set.n_tokens, "blocks": len(inputs.train_set),
-                 "validation_rows": len(inputs.parts.held_out) // inputs.documents.per_row,
+                 "validation_rows": len(held_out), "validation_sha256": fingerprint(inputs.documents, held_out),
                  "questions": [one.sample["question"] for one in user_questions(inputs)[:N_SHOWN]]},
         "plan": {"steps": schedule.steps, "warmup": schedule.warmup, "interval": schedule.interval,
                  "batch_size": inputs.batch.size, "block_len": inputs.batch.block_len,

@@ -1,8 +1,6 @@
-"""실행 하나의 폴더(`output_dir`): 잠그기, 이어 갈 체크포인트 고르기, 바뀐 조건을 거절하기, 여유 공간 재기."""
+"""실행 하나의 폴더(`output_dir`): 잠그기, 이어 갈 체크포인트 고르기, 여유 공간 재기."""
 
 import contextlib
-import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,17 +14,15 @@ from utils.errors import UsageError
 from utils.files import locked
 from utils.model import checkpoint
 from utils.model.adapter import PromptInfo
-from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS, model_digest
+from utils.model.folder import ADAPTER_FILES, ADAPTER_WEIGHTS
 from utils.process import is_first_process, n_processes
 from utils.record import RUN_FILE
+from utils.train.conditions import EPOCHS, describe, differences
 from utils.train.inputs import Inputs
-from utils.train.records import BatchShape, Settings
+from utils.train.records import Settings
 
 KEEP = 2
 OTHER_BYTES = 20 << 20  # run.json, 그림, 예시 답, 로그
-SAME_FLAGS = ("cutoff_len", "learning_rate", "val_set_size", "train_on_inputs", "seed", "lora_r",
-              "lora_alpha", "lora_dropout", "early_stopping_patience")
-EPOCHS = "num_train_epochs"
 # 학습이 덮어쓰거나, 어댑터와 섞여 다른 모델처럼 보이게 하는 것
 CLASHING = ("README.md", "config.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -156,60 +152,6 @@ def is_finished(folder: Path, facts: dict) -> bool:
     return manifest["run"].get(EPOCHS, {}).get("id", 0) >= facts[EPOCHS]["id"]
 
 
-def describe(settings: Settings, inputs: Inputs) -> dict:
-    """실행의 조건. 이것이 같으면 이어서 배운 것이 한 번에 배운 것과 같다."""
-    facts = {name: _fact(getattr(settings, name)) for name in (*SAME_FLAGS, EPOCHS)}
-    template = json.dumps(inputs.prompter.template, ensure_ascii=False, sort_keys=True)
-    return {
-        "base_model": _fact(settings.base_model, model_digest(settings.base_model)),
-        "data_path": _fact(settings.data_path, inputs.data_sha256),
-        "prompt_template": _fact(inputs.prompter.name, hashlib.sha256(template.encode()).hexdigest()),
-        "lora_target_modules": _fact(",".join(inputs.targets)),
-        "dtype": _fact(inputs.device.dtype_name),
-        "processes": _fact(n_processes()),
-        "batch_size": _batch_fact(inputs.batch, settings.cutoff_len),
-        **facts,
-        **({"dpo_beta": _fact(settings.dpo_beta)} if settings.dpo_beta is not None else {}),  # 선호 쌍에만 있다
-    }
-
-
-def earlier_batch(settings: Settings) -> BatchShape | None:
-    """이어 갈 실행의 batch와 블록. 새로 시작하거나 이어 갈 것이 없으면 None이다.
-
-    스스로 고른 batch는 epoch의 수에 따라 달라지므로, 더 배우려고 이어 가도 처음에 고른 것을 쓴다.
-    """
-    asked = settings.resume_from_checkpoint
-    if not asked:
-        return None
-    last = checkpoint.newest_valid(Path(settings.output_dir)) if asked is True else Path(asked)
-    manifest = (seals.read_manifest(last) if last else None) or {}
-    found = manifest.get("run", {}).get("batch_size", {}).get("id")
-    if isinstance(found, int):  # 블록을 cutoff_len까지 채운 실행(`_batch_fact`)
-        return BatchShape(found, settings.cutoff_len, settings.cutoff_len)
-    return BatchShape(*found) if isinstance(found, list) and len(found) == 3 else None
-
-
-def _batch_fact(batch: BatchShape, cutoff_len: int) -> dict:
-    """batch의 조건. 블록을 cutoff_len까지 채우면 수 하나이고, 아니면 (batch, 블록의 길이, 담는 양)이다."""
-    if batch.room == cutoff_len:
-        return _fact(batch.size)
-    return _fact(f"{batch.size} x {batch.room}토큰", [batch.size, batch.block_len, batch.room])
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """달라진 조건을 `이름: 앞 -> 뒤`로 적는다. epoch은 늘어난 것이면 괜찮다."""
-    changed = []
-    for name, fact in new.items():
-        before = old.get(name)
-        before = before if isinstance(before, dict) else {"id": None, "shown": "없음"}
-        was, now = before.get("id"), fact["id"]
-        longer = name == EPOCHS and isinstance(was, int | float) and was <= now
-        if was != now and not longer:
-            content = "(내용이 다르다)" if before.get("shown") == fact["shown"] else ""
-            changed.append(f"{name}: {before.get('shown')} -> {fact['shown']}{content}")
-    return changed
-
-
 def command(changes: dict[str, str | None]) -> str:
     """지금의 명령줄에서 플래그만 바꾼 명령. None이면 그 플래그를 뺀다."""
     kept, skip = [], False
@@ -265,7 +207,3 @@ def _unused(folder: Path) -> str:
     while folder.with_name(f"{folder.name}-{number}").exists():
         number += 1
     return folder.with_name(f"{folder.name}-{number}").as_posix()
-
-
-def _fact(shown, identity=None) -> dict:
-    return {"id": shown if identity is None else identity, "shown": str(shown)}
