@@ -13,7 +13,7 @@ from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe, rotary_frequencies
 from utils.engine.kernel_cache import remembered
 from utils.engine.kv_cache import PAGE, KvCache
-from utils.engine.prefill import Prefill
+from utils.engine.prefill import MANY, Prefill
 from utils.engine.weights import Weights, why_not_weights
 
 VOCAB = 300
@@ -260,3 +260,20 @@ def test_rows_together_equal_one_at_a_time(name, kind, lengths, sizes, tmp_path)
             assert float((ours - alone).norm() / alone.norm()) < 1e-3
             assert rows.told[line, :2].tolist() == alone.argmax(-1).tolist()
         rows.release()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "kind"), [("gpt_neox", "nf4"), ("qwen2", "int8"), ("llama", "wide")])
+def test_many_tokens_have_the_same_bits(name, kind, tmp_path):
+    """토큰이 많아 블록이 크게 맡는 행렬 곱도 비트까지 같다. 질문의 토큰은 채우지 않고 이어 놓는다."""
+    model = build(name, torch.bfloat16, num_hidden_layers=1)
+    model = model if kind == "wide" else quantize(model, kind)
+    step, prefill = prepare(add_lora(model), tmp_path)
+    assert step.plan.can_read_many
+    questions = [[(index * 7 + length) % 299 for index in range(length)] for length in (100, 31, 128, 5)]
+    step.cache.grow(128)
+    rows = DecodeRows(step)
+    for cache in rows._caches[: len(questions)]:
+        cache.grow(128)
+    assert sum(map(len, questions)) >= MANY
+    assert torch.equal(prefill.many(questions, rows._table), torch.stack([prefill(one) for one in questions]))

@@ -22,6 +22,7 @@ CHOOSERS = 1024      # 뽑는 커널의 스레드 수
 READERS = 256        # 질문을 읽는 행렬 곱의 스레드 수
 READ_TOKENS = 64     # 그 블록 하나가 맡는 토큰의 수
 READ_UNIT = 64       # 그 워프가 한 번에 지나는 칸의 수
+MANY_ROWS = MANY_TOKENS = 128  # 토큰이 많을 때 블록 하나가 맡는 행과 토큰의 수
 SPLIT_THREADS = 128  # 읽은 q, k, v를 머리별로 나누는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
@@ -73,6 +74,7 @@ class Plan:
         can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
         lines_qkv, lines_mlp, lines_out, lines_head: 그 커널들의 블록 수.
         lines_splits: 그때 머리 하나의 위치를 나누어 맡는 블록의 수.
+        can_read_many, many_shared: 토큰이 많을 때의 `read_many`가 이 GPU의 공유 메모리에 들어가는지, 그 크기(바이트).
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
 
     Raises:
@@ -148,6 +150,10 @@ class Plan:
             self.lines_mlp = most - self.lines_qkv
         self._read_inputs_at = SPACE_AT + table + 1024  # 표와 8비트 코드표의 다음
         self._read_stages = 4 if shared_limit >= WIDE_TABLE else 2
+        row_bytes = {WIDE: READ_UNIT * 2, NF4: READ_UNIT // 2, INT8: READ_UNIT}[weight]
+        self.many_shared = self._read_inputs_at + self._read_stages * (
+            MANY_TOKENS * READ_UNIT * 2 + MANY_ROWS * (row_bytes + 4))
+        self.can_read_many = self.many_shared <= shared_limit
         self.in_scale = 1 / 64 if family.gated else 1.0  # gate * up이 fp16의 범위를 넘지 않게 한다
         ahead = PIECES_AHEAD[0 if family.parallel else 1]
         self.choose_shared = 2 * ceil(vocab / 32) * 4
@@ -176,7 +182,8 @@ class Plan:
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
-            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT, "READ_STAGES": self._read_stages,
+            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT,
+            "MANY_ROWS": MANY_ROWS, "MANY_TOKENS": MANY_TOKENS, "READ_STAGES": self._read_stages,
             "READ_INPUTS_AT": self._read_inputs_at, "READ_CODES_AT": SPACE_AT + table,
             **{name: f"{value:.9e}f" for name, value in (
                 ("EPS", family.eps), ("IN_SCALE", self.in_scale), ("ATTENTION_SCALE", family.attention_scale),
@@ -203,6 +210,8 @@ class Plan:
         """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
         if name == "read_linear":
             return min(self._read_shared(2), self._limit)
+        if name == "read_many":
+            return self.many_shared if self.can_read_many else 0
         grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}

@@ -12,7 +12,8 @@ from utils.engine.norms import Norm
 from utils.engine.weights import Layer, Linear, Weights
 
 KERNELS = ["project", "attend", "head", "choose"]
-READ_KERNELS = ["read_lora", "read_linear", "activate_rows", "normalize", "split_heads", "read_cache"]
+READ_KERNELS = ["read_lora", "read_linear", "read_many", "activate_rows", "normalize", "split_heads", "join_heads",
+                "read_cache"]
 LINES_KERNELS = ["project_lines", "head_lines"]
 PARALLEL_KERNELS = ["contract", "contract_lines"]
 SEQUENTIAL_KERNELS = ["contract_attention", "contract_mlp", "contract_attention_lines", "contract_mlp_lines"]

@@ -3,33 +3,38 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from utils.engine.decode_plan import READ_TOKENS, READERS, ROWS, SPLIT_THREADS, THREADS
+from utils.engine.decode_plan import MANY_ROWS, MANY_TOKENS, READ_TOKENS, READERS, ROWS, SPLIT_THREADS, THREADS
 from utils.engine.decode_step import DecodeStep, MatrixArgument
 from utils.engine.norms import Norm
 from utils.engine.weights import Adapter, Layer
 
 CAPTURED = 32, 64, 96, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
 PIECE = 512             # 긴 질문을 나누어 읽는 길이
-TOGETHER = 1024         # 짧은 질문들을 함께 읽을 때의 토큰의 수
+MANY = 256              # 토큰이 이만큼이면 블록이 더 크게 맡는 커널로 곱한다
 # 짧은 질문의 attention을 고르는 차례. cuDNN은 함께 읽는 질문의 수에 따라 다른 커널을 고를 수 있어 뒤에 둔다
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
-class Place:
-    """함께 읽는 토큰들의 자리. 질문마다 같은 수이고, 저마다의 past번째 위치부터 온다.
+class Group:
+    """attention을 함께 세는 질문들. 질문마다 `size`개로 채워 세고, 저마다의 past번째 위치부터 온다.
 
     Attributes:
         table: 질문마다의 쪽의 주소 [질문의 수, 쪽의 수].
+        starts: 질문마다 제 토큰이 시작하는 행과, 마지막 질문이 끝나는 행 int32 [질문의 수 + 1]. None이면 채운 것까지
+            이어져 있다.
     """
 
     table: torch.Tensor
+    size: int
+    starts: torch.Tensor | None = None
     past: int = 0
 
 
@@ -64,33 +69,37 @@ class Prefill:
             return x[len(ids) - 1]
         with self._aside():
             for past in range(0, len(ids), PIECE):
-                x = self._piece(ids[past : past + PIECE].to(self._device), Place(table[None], past))
+                piece = ids[past : past + PIECE].to(self._device)
+                x = self._piece(piece, [Group(table[None], len(piece), past=past)])
         return x[-1]
 
     @torch.inference_mode()
     def many(self, questions: list[list[int]], tables: torch.Tensor) -> torch.Tensor:
-        """질문마다의 마지막 토큰의 잔차 fp32 [질문의 수, hidden]. 짧은 질문은 함께 읽는다.
+        """질문마다의 마지막 토큰의 잔차 fp32 [질문의 수, hidden]. 짧은 질문은 한 번에 읽는다.
 
-        행렬 곱이 토큰의 수와 상관없이 같은 차례로 더하고 attention은 질문마다 따로 세므로, 하나씩 읽은 것과 비트까지
-        같다.
+        행렬 곱은 채우지 않은 토큰들을 이어 놓고 한다. 토큰의 수와 상관없이 같은 차례로 더하고, attention은 하나씩 읽을
+        때와 같은 길이로 채워 질문마다 세므로, 하나씩 읽은 것과 비트까지 같다.
 
         Args:
             tables: 질문마다 K, V를 적을 쪽의 주소 [질문의 수, 쪽의 수].
         """
         x = torch.empty(len(questions), self._weights.family.hidden, device=self._device)
-        for size in CAPTURED:
-            same = [index for index, question in enumerate(questions) if _captured(len(question)) == size]
-            for begin in range(0, len(same), TOGETHER // size):
-                group = same[begin : begin + TOGETHER // size]
-                ids = torch.zeros(len(group), size, dtype=torch.long)
-                for row, index in zip(ids, group, strict=True):
-                    row[: len(questions[index])] = torch.tensor(questions[index])
-                last = [row * size + len(questions[index]) - 1 for row, index in enumerate(group)]
-                with self._aside():
-                    x[group] = self._piece(ids.flatten().to(self._device), Place(tables[group]))[last]
+        sizes = [_captured(len(question)) for question in questions]
+        order = sorted((index for index, size in enumerate(sizes) if size), key=lambda index: sizes[index])
+        if order:
+            ends = torch.tensor([0] + [len(questions[index]) for index in order]).cumsum(0)
+            starts = ends.to(self._device, torch.int32)
+            groups, begin = [], 0
+            for size, same in groupby(order, key=lambda index: sizes[index]):
+                same = list(same)
+                groups.append(Group(tables[same], size, starts[begin : begin + len(same) + 1]))
+                begin += len(same)
+            ids = torch.tensor([token for index in order for token in questions[index]], device=self._device)
+            with self._aside():
+                x[order] = self._piece(ids, groups)[ends[1:] - 1]
         own = self._step.cache.table.clone()
         for index, question in enumerate(questions):
-            if len(question) > CAPTURED[-1]:
+            if sizes[index] is None:
                 self._step.cache.table.copy_(tables[index])
                 x[index] = self(question)
         self._step.cache.table.copy_(own)
@@ -118,48 +127,53 @@ class Prefill:
         """(graph, 토큰을 넣는 자리 [size], 잔차가 나오는 자리 [size, hidden])."""
         if size not in self._graphs:
             ids = torch.zeros(size, dtype=torch.long, device=self._device)
-            graph, place = torch.cuda.CUDAGraph(), Place(self._step.cache.table[None])
+            graph, groups = torch.cuda.CUDAGraph(), [Group(self._step.cache.table[None], size)]
             with self._aside():
-                self._piece(ids, place)
+                self._piece(ids, groups)
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                x = self._piece(ids, place)
+                x = self._piece(ids, groups)
             self._graphs[size] = graph, ids, x
         return self._graphs[size]
 
-    def _piece(self, ids: torch.Tensor, place: Place) -> torch.Tensor:
+    def _piece(self, ids: torch.Tensor, groups: list[Group]) -> torch.Tensor:
         """토큰 ids [T]를 지난 잔차 fp32 [T, hidden]. 질문마다 제 토큰만 본다."""
         x = F.embedding(ids, self._weights.embedding).float() * self._weights.embedding_scale
         for index, layer in enumerate(self._weights.layers):
-            self._layer(x, index, layer, place)
+            self._layer(x, index, layer, groups)
         return x
 
-    def _layer(self, x: torch.Tensor, index: int, layer: Layer, place: Place) -> None:
+    def _layer(self, x: torch.Tensor, index: int, layer: Layer, groups: list[Group]) -> None:
         """x [T, hidden]에 층 하나를 더한다."""
         parallel = self._weights.family.parallel
         second = self._mlp(self._normalize(x, layer.norm2), index) if parallel else None
-        self._add(x, self._attend(self._normalize(x, layer.norm1), index, place), layer.post1)
+        self._add(x, self._attend(self._normalize(x, layer.norm1), index, groups), layer.post1)
         self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), index), layer.post2)
 
-    def _attend(self, x: torch.Tensor, index: int, place: Place) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, index: int, groups: list[Group]) -> torch.Tensor:
         """x [T, hidden] -> attention의 출력 [T, hidden]. K, V를 cache에 적는다."""
-        family, qkv = self._weights.family, self._product(x, index, "qkv")
-        lines, past = len(place.table), place.past
-        tokens = len(x) // lines
-        total, block = past + tokens, (-(-family.head_dim // 32) * 32,)
-        query = qkv.new_empty(lines, family.heads, tokens, family.head_dim)
+        qkv = self._product(x, index, "qkv")
+        attended = x.new_empty(len(x), self._weights.family.q_width)
+        for group in groups:
+            self._attend_group(qkv, attended, index, group)
+        return self._product(attended, index, "out")
+
+    def _attend_group(self, qkv: torch.Tensor, attended: torch.Tensor, index: int, group: Group) -> None:
+        """질문들의 attention을 세어 attended의 제 행에 적는다."""
+        family, lines, past, size = self._weights.family, len(group.table), group.past, group.size
+        total, block = past + size, (-(-family.head_dim // 32) * 32,)
+        query = qkv.new_empty(lines, family.heads, size, family.head_dim)
         # 문맥을 넘어 채운 자리에는 적지 않는다. 보지 않는 V도 NaN이면 0을 곱해 NaN이 된다
         make = qkv.new_zeros if total > family.context else qkv.new_empty
         keys, values = make(2, lines, family.kv_heads, total, family.head_dim)
         if past:  # 긴 질문은 하나씩 읽는다
-            self._kernels["read_cache"]((past, family.kv_heads), block, place.table, index, total, keys, values)
-        self._kernels["split_heads"]((len(x), family.heads + family.kv_heads), (SPLIT_THREADS,), qkv,
-                                     self._step.attention_argument(index), place.table, past, tokens, total, query,
-                                     keys, values)
+            self._kernels["read_cache"]((past, family.kv_heads), block, group.table, index, total, keys, values)
+        self._kernels["split_heads"]((lines * size, family.heads + family.kv_heads), (SPLIT_THREADS,), qkv,
+                                     self._step.attention_argument(index), group.table, group.starts, past, size, total,
+                                     query, keys, values)
         attention = self._attention(query, keys, values, family.windows[index])
-        attended = x.new_empty(lines, tokens, family.heads, family.head_dim)
-        torch.mul(attention.transpose(1, 2), self._step.plan.in_scale, out=attended)
-        return self._product(attended.view(len(x), -1), index, "out")
+        self._kernels["join_heads"]((lines * size,), (SPLIT_THREADS,), attention, *attention.stride()[:3], group.starts,
+                                    size, attended)
 
     def _attention(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
         """query [줄, heads, T, d], keys와 values [줄, kv_heads, total, d]. T는 total의 끝에 맞춘다."""
@@ -216,9 +230,13 @@ class Prefill:
         z = self._lora_down(x, linear.adapter)
         blocks, row_warps, shared = step.plan.read_grid(linear.rows)
         out = torch.empty(tokens, linear.rows, dtype=self._weights.dtype, device=x.device)
-        self._kernels["read_linear"]((blocks, -(-tokens // READ_TOKENS)), (READERS,), x, argument, first, second,
-                                     linear.rows, columns, tokens, row_warps, self._weights.code, z,
-                                     0 if z is None else z.shape[1], out, shared=shared)
+        name, grid, split = "read_linear", (blocks, -(-tokens // READ_TOKENS)), row_warps
+        if tokens >= MANY and step.plan.can_read_many:
+            name, shared = "read_many", step.plan.many_shared
+            grid = -(-linear.rows // MANY_ROWS), -(-tokens // MANY_TOKENS)
+            split = (READERS // 32 // row_warps).bit_length() - 1
+        self._kernels[name](grid, (READERS,), x, argument, first, second, linear.rows, columns, tokens, split,
+                            self._weights.code, z, 0 if z is None else z.shape[1], out, shared=shared)
         return out
 
     def _lora_down(self, x: torch.Tensor, adapter: Adapter | None) -> torch.Tensor | None:

@@ -26,11 +26,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) normalize(const float* in,
     }
 }
 
+// 줄 하나의 토큰들이 든 행. starts: 줄마다 시작하는 행과 마지막 줄이 끝나는 행. 널이면 줄마다 tokens개씩 이어져 있다.
+struct LineTokens {
+    int first, count;
+
+    __device__ __forceinline__ LineTokens(const int* starts, int line, int tokens)
+        : first(starts ? starts[line] : line * tokens), count(starts ? starts[line + 1] - starts[line] : tokens) {}
+};
+
 // qkv를 머리별로 나누어 norm하고 돌리고 cache에도 적는다. grid (줄의 수 x T, HEADS + KV_HEADS), 블록 SPLIT_THREADS.
-//   qkv: 16비트 [줄][T][QDIM + 2 KVDIM], query: [줄][HEADS][T][HEAD_DIM], keys, values: [줄][KV_HEADS][total][HEAD_DIM]
+//   qkv: 16비트 [모든 줄의 토큰][QDIM + 2 KVDIM], query: [줄][HEADS][T][HEAD_DIM], keys, values: [줄][KV_HEADS][total][HEAD_DIM]
 //   pages: [줄][PAGES]. 줄마다 past번째 위치부터 온다
+//   starts: `LineTokens`의 것. 줄의 끝을 채운 자리의 K, V는 0이다
 extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
-    const u16* qkv, Attention attention, u8* const* pages, int past, int tokens, int total, u16* query,
+    const u16* qkv, Attention attention, u8* const* pages, const int* starts, int past, int tokens, int total, u16* query,
     u16* keys, u16* values) {
     __shared__ float raw[2][HEAD_DIM], scratch[32];
     int line = blockIdx.x / tokens, token = blockIdx.x % tokens, position = past + token, tid = threadIdx.x;
@@ -38,7 +47,15 @@ extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
     bool is_query = blockIdx.y < HEADS;
     int head = is_query ? blockIdx.y : blockIdx.y - HEADS;
     if (position >= CONTEXT) return;  // 조각의 길이를 맞추느라 채운 자리
-    const u16* source = qkv + (size_t)blockIdx.x * (QDIM + 2 * KVDIM);
+    LineTokens own(starts, line, tokens);
+    if (token >= own.count) {
+        for (int d = tid; d < HEAD_DIM && !is_query; d += SPLIT_THREADS) {
+            size_t at = (((size_t)line * KV_HEADS + head) * total + position) * HEAD_DIM + d;
+            keys[at] = values[at] = 0;
+        }
+        return;
+    }
+    const u16* source = qkv + (size_t)(own.first + token) * (QDIM + 2 * KVDIM);
     const float* weight = is_query ? attention.q_norm : attention.k_norm;
     float square = 0.f;
     for (int d = tid; d < HEAD_DIM; d += SPLIT_THREADS) {
@@ -64,6 +81,21 @@ extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) split_heads(
         values[at] = narrow<BF16>(raw[1][d]);
         store_int8(page.values(0, attention.layer, head), page.scales(0, attention.layer, head), d, turned);
         store_int8(page.values(1, attention.layer, head), page.scales(1, attention.layer, head), d, raw[1][d]);
+    }
+}
+
+// attention의 출력을 선형층의 입력으로 옮긴다. grid (줄의 수 x T), 블록 SPLIT_THREADS.
+//   in: 16비트(BF16) [줄][HEADS][T][HEAD_DIM]. 줄, 머리, 토큰의 간격은 마음대로다
+//   out: 16비트(ACT_BF16) [모든 줄의 토큰][QDIM]. IN_SCALE을 곱한다
+extern "C" __global__ void __launch_bounds__(SPLIT_THREADS) join_heads(const u16* in, int line_step, int head_step,
+                                                                       int token_step, const int* starts, int tokens,
+                                                                       u16* out) {
+    int line = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    LineTokens own(starts, line, tokens);
+    if (token >= own.count) return;
+    for (int i = threadIdx.x; i < QDIM; i += SPLIT_THREADS) {
+        u16 value = in[line * line_step + i / HEAD_DIM * head_step + token * token_step + i % HEAD_DIM];
+        out[(size_t)(own.first + token) * QDIM + i] = narrow<ACT_BF16>(widen<BF16>(value) * IN_SCALE);
     }
 }
 

@@ -11,8 +11,17 @@
 
 // 가중치의 조각(행 16개 x 칸 64개). pairs(m)은 텐서 코어의 m번째 곱에 넣는 것, scale은 다 더한 뒤 위와 아래 행에 곱하는 것.
 template <bool BF> struct WideRead {
+    enum { BYTES = READ_UNIT * 2, SWAPPED = 1 };  // 행 하나의 바이트, 공유 메모리에서 홀수 행의 16바이트를 짝끼리 바꾸어 두는지
     uint4 top[2], low[2];
 
+    // 공유 메모리에 둔 행들 [행][BYTES]에서 row번째와 그 아래 여덟째 행을 읽는다.
+    __device__ __forceinline__ void take(const char* rows, int row) {
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const char* source = rows + row * BYTES + ((threadIdx.x & 3) * 2 + h ^ row & 1) * 16;
+            top[h] = *(const uint4*)source, low[h] = *(const uint4*)(source + 8 * BYTES);
+        }
+    }
     __device__ __forceinline__ void load(const Matrix& m, int top_row, int low_row, int column, int columns) {
         const u8* source = m.weight + (column + (threadIdx.x & 3) * 16) * 2;
         #pragma unroll
@@ -29,8 +38,13 @@ template <bool BF> struct WideRead {
 };
 
 struct Int8Read {
+    enum { BYTES = READ_UNIT, SWAPPED = 0 };
     uint4 top, low;
 
+    __device__ __forceinline__ void take(const char* rows, int row) {
+        const char* source = rows + row * BYTES + (threadIdx.x & 3) * 16;
+        top = *(const uint4*)source, low = *(const uint4*)(source + 8 * BYTES);
+    }
     __device__ __forceinline__ void load(const Matrix& m, int top_row, int low_row, int column, int columns) {
         const u8* source = m.weight + column + (threadIdx.x & 3) * 16;
         top = load_weight(source + (size_t)top_row * columns);
@@ -45,10 +59,15 @@ struct Int8Read {
 };
 
 struct Nf4Read {
+    enum { BYTES = READ_UNIT / 2, SWAPPED = 0 };
     uint2 top, low;
     float2 top_scale, low_scale;  // 이중 양자화면 (8비트 절댓값, 그 묶음의 절댓값), 아니면 (절댓값, 0)
     float offset;
 
+    __device__ __forceinline__ void take(const char* rows, int row) {
+        const char* source = rows + row * BYTES + (threadIdx.x & 3) * 8;
+        top = *(const uint2*)source, low = *(const uint2*)(source + 8 * BYTES);
+    }
     __device__ __forceinline__ static float2 load_scale(const Matrix& m, size_t at) {
 #if DOUBLE_QUANT
         return {__uint_as_float(__ldg((const u8*)m.scale + (at >> 5))), __ldg(m.group + (at >> 13))};
@@ -68,14 +87,14 @@ struct Nf4Read {
         if (m % 2 == 0) a[0] = pair_at<0>(t, lane), a[1] = pair_at<0>(l, lane), a[2] = pair_at<1>(t, lane), a[3] = pair_at<1>(l, lane);
         else a[0] = pair_at<2>(t, lane), a[1] = pair_at<2>(l, lane), a[2] = pair_at<3>(t, lane), a[3] = pair_at<3>(l, lane);
     }
-    __device__ __forceinline__ float decode(float2 one) const {
+    __device__ __forceinline__ static float decode(float2 one, float offset) {
 #if DOUBLE_QUANT
         return __uint_as_float(shared_word<READ_CODES_AT>(__float_as_uint(one.x) * 4)) * one.y + offset;
 #else
         return one.x;
 #endif
     }
-    __device__ __forceinline__ float2 scale() const { return {decode(top_scale), decode(low_scale)}; }
+    __device__ __forceinline__ float2 scale() const { return {decode(top_scale, offset), decode(low_scale, offset)}; }
 };
 
 #if WEIGHT == NF4_WEIGHT
@@ -213,26 +232,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) read_lora(const u16* x, Ma
     if (row < rows && token < tokens) z[(size_t)token * rows + row] = narrow<ACT_BF16>(sum * *adapter);
 }
 
-// out [tokens][rows] = x W^T + bias + B z. 나란한 행렬 셋까지를 이어 놓은 것이고, rows0과 rows1은 앞의 둘의 행의 수다.
-//   x: 16비트(ACT_BF16) [tokens][columns], IN_SCALE을 곱한 것. z: 널이면 어댑터가 없다. out: 16비트(BF16).
-extern "C" __global__ void __launch_bounds__(READERS, 2) read_linear(const u16* x, Linear linear, int rows0, int rows1,
-                                                                  int rows, int columns, int tokens, int row_warps,
-                                                                  const float* code, const u16* z, int z_rows, u16* out) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, first = blockIdx.y * READ_TOKENS;
-    if (WEIGHT == NF4_WEIGHT) build_table<READERS>((u32*)space_begin());
-    if (DOUBLE_QUANT) ((float*)(space_begin() + TABLE_BYTES))[threadIdx.x] = __ldg(code + threadIdx.x);
-    int row = (blockIdx.x * row_warps + warp % row_warps) * ROWS;
-    bool spare = row >= rows;  // 남는 워프는 첫 묶음을 헛되이 곱한다
-    if (spare) row = 0;
-    int part = (row >= rows0) + (row >= rows0 + rows1), part_begin = part == 0 ? 0 : part == 1 ? rows0 : rows0 + rows1;
-    int part_rows = part == 0 ? rows0 : part == 1 ? rows1 : rows - part_begin;
-    Matrix matrix = linear.part[0];
-    if (part == 1) matrix = linear.part[1];
-    if (part == 2) matrix = linear.part[2];
-    float acc[READ_TOKENS / 8][4];
-    bool has_sum = read_job<ReadPiece>(x, matrix, (row - part_begin) / ROWS, part_rows, columns, first, tokens,
-                                       row_warps, acc);
-    if (!has_sum || spare) return;
+// 한 워프가 맡은 [행 16][토큰 64]의 합을 마무리해 적는다: 행마다의 배율, LoRA의 위쪽 곱, bias. row: 이어 놓은 행렬들에서의 첫 행.
+__device__ __forceinline__ void finish_read(const Linear& linear, int row, int part, int first, int rows, int tokens,
+                                            const u16* z, int z_rows, u16* out, float (&acc)[READ_TOKENS / 8][4]) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     if (WEIGHT == INT8_WEIGHT) {
         float above = __ldg(linear.row_scale + row + g), below = __ldg(linear.row_scale + row + 8 + g);
         #pragma unroll
@@ -260,5 +263,158 @@ extern "C" __global__ void __launch_bounds__(READERS, 2) read_linear(const u16* 
         int at = row + g + i % 4 / 2 * 8, token = first + i / 4 * 8 + t * 2 + i % 2;
         if (token < tokens)
             out[(size_t)token * rows + at] = narrow<BF16>(acc[i / 4][i % 4] * (1.f / IN_SCALE) + (i % 4 / 2 ? below : above));
+    }
+}
+
+// out [tokens][rows] = x W^T + bias + B z. 나란한 행렬 셋까지를 이어 놓은 것이고, rows0과 rows1은 앞의 둘의 행의 수다.
+//   x: 16비트(ACT_BF16) [tokens][columns], IN_SCALE을 곱한 것. z: 널이면 어댑터가 없다. out: 16비트(BF16).
+extern "C" __global__ void __launch_bounds__(READERS, 2) read_linear(const u16* x, Linear linear, int rows0, int rows1,
+                                                                  int rows, int columns, int tokens, int row_warps,
+                                                                  const float* code, const u16* z, int z_rows, u16* out) {
+    int warp = threadIdx.x >> 5, first = blockIdx.y * READ_TOKENS;
+    if (WEIGHT == NF4_WEIGHT) build_table<READERS>((u32*)space_begin());
+    if (DOUBLE_QUANT) ((float*)(space_begin() + TABLE_BYTES))[threadIdx.x] = __ldg(code + threadIdx.x);
+    int row = (blockIdx.x * row_warps + warp % row_warps) * ROWS;
+    bool spare = row >= rows;  // 남는 워프는 첫 묶음을 헛되이 곱한다
+    if (spare) row = 0;
+    int part = (row >= rows0) + (row >= rows0 + rows1), part_begin = part == 0 ? 0 : part == 1 ? rows0 : rows0 + rows1;
+    int part_rows = part == 0 ? rows0 : part == 1 ? rows1 : rows - part_begin;
+    Matrix matrix = linear.part[0];
+    if (part == 1) matrix = linear.part[1];
+    if (part == 2) matrix = linear.part[2];
+    float acc[READ_TOKENS / 8][4];
+    bool has_sum = read_job<ReadPiece>(x, matrix, (row - part_begin) / ROWS, part_rows, columns, first, tokens,
+                                       row_warps, acc);
+    if (has_sum && !spare) finish_read(linear, row, part, first, rows, tokens, z, z_rows, out, acc);
+}
+
+// 이어 놓은 행렬 셋까지에서 행이 든 것: part와 그 안의 행.
+struct ReadPlace {
+    int part, row;
+
+    __device__ __forceinline__ ReadPlace(int row, int rows0, int rows1)
+        : part((row >= rows0) + (row >= rows0 + rows1)), row(row - (part == 0 ? 0 : part == 1 ? rows0 : rows0 + rows1)) {}
+    __device__ __forceinline__ Matrix matrix(const Linear& linear) const {
+        Matrix matrix = linear.part[0];
+        if (part == 1) matrix = linear.part[1];
+        if (part == 2) matrix = linear.part[2];
+        return matrix;
+    }
+};
+
+// `read_linear`와 같은 것을 토큰이 많을 때 한다. 블록 하나가 행 MANY_ROWS개 x 토큰 MANY_TOKENS개, 워프 하나가 행 32개 x 토큰 64개를
+// 맡아, 푼 가중치와 공유 메모리에서 읽은 활성값을 두 배씩 쓴다. 가중치도 공유 메모리로 베껴 둔다. 더하는 차례는 read_linear와
+// 같다: 칸을 2^share_shift개로 나누어 차례로 세고, 그 합들을 차례로 더한다. 그래서 비트까지 같다.
+struct ManySpace {
+    enum { WEIGHTS = MANY_TOKENS * READ_UNIT * 2, SCALES = WEIGHTS + MANY_ROWS * ReadPiece::BYTES, STAGE = SCALES + MANY_ROWS * 4 };
+};
+
+extern "C" __global__ void __launch_bounds__(READERS, 1) read_many(const u16* x, Linear linear, int rows0, int rows1,
+                                                                int rows, int columns, int tokens, int share_shift,
+                                                                const float* code, const u16* z, int z_rows, u16* out) {
+    typedef ReadPiece T;
+    enum { TOKEN_COPIES = MANY_TOKENS * READ_CHUNKS / READERS, TOKEN_STEP = READERS / READ_CHUNKS,
+           CHUNKS = T::BYTES / 16, ROW_COPIES = MANY_ROWS * CHUNKS / READERS, ROW_STEP = READERS / CHUNKS, SETS8 = READ_TOKENS / 8 };
+    int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, units = columns / READ_UNIT;
+    int first = blockIdx.y * MANY_TOKENS, first_row = blockIdx.x * MANY_ROWS;
+    char* inputs = shared + (READ_INPUTS_AT - shared_address(shared));
+    int chunk = tid % READ_CHUNKS, own = tid / READ_CHUNKS, row_chunk = tid % CHUNKS, own_row = tid / CHUNKS;
+    const u8* row_sources[ROW_COPIES];
+    #pragma unroll
+    for (int k = 0; k < ROW_COPIES; k++) {
+        ReadPlace place(min(first_row + own_row + k * ROW_STEP, rows - 1), rows0, rows1);
+        row_sources[k] = place.matrix(linear).weight + (size_t)place.row * units * T::BYTES + row_chunk * 16;
+    }
+    auto copy = [&](int unit) {
+        char* stage = inputs + unit % READ_STAGES * ManySpace::STAGE;
+        #pragma unroll
+        for (int k = 0; k < TOKEN_COPIES; k++)
+            copy_async(stage + chunk_place(own + k * TOKEN_STEP, chunk),
+                       x + (size_t)min(first + own + k * TOKEN_STEP, tokens - 1) * columns + chunk * 8 + unit * READ_UNIT);
+        #pragma unroll
+        for (int k = 0; k < ROW_COPIES; k++) {
+            int row = own_row + k * ROW_STEP;
+            copy_async(stage + ManySpace::WEIGHTS + row * T::BYTES + (T::SWAPPED ? row_chunk ^ row & 1 : row_chunk) * 16,
+                       row_sources[k] + (size_t)unit * T::BYTES);
+        }
+    };
+    #pragma unroll 1
+    for (int unit = 0; unit < READ_STAGES - 1; unit++) {
+        if (unit < units) copy(unit);
+        end_of_copies();
+    }
+    if (WEIGHT == NF4_WEIGHT) build_table<READERS>((u32*)space_begin());
+    if (DOUBLE_QUANT) ((float*)(space_begin() + TABLE_BYTES))[tid] = __ldg(code + tid);
+    __syncthreads();
+#if WEIGHT == NF4_WEIGHT
+// 절댓값은 스레드 하나가 행 하나의 것을 한 단위 앞서 풀어 둔다
+    ReadPlace mine(min(first_row + tid % MANY_ROWS, rows - 1), rows0, rows1);
+    Matrix scaled = mine.matrix(linear);
+    float2 next = Nf4Read::load_scale(scaled, (size_t)mine.row * units * T::BYTES);
+    auto scale_of = [&](int unit) {
+        if (tid < MANY_ROWS)
+            ((float*)(inputs + unit % READ_STAGES * ManySpace::STAGE + ManySpace::SCALES))[tid] = Nf4Read::decode(next, scaled.offset);
+        if (unit + 1 < units) next = Nf4Read::load_scale(scaled, ((size_t)mine.row * units + unit + 1) * T::BYTES);
+    };
+    scale_of(0);
+#endif
+    int own_tokens = warp % 2 * READ_TOKENS, own_rows = warp / 2 * 2 * ROWS;
+    float total[2][SETS8][4] = {};
+    #pragma unroll 1
+    for (int share = 0; share < 1 << share_shift; share++) {
+        float acc[2][SETS8][4] = {};
+        #pragma unroll 1
+        for (int unit = units * share >> share_shift; unit < units * (share + 1) >> share_shift; unit++) {
+            wait_for_copies<READ_STAGES - 2>();
+            __syncthreads();
+            if (unit + READ_STAGES - 1 < units) copy(unit + READ_STAGES - 1);
+            end_of_copies();
+#if WEIGHT == NF4_WEIGHT
+            if (unit + 1 < units) scale_of(unit + 1);
+#endif
+            const char* stage = inputs + unit % READ_STAGES * ManySpace::STAGE;
+            T piece[2];
+            #pragma unroll
+            for (int r = 0; r < 2; r++) piece[r].take(stage + ManySpace::WEIGHTS, own_rows + r * ROWS + g);
+            float c[2][SETS8][4] = {};
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32 a[2][2][4];
+                #pragma unroll
+                for (int r = 0; r < 2; r++) piece[r].pairs(h * 2, a[r][0]), piece[r].pairs(h * 2 + 1, a[r][1]);
+                #pragma unroll
+                for (int j = 0; j < SETS8; j++) {
+                    uint4 b = *(const uint4*)(stage + chunk_place(own_tokens + j * 8 + g, t * 2 + h));
+                    #pragma unroll
+                    for (int r = 0; r < 2; r++) mma<ACT_BF16>(c[r][j], a[r][0][0], a[r][0][1], a[r][0][2], a[r][0][3], b.x, b.y);
+                    #pragma unroll
+                    for (int r = 0; r < 2; r++) mma<ACT_BF16>(c[r][j], a[r][1][0], a[r][1][1], a[r][1][2], a[r][1][3], b.z, b.w);
+                }
+            }
+            #pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float above = 1.f, below = 1.f;
+#if WEIGHT == NF4_WEIGHT
+                const float* scales = (const float*)(stage + ManySpace::SCALES) + own_rows + r * ROWS + g;
+                above = scales[0], below = scales[8];
+#endif
+                #pragma unroll
+                for (int j = 0; j < SETS8; j++)
+                    acc[r][j][0] += c[r][j][0] * above, acc[r][j][1] += c[r][j][1] * above,
+                        acc[r][j][2] += c[r][j][2] * below, acc[r][j][3] += c[r][j][3] * below;
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < READ_TOKENS; i++) {
+            float& sum = total[i * 2 / READ_TOKENS][i / 4 % SETS8][i % 4];
+            float one = acc[i * 2 / READ_TOKENS][i / 4 % SETS8][i % 4];
+            sum = share ? sum + one : one;
+        }
+    }
+    #pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = first_row + own_rows + r * ROWS;
+        if (row < rows)
+            finish_read(linear, row, ReadPlace(row, rows0, rows1).part, first + own_tokens, rows, tokens, z, z_rows, out, total[r]);
     }
 }
