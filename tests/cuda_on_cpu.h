@@ -217,6 +217,7 @@ static void let_next_kernel_start() {}
 static void __syncwarp() { sync_warp(); }
 static void prefetch(const void*) {}
 static void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
+static void copy_word(void* to, const void* from) { memcpy(to, from, 4); }
 static void end_of_copies() {}
 template <int LEFT> static void wait_for_copies() {}
 static uint4 load_weight(const void* at) { return *(const uint4*)at; }

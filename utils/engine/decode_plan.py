@@ -32,7 +32,6 @@ ATTEND_TILES = 3, 6  # attention을 이어서, 따로 세는 데 드는 시간. 
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
 LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
 LINES = 16           # 함께 답하는 질문의 수
-LINE_AHEAD = 1       # 함께 답하는 커널이 앞서 읽는 가중치 조각의 수. 2면 레지스터가 모자라 느리다
 LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
@@ -72,7 +71,8 @@ class Plan:
         attend_soon: 볼 위치가 이만큼까지면 project가 attention까지 센다. 0이면 늘 따로 센다.
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
         can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
-        lines_qkv, lines_mlp, lines_out, lines_head: 그 커널들의 블록 수.
+        lines_qkv, lines_mlp, lines_out, lines_down, lines_head: 그 커널들의 블록 수.
+        out_cuts, down_cuts: 그때 잔차에 더하는 선형층의 칸을 나누어 맡는 블록의 수.
         lines_splits: 그때 머리 하나의 위치를 나누어 맡는 블록의 수.
         can_read_many, many_shared: 토큰이 많을 때의 `read_many`가 이 GPU의 공유 메모리에 들어가는지, 그 크기(바이트).
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
@@ -134,7 +134,7 @@ class Plan:
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
         # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
         line_scratch_at = down_at + 3 * rank * LINES * 4
-        line_sums_at = line_scratch_at + WARPS * LINES * 8
+        line_sums_at = line_scratch_at + WARPS * LINES * 8 + WARPS * 8 * READ_UNIT * 2
         line_slot = SLOT * LINES + ROWS * (1 + rank) * 4  # 합의 자리와, 그 행들의 bias와 LoRA의 B
         line_slots = min(8, (shared_limit - SPACE_AT - line_sums_at) // line_slot // 2 * 2)
         self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
@@ -143,7 +143,11 @@ class Plan:
         line_heads = LINES * family.heads // self.queries
         self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
         most = multiprocessors
-        self.lines_out, self.lines_head = min(most, hidden // ROWS), min(most, ceil(vocab / ROWS))
+        self.lines_head = min(most, ceil(vocab / ROWS))
+        inputs = [[q_dim, ff]] * 2 if family.parallel else [[q_dim], [ff]]
+        self.out_cuts, self.down_cuts = (_cuts(hidden // ROWS, widths, most) for widths in inputs)
+        self.lines_out, self.lines_down = (min(most // cuts, hidden // ROWS) * cuts
+                                           for cuts in (self.out_cuts, self.down_cuts))
         self.lines_qkv, self.lines_mlp = min(most, qkv_tiles), min(most, mlp_tiles)
         if family.parallel:  # 두 선형층이 블록을 묶음의 수대로 나눈다
             self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
@@ -168,7 +172,8 @@ class Plan:
             # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
             "PIECES_AHEAD": ahead,
             "OUT_AHEAD": ahead if not family.parallel else 2 if hidden // ROWS > self.contract_out.blocks else 1,
-            "LINES": LINES, "LINE_SLOTS": line_slots, "LINE_AHEAD": LINE_AHEAD,
+            "LINES": LINES, "LINE_SLOTS": line_slots,
+            "OUT_CUTS": self.out_cuts, "DOWN_CUTS": self.down_cuts,
             "LINE_REGISTERS": LINE_REGISTERS,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
             "TABLE_STEP": table_step, "SPACE_AT": SPACE_AT,
@@ -251,6 +256,20 @@ class Plan:
     def _attend_space(self, head_dim: int) -> int:
         """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""
         return (WARPS + 4) * head_dim * 4 + WARPS * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
+
+
+def _cuts(tiles: int, widths: list[int], blocks: int) -> int:
+    """함께 답할 때 잔차에 더하는 선형층의 칸을 몇 블록이 나누어 맡을지. widths: 함께 곱하는 행렬들의 칸의 수.
+
+    워프가 지나는 단위(64칸 x 행 16개)의 수와, 블록이 읽는 활성값의 양이 함께 적어지게 고른다.
+    """
+    units = [width // READ_UNIT for width in widths]
+
+    def cost(cuts: int) -> float:
+        steps = ceil(tiles / (blocks // cuts)) * sum(ceil(unit / cuts / WARPS) for unit in units)
+        return 5 * steps + sum(units) / cuts
+
+    return min((cuts for cuts in range(1, 9) if cuts <= blocks and all(unit % cuts == 0 for unit in units)), key=cost)
 
 
 def _lora_tile(rank: int) -> int:

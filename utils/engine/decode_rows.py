@@ -29,6 +29,9 @@ class DecodeRows:
         self._shares = torch.zeros(step.plan.lines_mlp * max(1, self._weights.rank) * LINES, device=device)
         self._partial = torch.zeros(LINES, family.heads, step.plan.lines_splits, family.head_dim + 2, device=device)
         self._done = torch.zeros(LINES, family.heads, dtype=torch.int32, device=device)
+        plan = step.plan
+        self._parts = torch.zeros(max(plan.out_cuts, plan.down_cuts), LINES, family.hidden, device=device)
+        self._parts_done = torch.zeros(max(plan.lines_out, plan.lines_down), dtype=torch.int32, device=device)
         self.logits = torch.zeros(LINES, -(-len(step.logits) // 4) * 4, device=device)[:, : len(step.logits)]
         self.state = torch.zeros(LINES, 6, dtype=torch.int32, device=device)
         self._answer = torch.zeros(LINES, family.context, dtype=torch.int32, device=device)
@@ -82,7 +85,7 @@ class DecodeRows:
             lora = self._lora(layer)
             project = (norm1, linear["qkv"], norm2, linear["mlp"], lora, code, adapter)
             contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora,
-                        plan.lines_mlp)
+                        plan.lines_mlp, self._parts, self._parts_done)
             both = plan.lines_mlp if family.parallel else 0
             self._matrix("project_lines", plan.lines_qkv + both, self.x, *project, plan.lines_qkv, self._qkv, self._act,
                          overlap=overlap and index > 0)
@@ -95,7 +98,7 @@ class DecodeRows:
             self._matrix("contract_attention_lines", plan.lines_out, *contract, overlap=overlap)
             self._post(layer.post1, overlap)
             self._matrix("project_lines", plan.lines_mlp, self.x, *project, 0, self._qkv, self._act, overlap=overlap)
-            self._matrix("contract_mlp_lines", plan.lines_out, *contract, overlap=overlap)
+            self._matrix("contract_mlp_lines", plan.lines_down, *contract, overlap=overlap)
             self._post(layer.post2, overlap)
         self.choose(overlap)
 

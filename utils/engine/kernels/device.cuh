@@ -98,6 +98,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     *(uint4*)to = *(const uint4*)from;
 #endif
 }
+// 4바이트를 그렇게 한다.
+__device__ __forceinline__ void copy_word(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+#else
+    *(u32*)to = *(const u32*)from;
+#endif
+}
 __device__ __forceinline__ void end_of_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
