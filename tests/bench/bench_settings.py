@@ -57,57 +57,61 @@ def work(pipe, options: dict) -> None:
         pipe.send(result)
 
 
+class Worker:
+    """`work`를 도는 프로세스 하나. 준비가 되었을 때와 설정 하나를 마칠 때마다 `pipe`가 읽힌다.
+
+    Attributes:
+        case: 지금 배우는 설정. 준비하는 중이면 None이다.
+    """
+
+    def __init__(self, settings: dict):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.case: dict | None = None
+        self.process = spawn.Process(target=work, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def take(self, case: dict) -> None:
+        self.case = case
+        self.pipe.send(case)
+
+    def result(self) -> dict | None:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return {"error": "일꾼이 죽었다", "trace": ""}
+
+
 def run(options: argparse.Namespace) -> None:
     out, began = Path(options.out), time.perf_counter()
-    results, started = read_results(out), set()
-    spawn, until = multiprocessing.get_context("spawn"), began + 60 * options.minutes
+    results, started, asked = read_results(out), set(), questions(options.only)
     settings = {"base": options.base, "kobest": options.kobest, "koalpaca": options.koalpaca, "rows": options.rows}
-    asked, workers = questions(options.only), {}
-
-    def hire() -> None:
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=work, args=(theirs, settings), daemon=True)
-        process.start()
-        theirs.close()
-        workers[ours] = {"process": process, "case": None, "ready": False}
-
-    for _ in range(options.workers):
-        hire()
-    with out.open("a", encoding="utf-8") as file:
-        while workers and time.perf_counter() < until + LEFT_SECONDS:
-            for pipe in wait(list(workers), timeout=1):
-                worker = workers[pipe]
-                try:
-                    result = pipe.recv()
-                except EOFError:
-                    result = {"error": "일꾼이 죽었다", "trace": ""}
-                if worker["case"] is not None:
-                    line = {**worker["case"], **result}
-                    results[key_of(worker["case"])] = line
+    until = began + 60 * options.minutes
+    workers = [Worker(settings) for _ in range(options.workers)]
+    while workers and time.perf_counter() < until + LEFT_SECONDS:
+        ready = wait([worker.pipe for worker in workers], timeout=1)
+        for worker in [worker for worker in workers if worker.pipe in ready]:
+            case, result = worker.case, worker.result()
+            if case is not None:
+                line = {**case, **result}
+                results[key_of(case)] = line
+                with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                    print(f"{time.perf_counter() - began:5.0f}s {brief(line)}", flush=True)
-                if result is not None and "trace" in result:  # 어떤 상태로 남았는지 모르니 새 일꾼을 부른다
-                    print(result["trace"], flush=True)
-                    worker["process"].terminate()
-                    del workers[pipe]
-                    if worker["case"] is not None:  # 시작하다 죽은 일꾼은 다시 부르지 않는다
-                        hire()
-                worker["ready"], worker["case"] = True, None
-            late = time.perf_counter() >= until
-            for worker_pipe, worker in list(workers.items()):
-                if not worker["ready"] or worker["case"] is not None:
-                    continue
-                following = None if late else next_case(asked, results, started)
-                if following is None:
-                    continue
+                print(f"{time.perf_counter() - began:5.0f}s {brief(line)}", flush=True)
+            if broken := result is not None and "trace" in result:
+                print(result["trace"], flush=True)
+            following = None if time.perf_counter() >= until else next_case(asked, results, started)
+            if broken or following is None:
+                worker.process.terminate()
+                workers.remove(worker)
+            if broken and case is not None:  # 어떤 상태로 남았는지 모르니 새로 부른다. 시작하다 죽었으면 다시 죽는다
+                workers.append(Worker(settings))
+            elif not broken and following is not None:
                 started.add(key_of(following))
-                worker["case"] = following
-                worker_pipe.send(following)
-            if all(worker["ready"] and worker["case"] is None for worker in workers.values()):
-                break
-    for worker in workers.values():
-        worker["process"].terminate()
+                worker.take(following)
+    for worker in workers:
+        worker.process.terminate()
     print(f"{time.perf_counter() - began:.0f}초, 모두 {len(results)}개")
     show(out)
 
