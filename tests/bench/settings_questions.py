@@ -70,8 +70,8 @@ def every_question() -> list[Question]:
         Question("다른 방법", others("sentineg") + others("koalpaca")),
         Question("rank", ranks("sentineg") + ranks("koalpaca")),
         Question("epoch", [row for task in ("sentineg", "koalpaca", "boolq") for row in epochs(task)]),
-        Question("batch", batches("sentineg") + batches("koalpaca"), SEEDS[:1]),
-        Question("30행: KoAlpaca", few("koalpaca", 30), SEEDS[:1]),
+        Question("batch", batches("sentineg") + batches("koalpaca")),
+        Question("30행: KoAlpaca", few("koalpaca", 30)),
     ]
 
 
