@@ -1,4 +1,4 @@
-"""학습 설정을 잰다: 설정만 바꾸어 씨앗 여럿으로 가르치고, 배우지 않은 문항을 얼마나 맞히는지 본다.
+"""학습 설정을 잰다: 설정만 바꾸어 시드 여럿으로 가르치고, 배우지 않은 문항을 얼마나 맞히는지 본다.
 
     python tests/bench/bench_settings.py run GEMMA KOBEST KOALPACA --out settings.jsonl --workers 10 --minutes 6
     python tests/bench/bench_settings.py run GEMMA KOBEST KOALPACA --only epoch rank
@@ -6,7 +6,7 @@
 
 GEMMA는 기반 모델의 폴더, KOBEST는 {COPA,SentiNeg}-{train,dev}.tsv와 BoolQ-dev.tsv가 든 폴더, KOALPACA는 textonly
 파일이다. 일꾼 여럿이 카드 하나에서 함께 배우고, 하나가 끝날 때마다 한 줄을 덧붙인다. 시간이 다 되면 그만두고, 다시
-부르면 남은 것부터 한다. 값진 물음부터, 줄마다 씨앗을 다 채우고 다음 줄로 간다. `--only`를 적으면 이름이 그렇게
+부르면 남은 것부터 한다. 값진 물음부터, 줄마다 시드를 다 채우고 다음 줄로 간다. `--only`를 적으면 이름이 그렇게
 시작하는 물음만, 적은 차례로 한다. 마지막 줄은 JSON이다.
 """
 
@@ -147,7 +147,7 @@ def show(file: Path) -> None:
     for question in questions():
         if not any(key_of(one) in results for one in question.cases()):
             continue
-        print(f"\n### {question.title}\n\n| | 맞힌 비율 | 고르기의 loss | 정답의 loss | 검증 loss | step | 씨앗 |\n"
+        print(f"\n### {question.title}\n\n| | 맞힌 비율 | 고르기의 loss | 정답의 loss | 검증 loss | step | 시드 |\n"
               "| --- | --- | --- | --- | --- | --- | --- |")
         summary[question.title] = {}
         for name, one in question.rows:
@@ -206,7 +206,7 @@ def show_probes(results: Results) -> dict:
 
 
 def picked(results: Results, rows: dict, finals: dict, seeds, name: str) -> tuple[str, float]:
-    """씨앗마다 `name`의 검증 loss가 가장 낮은 학습률들과, 그것으로 끝까지 배운 값의 평균."""
+    """시드마다 `name`의 검증 loss가 가장 낮은 학습률들과, 그것으로 끝까지 배운 값의 평균."""
     rates, values = [], []
     for place, seed in enumerate(seeds):
         early = {rate: results[key_of({**rows[rate], "seed": seed})].get(name) for rate in finals}
