@@ -124,7 +124,7 @@ def train(
     settings = defaults.fill(settings, inputs.config, inputs.documents.pairs)
     plan = stage.plan(settings, inputs, console.say)
     with run_folder.open_run(settings, inputs, console.say) as run:
-        planner.cap_allocator(plan.memory, inputs.device.device, vram_gb)
+        planner.cap_allocator(plan.memory, inputs.device.device)
         model = stage.build_model(settings, inputs, console.say)
         result = fit(settings, inputs, plan, model, run, console.say)
         with run.saving():

@@ -26,8 +26,10 @@ _JSON_WORDS = {  # json 모듈의 오류 -> 사람의 말
     "Illegal trailing comma": "마지막 값 뒤의 쉼표를 뺀다"}
 
 
+# torch, 드라이버, cuBLAS와 cuDNN이 VRAM이 모자랄 때 하는 말
+_NO_VRAM = ("CUDA out of memory", "CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "_STATUS_ALLOC_FAILED")
 _MEMORY = (  # (라이브러리의 오류에 든 말, 사용자에게 할 말)
-    (("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    (_NO_VRAM,
      "VRAM이 모자라다. 카드를 쓰는 다른 프로그램을 닫거나 더 작은 모델을 쓴다"),
     (("DefaultCPUAllocator", "Unable to allocate", "WinError 1455", "os error 1455"),
      "RAM이 모자라다. 다른 프로그램을 닫거나 페이지 파일(Windows의 가상 메모리, Linux의 스왑)을 늘린다"))
@@ -60,6 +62,11 @@ def memory_reason(error: Exception) -> str | None:
     """메모리가 모자라 난 오류면 무엇이 모자라고 무엇을 할지 한 줄. 다른 오류면 None."""
     said = str(error) or "Unable to allocate" * isinstance(error, MemoryError)  # Python의 MemoryError는 말이 없다
     return next((advice for marks, advice in _MEMORY if any(mark in said for mark in marks)), None)
+
+
+def lacks_vram(error: Exception) -> bool:
+    """VRAM이 모자라 난 오류인지."""
+    return any(mark in str(error) for mark in _NO_VRAM)
 
 
 def first_line(error: Exception) -> str:

@@ -139,7 +139,7 @@ def count_polite(samples: Path, title: str, name: str) -> dict:
 
 
 def run_demo(arguments) -> dict:
-    """학습률마다, 씨앗마다 검증 쌍의 값을 잰다."""
+    """학습률마다, 시드마다 검증 쌍의 값을 잰다."""
     folder = arguments.folder
     tuned, pairs = make_data(folder)
     base = folder / "sft-merged"

@@ -1,4 +1,4 @@
-"""학습 설정을 잰다: 설정만 바꾸어 씨앗 여럿으로 가르치고, 배우지 않은 문항을 얼마나 맞히는지 본다.
+"""학습 설정을 잰다: 설정만 바꾸어 시드 여럿으로 가르치고, 배우지 않은 문항을 얼마나 맞히는지 본다.
 
     python tests/bench/bench_settings.py run GEMMA KOBEST KOALPACA --out settings.jsonl --workers 10 --minutes 6
     python tests/bench/bench_settings.py run GEMMA KOBEST KOALPACA --only epoch rank
@@ -6,7 +6,7 @@
 
 GEMMA는 기반 모델의 폴더, KOBEST는 {COPA,SentiNeg}-{train,dev}.tsv와 BoolQ-dev.tsv가 든 폴더, KOALPACA는 textonly
 파일이다. 일꾼 여럿이 카드 하나에서 함께 배우고, 하나가 끝날 때마다 한 줄을 덧붙인다. 시간이 다 되면 그만두고, 다시
-부르면 남은 것부터 한다. 값진 물음부터, 줄마다 씨앗을 다 채우고 다음 줄로 간다. `--only`를 적으면 이름이 그렇게
+부르면 남은 것부터 한다. 값진 물음부터, 줄마다 시드를 다 채우고 다음 줄로 간다. `--only`를 적으면 이름이 그렇게
 시작하는 물음만, 적은 차례로 한다. 마지막 줄은 JSON이다.
 """
 
@@ -57,57 +57,61 @@ def work(pipe, options: dict) -> None:
         pipe.send(result)
 
 
+class Worker:
+    """`work`를 도는 프로세스 하나. 준비가 되었을 때와 설정 하나를 마칠 때마다 `pipe`가 읽힌다.
+
+    Attributes:
+        case: 지금 배우는 설정. 준비하는 중이면 None이다.
+    """
+
+    def __init__(self, settings: dict):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.case: dict | None = None
+        self.process = spawn.Process(target=work, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def take(self, case: dict) -> None:
+        self.case = case
+        self.pipe.send(case)
+
+    def result(self) -> dict | None:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return {"error": "일꾼이 죽었다", "trace": ""}
+
+
 def run(options: argparse.Namespace) -> None:
     out, began = Path(options.out), time.perf_counter()
-    results, started = read_results(out), set()
-    spawn, until = multiprocessing.get_context("spawn"), began + 60 * options.minutes
+    results, started, asked = read_results(out), set(), questions(options.only)
     settings = {"base": options.base, "kobest": options.kobest, "koalpaca": options.koalpaca, "rows": options.rows}
-    asked, workers = questions(options.only), {}
-
-    def hire() -> None:
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=work, args=(theirs, settings), daemon=True)
-        process.start()
-        theirs.close()
-        workers[ours] = {"process": process, "case": None, "ready": False}
-
-    for _ in range(options.workers):
-        hire()
-    with out.open("a", encoding="utf-8") as file:
-        while workers and time.perf_counter() < until + LEFT_SECONDS:
-            for pipe in wait(list(workers), timeout=1):
-                worker = workers[pipe]
-                try:
-                    result = pipe.recv()
-                except EOFError:
-                    result = {"error": "일꾼이 죽었다", "trace": ""}
-                if worker["case"] is not None:
-                    line = {**worker["case"], **result}
-                    results[key_of(worker["case"])] = line
+    until = began + 60 * options.minutes
+    workers = [Worker(settings) for _ in range(options.workers)]
+    while workers and time.perf_counter() < until + LEFT_SECONDS:
+        ready = wait([worker.pipe for worker in workers], timeout=1)
+        for worker in [worker for worker in workers if worker.pipe in ready]:
+            case, result = worker.case, worker.result()
+            if case is not None:
+                line = {**case, **result}
+                results[key_of(case)] = line
+                with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                    print(f"{time.perf_counter() - began:5.0f}s {brief(line)}", flush=True)
-                if result is not None and "trace" in result:  # 어떤 상태로 남았는지 모르니 새 일꾼을 부른다
-                    print(result["trace"], flush=True)
-                    worker["process"].terminate()
-                    del workers[pipe]
-                    if worker["case"] is not None:  # 시작하다 죽은 일꾼은 다시 부르지 않는다
-                        hire()
-                worker["ready"], worker["case"] = True, None
-            late = time.perf_counter() >= until
-            for worker_pipe, worker in list(workers.items()):
-                if not worker["ready"] or worker["case"] is not None:
-                    continue
-                following = None if late else next_case(asked, results, started)
-                if following is None:
-                    continue
+                print(f"{time.perf_counter() - began:5.0f}s {brief(line)}", flush=True)
+            if broken := result is not None and "trace" in result:
+                print(result["trace"], flush=True)
+            following = None if time.perf_counter() >= until else next_case(asked, results, started)
+            if broken or following is None:
+                worker.process.terminate()
+                workers.remove(worker)
+            if broken and case is not None:  # 어떤 상태로 남았는지 모르니 새로 부른다. 시작하다 죽었으면 다시 죽는다
+                workers.append(Worker(settings))
+            elif not broken and following is not None:
                 started.add(key_of(following))
-                worker["case"] = following
-                worker_pipe.send(following)
-            if all(worker["ready"] and worker["case"] is None for worker in workers.values()):
-                break
-    for worker in workers.values():
-        worker["process"].terminate()
+                worker.take(following)
+    for worker in workers:
+        worker.process.terminate()
     print(f"{time.perf_counter() - began:.0f}초, 모두 {len(results)}개")
     show(out)
 
@@ -143,7 +147,7 @@ def show(file: Path) -> None:
     for question in questions():
         if not any(key_of(one) in results for one in question.cases()):
             continue
-        print(f"\n### {question.title}\n\n| | 맞힌 비율 | 고르기의 loss | 정답의 loss | 검증 loss | step | 씨앗 |\n"
+        print(f"\n### {question.title}\n\n| | 맞힌 비율 | 고르기의 loss | 정답의 loss | 검증 loss | step | 시드 |\n"
               "| --- | --- | --- | --- | --- | --- | --- |")
         summary[question.title] = {}
         for name, one in question.rows:
@@ -202,7 +206,7 @@ def show_probes(results: Results) -> dict:
 
 
 def picked(results: Results, rows: dict, finals: dict, seeds, name: str) -> tuple[str, float]:
-    """씨앗마다 `name`의 검증 loss가 가장 낮은 학습률들과, 그것으로 끝까지 배운 값의 평균."""
+    """시드마다 `name`의 검증 loss가 가장 낮은 학습률들과, 그것으로 끝까지 배운 값의 평균."""
     rates, values = [], []
     for place, seed in enumerate(seeds):
         early = {rate: results[key_of({**rows[rate], "seed": seed})].get(name) for rate in finals}

@@ -154,7 +154,7 @@ class Lab:
         return items, (kind, held_out)
 
     def training_file(self, case: dict) -> str:
-        """배울 행을 담은 파일. 행의 수를 적었으면 씨앗마다 다른 행이다."""
+        """배울 행을 담은 파일. 행의 수를 적었으면 시드마다 다른 행이다."""
         task, rows, count = case["task"], self.pool(case["task"])[0], case["rows"] or self.rows
         name = f"{task}-train"
         if count:

@@ -21,7 +21,7 @@ Results = dict[str, dict]
 
 def case(task: str, targets: str = TARGETS[-1], rate: float = OTHER_RATE, rows: int = 0, extra: dict | None = None,
          **flags) -> dict:
-    """씨앗을 뺀 설정 하나. 적지 않은 것은 도구의 기본값이고, epoch은 시험마다 정한 것이다."""
+    """시드를 뺀 설정 하나. 적지 않은 것은 도구의 기본값이고, epoch은 시험마다 정한 것이다."""
     flags = {"num_train_epochs": EPOCHS[task], "learning_rate": rate, "lora_target_modules": [targets], **flags}
     return {"task": task, "rows": rows, "flags": flags, "extra": extra or {}}
 
@@ -36,7 +36,7 @@ class Question:
 
     Attributes:
         rows: 표의 줄마다 (이름, 설정).
-        seeds: 줄마다 배울 씨앗.
+        seeds: 줄마다 배울 시드.
     """
 
     title: str
@@ -44,7 +44,7 @@ class Question:
     seeds: tuple[int, ...] = SEEDS
 
     def cases(self) -> Iterator[dict]:
-        """줄마다 모든 씨앗."""
+        """줄마다 모든 시드."""
         for _, one in self.rows:
             for seed in self.seeds:
                 yield {**one, "seed": seed}
@@ -70,8 +70,8 @@ def every_question() -> list[Question]:
         Question("다른 방법", others("sentineg") + others("koalpaca")),
         Question("rank", ranks("sentineg") + ranks("koalpaca")),
         Question("epoch", [row for task in ("sentineg", "koalpaca", "boolq") for row in epochs(task)]),
-        Question("batch", batches("sentineg") + batches("koalpaca"), SEEDS[:1]),
-        Question("30행: KoAlpaca", few("koalpaca", 30), SEEDS[:1]),
+        Question("batch", batches("sentineg") + batches("koalpaca")),
+        Question("30행: KoAlpaca", few("koalpaca", 30)),
     ]
 
 

@@ -296,6 +296,24 @@ class Unrunnable(AutogradStep):
         raise TypeError("unexpected keyword argument")
 
 
+def test_a_library_that_lacks_memory_only_shortens_the_comparison(monkeypatch):
+    """자동미분의 thread가 cuBLAS의 handle을 만들지 못해도 모델의 탓이 아니다. 더 짧은 글로 비교한다."""
+    model = build("llama", {}, ATTENTION)
+    monkeypatch.setattr(truth, "LEAST_TOKENS", 4)
+    short, backward = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", truth.plain_backward
+
+    def limited(model, block: dict, most: int = BLOCK // 4):
+        if block["input_ids"].shape[1] > most:
+            raise RuntimeError(short)
+        return backward(model, block)
+
+    monkeypatch.setattr(truth, "plain_backward", limited)
+    assert truth.find_truth(model, Blocks(), 4, torch.device("cpu")).short["input_ids"].shape[1] == BLOCK // 4
+    monkeypatch.setattr(truth, "plain_backward", lambda model, block: limited(model, block, 0))
+    with pytest.raises(UsageError, match="메모리가 모자라"):
+        chosen(model)
+
+
 def test_a_step_that_cannot_run_gives_way():
     model = build("llama", {}, ATTENTION)
     step, said = chosen(model, [lambda: Unrunnable(model), *autograd_ways(model, BLOCK)])

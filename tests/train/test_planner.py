@@ -11,7 +11,7 @@ from utils.engine.families import describe
 from utils.engine.train_memory import attention_bytes
 from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
-from utils.train.planner import GB, SAFETY, fit, make_plan
+from utils.train.planner import GB, SAFETY, MemoryPlan, cap_allocator, fit, make_plan
 from utils.train.prediction import CONTEXT, WORKSPACE, Workload, find_family, predict
 
 pytestmark = pytest.mark.quick
@@ -77,6 +77,19 @@ def test_impossible_budgets_name_what_would_fit():
 def test_cpu_needs_no_plan():
     chosen = make_plan(work_of("1.3b", 64), torch.device("cpu"), 4, 2, vram_gb=None, exact=False)
     assert (chosen.micro_batch_size, chosen.lines()) == (2, [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA GPU가 없다")
+def test_the_allocator_never_holds_more_than_the_budget():
+    device = torch.device("cuda", torch.cuda.current_device())
+    room = torch.cuda.memory_reserved(device) + (64 << 20)
+    try:
+        cap_allocator(MemoryPlan(1, parts={"CUDA context": CONTEXT}, budget=room + CONTEXT), device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(128 << 20, dtype=torch.uint8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def test_exact_attention_needs_a_copy_of_dq_for_every_part_of_the_card():

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.engine.families import rotary_edge
+from utils.model import vram
 from utils.model.adapter import base_of
 
 ROW_TOKENS = 8192         # forward 한 번에 읽는 토큰의 수(채운 것까지)
@@ -99,7 +100,8 @@ def _first(batch: list) -> int:
 def _measure_batch(model, batch: list, top: int) -> list[Likelihood]:
     logits = None
     try:
-        logits = _logits(model, batch)
+        with vram.shortage():
+            logits = _logits(model, batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise

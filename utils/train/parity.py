@@ -19,6 +19,7 @@ from torch import nn
 from utils.console import detail
 from utils.data.blocks import IGNORE, document_ids
 from utils.errors import UsageError, first_line
+from utils.model import vram
 from utils.train.dropout import without_dropout
 from utils.train.micro_step import Batch, RunningStep, Step
 from utils.train.truth import NO_MEMORY, Truth, find_exact, find_truth, in_fp32, nudged, take_gradients
@@ -55,7 +56,8 @@ def choose_step(candidates: Sequence[Callable[[], Step]], model: nn.Module, data
         UsageError: 어느 길로도 모델과 같은 값이 나오지 않는다. 모델의 forward를 부를 수 없다.
     """
     try:
-        truth = find_truth(model, dataset, max_documents, device)
+        with vram.shortage():
+            truth = find_truth(model, dataset, max_documents, device)
     except (torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:
@@ -89,7 +91,8 @@ def disagreement(step: Step, model: nn.Module, truth: Truth,
     measured = None
     while measured is None:
         try:
-            measured = measure(step, model, truth, device)
+            with vram.shortage():
+                measured = measure(step, model, truth, device)
         except torch.OutOfMemoryError:
             pass  # 덜 쓰는 길로 다시 잰다. 오류가 중간값을 붙들므로 메모리는 except의 밖에서 놓는다
         except UsageError as error:

@@ -6,10 +6,10 @@ import torch
 
 from utils.errors import UsageError
 from utils.model import vram
-from utils.train.prediction import CONTEXT, Workload, find_family, predict
+from utils.train.prediction import Workload, find_family, predict
 
 GB = 1e9
-MARGIN = 0.3 * GB  # 다른 프로그램이 조금 늘어나도 견디는 여유
+MARGIN = 0.2 * GB  # 다른 프로그램이 조금 늘어나거나, 찍은 graph와 커널이 할당기 밖에서 더 써도 견디는 여유
 SAFETY = 1.03  # 예측이 이만큼 모자라도 예산을 넘지 않게 한다
 TARGET_TOKENS = 1024  # micro-step의 토큰이 이보다 적으면 행렬 곱이 GPU를 채우지 못한다
 MOST_TOKENS = 4096  # 이보다 많으면 메모리만 늘고 거의 빨라지지 않는다
@@ -75,7 +75,8 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
     if device.type != "cuda":
         return MemoryPlan(micro_batch_size or 1)
     free, total = torch.cuda.mem_get_info(device)
-    room = free + CONTEXT  # CUDA context는 이미 잡혀 있어 `free`에 들지 않는다
+    # 이미 잡혀 있어 `free`에 들지 않는 것: CUDA context와 라이브러리, 할당기가 쥔 cuBLAS의 작업 공간
+    room = free + work.outside + torch.cuda.memory_reserved(device)
     budget = min(room - MARGIN if vram_gb is None else min(vram_gb * GB, room), total)
     if exact:
         work = replace(work, processors=torch.cuda.get_device_properties(device).multi_processor_count)
@@ -83,10 +84,10 @@ def make_plan(work: Workload, device: torch.device, batch_size: int, micro_batch
     return replace(plan, exact=exact)
 
 
-def cap_allocator(plan: MemoryPlan, device: torch.device, vram_gb: float | None) -> None:
-    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 상한을 적었거나 드라이버가 RAM으로 넘칠 때만이다."""
-    if device.type == "cuda" and (vram_gb is not None or vram.SPILLS):
-        vram.cap(device, plan.budget - CONTEXT)
+def cap_allocator(plan: MemoryPlan, device: torch.device) -> None:
+    """torch의 할당기가 계획의 예산을 넘지 못하게 막는다. 나머지는 할당기를 거치지 않는 라이브러리의 것이다."""
+    if device.type == "cuda":
+        vram.cap(device, plan.budget - plan.parts["CUDA context"])
 
 
 def fit(work: Workload, budget: float, batch_size: int, micro_batch_size: int | None = None,
@@ -99,7 +100,7 @@ def fit(work: Workload, budget: float, batch_size: int, micro_batch_size: int | 
         return MemoryPlan(micro, recompute, predict(replace(work, block=block), micro, recompute), budget)
 
     def fits(plan: MemoryPlan) -> bool:
-        return plan.reserved * SAFETY + CONTEXT <= budget
+        return plan.reserved * SAFETY + work.outside <= budget
 
     # effective batch는 batch_size 그대로여야 하므로 그 약수만 micro batch가 될 수 있다
     divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]

@@ -15,7 +15,7 @@ from utils.engine.train_memory import (
 )
 from utils.model.nf4 import SCALE_BYTES
 
-CONTEXT = 0.55e9  # CUDA context와 라이브러리가 할당기 밖에서 차지하는 양
+CONTEXT = 0.55e9  # CUDA context가 할당기 밖에서 차지하는 양. SM이 132개인 H200에서 쟀다
 WORKSPACE = 32 << 20  # cuBLAS의 작업 공간. 계산하는 stream 하나에만 있다
 FRAGMENTS = 0.02  # 할당기가 쪼개져 쓰지 못하고 남기는 비율
 SPARE = 2 * (20 << 20)  # 할당기는 10 MiB보다 작은 것들을 20 MiB의 덩어리에 담는다. 평소의 풀과 graph의 풀에 하나씩 빈다
@@ -33,6 +33,7 @@ class Workload:
         rank: LoRA의 r.
         block: 블록의 길이(토큰).
         max_documents: 블록 하나에 든 문서의 최대 수.
+        outside: 할당기 밖에서 차지하는 바이트(CUDA context와 라이브러리).
         processors: 비트까지 같은 attention을 쓰면 GPU의 SM 수. 아니면 0이다.
     """
 
@@ -41,6 +42,7 @@ class Workload:
     rank: int
     block: int
     max_documents: int
+    outside: float = CONTEXT
     processors: int = 0
 
 
@@ -63,7 +65,7 @@ def predict(work: Workload, micro: int, recompute: int) -> dict[str, float]:
     else:
         parts = _predict_engine(family, work, micro, recompute)
     parts["작업 공간"] += FRAGMENTS * sum(parts.values()) + WORKSPACE + SPARE
-    parts["CUDA context"] = CONTEXT
+    parts["CUDA context"] = work.outside
     return parts
 
 

@@ -16,6 +16,7 @@ from utils.decode.decoder import Decoder
 from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.scorecard import Score
 from utils.errors import first_line
+from utils.model import vram
 from utils.paths import DATA_DEMO
 from utils.prompter import EXAMPLES, fill_placeholder
 from utils.record import MODELS
@@ -78,9 +79,10 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
         seconds: 답을 만드는 데 쓸 수 있는 시간(초).
     """
     try:
-        samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.parts.held_out))
-        samples.scores = measure_exams(inputs, model)
-        fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
+        with vram.shortage():
+            samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.parts.held_out))
+            samples.scores = measure_exams(inputs, model)
+            fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
         return STOPPED
     except torch.OutOfMemoryError:

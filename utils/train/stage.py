@@ -11,7 +11,7 @@ from utils.data.blocks import Split
 from utils.data.exams import Exam, load_exams
 from utils.data.rows import require_data
 from utils.errors import UsageError
-from utils.model import adapter, loader, targets
+from utils.model import adapter, loader, targets, vram
 from utils.model.loader import require_base
 from utils.model.tokenizer import end_token_ids
 from utils.paths import find_input, located
@@ -19,7 +19,7 @@ from utils.process import n_processes
 from utils.train import corpus, defaults, pairs, planner, tracking
 from utils.train.batch_size import batch_lines, choose_batch, share_of_batch
 from utils.train.inputs import Inputs
-from utils.train.prediction import Workload
+from utils.train.prediction import CONTEXT, Workload
 from utils.train.records import Plan, Schedule, Settings
 
 
@@ -88,10 +88,12 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     share = share_of_batch(settings, batch.size)
     schedule = Schedule.from_blocks(len(inputs.train_set), batch.size, settings.num_train_epochs)
     longest = int(np.minimum(inputs.documents.lengths(), batch.block_len).max())
+    device = inputs.device.device
+    outside = CONTEXT + (vram.load_libraries(device, inputs.device.dtype) if device.type == "cuda" else 0)
     work = Workload(inputs.config, inputs.targets, settings.lora_r, batch.block_len,
-                    inputs.train_set.max_documents)
+                    inputs.train_set.max_documents, outside)
     exact = settings.deterministic or longest <= planner.EXACT_TOKENS
-    memory = planner.make_plan(work, inputs.device.device, share, settings.micro_batch_size, settings.vram_gb, exact)
+    memory = planner.make_plan(work, device, share, settings.micro_batch_size, settings.vram_gb, exact)
     documents = inputs.documents
     lengths = blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
@@ -119,6 +121,8 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
 
     quantize = None if inputs.device.device.type == "mps" else "4bit"
     base = loader.load_base(settings.base_model, inputs.device, quantize, settings.cache_dir)
+    if next(base.parameters()).is_cuda:
+        vram.gather(base)
     if widths := loader.inexact_widths(base):
         say(f"주의: bitsandbytes의 CPU 커널은 64의 배수가 아닌 폭({', '.join(map(str, widths))})의 4비트를 바르게 풀지 "
             "못한다. 여기에서 배운 어댑터는 GPU에서 다른 답을 낸다")

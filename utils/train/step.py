@@ -9,6 +9,7 @@ from utils.engine.families import describe
 from utils.engine.train_layers import restore_embedding
 from utils.engine.train_step import TrainStep
 from utils.errors import UsageError
+from utils.model import vram
 from utils.train.autograd_step import autograd_ways
 from utils.train.batches import count_documents, split_rows
 from utils.train.graph_step import CapturedStep
@@ -77,7 +78,8 @@ class SplittingStep:
         before = None if all(map(self.step.has_captured, parts)) else self.gradients.to("cpu", copy=True)
         while True:
             try:
-                return sum(self.step.train({**part, "factor": batch["factor"]}) for part in parts)
+                with vram.shortage():
+                    return sum(self.step.train({**part, "factor": batch["factor"]}) for part in parts)
             except torch.OutOfMemoryError:
                 if before is None:
                     raise

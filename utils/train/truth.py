@@ -5,15 +5,17 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from utils.data.blocks import IGNORE, shifted_targets
 from utils.errors import UsageError
+from utils.model import vram
 from utils.model.adapter import base_of
 from utils.model.loss import HEAD_CHUNK
 
@@ -22,6 +24,7 @@ GRADIENT_TOKENS = 256  # gradient를 비교하는 글의 길이. 모델의 forwa
 LOGIT_VALUES = 1 << 25  # 한 번에 만드는 logits의 수. fp32로 128 MiB
 LEAST_TOKENS = 16  # 이보다 짧은 글로는 비교하지 않는다
 NUDGE = 0.02  # 비교하는 동안 LoRA B에 더하는 수의 크기
+Found = TypeVar("Found")
 NO_MEMORY = "메모리가 모자라 학습을 시작할 수 없다. --cutoff_len을 줄이거나 더 작은 모델을 쓴다"
 
 
@@ -53,29 +56,43 @@ def find_truth(model: nn.Module, dataset, max_documents: int, device: torch.devi
         UsageError: 모델이 뒤의 글을 본다. 가장 짧은 글의 gradient도 메모리에 들어가지 않는다.
     """
     documents, longest = take_documents(dataset), len(dataset[0]["input_ids"])
-    block = make_block(documents, LOSS_TOKENS, min(LOSS_TOKENS, longest), max_documents, device)
-    training, tokens = model.training, min(GRADIENT_TOKENS, longest)
+
+    def measure_loss(tokens: int) -> tuple[dict[str, torch.Tensor], float]:
+        block = make_block(documents, tokens, tokens, max_documents, device)
+        with torch.no_grad():
+            return block, float(sum(plain_loss(model, document) for document in split_documents(block)))
+
+    def measure_gradients(tokens: int) -> tuple[dict[str, torch.Tensor], float, float]:
+        short = make_block(documents, tokens // 2, tokens, max_documents, device)
+        if "reference" in dataset[0]:
+            short = pair_up(short, dataset[0]["beta"])
+        take_gradients(model)
+        return short, *plain_backward(model, short)
+
+    training = model.training
     model.eval()
     take_gradients(model)
     with nudged(model):
         with torch.no_grad():
-            require_causal(model, block["input_ids"][:, :32])
-            loss = float(sum(plain_loss(model, document) for document in split_documents(block)))
-        measured = None
-        while measured is None:
-            short = make_block(documents, tokens // 2, tokens, max_documents, device)
-            if "reference" in dataset[0]:
-                short = pair_up(short, dataset[0]["beta"])
-            with contextlib.suppress(torch.OutOfMemoryError):
-                measured = plain_backward(model, short)
-            if measured is None:  # 재계산해야 들어가는 카드에서는 더 짧은 글로 비교한다
-                take_gradients(model)
-                torch.cuda.empty_cache()  # 오류가 붙들던 중간값까지 돌려준다. 그래서 except의 밖이다
-                tokens //= 4
-                if tokens < LEAST_TOKENS:
-                    raise UsageError(NO_MEMORY)
+            require_causal(model, make_block(documents, 32, 32, max_documents, device)["input_ids"])
+        block, loss = as_long_as_fits(measure_loss, min(LOSS_TOKENS, longest))
+        short, short_loss, short_size = as_long_as_fits(measure_gradients, min(GRADIENT_TOKENS, longest))
     model.train(training)
-    return Truth(block, loss, short, *measured, take_gradients(model))
+    return Truth(block, loss, short, short_loss, short_size, take_gradients(model))
+
+
+def as_long_as_fits(measure: Callable[[int], Found], tokens: int) -> Found:
+    """`measure(tokens)`. 메모리가 모자라면 더 짧은 글로 잰다. 재계산해야 들어가는 카드에서 그렇다.
+
+    Raises:
+        UsageError: 가장 짧은 글도 들어가지 않는다.
+    """
+    while tokens >= LEAST_TOKENS:
+        with contextlib.suppress(torch.OutOfMemoryError), vram.shortage():
+            return measure(tokens)
+        torch.cuda.empty_cache()  # 오류가 붙들던 중간값까지 돌려준다. 그래서 except의 밖이다
+        tokens //= 4
+    raise UsageError(NO_MEMORY)
 
 
 def find_exact(model: nn.Module, dataset, max_documents: int, device: torch.device) -> Truth | None:
