@@ -95,7 +95,7 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     documents = inputs.documents
     lengths = blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
-    say(f"{corpus.count_line(documents, inputs.parts, lengths)}, 가운데 길이 {int(np.median(lengths))}")
+    say(f"{corpus.count_line(documents, inputs.parts, lengths)}, 길이 중앙값 {int(np.median(lengths))}")
     for line in batch_lines(settings, batch, *lengths_to_fit(documents, inputs.parts), n_processes()):
         say(line)
     parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
