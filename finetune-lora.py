@@ -63,11 +63,11 @@ def train(
         data_path: 데이터 파일(.json .jsonl .csv .tsv .xlsx .parquet .txt)이나 hub id. 열 이름이 형식을 정한다.
         output_dir: 결과를 쓸 폴더.
         cache_dir: 받은 모델과 데이터를 둘 폴더.
-        num_train_epochs: 데이터를 몇 번 볼지. 재니 몇천 행이면 1과 5가 같고, 몇십 행에 3은 모자랐다.
+        num_train_epochs: 데이터를 몇 번 볼지. 몇천 행이면 1과 5의 결과가 같았고, 몇십 행에는 3으로 모자랐다.
         batch_size: optimizer step 한 번에 쓰는 블록의 수. 블록 하나는 cutoff_len 토큰이다. 적지 않으면 16이고, 데이터가
             적어 100 step이 되지 않으면 batch와 블록을 더 작게 고르고 알린다.
         micro_batch_size: 한 번에 계산하는 블록의 수. 적지 않으면 메모리에 맞게 고른다. 결과는 같다.
-        learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot은 1e-3, 다른 모델은 재어 고른 5e-4다(auto는 없다).
+        learning_rate: 가장 높을 때의 학습률. 적지 않으면 polyglot은 1e-3, 다른 모델은 5e-4다.
         dpo_beta: 선호 쌍(prompt, chosen, rejected의 열)을 배울 때 기반 모델에서 멀어지는 것을 얼마나 막을지(DPO의
             beta). 작을수록 멀리 간다. 적지 않으면 0.1이고, 이때 학습률을 적지 않으면 3e-5다.
         cutoff_len: 블록의 길이(토큰). 이보다 긴 행은 토큰 경계에서 자르고 몇 개인지 알린다.
@@ -78,16 +78,16 @@ def train(
         eval_task: 학습한 다음 볼 시험. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나. 두 모델이 맞힌 비율을
             run.json에 남긴다.
         seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.
-        lora_r: LoRA의 rank. 4, 16, 32도 재니 8과 같았다.
+        lora_r: LoRA의 rank. 4, 16, 32로 바꾸어도 결과는 8과 같았다.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.
         lora_target_modules: LoRA를 붙일 층의 이름. "['a','b']"나 a,b로 적는다. attention, all(모든 선형층), auto도
-            된다. auto는 llama, Qwen, Gemma 따위에서 all이고, 기본값의 층이 없는 모델은 auto를 쓴다. all은 1.3배쯤 오래
-            걸리고 VRAM을 조금 더 쓰지만, 재니 조금 더 잘 배웠다.
+            된다. auto는 Llama, Qwen, Gemma 같은 구조에서 all이고, 기본값의 층이 없는 모델에서는 auto와 같다. all은
+            1.3배쯤 오래 걸리고 VRAM을 조금 더 쓰지만, 조금 더 잘 배웠다.
         prompt_template: templates/ 안의 이름이나 json 파일. chat이면 토크나이저의 대화 템플릿을 쓴다.
         vram_gb: 쓸 VRAM의 상한(GB). 적지 않으면 지금 비어 있는 만큼에서 여유를 뺀다.
         deterministic: True면 512토큰이 넘는 문서가 있어도 GPU에서 두 번 배운 결과가 비트까지 같다. 1,024토큰 문서뿐이면
-            1.3b가 30% 느려진다. 문서가 모두 512토큰 이하면 적지 않아도 같다.
+            1.3b가 18% 느려진다(H200). 문서가 모두 512토큰 이하면 적지 않아도 같다.
         resume_from_checkpoint: True면 output_dir의 가장 새 체크포인트에서, 경로면 거기서 이어 간다.
         check_data: 데이터만 검사하고 끝낸다. 찾은 것과 두 행의 loss 자리와, 시작하면 무엇을 할지의 계획을 보인다.
         repair_data: 데이터를 검사하고, 고친 데이터를 쓸 .jsonl 파일. 입력 파일은 그대로 둔다.
@@ -96,7 +96,7 @@ def train(
         wandb_run_name: wandb에서 보일 이름.
         wandb_watch: wandb의 watch(false, gradients, parameters, all).
         wandb_log_model: wandb에 모델도 올린다(false, checkpoint, end).
-        verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
+        verbose: 어떤 계산 방법을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
 
     Examples:
         python finetune-lora.py --data_path faq.csv --output_dir train/faq

@@ -31,7 +31,7 @@ def serve(
     """웹 페이지를 연다. --ask나 --eval을 적으면 페이지 없이 콘솔에 답하고 끝낸다.
 
     Args:
-        base_model: 모델 폴더나 hub id. 적지 않으면 어댑터가 이름 댄 모델, 어댑터도 없으면 함께 든 데모 모델이다.
+        base_model: 모델 폴더나 hub id. 적지 않으면 어댑터를 배운 모델, 어댑터도 없으면 함께 든 데모 모델이다.
         peft_root: finetune-lora.py의 output_dir. 적지 않으면 base_model만 쓴다. 쉼표로 여럿을 이으면 기반 모델을 한 번
             올리고 어댑터를 모두 얹어, 페이지와 api에서 폴더의 이름으로 고른다.
         cache_dir: 받은 모델을 둘 폴더.
@@ -48,7 +48,7 @@ def serve(
         input: ask의 {x} 자리에 넣을 글.
         eval: 수를 적으면 검증 질문을 이만큼 골라 기반 모델과 학습한 모델의 답을 잰다(peft_root가 있어야 한다). kobest나
             KoBEST의 파일이 든 폴더, 또는 내 행의 파일(options 열이 있으면 고르기)을 적으면 맞힌 비율을 잰다.
-        verbose: 어느 계산의 길을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
+        verbose: 어떤 계산 방법을 골랐는지처럼, 이 도구를 고치는 사람에게 쓸모 있는 것도 말한다.
 
     Examples:
         python generate.py --peft_root train/faq

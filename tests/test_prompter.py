@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from utils.chat import ChatPrompter
 from utils.errors import UsageError
-from utils.prompter import TEMPLATES, Prompter, Turn, make_prompter, unwrap
-from utils.turns import fill_placeholder, shift_space
+from utils.prompter import TEMPLATES, Prompter, make_prompter, unwrap
+from utils.turns import Turn, fill_placeholder, shift_space
 
 pytestmark = pytest.mark.quick
 

@@ -16,125 +16,168 @@ def op_errors(cuda, step, dtype: torch.dtype, device, rows: int = 2, block: int 
         step: 층의 가중치를 빌릴 `TrainStep`.
     """
     torch.manual_seed(0)
-    family, formula, tokens = step.family, TorchOps(step.family), rows * block
-    layer, errors = step.layers[1], {}
-    keys = torch.tensor([[5, -7], [11, 13]], dtype=torch.int32, device=device)[:rows]
-    positions = torch.cat([torch.arange(block - 6), torch.arange(6)]).expand(rows, block).contiguous().to(device)
+    check = OpCheck(cuda, step, dtype, device, rows, block)
+    check.norms()
+    for projection in check.layer.projections():
+        check.linear(projection)
+    check.rotations()
+    check.activations()
+    check.losses()
+    check.embeddings()
+    return check.errors
 
-    def random(*shape):
-        return torch.randn(*shape, device=device).to(dtype)
 
-    def compare(name: str, call) -> None:
-        """call(ops, convert)가 돌려주는 tensor들을 비교한다. convert는 그 쪽의 dtype으로 바꾼 사본이다."""
-        got = call(cuda, lambda tensor: tensor.clone())
-        wanted = call(formula, lambda tensor: tensor.float().clone())
+class OpCheck:
+    """무작위 입력으로 두 구현을 부르고, 결과마다의 상대 오차를 모은다.
+
+    Attributes:
+        errors: `연산의 이름 결과의 번호` -> 상대 오차. 같은 이름으로 여러 번 비교하면 가장 큰 것이다.
+    """
+
+    def __init__(self, cuda, step, dtype: torch.dtype, device, rows: int, block: int):
+        self.cuda, self.formula = cuda, TorchOps(step.family)
+        self.step, self.family, self.layer = step, step.family, step.layers[1]
+        self.dtype, self.device = dtype, device
+        self.tokens, self.block = rows * block, block
+        self.keys = torch.tensor([[5, -7], [11, 13]], dtype=torch.int32, device=device)[:rows]
+        positions = torch.cat([torch.arange(block - 6), torch.arange(6)])
+        self.positions = positions.expand(rows, block).contiguous().to(device)
+        self.errors: dict[str, float] = {}
+        hidden = self.family.hidden
+        self.x, self.base, self.y = (self.random(self.tokens, hidden) for _ in range(3))
+        self.gradients = self.random(self.tokens, hidden + 16), self.random(self.tokens, hidden + 8)
+        self.own_norms = [norm for norm in (self.layer.norm1, self.layer.norm2) if norm is not None] or [None]
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def compare(self, name: str, call) -> None:
+        """call(ops, copy)가 돌려주는 tensor들을 비교한다. copy는 그 쪽의 dtype으로 바꾼 사본을 만든다."""
+        got = call(self.cuda, lambda tensor: tensor.clone())
+        wanted = call(self.formula, lambda tensor: tensor.float().clone())
         for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
             error = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-20))
-            errors[f"{name} {index}"] = max(error, errors.get(f"{name} {index}", 0.0))
+            self.errors[f"{name} {index}"] = max(error, self.errors.get(f"{name} {index}", 0.0))
 
-    def zero(projection) -> None:
-        for adapter in projection.adapters:
-            adapter.lora_a.grad.zero_()
+    def norms(self) -> None:
+        hidden, norms, x, base = self.family.hidden, self.own_norms, self.x, self.base
+        bias = torch.randn(hidden, device=self.device)
 
-    hidden, ff = family.hidden, family.ff
-    x, base, y = random(tokens, hidden), random(tokens, hidden), random(tokens, hidden)
-    d1, d2 = random(tokens, hidden + 16), random(tokens, hidden + 8)
-    norms = [norm for norm in (layer.norm1, layer.norm2) if norm is not None] or [None]
-    bias = torch.randn(hidden, device=device)
+        def forward(ops, copy):
+            outs = [copy(self.random(self.tokens, hidden + 16)) for _ in norms]
+            residual = copy(x)
+            ops.norm(copy(x), list(zip(norms, outs, strict=True)), residual, bias)
+            return [*(out[:, :hidden] for out in outs), residual]
 
-    def norm(ops, copy):
-        outs = [copy(random(tokens, hidden + 16)) for _ in norms]
-        residual = copy(x)
-        ops.norm(copy(x), list(zip(norms, outs, strict=True)), residual, bias)
-        return [*(out[:, :hidden] for out in outs), residual]
+        def backward(ops, copy):
+            pairs = list(zip(norms, map(copy, self.gradients), strict=False))
+            into = copy(base)
+            ops.norm_backward(copy(x), pairs, into, into)
+            alone = copy(base)
+            ops.norm_backward(copy(x), pairs[:1], alone)
+            return into, alone
 
-    def norm_backward(ops, copy):
-        pairs = list(zip(norms, (copy(d1), copy(d2)), strict=False))
-        into = copy(base)
-        ops.norm_backward(copy(x), pairs, into, into)
-        alone = copy(base)
-        ops.norm_backward(copy(x), pairs[:1], alone)
-        return into, alone
+        def post(ops, copy):
+            out = copy(x)
+            ops.post_norm(copy(self.y), self.layer.post1, copy(x), out)
+            return [out]
 
-    def post(ops, copy):
-        out = copy(x)
-        ops.post_norm(copy(y), layer.post1, copy(x), out)
-        return [out]
+        self.compare("norm", forward)
+        self.compare("norm_backward", backward)
+        if self.layer.post1 is not None:
+            self.compare("post_norm", post)
 
-    compare("norm", norm)
-    compare("norm_backward", norm_backward)
-    if layer.post1 is not None:
-        compare("post_norm", post)
-    for projection in layer.projections():
-        wide, z = random(tokens, projection.columns + projection.tail), random(tokens, projection.tail)
-        u, d = random(tokens, projection.columns), random(tokens, projection.columns + projection.tail)
+    def linear(self, projection) -> None:
+        """선형층 하나의 LoRA와, 푼 가중치."""
+        tokens, keys, wide_columns = self.tokens, self.keys, projection.columns + projection.tail
+        wide, z = self.random(tokens, wide_columns), self.random(tokens, projection.tail)
+        u, d = self.random(tokens, projection.columns), self.random(tokens, wide_columns)
         for adapter in projection.adapters:  # rank를 올린 칸의 dz는 0이다
             start = projection.columns + adapter.column
             d[:, start + adapter.rank:start + pad_rank(adapter.rank)] = 0
 
-        def lora(ops, copy, projection=projection, wide=wide, z=z, u=u, d=d):
+        def gradients() -> list[torch.Tensor]:
+            return [adapter.lora_a.grad.clone() for adapter in projection.adapters]
+
+        def zero() -> None:
+            for adapter in projection.adapters:
+                adapter.lora_a.grad.zero_()
+
+        def lora(ops, copy):
             mine, kept, back = copy(wide), copy(z), copy(d)
             ops.lora_down(mine, projection, keys, kept)
-            zero(projection)
+            zero()
             ops.lora_backward(copy(u), back, projection, keys)
-            return [mine, kept, back, *(adapter.lora_a.grad.clone() for adapter in projection.adapters)]
+            return [mine, kept, back, *gradients()]
 
-        def weight(ops, copy, projection=projection):
-            room = torch.full((size_of(projection),), torch.nan, dtype=dtype, device=device)
+        def through_norm(ops, copy):
+            back, stats = copy(d), torch.zeros(tokens, 2, device=self.device)
+            ops.norm(copy(self.x), [(self.own_norms[0], copy(self.x))], stats=stats)
+            zero()
+            ops.lora_backward(copy(self.x), back, projection, keys, self.own_norms[0], stats)
+            return [back, *gradients()]
+
+        def weight(ops, copy):
+            room = torch.full((size_of(projection),), torch.nan, dtype=self.dtype, device=self.device)
             return [ops.weight(projection, room).clone()]
 
-        def through_norm(ops, copy, projection=projection, d=d):
-            back, stats = copy(d), torch.zeros(tokens, 2, device=device)
-            ops.norm(copy(x), [(norms[0], copy(x))], stats=stats)
-            zero(projection)
-            ops.lora_backward(copy(x), back, projection, keys, norms[0], stats)
-            return [back, *(adapter.lora_a.grad.clone() for adapter in projection.adapters)]
+        self.compare("lora", lora)
+        if projection.columns == self.family.hidden:
+            self.compare("lora_norm", through_norm)
+        self.compare("weight", weight)
 
-        compare("lora", lora)
-        if projection.columns == hidden:
-            compare("lora_norm", through_norm)
-        compare("weight", weight)
-    qkv, table = random(tokens, family.qkv_width), step._rotary_table(family.rotary_kinds[0], block)
-    qk = random(tokens * (family.heads + family.kv_heads) * family.head_dim)
-    parts = [random(tokens, heads, family.head_dim) for heads in (family.heads, family.kv_heads, family.kv_heads)]
-    for angles in (table, None):
-        def rotate(ops, copy, angles=angles):
-            return [part.clone() for part in ops.rotate(copy(qkv), layer, positions, angles, copy(qk))]
+    def rotations(self) -> None:
+        """rotary를 걸 때와, 각도 없이 q와 k의 norm만 할 때."""
+        family, tokens = self.family, self.tokens
+        qkv, table = self.random(tokens, family.qkv_width), self.step._rotary_table(family.rotary_kinds[0], self.block)
+        qk = self.random(tokens * (family.heads + family.kv_heads) * family.head_dim)
+        heads = family.heads, family.kv_heads, family.kv_heads
+        parts = [self.random(tokens, each, family.head_dim) for each in heads]
+        for angles in (table, None):
+            def rotate(ops, copy, angles=angles):
+                rotated = ops.rotate(copy(qkv), self.layer, self.positions, angles, copy(qk))
+                return [part.clone() for part in rotated]
 
-        def unrotate(ops, copy, angles=angles):
-            into = copy(qkv)
-            ops.unrotate(*(copy(part) for part in parts), into, layer, positions, angles)
-            return [into]
+            def unrotate(ops, copy, angles=angles):
+                into = copy(qkv)
+                ops.unrotate(*map(copy, parts), into, self.layer, self.positions, angles)
+                return [into]
 
-        compare("rotate", rotate)
-        compare("unrotate", unrotate)
-    h, da = random(tokens, family.mlp_width), random(tokens, ff + 8)
+            self.compare("rotate", rotate)
+            self.compare("unrotate", unrotate)
 
-    def activate(ops, copy):
-        out, into = copy(da), copy(h)
-        ops.activate(copy(h), out)
-        ops.activate_backward(into, copy(da))
-        return [out[:, :ff], into]
+    def activations(self) -> None:
+        h, da = self.random(self.tokens, self.family.mlp_width), self.random(self.tokens, self.family.ff + 8)
 
-    compare("activate", activate)
-    logits, factor = random(tokens, 8 * (family.vocab // 8)) * 3, torch.tensor(0.03, device=device)
-    vocab = logits.shape[1] - 3  # 행의 간격보다 좁은 어휘
-    targets = torch.randint(0, vocab, (tokens,), device=device)
-    targets[::5] = -100
+        def activate(ops, copy):
+            out, into = copy(da), copy(h)
+            ops.activate(copy(h), out)
+            ops.activate_backward(into, copy(da))
+            return [out[:, :self.family.ff], into]
 
-    def loss(ops, copy):
-        work = copy(logits)[:, :vocab]
-        nll = ops.cross_entropy(work, targets, factor)
-        return [nll, work, ops.cross_entropy(copy(logits)[:, :vocab], targets, None)]
+        self.compare("activate", activate)
 
-    compare("cross_entropy", loss)
-    ids = torch.randint(0, family.vocab, (tokens,), device=device)
-    rows_of = random(family.vocab, hidden)
+    def losses(self) -> None:
+        logits = self.random(self.tokens, 8 * (self.family.vocab // 8)) * 3
+        factor = torch.tensor(0.03, device=self.device)
+        vocab = logits.shape[1] - 3  # 행의 간격보다 좁은 어휘
+        targets = torch.randint(0, vocab, (self.tokens,), device=self.device)
+        targets[::5] = -100
 
-    def embed(ops, copy):
-        out = copy(x)
-        ops.embed(copy(rows_of), ids, out)
-        return [out]
+        def loss(ops, copy):
+            work = copy(logits)[:, :vocab]
+            nll = ops.cross_entropy(work, targets, factor)
+            return [nll, work, ops.cross_entropy(copy(logits)[:, :vocab], targets, None)]
 
-    compare("embed", embed)
-    return errors
+        self.compare("cross_entropy", loss)
+
+    def embeddings(self) -> None:
+        ids = torch.randint(0, self.family.vocab, (self.tokens,), device=self.device)
+        table = self.random(self.family.vocab, self.family.hidden)
+
+        def embed(ops, copy):
+            out = copy(self.x)
+            ops.embed(copy(table), ids, out)
+            return [out]
+
+        self.compare("embed", embed)

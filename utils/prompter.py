@@ -13,7 +13,6 @@ from utils.chat import ChatPrompter
 from utils.chat_settings import CHAT, DATE
 from utils.errors import UsageError, json_reason
 from utils.turns import Pieces, Turn, Unlearned, filled, shift_space
-from utils.turns import fill_placeholder as fill_placeholder
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 EXAMPLES = (  # (질문, 맥락). 함께 든 데모가 배워서 답할 줄 아는 것들이다

@@ -14,7 +14,8 @@ from utils.data.documents import MUTED
 from utils.data.encoder import Encoder
 from utils.errors import UsageError
 from utils.model.tokenizer import answer_end_id, end_token_ids
-from utils.prompter import Prompter, Turn, make_prompter
+from utils.prompter import Prompter, make_prompter
+from utils.turns import Turn
 
 pytestmark = pytest.mark.quick
 

@@ -11,7 +11,8 @@ from utils.data.encoder import Encoder
 from utils.data.window import Window
 from utils.errors import UsageError
 from utils.model.tokenizer import load_tokenizer
-from utils.prompter import Prompter, Turn
+from utils.prompter import Prompter
+from utils.turns import Turn
 
 pytestmark = pytest.mark.quick
 

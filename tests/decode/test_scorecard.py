@@ -18,7 +18,6 @@ from utils.prompter import Prompter
 
 pytestmark = pytest.mark.quick
 CONTEXT = 56
-TITLES = ("boolq", "copa", "hellaswag")
 
 
 @pytest.fixture(scope="module")

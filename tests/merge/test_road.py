@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import call_script, load_script, write_rows
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import published_neox, rename_tensors, tiny_model
 
+from utils.data.questions import Question
 from utils.errors import UsageError
 from utils.merge import proof
 from utils.merge.job import open_job
@@ -184,6 +186,20 @@ def trained_loss(hard, report: dict) -> float:
     model = PeftModel.from_pretrained(loader.load_base(hard / "base", loader.choose_device(), "4bit"), hard / "adapter")
     logits = model.eval()(input_ids=windows.ids, use_cache=False).logits[:, :-1][windows.answer[:, 1:]]
     return torch.nn.functional.cross_entropy(logits, windows.ids[:, 1:][windows.answer[:, 1:]]).item()
+
+
+def test_windows_keep_the_head_and_the_whole_question_when_few_tokens_are_compared():
+    """어휘가 크면 행마다 몇 토큰만 비교하지만, 모델은 배울 때처럼 글머리와 질문을 모두 읽는다."""
+    asked = Question(np.arange(2, 30, dtype=np.int32), np.array([50, 51, 1], np.int32))  # 글머리의 토큰은 2
+    windows = proof.cut_windows([asked], 1, 64, 6, end_id=1, source="rows.json")
+    assert windows.ids[0, :31].tolist() == [*range(2, 30), 50, 51, 1] and (windows.ids[0, 31:] == 1).all()
+    assert windows.targets.tolist() == [28, 29, 50, 51, 1] and windows.targets[windows.scored].tolist() == [50, 51, 1]
+    short = proof.cut_windows([asked], 1, 12, 6, end_id=1, source="rows.json")
+    assert short.ids[0].tolist() == [2, *range(22, 30), 50, 51, 1]
+    assert short.targets.tolist() == windows.targets.tolist() and short.scored.tolist() == windows.scored.tolist()
+    long = Question(asked.prompt, np.arange(100, 160, dtype=np.int32))
+    cut = proof.cut_windows([asked, long], 1, 64, 6, end_id=1, source="rows.json")
+    assert cut.targets.tolist() == [28, 29, 50, 51, 1, 28, 29, 100, 101, 102, 103]
 
 
 @pytest.mark.parametrize(("losses", "warned"), [

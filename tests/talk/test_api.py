@@ -11,13 +11,13 @@ from serving import PORT, serving
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from utils.prompter import Turn
 from utils.sampling import Sampling
 from utils.talk import api
 from utils.talk.answerer import Answer
 from utils.talk.api import _before_stop
 from utils.talk.models import Choice, Models
 from utils.talk.source import find_source
+from utils.turns import Turn
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tiny import build_neox
 from utils.console import shown_command
 from utils.errors import UsageError
 from utils.model import checkpoint
-from utils.paths import ROOT
+from utils.paths import DATA_DEMO, ROOT
 from utils.talk import page_start
 from utils.talk.opened import Opened
 from utils.talk.order import Order, base_models, data_files, free_name
@@ -240,6 +240,8 @@ class TestOrder:
     def test_lists_name_what_is_there(self, tmp_path):
         assert "rows.json" in data_files() and str(Path("resources/tiny")) in base_models()
         assert not any(name.endswith("requirements.txt") for name in data_files())
+        shipped = [name for name in data_files() if "polyglot-ko" in name]
+        assert shipped[0].endswith(DATA_DEMO.name) and len(shipped) > 1
         (tmp_path / "lora-1").mkdir()
         assert free_name(tmp_path) == "lora-2"
 

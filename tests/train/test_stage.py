@@ -1,11 +1,12 @@
 """학습 단계는 잘못된 입력을 모델을 올리기 전에 한 줄로 거절하고, 좋은 입력으로는 어댑터와 기록을 남긴다."""
 
 import json
+import os
 import re
 
 import conftest
 import pytest
-from conftest import load_script, run_script, train_settings
+from conftest import ROOT, load_script, run_script, train_settings
 
 from utils.console import one_line
 from utils.model import adapter
@@ -86,12 +87,17 @@ def test_run_leaves_an_adapter_that_describes_itself(tiny_run, tiny_neox):
         assert (tiny_run / name).stat().st_size > 0
 
 
+def test_a_relative_base_is_recorded_as_a_path_that_any_folder_finds(lab, tiny_neox, tmp_path):
+    """README의 명령은 모두 상대 경로다. PEFT의 영어 경고도 나오지 않는다."""
+    done = lab.train(tmp_path / "run", base_model=os.path.relpath(tiny_neox, ROOT))
+    assert done.code == 0 and "Warning" not in done.text, done.text
+    assert adapter.read_adapter_config(tmp_path / "run")["base_model_name_or_path"] == str(tiny_neox)
+
+
 def test_run_says_how_many_answers_stopped_by_themselves():
-    samples = [{"kind": "검증 질문", "base": "", "base_finish": "length", "tuned": "", "tuned_finish": "stop"},
-               {"base": "", "base_finish": "stop", "tuned": "", "tuned_finish": "stop"},
-               {"tuned": "", "tuned_finish": "stop"}]
-    line = results.stopped_line(samples)
-    assert "기반 모델 2개 가운데 1개, 학습한 모델 3개 가운데 3개" in line
+    samples = [{"kind": "검증 질문", "base": "", "base_finish": "stop", "tuned": "", "tuned_finish": finish}
+               for finish in ("stop", "length", "stop")]
+    assert "검증 질문 3개 가운데" in results.stopped_line(samples) and "2개" in results.stopped_line(samples)
 
 
 def test_samples_ask_the_users_own_questions(tiny_run, tiny_data):

@@ -2,7 +2,7 @@
 
 from utils.data.texts import strip_end
 from utils.errors import UsageError
-from utils.prompter import Turn
+from utils.turns import Turn
 
 # 공개된 형식들이 쓰는 이름 -> 뜻
 ROLES = {"system": "system", "user": "user", "human": "user",

@@ -1,6 +1,7 @@
 """합친 모델을 디스크에서 다시 읽는 검산. 쓰려던 것이 쓰였는지와, 배운 것이 얼마나 남았는지를 따로 잰다."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from utils.data import dataset
 from utils.data.encoder import Encoder
-from utils.data.questions import held_out_members, read_question
+from utils.data.questions import Question, held_out_members, read_question
 from utils.errors import UsageError
 from utils.merge import streamed, writer
 from utils.merge.job import Job
@@ -23,7 +24,9 @@ from utils.prompter import make_prompter
 from utils.record import RUN_FILE
 
 N_PROMPTS = 8  # 검산에 쓰는 행의 수
+CONTEXT = 512  # 검산이 읽는 토큰의 수. 행들이 나누어 가진다
 LOGIT_BYTES = 32 * 2**20  # 모델 하나의 logits에 쓰는 바이트
+LEAST_COMPARED = 64  # 어휘가 커서 logits가 이 바이트를 넘어도 비교하는 토큰의 수
 ROWS = 16  # 한 번에 비교하는 토큰의 수. fp64로 펼친 사본이 [16, vocab]에 머문다
 MIN_TOP1, MAX_KL = 0.98, 1e-3  # 쓴 것이 쓰려던 것과 같다고 보는 기준
 MIN_RETAINED = 0.9  # 배운 것이 이만큼 남지 않았으면 알린다
@@ -32,16 +35,31 @@ MIN_GAIN = 0.02  # 토큰당 nat. 어댑터가 이만큼도 낫게 하지 못했
 
 @dataclass(frozen=True)
 class Windows:
-    """검증 행에서 잘라 낸 토큰들. ids [n, length], 실제 토큰이면 True인 real, 답의 토큰이면 True인 answer.
+    """비교할 검증 행들. 배울 때처럼 글머리부터 읽히고, 답 둘레의 토큰만 비교한다.
 
-    `source`는 행을 읽은 파일이고, `absent`는 학습한 데이터인데 찾지 못한 파일이다.
+    Attributes:
+        ids: 행마다의 토큰 [n, length] int64. 짧은 행은 뒤를 채운다.
+        compared: 예측을 비교할 토큰이면 True [n, length].
+        answer: 그 가운데 답의 토큰이면 True [n, length].
+        source: 행을 읽은 파일.
+        absent: 학습한 데이터인데 찾지 못한 파일.
     """
 
     ids: torch.Tensor
-    real: torch.Tensor
+    compared: torch.Tensor
     answer: torch.Tensor
     source: str
     absent: str | None
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """비교하는 토큰들 [비교하는 토큰의 수]. `_logits`의 행과 같은 차례다."""
+        return self.ids[:, 1:][self.compared[:, 1:]]
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """`targets` 가운데 답인지 [비교하는 토큰의 수] bool."""
+        return self.answer[:, 1:][self.compared[:, 1:]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class Proof:
 
 
 def read_windows(job: Job) -> Windows:
-    """학습에서 검증에 쓴 행들. logits가 메모리에 맞도록 답 둘레를 짧게 자른다.
+    """학습에서 검증에 쓴 행들. logits가 메모리에 맞도록 답 둘레의 토큰만 비교한다.
 
     run.json이 없거나 거기 적힌 데이터를 찾지 못하면 함께 든 데이터의 행이다(찾지 못한 것은 `absent`에 남는다). 검증하지
     않은 학습이면 학습한 데이터의 5%를 본다.
@@ -96,22 +114,32 @@ def read_windows(job: Job) -> Windows:
     held_out = held_out_members(documents, settings.get("val_set_size") or 5, settings.get("seed", 42))
     chosen = (held_out if len(held_out) else np.arange(len(documents)))[:N_PROMPTS]  # 모두 같은 행이면 나뉘지 않는다
     config = load_config(job.base.path)
-    # fp32 logits [토큰, vocab]이 LOGIT_BYTES를 넘지 않는 토큰의 수. 64에서 512 사이에서 행들이 나누어 가진다
-    row_bytes = 4 * config["vocab_size"]
-    budget = min(512, max(64, LOGIT_BYTES // row_bytes))
     longest = int(documents.lengths()[chosen].max())
     limit = config.get("max_position_embeddings") or longest  # 자리의 표(learned, ALiBi) 밖을 읽지 않는다
-    length = min(budget // len(chosen), longest, limit)
-    ids = np.full((len(chosen), length), end_id, np.int64)
-    real, answer = np.zeros((2, len(chosen), length), bool)
-    for row, member in enumerate(chosen):
-        asked = read_question(documents, member)
-        begin = max(0, len(asked.prompt) - length // 3)  # 긴 질문은 끝의 1/3만 남겨, 답이 창의 2/3를 갖는다
-        tokens = np.concatenate([asked.prompt, asked.answer])[begin : begin + length]
+    length = min(CONTEXT // len(chosen), longest, limit)
+    budget = min(CONTEXT, max(LEAST_COMPARED, LOGIT_BYTES // (4 * config["vocab_size"])))
+    rows = [read_question(documents, member) for member in chosen]
+    return cut_windows(rows, len(encoder.head), length, budget // len(chosen), end_id, str(data), absent)
+
+
+def cut_windows(rows: Sequence[Question], n_head: int, length: int, n_compared: int, end_id: int, source: str,
+                absent: str | None = None) -> Windows:
+    """행마다 `length` 토큰까지 읽고, 질문의 끝과 답에서 `n_compared` 토큰까지 비교한다. 3분의 2는 답의 몫이다.
+
+    길면 글머리의 토큰 `n_head`개를 남기고 질문의 앞을 덜어 낸다. 글머리와 질문이 없는 글은 배운 글이 아니어서, 16비트의
+    반올림에도 크게 흔들린다.
+    """
+    ids = np.full((len(rows), length), end_id, np.int64)
+    compared, answer = np.zeros((2, len(rows), length), bool)
+    for row, asked in enumerate(rows):
+        first = max(0, len(asked.prompt) - n_compared // 3)  # 비교하는 첫 토큰
+        tokens = np.concatenate([asked.prompt, asked.answer])[: first + n_compared]
+        dropped = max(0, len(tokens) - length)
+        tokens = np.concatenate([tokens[:n_head], tokens[n_head + dropped :]])
         ids[row, : len(tokens)] = tokens
-        real[row, : len(tokens)] = True
-        answer[row, len(asked.prompt) - begin : len(tokens)] = True
-    return Windows(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(answer), str(data), absent)
+        compared[row, max(n_head, first - dropped) : len(tokens)] = True
+        answer[row, max(n_head, len(asked.prompt) - dropped) : len(tokens)] = True
+    return Windows(*map(torch.from_numpy, (ids, compared, answer)), source, absent)
 
 
 def prove(job: Job, windows: Windows, merged: Path) -> Proof:
@@ -127,7 +155,7 @@ def prove(job: Job, windows: Windows, merged: Path) -> Proof:
 
     def logits(kind: str, updates: dict) -> torch.Tensor:
         """기반 모델을 원래 값(original)이나 학습할 때처럼 올린 값(quantized)으로 읽은 것에 `updates`를 얹은 logit
-        [실제 토큰의 수, vocab].
+        [비교하는 토큰의 수, vocab].
         """
         trained = kind == "quantized"
         source = streamed.Source(job.base, job.disk, lambda entry: job.base_rows(entry, quantised if trained else {}),
@@ -145,9 +173,8 @@ def prove(job: Job, windows: Windows, merged: Path) -> Proof:
     base_loss = _answer_loss(logits("quantized", {}), windows)
     gain = base_loss - trained_loss
     retained = (base_loss - merged_loss) / gain if gain >= MIN_GAIN else None
-    n_tokens = int(windows.real[:, 1:].sum())  # 행마다 첫 토큰은 예측하지 않는다
-    return Proof(len(windows.ids), n_tokens, windows.source, windows.absent, job.onto, **compared, base_loss=base_loss,
-                 trained_loss=trained_loss, merged_loss=merged_loss, retained=retained)
+    return Proof(len(windows.ids), len(windows.targets), windows.source, windows.absent, job.onto, **compared,
+                 base_loss=base_loss, trained_loss=trained_loss, merged_loss=merged_loss, retained=retained)
 
 
 def judge(proof: Proof) -> None:
@@ -191,13 +218,21 @@ def describe(proof: Proof) -> str:
 
 @torch.no_grad()
 def _logits(source: streamed.Source, windows: Windows, device: torch.device) -> torch.Tensor:
-    """[실제 토큰의 수, vocab]의 logit(fp32, CPU). 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못하므로 버리기만 하면 된다."""
+    """[비교하는 토큰의 수, vocab]의 logit(fp32, CPU). 길이를 맞추려 채운 뒤쪽은 앞을 바꾸지 못한다."""
     model = streamed.build(source, device)
     ids = windows.ids.to(device)  # [n, length]
+    chosen = windows.compared[:, 1:].to(device)  # 자리 t의 은닉값이 토큰 t + 1을 예측하므로 한 칸 당긴다
+
+    def choose(module, inputs: tuple) -> tuple:
+        """출력 행렬에는 비교할 자리의 은닉값만 준다. logits 전체 [n, length, vocab]를 만들지 않는다."""
+        return (inputs[0][:, :-1][chosen], *inputs[1:])
+
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(choose)
     positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    # 자리 t의 logit이 토큰 t + 1을 예측하므로, 마지막 자리를 버리고 한 칸 당긴 `real`로 고른다
-    return logits[:, :-1][windows.real[:, 1:].to(device)].cpu()
+    return (logits if logits.ndim == 2 else logits[:, :-1][chosen]).cpu()
 
 
 def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
@@ -225,11 +260,8 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor) -> dict:
 
 
 def _answer_loss(logits: torch.Tensor, windows: Windows) -> float:
-    """답의 토큰마다의 평균 음의 로그 가능도(nat). logits는 [실제 토큰의 수, vocab]이다."""
-    real = windows.real[:, 1:]
-    goal = windows.ids[:, 1:][real]  # [실제 토큰의 수]: logits의 자리마다 맞혀야 할 토큰
-    scored = windows.answer[:, 1:][real]  # 그 토큰이 답인지
-    return F.cross_entropy(logits[scored], goal[scored]).item()
+    """답의 토큰마다의 평균 음의 로그 가능도(nat). logits는 [비교하는 토큰의 수, vocab]이다."""
+    return F.cross_entropy(logits[windows.scored], windows.targets[windows.scored]).item()
 
 
 def _run_settings(root: Path) -> dict:

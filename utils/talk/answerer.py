@@ -10,10 +10,9 @@ from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.textstream import Opening, TextStream
 from utils.errors import UsageError
-from utils.prompter import Turn
 from utils.sampling import Sampling
 from utils.talk.line import Line, Task
-from utils.turns import as_talk
+from utils.turns import Turn, as_talk
 
 REASONS = {"stop": "스스로 멈춤", "length": "최대 길이에 닿음", "cancelled": "사용자가 멈춤", "error": "오류로 멈춤"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from utils.chat_settings import CHAT
 from utils.data.readers import READERS
 from utils.errors import UsageError
-from utils.paths import ROOT
+from utils.paths import DATA_DEMO, ROOT
 from utils.prompter import TEMPLATES
 from utils.talk.guard import is_number
 
@@ -61,8 +61,9 @@ class Order:
 
 
 def data_files() -> list[str]:
-    """고를 수 있는 데이터 파일들."""
-    found = [file for root in _roots() for where in DATA_FOLDERS for file in sorted((root / where).glob("*"))
+    """고를 수 있는 데이터 파일들. 함께 든 것 가운데에서는 함께 든 모델이 배울 수 있는 것이 먼저다."""
+    found = [file for root in _roots() for where in DATA_FOLDERS
+             for file in sorted((root / where).glob("*"), key=lambda file: (file != DATA_DEMO, file.name))
              if file.suffix.lower() in READERS and file.is_file() and file.name != "requirements.txt"]
     return list(dict.fromkeys(map(short, found)))
 

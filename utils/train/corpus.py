@@ -133,7 +133,7 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
     parts = blocks.split_by_content(documents, settings.val_set_size, settings.seed)
     lengths = documents.full_lengths().reshape(-1, documents.per_row).sum(1)
     say(f"{count_line(documents, parts, lengths)}, "
-        f"길이는 가운데 {int(sorted(lengths)[len(lengths) // 2])}, 가장 긴 것 {int(lengths.max())}")
+        f"길이 중앙값 {int(np.median(lengths))}, 최댓값 {int(lengths.max())}")
     if documents.pairs:
         say(pairs.lengths_line(documents))
     lines = fault_lines(documents, parts)

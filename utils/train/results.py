@@ -73,12 +73,9 @@ def sample_lines(samples: list[dict]) -> list[str]:
 
 
 def stopped_line(samples: list[dict]) -> str:
-    """답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
-    counts = []
-    for model in record.MODELS:
-        reasons = [sample[f"{model.name}_finish"] for sample in samples if model.name in sample]
-        counts.append(f"{model.title} {len(reasons)}개 가운데 {reasons.count('stop')}개")
-    return f"\n{samples[0]['kind']}에 스스로 멈춘 답({record.SAMPLES_FILE}): {', '.join(counts)}"
+    """학습한 모델이 답을 끝낼 줄 알게 되었는지 한 줄로 말한다."""
+    stopped = [sample["tuned_finish"] for sample in samples].count("stop")
+    return f"\n{samples[0]['kind']} {len(samples)}개 가운데 길이의 한계 전에 끝맺은 답: 학습한 모델 {stopped}개"
 
 
 def describe_run(settings: Settings, inputs: Inputs, plan: Plan, result: Result) -> dict:

@@ -18,14 +18,14 @@ from utils.decode.scorecard import Score
 from utils.errors import first_line
 from utils.model import vram
 from utils.paths import DATA_DEMO
-from utils.prompter import EXAMPLES, fill_placeholder
+from utils.prompter import EXAMPLES
 from utils.record import MODELS
 from utils.sampling import GREEDY
 from utils.train import exact
 from utils.train.exact import ExactMatch
 from utils.train.inputs import Inputs
 from utils.train.records import Settings
-from utils.turns import as_talk
+from utils.turns import as_talk, fill_placeholder
 
 N_COMPARED = 5  # 두 모델이 함께 답하는 질문의 수. 나머지에는 학습한 모델만 시간이 허락하는 만큼 답한다
 MAX_SAMPLES = 64

@@ -97,7 +97,7 @@ def plan(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> Plan
     documents = inputs.documents
     lengths = blocks.unit_lengths(documents, np.arange(len(documents)))
     filled = inputs.train_set.n_tokens / (len(inputs.train_set) * batch.block_len)
-    say(f"{corpus.count_line(documents, inputs.parts, lengths)}, 가운데 길이 {int(np.median(lengths))}")
+    say(f"{corpus.count_line(documents, inputs.parts, lengths)}, 길이 중앙값 {int(np.median(lengths))}")
     for line in batch_lines(settings, batch, *lengths_to_fit(documents, inputs.parts), n_processes()):
         say(line)
     parts = f"{memory.micro_batch_size} x {share // memory.micro_batch_size}"
@@ -126,12 +126,12 @@ def build_model(settings: Settings, inputs: Inputs, say: Callable[[str], None]):
     if widths := loader.inexact_widths(base):
         say(f"주의: bitsandbytes의 CPU 커널은 64의 배수가 아닌 폭({', '.join(map(str, widths))})의 4비트를 바르게 풀지 "
             "못한다. 여기에서 배운 어댑터는 GPU에서 다른 답을 낸다")
+    base.name_or_path = located(settings.base_model)  # PEFT는 어댑터의 설정에 이것을 적는다
     torch.manual_seed(settings.seed)
     model = get_peft_model(base, LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=targets.peft_targets(base, inputs.targets), task_type="CAUSAL_LM",
-        fan_in_fan_out=inputs.config["model_type"] in targets.TRANSPOSED,
-        base_model_name_or_path=located(settings.base_model)))
+        fan_in_fan_out=inputs.config["model_type"] in targets.TRANSPOSED))
     adapter.require_reloadable(model)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"모델: {total:,} 매개변수, 그 가운데 {trainable:,}개({trainable / total:.2%})를 배운다")
