@@ -171,17 +171,18 @@ def test_reasons():
 
 
 def test_weights_as_the_kernels_read_them():
-    """LoRA의 A는 나란한 행렬의 차례로 쌓이고, 없는 자리는 0이고, 배율은 B에 곱해 둔다."""
+    """LoRA의 A는 배율을 곱해 나란한 행렬의 차례로 쌓고, 없는 자리는 0이다. 행렬이 하나면 모델의 것을 그대로 읽는다."""
     model = add_lora(build("qwen2", torch.bfloat16), rank=4, targets=["q_proj", "v_proj", "down_proj"])
     layer = model.get_base_model().model.layers[0]
     weights = Weights(model, describe(model))
     qkv, down = weights.layers[0].qkv, weights.layers[0].down
     a = [layer.self_attn.q_proj.lora_A["default"].weight, None, layer.self_attn.v_proj.lora_A["default"].weight]
     assert weights.rank == 4 and qkv.adapter.down.shape == (3, 8, 128) and weights.layers[0].out.adapter is None
-    assert torch.equal(qkv.adapter.down[0, :4], a[0].bfloat16()) and not qkv.adapter.down[1].any()
-    assert torch.equal(qkv.adapter.down[2, :4], a[2].bfloat16()) and not qkv.adapter.down[:, 4:].any()
-    assert torch.equal(down.adapter.down_fp32, layer.mlp.down_proj.lora_A["default"].weight.float())
-    assert torch.equal(down.adapter.up, layer.mlp.down_proj.lora_B["default"].weight.float() * 2)
+    assert torch.equal(qkv.adapter.down[0, :4], (a[0] * 2).bfloat16()) and not qkv.adapter.down[1].any()
+    assert torch.equal(qkv.adapter.down[2, :4], (a[2] * 2).bfloat16()) and not qkv.adapter.down[:, 4:].any()
+    own = layer.mlp.down_proj.lora_A["default"].weight, layer.mlp.down_proj.lora_B["default"].weight
+    kept = down.adapter.down_fp32, down.adapter.up
+    assert [one.data_ptr() for one in kept] == [one.data_ptr() for one in own] and down.adapter.scaling == 2
     assert torch.equal(qkv.bias[128:192], layer.self_attn.k_proj.bias.float())
     assert weights.head.data_ptr() == weights.embedding.data_ptr()  # 묶인 출력 행렬은 베끼지 않는다
 

@@ -3,10 +3,9 @@
 import torch
 
 from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINES, THREADS
-from utils.engine.decode_step import DecodeStep, LoraOfActArgument, norm_argument
+from utils.engine.decode_step import DecodeStep, lora_of_act, norm_argument
 from utils.engine.kv_cache import KvCache
 from utils.engine.norms import Norm
-from utils.engine.weights import Layer
 
 
 class DecodeRows:
@@ -82,7 +81,7 @@ class DecodeRows:
         code, adapter = self._weights.code, self._step.adapter_on
         for index, layer in enumerate(self._weights.layers):
             linear, (norm1, norm2) = self._step.linear_arguments(index), map(norm_argument, (layer.norm1, layer.norm2))
-            lora = self._lora(layer)
+            lora = lora_of_act(layer.down.adapter, self._shares)
             project = (norm1, linear["qkv"], norm2, linear["mlp"], lora, code, adapter)
             contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora,
                         plan.lines_mlp, self._parts, self._parts_done)
@@ -117,8 +116,3 @@ class DecodeRows:
         """출력에 norm을 거는 구조에서 출력 y를 잔차에 더한다."""
         if norm is not None:
             self._kernels["post_lines"]((LINES,), (THREADS,), self.x, self._y, norm.weight, overlap=overlap)
-
-    def _lora(self, layer: Layer) -> LoraOfActArgument:
-        """MLP의 뒤쪽 행렬에 붙은 LoRA. 블록들의 몫을 적는 자리가 줄의 수만큼 크다."""
-        adapter = layer.down.adapter
-        return LoraOfActArgument(None if adapter is None else adapter.down_fp32.data_ptr(), self._shares.data_ptr())

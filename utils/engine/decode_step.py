@@ -9,7 +9,7 @@ from utils.engine.decode_plan import ATTENDERS, CHOOSERS, SPLITS, THREADS, Plan
 from utils.engine.family import Family
 from utils.engine.kv_cache import KvCache
 from utils.engine.norms import Norm
-from utils.engine.weights import Layer, Linear, Weights
+from utils.engine.weights import Adapter, Layer, Linear, Weights
 
 KERNELS = ["project", "attend", "head", "choose"]
 READ_KERNELS = ["read_lora", "read_linear", "read_many", "activate_rows", "normalize", "split_heads", "join_heads",
@@ -37,7 +37,7 @@ class LinearArgument(ctypes.Structure):
 class LoraOfActArgument(ctypes.Structure):
     """커널의 `LoraOfAct`."""
 
-    _fields_ = [("a", ctypes.c_void_p), ("partial", ctypes.c_void_p)]
+    _fields_ = [("a", ctypes.c_void_p), ("partial", ctypes.c_void_p), ("scale", ctypes.c_float)]
 
 
 class NormArgument(ctypes.Structure):
@@ -183,8 +183,7 @@ class DecodeStep:
         family, adapter = self.weights.family, layer.down.adapter
         attention = AttentionArgument(index, family.windows[index], family.turns[index], _pointer(layer.q_norm),
                                       _pointer(layer.k_norm))
-        return linears, attention, LoraOfActArgument(adapter and _pointer(adapter.down_fp32),
-                                                     _pointer(self._lora_partial))
+        return linears, attention, lora_of_act(adapter, self._lora_partial)
 
     def _linear(self, linear: Linear, name: str) -> LinearArgument:
         argument = LinearArgument()
@@ -202,6 +201,13 @@ class DecodeStep:
 def kernel_names(family: Family) -> list[str]:
     post = ["post_lines"] if family.post_norm else []
     return KERNELS + READ_KERNELS + LINES_KERNELS + post + (PARALLEL_KERNELS if family.parallel else SEQUENTIAL_KERNELS)
+
+
+def lora_of_act(adapter: Adapter | None, partial: torch.Tensor) -> LoraOfActArgument:
+    """MLP의 뒤쪽 행렬에 붙은 LoRA. 블록들의 몫을 partial에 적는다."""
+    if adapter is None:
+        return LoraOfActArgument()
+    return LoraOfActArgument(adapter.down_fp32.data_ptr(), partial.data_ptr(), adapter.scaling)
 
 
 def norm_argument(norm: Norm | None) -> NormArgument:

@@ -35,17 +35,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Adapter:
-    """나란한 행렬들의 LoRA. 어댑터가 없는 행렬의 자리는 0이고, r이 작은 것은 0으로 채운다. 배율은 `up`에 곱해 둔다.
+    """나란한 행렬들의 LoRA. 어댑터가 없는 행렬의 자리는 0이고, r이 작은 것은 0으로 채운다.
 
     Attributes:
-        down: A [행렬의 수, `lora_rows(r)`, 입력], 커널의 활성값의 dtype. 행을 0으로 채운 것이다.
-        up: B fp32 [전체 출력, r].
-        down_fp32: MLP의 뒤쪽 행렬의 A fp32 [r, 입력]. 다른 행렬이면 None.
+        down: A [행렬의 수, `lora_rows(r)`, 입력], 커널의 활성값의 dtype. 행을 0으로 채우고 배율을 곱한 것이다.
+        up: B fp32 [전체 출력, r]. 행렬이 하나면 모델의 것을 베끼지 않는다.
+        down_fp32: MLP의 뒤쪽 행렬의 A fp32 [r, 입력]. 모델의 것 그대로다. 다른 행렬이면 None.
+        scaling: `down_fp32`에 곱할 배율.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     down_fp32: torch.Tensor | None
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,11 @@ class Linear:
 
     Attributes:
         bias: fp32 [전체 출력]. 없으면 None.
-        bias_half: 활성값의 dtype으로 된 bias. 질문을 읽을 때 쓴다.
         row_scale: int8 가중치의 행마다의 배율 fp32 [전체 출력]. 아니면 None.
     """
 
     parts: tuple[Matrix, ...]
     bias: torch.Tensor | None
-    bias_half: torch.Tensor | None
     row_scale: torch.Tensor | None
     adapter: Adapter | None
 
@@ -145,20 +145,24 @@ class Weights:
                               else item.detach().float() for part, item in zip(parts, biases, strict=True)])
         row_scale = torch.cat([part.row_scale for part in parts]) if self.kind == INT8 else None
         adapters = [adapter for _, adapter in pairs]
-        return Linear(parts, bias, None if bias is None else bias.to(self.dtype), row_scale,
-                      self._adapter(parts, adapters, mlp_down) if any(adapters) else None)
+        return Linear(parts, bias, row_scale, self._adapter(parts, adapters, mlp_down) if any(adapters) else None)
 
     def _adapter(self, parts: tuple[Matrix, ...], adapters: list, mlp_down: bool) -> Adapter:
-        device = parts[0].weight.device
-        down = torch.zeros(len(parts), self.rank, parts[0].shape[1], device=device)
-        ups = [torch.zeros(part.shape[0], self.rank, device=device) for part in parts]
-        for index, adapter in enumerate(adapters):
+        down = parts[0].weight.new_zeros(len(parts), lora_rows(self.rank), parts[0].shape[1], dtype=self.act_dtype)
+        ups = []
+        for part, adapter, rows in zip(parts, adapters, down, strict=True):
             if adapter:
-                a, b, scaling = adapter
-                down[index, : len(a)] = a
-                ups[index][:, : len(a)] = b.float() * scaling
-        padded = torch.nn.functional.pad(down, (0, 0, 0, lora_rows(self.rank) - self.rank))
-        return Adapter(padded.to(self.act_dtype), torch.cat(ups).contiguous(), down[0] if mlp_down else None)
+                rows[: len(adapter[0])] = adapter[0].float() * adapter[2]
+            ups.append(self._padded(adapter[1], 1) if adapter else rows.new_zeros(part.shape[0], self.rank).float())
+        return Adapter(down, ups[0] if len(ups) == 1 else torch.cat(ups),
+                       self._padded(adapters[0][0], 0) if mlp_down else None, adapters[0][2] if mlp_down else 1.0)
+
+    def _padded(self, lora: torch.Tensor, dim: int) -> torch.Tensor:
+        """r을 0으로 채운 fp32의 A나 B. dim은 r의 차원이다. 채울 것이 없으면 모델의 것 그대로다."""
+        spare = self.rank - lora.shape[dim]
+        if spare:
+            lora = torch.nn.functional.pad(lora, (0, spare) if dim else (0, 0, 0, spare))
+        return lora.float().contiguous()
 
 
 def shape_dtype(model) -> torch.dtype:

@@ -114,6 +114,7 @@ __device__ __forceinline__ float activate(float value) {
 struct LoraOfAct {
     const float* a;  // fp32 [RANK][FF]. 없으면 널
     float* partial;  // [MLP_BLOCKS][RANK]
+    float scale;     // LoRA의 배율
 };
 
 // 워프 하나가 d의 행 PER_WARP개를 맡는다. 읽는 것은 앞 커널과 상관없거나 다른 읽기와 겹칠 수 있으므로 먼저 시작한다.
@@ -144,7 +145,7 @@ struct LoraOfActGiver {
                 if (i < rows) sum += (EARLY ? held[EARLY ? k : 0] : weight(lora, k, first, rows)) * act[i];
             }
             sum = warp_sum(sum);
-            if ((threadIdx.x & 31) == 0 && r < RANK) lora.partial[block * RANK + r] = sum;
+            if ((threadIdx.x & 31) == 0 && r < RANK) lora.partial[block * RANK + r] = sum * lora.scale;
         }
     }
 };

@@ -564,7 +564,7 @@ __device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* a
                 sum[line] += now * act[i / ROWS * stride + cell(i % ROWS, line)];
         }
         float* target = lora.partial + ((size_t)block * RANK + r) * LINES;
-        float whole = gather<16>(sum);
+        float whole = gather<16>(sum) * lora.scale;
         if (lane % 2 == 0) target[lane / 2] = again ? target[lane / 2] + whole : whole;
     }
 }
