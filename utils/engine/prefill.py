@@ -55,6 +55,7 @@ class Prefill:
         if self._device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
+            self._read = torch.zeros(CAPTURED[-1], self._weights.family.hidden, device=self._device)
         self._graphs: dict[int, tuple] = {}
 
     @torch.inference_mode()
@@ -63,15 +64,15 @@ class Prefill:
         if len(ids) <= CAPTURED[-1]:
             if self._pool is None:
                 return self.many([input_ids], table[None])[0]
-            graph, captured_ids, x = self._graph(_captured(len(ids)))
+            graph, captured_ids = self._graph(_captured(len(ids)))
             captured_ids[: len(ids)].copy_(ids)
             graph.replay()
-            return x[len(ids) - 1]
+            return self._read[len(ids) - 1]
         with self._aside():
-            for past in range(0, len(ids), PIECE):
+            for past in range(0, len(ids), PIECE):  # 마지막 토큰의 것만 남기고 놓는다
                 piece = ids[past : past + PIECE].to(self._device)
-                x = self._piece(piece, [Group(table[None], len(piece), past=past)])
-        return x[-1]
+                x = self._piece(piece, [Group(table[None], len(piece), past=past)])[-1].clone()
+        return x
 
     @torch.inference_mode()
     def many(self, questions: list[list[int]], tables: torch.Tensor) -> torch.Tensor:
@@ -124,7 +125,7 @@ class Prefill:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _graph(self, size: int) -> tuple:
-        """(graph, 토큰을 넣는 자리 [size], 잔차가 나오는 자리 [size, hidden])."""
+        """(graph, 토큰을 넣는 자리 [size]). 잔차는 `_read`에 나온다."""
         if size not in self._graphs:
             ids = torch.zeros(size, dtype=torch.long, device=self._device)
             graph, groups = torch.cuda.CUDAGraph(), [Group(self._step.cache.table[None], size)]
@@ -132,8 +133,8 @@ class Prefill:
                 self._piece(ids, groups)
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                x = self._piece(ids, groups)
-            self._graphs[size] = graph, ids, x
+                self._read[:size].copy_(self._piece(ids, groups))
+            self._graphs[size] = graph, ids
         return self._graphs[size]
 
     def _piece(self, ids: torch.Tensor, groups: list[Group]) -> torch.Tensor:
@@ -145,18 +146,22 @@ class Prefill:
 
     def _layer(self, x: torch.Tensor, index: int, layer: Layer, groups: list[Group]) -> None:
         """x [T, hidden]에 층 하나를 더한다."""
-        parallel = self._weights.family.parallel
-        second = self._mlp(self._normalize(x, layer.norm2), index) if parallel else None
-        self._add(x, self._attend(self._normalize(x, layer.norm1), index, groups), layer.post1)
-        self._add(x, second if parallel else self._mlp(self._normalize(x, layer.norm2), index), layer.post2)
+        # 다 쓴 것을 바로 놓도록 이름을 붙이지 않고 이어서 부른다
+        attention = self._product(
+            self._attend(self._product(self._normalize(x, layer.norm1), index, "qkv"), index, groups), index, "out")
+        if not self._weights.family.parallel:
+            self._add(x, attention, layer.post1)
+        second = self._mlp(self._normalize(x, layer.norm2), index)
+        if self._weights.family.parallel:
+            self._add(x, attention, layer.post1)
+        self._add(x, second, layer.post2)
 
-    def _attend(self, x: torch.Tensor, index: int, groups: list[Group]) -> torch.Tensor:
-        """x [T, hidden] -> attention의 출력 [T, hidden]. K, V를 cache에 적는다."""
-        qkv = self._product(x, index, "qkv")
-        attended = x.new_empty(len(x), self._weights.family.q_width)
+    def _attend(self, qkv: torch.Tensor, index: int, groups: list[Group]) -> torch.Tensor:
+        """qkv [T, q + k + v] -> attention의 출력, 선형층의 입력 [T, q]. K, V를 cache에 적는다."""
+        attended = qkv.new_empty(len(qkv), self._weights.family.q_width, dtype=self._weights.act_dtype)
         for group in groups:
             self._attend_group(qkv, attended, index, group)
-        return self._product(attended, index, "out")
+        return attended
 
     def _attend_group(self, qkv: torch.Tensor, attended: torch.Tensor, index: int, group: Group) -> None:
         """질문들의 attention을 세어 attended의 제 행에 적는다."""
@@ -204,7 +209,8 @@ class Prefill:
     def _mlp(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """x [T, hidden] -> MLP의 출력 [T, hidden]."""
         both = self._product(x, index, "mlp")
-        act = x.new_empty(len(x), self._weights.family.ff)
+        # 문이 없으면 제자리에서 바꾼다
+        act = x.new_empty(len(x), self._weights.family.ff) if self._weights.family.gated else both.view(x.dtype)
         self._kernels["activate_rows"]((-(-act.numel() // THREADS),), (THREADS,), both, act, act.numel())
         return self._product(act, index, "down")
 
