@@ -51,6 +51,7 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> float:
         (nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True) @ x.mT).float().sum().backward()
     del x
     torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()  # stream마다 하나인데 학습은 다른 stream에서 한다
     torch.cuda.empty_cache()
     return max(0.0, _outside(device) - before)
 
