@@ -77,7 +77,7 @@ def train(
         early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
         eval_task: 학습한 다음 볼 시험. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나. 두 모델이 맞힌 비율을
             run.json에 남긴다.
-        seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.
+        seed: 나누기, 섞기, 드롭아웃의 난수 시드.
         lora_r: LoRA의 rank. 4, 16, 32로 바꾸어도 결과는 8과 같았다.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.

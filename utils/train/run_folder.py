@@ -104,7 +104,7 @@ def open_run(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> 
 
 
 def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None]) -> Path | None:
-    """이어 갈 체크포인트를 고른다. 청하지 않으면 이어 가지 않고, 이미 있는 실행 위에 쓰지도 않는다."""
+    """이어 갈 체크포인트를 고른다. 적지 않으면 이어 가지 않고, 이미 있는 실행 위에 쓰지도 않는다."""
     folder, asked = Path(settings.output_dir), settings.resume_from_checkpoint
     if asked is None or asked is False:
         require_fresh(folder)
