@@ -104,6 +104,13 @@ def test_base_whose_learning_4bit_would_erase_is_refused_before_the_data(onto, t
     assert ("broken.json" in error) is (onto == "original")
 
 
+def test_folder_with_an_adapter_is_refused_before_the_data(tiny_neox, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapter_model.safetensors").write_bytes(b"")
+    error = refuse(capsys, tiny_neox, "--data_path", unreadable(tmp_path), "--output_dir", str(tmp_path / "run"))
+    assert "이미 어댑터가 있다" in error and "run-2" in error and "broken.json" not in error
+
+
 def test_unknown_layer_is_refused_before_the_data(tiny_neox, tmp_path, capsys):
     error = refuse(capsys, tiny_neox, "--data_path", unreadable(tmp_path), "--cutoff_len", "64",
                    "--lora_target_modules", "q_proj")
