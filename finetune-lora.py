@@ -75,9 +75,8 @@ def train(
         train_on_inputs: False면 답만 배운다(질문은 loss에서 뺀다). Gemma 3 270M에 짧은 답(KoBEST SentiNeg)을 가르치면
             3,649행에서는 둘 다 98.8%를 맞혔고, 30행에서는 질문도 배운 것이 96%, 답만 배운 것이 91%였다.
         early_stopping_patience: 검증 loss가 이만큼 잇달아 나아지지 않으면 멈춘다. 적지 않으면 끝까지 간다.
-        eval_task: 학습한 다음 볼 시험. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나. 두 모델이 맞힌 비율을
-            run.json에 남긴다.
-        seed: 나누기, 섞기, 드롭아웃의 난수 씨앗.
+        eval_task: 학습한 다음 볼 시험(kobest, KoBEST의 파일이 든 폴더, 내 행의 파일). 맞힌 비율을 run.json에 남긴다.
+        seed: 나누기, 섞기, 드롭아웃의 난수 시드.
         lora_r: LoRA의 rank. 4, 16, 32로 바꾸어도 결과는 8과 같았다.
         lora_alpha: LoRA의 배율은 lora_alpha / lora_r이다.
         lora_dropout: LoRA 입력의 드롭아웃 확률.
@@ -120,6 +119,7 @@ def train(
     from utils.train import planner, results, run_folder, verdict
     from utils.train.fit import fit
 
+    run_folder.require_startable(settings)
     inputs = stage.prepare(settings, console.say)
     settings = defaults.fill(settings, inputs.config, inputs.documents.pairs)
     plan = stage.plan(settings, inputs, console.say)

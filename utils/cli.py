@@ -172,7 +172,7 @@ def _refuse_unknown(argv: list[str], parameters: Parameters) -> None:
 
 
 def _nearest(name: str, parameters: Parameters) -> list[str]:
-    """비슷하게 적은 플래그. 오타, 이름의 한 토막(epochs), 첫 글자(lr)의 차례로 찾는다."""
+    """비슷하게 적은 플래그. 오타, 이름의 한 부분(epochs), 첫 글자(lr)의 차례로 찾는다."""
     return (difflib.get_close_matches(name, parameters, n=1)
             or [each for each in parameters if name in each.split("_")]
             or [each for each in parameters if name == "".join(word[0] for word in each.split("_"))])[:1]

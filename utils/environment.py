@@ -66,7 +66,7 @@ def quick(say: Callable[[str], None], facts: Quick | None = None) -> None:
 
 
 def require_utf8(texts: list[str]) -> None:
-    """파일 이름을 UTF-8로 읽지 않는 환경이면, 한글 경로를 라이브러리에 넘기기 전에 그친다.
+    """파일 이름을 UTF-8로 읽지 않는 환경이면, 한글 경로를 라이브러리에 넘기기 전에 멈춘다.
 
     Raises:
         UsageError: 경로나 값에 그 환경이 읽지 못한 글자가 있다.

@@ -70,7 +70,7 @@ def lacks_vram(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """라이브러리가 던진 오류의 첫 줄. 쌍점으로 끝나면 다음 줄까지다. 글이 없으면 오류의 이름이다."""
+    """라이브러리가 던진 오류의 첫 줄. 콜론으로 끝나면 다음 줄까지다. 글이 없으면 오류의 이름이다."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first)[:200]
 

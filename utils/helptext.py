@@ -1,4 +1,4 @@
-"""도움말: 단계 함수의 서명과 docstring에서 만든다. 무리의 이름은 서명 속의 주석(`# 모델`)이다."""
+"""도움말: 단계 함수의 서명과 docstring에서 만든다. 그룹의 이름은 서명 속의 주석(`# 모델`)이다."""
 
 import inspect
 import re
@@ -40,7 +40,7 @@ def help_text(stage: Callable) -> str:
 
 
 def groups(stage: Callable) -> list[tuple[str, list[str]]]:
-    """서명에 적힌 차례대로 (무리의 이름, 플래그들)."""
+    """서명에 적힌 차례대로 (그룹의 이름, 플래그들)."""
     found: list[tuple[str, list[str]]] = [("플래그", [])]
     parameters = inspect.signature(stage).parameters
     for line in inspect.getsource(stage).splitlines():

@@ -43,7 +43,7 @@ def is_sharded() -> bool:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """라이브러리를 불러오는 동안 쓰레기 수집을 쉰다. 남을 객체 수십만 개를 거듭 훑지 않아 0.7초가 준다."""
+    """라이브러리를 불러오는 동안 가비지 컬렉션(GC)을 쉰다. 남을 객체 수십만 개를 거듭 훑지 않아 0.7초가 준다."""
     gc.disable()
     try:
         yield

@@ -44,7 +44,7 @@ MODELS = (Model("base", "기반 모델", tuned=False), Model("tuned", "학습한
 FIGURES = (
     Figure("eval_loss_before", "학습 전 검증 loss", ".4f"),
     Figure("eval_loss_after", "학습 후 검증 loss", ".4f"),
-    Figure("reward_accuracy_after", "맞은 보상(검증 쌍)", ".1%"),
+    Figure("reward_accuracy_after", "보상 정확도(검증 쌍)", ".1%"),
     Figure("reward_margin_after", "보상의 차이(검증 쌍)", ".3f"),
     Figure("chosen_reward_after", "고른 답의 보상(검증 쌍)", ".3f"),
     Figure("chosen_likelier_before", "학습 전 고른 답이 더 그럴듯한 쌍", ".1%"),

@@ -50,7 +50,7 @@ def draw_curves(runs: Sequence[tuple[str, dict]], png_path: Path | BinaryIO) -> 
 
     Args:
         runs: (이름, `write_run`에 준 dict)들.
-        png_path: 쓸 파일이나 메모리의 흐름. 그대로 돌려준다.
+        png_path: 쓸 파일이나 메모리의 스트림. 그대로 돌려준다.
 
     Raises:
         UsageError: 한글 글꼴의 패키지가 없다.

@@ -1,4 +1,4 @@
-"""다음 토큰을 고르는 규칙: 벌점, 자르기, 뽑기. 로짓 [vocab]과 이미 나온 답에서 토큰 번호 하나로."""
+"""다음 토큰을 고르는 규칙: 반복 페널티, 자르기, 샘플링. 로짓 [vocab]과 이미 나온 답에서 토큰 번호 하나로."""
 
 import random
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """답 하나를 만드는 설정. 벌점과 반복 금지는 답에만 걸리므로 답이 질문을 인용할 수 있다.
+    """답 하나를 만드는 설정. 페널티와 반복 금지는 답에만 걸리므로 답이 질문을 인용할 수 있다.
 
     Attributes:
         temperature: 0이면 늘 가장 그럴듯한 토큰을 고른다.
         top_p: 확률이 큰 토큰부터 더해 이 값에 닿을 때까지만 남긴다. 1이면 자르지 않는다.
         top_k: 가장 그럴듯한 k개만 남긴다. 0이면 자르지 않는다.
         max_new_tokens: 답의 최대 길이(토큰).
-        repetition_penalty: 답에 이미 나온 토큰의 로짓을 이만큼 나누거나(양수) 곱한다(음수). 1이면 벌점이 없다.
+        repetition_penalty: 답에 이미 나온 토큰의 로짓을 이만큼 나누거나(양수) 곱한다(음수). 1이면 없다.
         no_repeat_ngram_size: 답에 이미 나온 n-gram을 다시 만들지 않는다. 0이면 막지 않는다.
-        seed: 뽑기의 씨앗. None이면 매번 다르다.
+        seed: 샘플링의 시드. None이면 매번 다르다.
 
     Raises:
         UsageError: 값이 범위를 벗어났다.
@@ -47,7 +47,7 @@ class Sampling:
                 raise UsageError(f"{name}의 범위는 {allowed}이다. 받은 값: {getattr(self, name)}")
 
     def seed_number(self) -> int:
-        """실제로 쓸 씨앗(0 이상, 2^63 미만)."""
+        """실제로 쓸 시드(0 이상, 2^63 미만)."""
         return random.SystemRandom().getrandbits(63) if self.seed is None else self.seed % 2**63
 
 
@@ -67,7 +67,7 @@ BROKEN_LOGITS = "다음 토큰의 확률이 수가 아니다(NaN). 모델이나 
 
 
 def penalize(logits: torch.Tensor, answer: list[int], settings: Sampling) -> torch.Tensor:
-    """답에 이미 나온 토큰에 벌점을 주고 되풀이되는 n-gram을 막은 로짓 [vocab]."""
+    """답에 이미 나온 토큰에 페널티를 주고 되풀이되는 n-gram을 막은 로짓 [vocab]."""
     logits = logits.float()
     if not answer or (settings.repetition_penalty == 1 and settings.no_repeat_ngram_size == 0):
         return logits

@@ -54,7 +54,7 @@ NAMES, PEOPLE, PLACES, ROLES = (WORDS[name] for name in ("이름", "사람", "�
 
 
 class Writer:
-    """문장을 하나씩 짓는다. 난수의 씨앗이 같으면 같은 문장들이다."""
+    """문장을 하나씩 짓는다. 난수의 시드가 같으면 같은 문장들이다."""
 
     def __init__(self, rng: random.Random):
         self._rng = rng

@@ -70,7 +70,7 @@ TALK = [{"role": "system", "content": "짧게 답해."}, {"role": "user", "conte
 
 
 def test_a_whole_talk_reaches_the_model_as_training_builds_it(tiny_neox):
-    """openai의 클라이언트가 보낸 대화의 토큰은 `ask_talk`의 것이고, 답과 사용량과 씨앗도 직접 물은 것과 같다."""
+    """openai의 클라이언트가 보낸 대화의 토큰은 `ask_talk`의 것이고, 답과 사용량과 시드도 직접 물은 것과 같다."""
     answerer = load_answerer(find_source(str(tiny_neox), None, print), None, None, False, "default", print)
     app = TestClient(Starlette(routes=api.routes(Models([Choice("tiny", answerer)]), None)))
     near = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=app)

@@ -270,5 +270,6 @@ def test_the_verdict_speaks_of_held_out_rewards(monkeypatch, tmp_path):
         assert "25.0% -> 75.0%" in found.lines[0]
     assert judge(0.4).learned and len(judge(0.4).lines) == 1
     assert not judge(0.69).learned and "--learning_rate 9e-05" in judge(0.69).lines[-1]
+    assert len(judge(0.4, chosen=-0.1).lines) == 1  # 두 답의 차이에 비할 만큼 내려가지 않았다
     broken = judge(0.2, chosen=-0.5)
     assert "고른 답의 보상도 내려갔다(-0.500)" in broken.lines[1] and "--learning_rate 1e-05" in broken.lines[-1]

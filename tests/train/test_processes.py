@@ -56,7 +56,7 @@ def same_adapter(left, right) -> None:
 
 
 def test_two_processes_learn_what_one_learns(lab, single, tmp_path):
-    """dropout의 씨앗은 프로세스가 아니라 블록이 정하므로, dropout을 켜도 같다."""
+    """dropout의 시드는 프로세스가 아니라 블록이 정하므로, dropout을 켜도 같다."""
     done = lab.train(tmp_path / "run", world=2, **SETTINGS)
     assert done.code == 0, done.text
     same_adapter(tmp_path / "run", single)

@@ -1,6 +1,7 @@
 """끝까지 갈 수 없는 기반 모델과 데이터는 데이터를 읽기 전에, 또는 모델을 올리기 전에 한 줄로 거절한다."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import conftest
@@ -84,8 +85,6 @@ def test_models_that_do_not_continue_text_are_refused_before_the_data(kind, name
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp4"])
 def test_base_that_is_already_quantised_is_refused_before_the_data(method, tiny_neox, tmp_path, capsys):
-    import shutil
-
     base = tmp_path / "quantised"
     shutil.copytree(tiny_neox, base)
     file = base / "config.json"
@@ -94,6 +93,22 @@ def test_base_that_is_already_quantised_is_refused_before_the_data(method, tiny_
     file.write_text(json.dumps(content), encoding="utf-8")
     error = refuse(capsys, base, "--data_path", unreadable(tmp_path))
     assert method in error and "양자화하기 전" in error and "broken.json" not in error
+
+
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+def test_base_whose_learning_4bit_would_erase_is_refused_before_the_data(onto, tiny_neox, tmp_path, capsys):
+    base = shutil.copytree(tiny_neox, tmp_path / "merged")
+    (base / "merge-report.json").write_text(json.dumps({"merge_onto": onto}), encoding="utf-8")
+    error = refuse(capsys, base, "--data_path", unreadable(tmp_path), "--cutoff_len", "64")
+    assert ("--merge_onto original로 다시 합쳐" in error) is (onto == "quantized")
+    assert ("broken.json" in error) is (onto == "original")
+
+
+def test_folder_with_an_adapter_is_refused_before_the_data(tiny_neox, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapter_model.safetensors").write_bytes(b"")
+    error = refuse(capsys, tiny_neox, "--data_path", unreadable(tmp_path), "--output_dir", str(tmp_path / "run"))
+    assert "이미 어댑터가 있다" in error and "run-2" in error and "broken.json" not in error
 
 
 def test_unknown_layer_is_refused_before_the_data(tiny_neox, tmp_path, capsys):

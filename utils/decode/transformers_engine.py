@@ -108,7 +108,7 @@ class ForwardDecode:
         answers: list[list[int]] = [[] for _ in questions]
         if time.perf_counter() > until:
             return answers
-        # 줄마다 제 난수를 쓴다. 씨앗을 정했으면 함께 물은 답이 혼자 물은 답과 같다
+        # 줄마다 제 난수를 쓴다. 시드를 정했으면 함께 물은 답이 혼자 물은 답과 같다
         generators = [torch.Generator(self._device).manual_seed(settings.seed_number()) for _ in questions]
         plain = (settings.temperature, settings.repetition_penalty, settings.no_repeat_ngram_size) == (0, 1, 0)
         step = self._start(questions, max(map(len, questions)) + max(limits))

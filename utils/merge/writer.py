@@ -13,7 +13,7 @@ from utils.errors import UsageError
 from utils.files import file_sha256, read_json
 from utils.merge.job import Job
 from utils.model import lora, nf4, shards
-from utils.model.adapter import ADAPTER_FOLDER, PROMPT_FILE, read_prompt_info
+from utils.model.adapter import ADAPTER_FOLDER, MERGE_REPORT, PROMPT_FILE, read_prompt_info
 from utils.model.folder import ADAPTER_FILES, TensorEntry, model_digest, text_config
 from utils.model.shards import Planned
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
@@ -53,7 +53,6 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 _ONTO = {"original": "기반 모델의 원래 가중치", "quantized": "NF4를 다녀온 가중치"}
 
-REPORT_FILE = "merge-report.json"
 # 구조마다 다른 이름의 어휘 파일은 토크나이저가 말한다
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
@@ -227,7 +226,7 @@ def write_companions(folder: Path, job: Job) -> None:
 
 def finish(folder: Path, job: Job, hashed: dict, proof: dict | None) -> None:
     """merge-report.json을 쓰고, 모든 파일의 크기와 sha256을 담은 manifest.json을 맨 끝에 쓴다."""
-    _write_json(folder / REPORT_FILE, {
+    _write_json(folder / MERGE_REPORT, {
         "base_model": str(job.base.path), "base_digest": model_digest(job.base.path), "adapter": str(job.adapter),
         "merge_onto": job.onto, "updated_tensors": len(job.updates), "proof": proof})
     files = dict(hashed)

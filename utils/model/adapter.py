@@ -16,6 +16,7 @@ from utils.seals import MANIFEST, damage
 
 PROMPT_FILE = "prompt.json"
 ADAPTER_FOLDER = "adapter"
+MERGE_REPORT = "merge-report.json"
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # 기반 가중치를 건드리지 않는 시작(init_lora_weights)
 _UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")  # 얹을 때 난수나 데이터로 기반 가중치를 다시 나누는 시작
 
@@ -183,6 +184,13 @@ def find_adapter(peft_root: str | Path) -> Path:
 def has_adapter(folder: str | Path) -> bool:
     """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
     return (Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS).is_file()
+
+
+def merged_onto(folder: str | Path) -> str | None:
+    """어느 가중치에 합친 폴더인지(original, quantized). 이 도구가 합친 폴더가 아니면 None이다."""
+    file = Path(folder) / MERGE_REPORT
+    report = read_json(file, "") if file.is_file() else None
+    return report.get("merge_onto") if isinstance(report, dict) else None
 
 
 def has_merged(folder: str | Path, adapter: Path) -> bool:

@@ -145,7 +145,7 @@ def _problem(replies: list[Reply]) -> str:
 
 
 def _before_stop(text: str, stops: list[str], done: bool) -> tuple[str, bool]:
-    """(내보내도 되는 글, 멈춤 글이 나왔는가). 멈춤 글의 앞토막일지 모르는 끝은 아직 내보내지 않는다."""
+    """(내보내도 되는 글, 멈춤 글이 나왔는가). 멈춤 글의 앞부분일지 모르는 끝은 아직 내보내지 않는다."""
     found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     if found:
         return text[: min(found)], True

@@ -11,7 +11,7 @@ from utils.talk import guard
 
 _MAIN = (("Temperature", "temperature", 0.05), ("Top p", "top_p", 0.01), ("Top k", "top_k", 1),
          ("Max tokens", "max_new_tokens", 1))
-_MORE = (("반복 벌점", "repetition_penalty", 0.05),
+_MORE = (("반복 페널티", "repetition_penalty", 0.05),
          ("n-gram 반복 금지 (0이면 끔)", "no_repeat_ngram_size", 1))
 
 

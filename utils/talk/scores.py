@@ -156,7 +156,7 @@ def repetition(ids: Sequence[int]) -> float:
 
 
 def echo(text: str, question: str) -> float:
-    """질문 가운데 답에 그대로 옮겨진 가장 긴 토막의 비율. 공백은 세지 않는다."""
+    """질문 가운데 답에 그대로 옮겨진 가장 긴 부분의 비율. 공백은 세지 않는다."""
     question, text = "".join(question.split()), "".join(text.split())
     if not question:
         return 0.0

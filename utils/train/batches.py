@@ -1,4 +1,4 @@
-"""블록을 micro batch로 나누는 법: 섞는 순서, 모자라는 자리, 블록마다의 dropout 씨앗."""
+"""블록을 micro batch로 나누는 법: 섞는 순서, 모자라는 자리, 블록마다의 dropout 시드."""
 
 import math
 from collections.abc import Iterator

@@ -118,12 +118,12 @@ class Loop:
         # fp16의 작은 gradient는 0이 되므로 손실을 scale배로 키워 backward하고, 고치기 전에 나눈다. fp16이 아니면 1이다
         scale = self.weights.scaler.scale(torch.ones_like(factor))
         rows = len(batch["input_ids"])
-        # 여러 프로세스의 블록을 차례로 늘어놓았을 때의 자리. 프로세스의 수를 바꾸어도 같은 블록은 같은 씨앗을 받는다
+        # 여러 프로세스의 블록을 차례로 늘어놓았을 때의 자리. 프로세스의 수를 바꾸어도 같은 블록은 같은 시드를 받는다
         keys = self.dropout_keys(rows, first=(number * self.group.world + self.group.rank) * rows)
         return self.step.train({**batch, "keys": keys, "factor": factor * scale}) / scale
 
     def dropout_keys(self, rows: int, first: int = 0) -> torch.Tensor:
-        """블록마다의 dropout 씨앗 [rows, 2], int32. (seed, global step, batch 안의 자리)로 정해진다.
+        """블록마다의 dropout 시드 [rows, 2], int32. (seed, global step, batch 안의 자리)로 정해진다.
 
         그래서 재개해도, 나누어 계산해도, 프로세스의 수가 달라도 같다.
         """

@@ -10,7 +10,7 @@ Batch = dict[str, torch.Tensor]
 class Step(Protocol):
     """micro-step 하나를 계산하는 길.
 
-    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 씨앗 `keys`는 [rows, 2]다. 선호
+    batch는 `input_ids`, `labels`, `position_ids`가 모두 [rows, block]이고, dropout의 시드 `keys`는 [rows, 2]다. 선호
     쌍이면 `reference`와 `beta`도 있다. 손실은 `model/objective.py`가 정한다.
     """
 

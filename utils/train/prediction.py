@@ -158,5 +158,5 @@ def _nf4_bytes(count: int) -> float:
 
 
 def _segments(size: float) -> float:
-    """할당기가 큰 덩어리를 2 MiB의 배수로 잡는 것을 셈한 크기."""
+    """할당기가 큰 덩어리를 2 MiB의 배수로 잡는 것까지 계산한 크기."""
     return -(-size // SEGMENT) * SEGMENT if size >= LARGE else size

@@ -113,7 +113,7 @@ class Progress:
 def pair_note(row: dict[str, float], prefix: str = "") -> str:
     """선호 쌍의 기록이면 보상이 맞은 비율과 보상의 차이. 아니면 빈 글이다."""
     accuracy, margin = row.get(f"{prefix}reward_accuracy"), row.get(f"{prefix}reward_margin")
-    return "" if accuracy is None else f"  맞은 보상 {accuracy:.1%}  보상의 차이 {margin:.3f}"
+    return "" if accuracy is None else f"  보상 정확도 {accuracy:.1%}  차이 {margin:.3f}"
 
 
 def summary_lines(run: dict) -> list[str]:

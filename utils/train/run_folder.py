@@ -103,8 +103,18 @@ def open_run(settings: Settings, inputs: Inputs, say: Callable[[str], None]) -> 
         yield Run(folder, chosen, facts, info, command({"resume_from_checkpoint": "True"}))
 
 
+def require_startable(settings: Settings) -> None:
+    """새로 시작하는 실행이면, 큰 데이터를 다 읽은 뒤에야 알지 않게 `output_dir`를 먼저 본다.
+
+    Raises:
+        UsageError: 이미 무언가 들어 있다.
+    """
+    if not settings.resume_from_checkpoint:
+        require_fresh(Path(settings.output_dir))
+
+
 def choose_checkpoint(settings: Settings, facts: dict, say: Callable[[str], None]) -> Path | None:
-    """이어 갈 체크포인트를 고른다. 청하지 않으면 이어 가지 않고, 이미 있는 실행 위에 쓰지도 않는다."""
+    """이어 갈 체크포인트를 고른다. 적지 않으면 이어 가지 않고, 이미 있는 실행 위에 쓰지도 않는다."""
     folder, asked = Path(settings.output_dir), settings.resume_from_checkpoint
     if asked is None or asked is False:
         require_fresh(folder)

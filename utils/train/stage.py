@@ -58,8 +58,23 @@ def open_base(settings: Settings) -> dict:
         hub.folder(settings.base_model, settings.cache_dir)  # 데이터를 다 읽고 나서 받다가 그치지 않게 한다
     config = loader.load_config(settings.base_model, settings.cache_dir)
     loader.require_trainable(settings.base_model, config)
+    require_whole_merge(settings)
     check_block_fits(settings.cutoff_len, config)
     return config
+
+
+def require_whole_merge(settings: Settings) -> None:
+    """합친 모델이면, 배우려고 4비트로 줄여도 앞서 배운 것이 남는지 본다.
+
+    NF4를 다녀온 가중치에 작은 갱신을 더한 것은, NF4로 다시 줄이면 갱신하기 전의 값으로 되돌아간다.
+
+    Raises:
+        UsageError: 앞서 배운 것이 지워진다.
+    """
+    if adapter.merged_onto(hub.folder(settings.base_model, settings.cache_dir)) == "quantized":
+        raise UsageError(f"--merge_onto quantized로 합친 모델이라 4비트로 다시 줄이면 앞서 배운 것이 거의 지워진다: "
+                         f"{settings.base_model}. 새 폴더에 --merge_onto original로 다시 합쳐 그것을 --base_model로 "
+                         "적는다")
 
 
 def check_block_fits(cutoff_len: int, config: dict) -> None:
@@ -70,7 +85,7 @@ def check_block_fits(cutoff_len: int, config: dict) -> None:
 
 
 def open_exams(settings: Settings, prompter) -> list[Exam]:
-    """학습한 다음 볼 시험들. 청하지 않았으면 비었다."""
+    """학습한 다음 볼 시험들. 적지 않았으면 비었다."""
     if settings.eval_task is None:
         return []
     return load_exams(find_input(settings.eval_task), prompter, settings.cache_dir)

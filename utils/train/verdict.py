@@ -13,6 +13,7 @@ from utils.train.records import Plan, Result, Settings
 LEAST_FALL = 0.02  # loss가 이 비율보다 적게 줄었으면 거의 배우지 못한 것이다
 SAME = 1.0005  # loss가 이 비율보다 적게 늘었으면 그대로인 것이다
 CLEARLY_RISEN = 1.02  # 가장 좋은 검증 loss보다 이만큼 크면 그 뒤로는 외우기만 한 것이다
+DISPLACED = 0.1  # 고른 답의 보상이 두 답의 차이의 이 비율보다 많이 내려갔으면 두 답을 모두 밀어낸 것이다
 HIGH_RATE = 1e-4  # 이보다 높은 학습률로 나빠졌으면 먼저 학습률을 의심한다
 LOWEST_RATE = 1e-5  # 올려 보라고 하는 학습률은 적어도 이만큼이다
 WILD_RATE = 1e-2  # 이보다 높으면 loss가 줄었어도 답이 깨지기 쉽다. 고르는 학습률은 가장 높아도 1e-3이다
@@ -91,8 +92,8 @@ def try_this(what: str, settings: Settings, **changes: str | None) -> list[str]:
 
 def displaced(settings: Settings, result: Result) -> list[str]:
     """버린 답뿐 아니라 고른 답도 덜 그럴듯해졌으면 그 말. 보상의 차이는 벌어져도 답은 나빠진 것일 수 있다."""
-    reward = result.ended.get("eval_chosen_reward", 0.0)
-    if reward >= 0:
+    reward, margin = (result.ended.get(f"eval_{name}", 0.0) for name in ("chosen_reward", "reward_margin"))
+    if reward >= -DISPLACED * abs(margin):
         return []
     return [f"참고: 고른 답의 보상도 내려갔다({reward:.3f}). 두 답을 모두 말하지 않게 되어 답이 깨졌을 수 있으니 "
             f"{SAMPLES_FILE}의 답을 본다.",
