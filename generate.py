@@ -65,7 +65,7 @@ def serve(
     models = load_models(sources, cache_dir, load_4bit, load_8bit, prompt_template, console.say)
     if ask is not None:
         print_answers(models, ask, input)
-    elif eval is not None and eval.isdigit():
+    elif eval is not None and eval.isdecimal():
         print_scores(models.default.answerer, find_results(sources, (), models, cache_dir), int(eval))
     elif eval is not None:
         print_scorecard(models.default.answerer, sources[0], eval, prompt_template, cache_dir)
@@ -86,7 +86,7 @@ def check_flags(flags: dict) -> None:
     from utils.talk.exposure import address_problem, exposure_problem
 
     ask, exam, peft_root = flags["ask"], flags["eval"], flags["peft_root"]
-    counted = exam is not None and exam.lstrip("-").isdigit()
+    counted = exam is not None and exam.removeprefix("-").isdecimal()
     known = exam is None or counted or is_on_hub(exam) or Path(find_input(exam)).exists()
     problem = exposure_problem(flags["server_name"], flags["share_gradio"], flags["auth"])
     nowhere = "" if ask is not None or exam is not None else address_problem(flags["server_name"])

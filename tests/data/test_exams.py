@@ -177,6 +177,31 @@ def test_rows_that_are_no_questions_are_refused(row, reason, tmp_path):
         load_exams(write_rows(tmp_path / "mine.jsonl", row), Prompter())
 
 
+@pytest.mark.parametrize("row", [
+    {"질문": "1+1은?", "보기1": "1", "보기2": "2", "정답": "2"},
+    {"질문": "1+1은?", "보기 ①": "1", "보기 ②": "2", "정답": "②"},
+    {"question": "1+1은?", "A": "1", "B": "2", "C": "3", "answer": "B"},
+    {"question": "1+1은?", "option_a": "1", "option_b": "2", "answer": "b"},
+])
+def test_options_in_columns_of_their_own_are_refused(row, tmp_path):
+    """말없이 정답만 보면, 고르기가 아니라 글자까지 똑같이 답해야 하는 시험이 된다."""
+    with pytest.raises(UsageError, match="보기가 여러 열.*에 나뉘어 있다"):
+        load_exams(write_rows(tmp_path / "mine.jsonl", row), Prompter())
+
+
+def test_a_row_without_options_among_rows_with_them_is_exact(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("Q,A,보기\n가?,나,나|다\n가?,나,\n", encoding="utf-8")
+    (exam,) = load_exams(str(file), Prompter())
+    assert [item.options for item in exam.items] == [("나", "다"), ("나",)]
+
+
+def test_the_first_row_decides_the_columns_and_the_broken_row_is_named(tmp_path):
+    file = write_rows(tmp_path / "mine.jsonl", {"instruction": "?", "output": "가"}, {"instruction": "?"})
+    with pytest.raises(UsageError, match="2번째 행의 output 열이 없거나 비었다. 글을 적거나 그 행을 뺀다$"):
+        load_exams(file, Prompter())
+
+
 def test_one_file_of_kobest_is_that_exam(tmp_path):
     write_tsv(tmp_path / "any.tsv", [{"Text": "좋다", "Label": "1"}])
     hub = write_rows(tmp_path / "any.jsonl", {"sentence": "좋다", "label": 1})
@@ -202,6 +227,7 @@ GOOD = "1\t좋다\t1\n"
 @pytest.mark.parametrize("rows, reason", [
     ('2\t"따옴표가 열린 글\t0\n3\t싫다\t0\n', "2번째 행에 닫히지 않은 큰따옴표"),
     ("2\t싫다\t0\t더\n", "2번째 행의 칸이 열보다 많다"),
+    ("2\t싫\n", "2번째 행의 칸이 열보다 적다"),
     ("2\t싫다\t부정적\n", "2번째 SentiNeg 문항을 읽을 수 없다: 정답"),
 ])
 def test_broken_rows_of_a_table_are_named(rows, reason, tmp_path):

@@ -70,9 +70,9 @@ def totals(model, tokenizer, item: Item, prompter, text: str) -> list[float]:
         else:
             context = tokenizer(prompter.prompt(text).rstrip(" "))["input_ids"]
             answer = tokenizer(" " + option)["input_ids"]
-        whole = (context + answer)[-CONTEXT:]
+        whole = (context + answer)[-(CONTEXT + 1):]  # 마지막 토큰은 읽지 않으므로 하나를 더 둔다(lm-evaluation-harness)
         with torch.no_grad():
-            scores = model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            scores = model(input_ids=torch.tensor([whole[:-1]])).logits[0].double().log_softmax(-1)
         at = range(len(whole) - len(answer), len(whole))
         found.append(sum(float(scores[place - 1, whole[place]]) for place in at))
     return found
@@ -107,7 +107,7 @@ def test_a_row_without_options_is_right_only_to_the_end(models, tokenizer, tmp_p
     model, end_id = models["base"], end_token_id(tokenizer)
     prompter, encoder = Prompter(), Encoder(tokenizer, end_id)
     item = Item(("3",), 0, ([pieces_of(prompter, "물은?", "", "3")],))
-    (context, answer), = scorecard.encode(item, encoder, end_id, CONTEXT)
+    (context, answer), = scorecard.encode(item, encoder, end_id)
     assert answer[-1] == end_id
     assert context + answer == encoder.encode_batch([[pieces_of(prompter, "물은?", "", "3")]])[0][0]
     value = likelihood.measure(model, [(context, answer)])[0]
@@ -119,16 +119,28 @@ def test_a_row_without_options_is_right_only_to_the_end(models, tokenizer, tmp_p
 def test_the_text_begins_with_the_head_like_the_harness(tokenizer, tiny_neox):
     headed = add_head(load_tokenizer(tiny_neox))
     item = Item(("가", "나다"), 0, text="물은 ")
-    pairs = scorecard.encode(item, Encoder(headed, 2), 2, CONTEXT)
+    pairs = scorecard.encode(item, Encoder(headed, 2), 2)
     context = headed("물은")["input_ids"]
     assert pairs == [(context, headed(f"물은  {option}")["input_ids"][len(context):]) for option in item.options]
     assert context[0] == 1 != tokenizer("물은")["input_ids"][0]
 
 
-def test_an_answer_longer_than_the_model_reads_is_cut(tokenizer):
-    item = Item(("가" * 100, "나"), 0, text="물은")
-    long, short = scorecard.encode(item, Encoder(tokenizer, 2), 2, CONTEXT)
-    assert [len(long[0]), len(long[1])] == [1, CONTEXT - 1] and len(short[0]) + len(short[1]) < CONTEXT
+@pytest.mark.parametrize("question, answer, kept", [(CONTEXT - 1, 2, (CONTEXT - 1, 2)), (CONTEXT, 2, (CONTEXT - 1, 2)),
+                                                    (3, CONTEXT, (1, CONTEXT)), (3, CONTEXT + 9, (1, CONTEXT))])
+def test_only_what_the_model_cannot_read_is_cut(question, answer, kept):
+    """글은 앞에서부터, 정답은 뒤에서부터 자른다. 읽는 것은 마지막 토큰을 뺀 CONTEXT토큰까지다."""
+    pair = list(range(question)), list(range(100, 100 + answer))
+    asked, answered = scorecard.fitted(pair, CONTEXT)
+    assert (len(asked), len(answered)) == kept
+    assert asked == pair[0][question - kept[0]:] and answered == pair[1][:kept[1]]
+
+
+def test_says_how_many_questions_were_cut(models, tokenizer):
+    items = [Item(("가", "나"), 0, text=text) for text in ("물은", "물은 높은 산에서 끓는다. " * 20)]
+    lines = []
+    score, = scorecard.measure(asker(models), ("base",), [Exam("x", "시험", items)], Encoder(tokenizer, 2), 2, CONTEXT,
+                               lines.append)
+    assert score.cut == 1 and lines[0].endswith("길어서 앞을 자른 문항 1개")
 
 
 def test_standard_error_is_that_of_the_mean():

@@ -5,6 +5,7 @@ import shutil
 import socket
 import threading
 import time
+import unicodedata
 
 import conftest
 import families
@@ -46,6 +47,8 @@ def refuse(capsys, *flags: str) -> str:
     (["--run_dirs", "없는 폴더,resources"], "없는 폴더, resources"),
     (["--eval", "0", "--peft_root", "x"], "1 이상"),
     (["--eval", "kobset"], "kobest"),
+    (["--eval", "²"], "있는 폴더나 파일"),
+    (["--eval=--5"], "있는 폴더나 파일"),
     (["--eval", "no-such-rows.jsonl"], "no-such-rows.jsonl"),
     (["--ask", "가", "--eval", "5", "--peft_root", "x"], "하나만"),
     (["--server_prot", "1"], "--server_port"),
@@ -278,6 +281,12 @@ def test_placeholder_is_filled_letter_by_letter(make_answerer):
     for word in ("AI", "\\1{y}\\", "{x}"):
         text = make_answerer.tokenizer.decode(answerer.ask("{x}가 뭐지?", word))
         assert text == f"### 질문: {word}가 뭐지?\n\n### 답변:"
+
+
+def test_a_decomposed_question_is_the_composed_one(make_answerer):
+    """macOS는 풀어쓴 한글(NFD)을 붙여 넣기도 한다. 데이터에서 모아쓰듯 질문에서도 모아쓴다."""
+    answerer, texts = make_answerer(Scripted()), ("{x}가 뭐지?", "인공지능")
+    assert answerer.ask(*(unicodedata.normalize("NFD", text) for text in texts)) == answerer.ask(*texts)
 
 
 def test_input_without_a_placeholder_is_not_lost(make_answerer):

@@ -1,21 +1,24 @@
 """시험 문항: KoBEST의 다섯 시험과, 사용자가 고른 파일의 행. 어느 시험인지는 열 이름이 정한다."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.columns import require_form
+from utils.data.columns import Form, require_form
 from utils.data.dataset import say_row
-from utils.data.forms import read_row, unpacked
+from utils.data.forms import ADVICE, read_row, unpacked
 from utils.data.kobest import KOBEST_HUB, TASKS, Task, is_on_hub
 from utils.data.kobest_files import choose_files, find_task, read_task
 from utils.data.preferences import plain
 from utils.data.rows import fetch, read_rows
+from utils.data.talks import BadTurns
 from utils.data.texts import compose, strip_end
 from utils.errors import UsageError
 from utils.turns import Pieces, Turn
 
 OPTIONS = ("options", "choices", "보기")  # 사용자의 행에서 보기들이 든 열
+_ONE_OPTION = re.compile(r"(?:보기|선택지|선지|option|choice)_?(?:\d+|[①-⑩a-e])|[a-e]")  # 보기 하나씩의 열: 보기1, A
 MARKS = "\n|;/,"  # 표의 한 칸에 적은 보기들을 가르는 것. 앞의 것부터 본다
 
 
@@ -72,7 +75,7 @@ def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
         raise UsageError(f"시험이 없다: {name}. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나를 적는다")
     if (task := find_task(path)) is not None:
         return [make_exam(task, read_task(path, task), prompter, path)]
-    return [Exam(path.stem, path.name, [_own_item(row, number, name, prompter) for number, row in read_rows(name)])]
+    return [Exam(path.stem, path.name, _own_items(name, prompter))]
 
 
 def make_exam(task: Task, rows: Iterable[dict], prompter, source: str | Path) -> Exam:
@@ -101,17 +104,37 @@ def _choice(before: list[Turn], options: tuple[str, ...], answer: int, number: i
     return Item(options, answer, asked)
 
 
-def _own_item(row: dict, number: int, source: str, prompter) -> Item:
-    """사용자의 행. 학습 데이터와 같은 열이고, 보기의 열이 있으면 정답이 그 가운데 하나다.
+def _own_items(source: str, prompter) -> list[Item]:
+    """사용자의 행들. 학습 데이터와 같은 열이고, 첫 행의 열이 꼴을 정한다.
 
     Raises:
-        UsageError: 질문과 답의 행이 아니다. 보기에 정답이 없다.
+        UsageError: 질문과 답의 행이 아니다. 보기에 정답이 없다. 어느 행인지 말한다.
     """
-    listed = next((name for name in row if plain(str(name)) in OPTIONS and row[name] is not None), None)
-    rest = {name: value for name, value in row.items() if plain(str(name)) not in OPTIONS}
-    form = require_form(rest, source)
+    items, form = [], None
+    for number, row in read_rows(source):
+        form = form or _own_form(row, source)
+        try:
+            items.append(_own_item(row, form, number, source, prompter))
+        except BadTurns as error:  # 고치는 플래그는 학습의 것이다
+            raise UsageError(str(error).removesuffix(f". {ADVICE}")) from None
+    return items
+
+
+def _own_form(row: dict, source: str) -> Form:
+    apart = [str(name) for name in row if _ONE_OPTION.fullmatch(plain(str(name)))]
+    if len(apart) > 1:
+        raise UsageError(f"{source}의 보기가 여러 열({', '.join(apart)})에 나뉘어 있다. {OPTIONS[0]} 열 하나에 "
+                         "`긍정|부정`이나 목록으로 적고, 정답의 열에는 고른 보기의 글을 적는다")
+    form = require_form([name for name in row if plain(str(name)) not in OPTIONS], source)
     if form.is_preference:
-        raise UsageError(f"{source}의 {number}번째 행은 선호 쌍이라 시험이 되지 않는다. 질문과 답을 적는다")
+        raise UsageError(f"{source}의 행은 선호 쌍이라 시험이 되지 않는다. 질문과 답을 적는다")
+    return form
+
+
+def _own_item(row: dict, form: Form, number: int, source: str, prompter) -> Item:
+    """사용자의 행 하나. 보기의 열이 있으면 정답이 그 가운데 하나다."""
+    listed = next((name for name in row if plain(str(name)) in OPTIONS and row[name] not in (None, "")), None)
+    rest = {name: value for name, value in row.items() if plain(str(name)) not in OPTIONS}
     said = read_row(rest, form, number, source)
     turns, documents = say_row(prompter, said, number, source)
     whole = documents[-1]

@@ -89,7 +89,9 @@ def _rows(file: Path) -> Iterator[dict]:
                     raise UsageError(f'{file}의 {number}번째 행에 닫히지 않은 큰따옴표(")가 있다')
                 if None in row:
                     raise UsageError(f"{file}의 {number}번째 행의 칸이 열보다 많다")
-                if len(values) == len(row) and all(values):  # 값이 빈 행은 hub의 것에도 없다
+                if None in row.values():
+                    raise UsageError(f"{file}의 {number}번째 행의 칸이 열보다 적다(덜 받은 파일일 수 있다)")
+                if all(values):  # 값이 빈 행은 hub의 것에도 없다
                     yield row
     except csv.Error as error:
         raise UsageError(f"{file}의 {number + 1}번째 행이 올바른 TSV가 아니다: {error}") from None

@@ -87,8 +87,7 @@ class Decoder:
                  adapter: str | None = None):
         config = model.config.get_text_config(decoder=True)
         self.end_ids = frozenset(end_ids)
-        limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT, DBRX
-        self.context = int(next(filter(None, limits), None) or tokenizer.model_max_length)
+        self.context = reads(config) or int(tokenizer.model_max_length)
         if longest is not None:  # KV cache는 이 길이만큼만 잡힌다
             self.context = min(self.context, longest)
         self.finish_reason = "length"
@@ -215,6 +214,16 @@ class Decoder:
             yield token
             if stop.is_set() and count < limit:
                 return
+
+
+def reads(config) -> int | None:
+    """설정이 말하는, 모델이 읽을 수 있는 토큰의 수. 한계가 없는 구조면 None이다.
+
+    Args:
+        config: 글을 다루는 부분의 설정(`get_text_config`).
+    """
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT, DBRX
+    return next((int(limit) for limit in limits if limit), None)
 
 
 def _engine(model, context: int, vocab: int) -> tuple[Engine, str]:

@@ -27,6 +27,7 @@ class Score:
         items: 문항의 수.
         right: 모델의 이름(`record.MODELS`) -> 맞힌 문항의 수. 어댑터가 없으면 "base"뿐이다.
         seconds: 모델들을 재는 데 걸린 시간.
+        cut: 모델이 읽는 길이보다 길어 앞을 자른 문항의 수.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Score:
     items: int
     right: dict[str, int]
     seconds: float
+    cut: int = 0
 
     def share(self, model: str) -> float:
         """맞힌 비율. 0에서 1."""
@@ -47,7 +49,8 @@ class Score:
     def line(self) -> str:
         titles = {model.name: f"{model.title} " for model in MODELS} if len(self.right) > 1 else {}
         parts = [f"{titles.get(name, '')}{self.share(name):.1%} ±{self.error(name):.1%}" for name in self.right]
-        return f"{self.title} {self.items:,}문항({self.seconds:.1f}초): {', '.join(parts)}"
+        cut = f". 길어서 앞을 자른 문항 {self.cut:,}개" if self.cut else ""
+        return f"{self.title} {self.items:,}문항({self.seconds:.1f}초): {', '.join(parts)}{cut}"
 
     def as_dict(self) -> dict:
         return {**asdict(self), "accuracy": {name: self.share(name) for name in self.right},
@@ -66,22 +69,24 @@ def measure(ask: Ask, names: Sequence[str], exams: Sequence[Exam], encoder: Enco
     scores = []
     for exam in exams:
         began = time.perf_counter()
-        pairs = [encode(item, encoder, end_id, context) for item in exam.items]
+        whole = [encode(item, encoder, end_id) for item in exam.items]
+        pairs = [[fitted(pair, context) for pair in options] for options in whole]
+        n_cut = sum(before != after for before, after in zip(whole, pairs, strict=True))
         together = [pair for options in pairs for pair in options]
         right = {name: count_right(exam.items, ask(name, together)) for name in names}
         seconds = time.perf_counter() - began
         found = [Score(exam.name, exam.title, len(exam.items),
-                       {name: each.plain for name, each in right.items()}, seconds)]
+                       {name: each.plain for name, each in right.items()}, seconds, n_cut)]
         if exam.by_length:
             found.append(Score(f"{exam.name}_norm", f"{exam.title}(글자 수로 나눔)", len(exam.items),
-                               {name: each.by_length for name, each in right.items()}, seconds))
+                               {name: each.by_length for name, each in right.items()}, seconds, n_cut))
         for score in found:
             say(score.line())
         scores += found
     return scores
 
 
-def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair]:
+def encode(item: Item, encoder: Encoder, end_id: int) -> list[Pair]:
     """보기마다의 (문맥, 보기)의 토큰. 정답 하나만 있는 문항에는 끝 토큰도 든다.
 
     템플릿이 있는 문항은 학습과 같이 프롬프트와 답을 따로 토큰으로 바꾼다. 글 그대로 잇는 문항은
@@ -99,9 +104,15 @@ def encode(item: Item, encoder: Encoder, end_id: int, context: int) -> list[Pair
         whole = [encoder.encode_prompt(f"{item.text} {option}") for option in item.options]
         pairs = [(body, tokens[len(body):]) for tokens in whole]
     if len(item.options) > 1:
-        pairs = [(question, answer[:-1] if answer[-1] == end_id else answer) for question, answer in pairs]
-    pairs = [(question, answer[:context - 1]) for question, answer in pairs]
-    return [(question[len(answer) - context:], answer) for question, answer in pairs]
+        return [(question, answer[:-1] if answer[-1] == end_id else answer) for question, answer in pairs]
+    return pairs
+
+
+def fitted(pair: Pair, context: int) -> Pair:
+    """모델이 읽을 수 있게 앞을 자른 것. 마지막 토큰은 맞히기만 하고 읽지 않으므로 `context`보다 하나 많이 남긴다."""
+    question, answer = pair
+    answer = answer[:context]
+    return question[len(answer) - context - 1:], answer
 
 
 class Right(NamedTuple):

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from utils.chat_settings import CHAT
 from utils.data.encoder import Encoder, require_known_ids
+from utils.data.texts import compose
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.textstream import Opening, TextStream
@@ -102,6 +103,7 @@ class Answerer:
         Raises:
             UsageError: 질문이 비었거나, 템플릿이 이 대화를 받지 않거나, 너무 길거나, 모델이 모르는 토큰이 나온다.
         """
+        turns = [replace(turn, text=compose(turn.text), input=compose(turn.input)) for turn in turns]
         if not turns or turns[-1].role != "user":
             raise UsageError("대화의 마지막은 user의 질문이어야 한다")
         if not turns[-1].text.strip():

@@ -12,7 +12,7 @@ import torch
 
 from utils.data.questions import plain_question, read_question, readable
 from utils.decode import likelihood, scorecard
-from utils.decode.decoder import Decoder
+from utils.decode.decoder import Decoder, reads
 from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.scorecard import Score
 from utils.errors import first_line
@@ -102,7 +102,7 @@ def measure_exams(inputs: Inputs, model) -> list[Score]:
             return likelihood.measure(model, pairs)
 
     model.eval()
-    context = int(inputs.config.get("max_position_embeddings") or inputs.documents.cutoff_len or SHORTEST_CONTEXT)
+    context = reads(model.config.get_text_config(decoder=True)) or inputs.documents.cutoff_len or SHORTEST_CONTEXT
     return scorecard.measure(ask, [each.name for each in MODELS], inputs.exams, inputs.encoder, inputs.end_id, context,
                              lambda line: None)
 
