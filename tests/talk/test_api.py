@@ -116,10 +116,21 @@ def test_stop_text_is_not_shown(client):
 
 
 @pytest.mark.parametrize("extra", [{"temperature": 5}, {"top_p": 0}, {"max_tokens": 0}, {"max_tokens": 10**6},
-                                   {"n": 2}, {"seed": -1}, {"stop": ["a"] * 9}, {"extra_body": {"top_k": -1}}])
+                                   {"n": 2}, {"seed": -1}, {"seed": 1.5}, {"stop": ["a"] * 9},
+                                   *({"extra_body": body} for body in (
+                                       {"top_k": -1}, {"stop_token_ids": [5]}, {"repeat_penalty": 1.3}, {"echo": True},
+                                       {"max_new_tokens": 5}, {"n_predict": 5}, {"prompt": "가"}, {"temprature": 0}))])
 def test_values_out_of_bounds(client, extra):
     with pytest.raises(openai.BadRequestError):
         ask(client, **extra)
+
+
+def test_what_changes_no_answer_is_taken(client):
+    """아무것도 바라지 않는 값과, 답을 바꾸지 않는 항목은 있어도 된다. OpenAI의 클라이언트들이 늘 함께 보낸다."""
+    plain = ask(client, temperature=0, max_tokens=3).choices[0].message.content
+    extra = {"n": 1, "user": "나", "metadata": {"a": "b"}, "presence_penalty": 0, "tools": [], "logit_bias": None,
+             "response_format": {"type": "text"}, "store": False}
+    assert ask(client, temperature=0, max_tokens=3, **extra).choices[0].message.content == plain
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": ""}], [{"role": "tool", "content": "x"}],

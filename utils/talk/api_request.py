@@ -11,12 +11,18 @@ from utils.talk.guard import BOUNDS, MAX_CHARS, bounded_sampling
 MAX_STOPS = 8
 MAX_PROMPTS = 64
 MAX_TOP = 20
-# 하지 못하는 일 -> 적어도 되는 값. 말없이 다른 답을 하느니 거절한다
-UNSUPPORTED = {"n": (1,), "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "logit_bias": ({},),
-               "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},),
-               "tool_choice": ("none", "auto"), "min_p": (0,), "typical_p": (1,), "min_tokens": (0,),
-               "ignore_eos": (False,), "chat_template_kwargs": ({},), "grammar": ("",), "guided_json": (),
-               "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": ()}
+SETTINGS = {"model", "stream", "stream_options", "stop", "seed", "logprobs", "max_tokens", *BOUNDS} - {"max_new_tokens"}
+CHAT_ONLY, TEXT_ONLY = {"messages", "top_logprobs", "max_completion_tokens"}, {"prompt", "echo"}
+# 답을 바꾸지 않는 항목. 받고 쓰지 않는다
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+            "cache_prompt", "request_id", "priority"}
+# 하지 못하는 일 -> 적어도 되는 값. 여기에도 없는 항목은 OpenAI처럼 거절한다. 말없이 다른 답을 하지 않으려는 것이다
+NEUTRAL = {"n": (1,), "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "logit_bias": ({},),
+           "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},),
+           "tool_choice": ("none", "auto"), "min_p": (0,), "typical_p": (1,), "min_tokens": (0,), "echo": (False,),
+           "ignore_eos": (False,), "chat_template_kwargs": ({},), "grammar": ("",), "modalities": (["text"],),
+           "stop_token_ids": ([],), "skip_special_tokens": (True,), "add_generation_prompt": (True,),
+           "continue_final_message": (False,)}
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,11 @@ def read(body: object, answerer: Answerer, chat: bool) -> Asked:
     """
     if not isinstance(body, dict):
         raise UsageError("본문은 JSON 객체여야 한다")
-    for name, allowed in UNSUPPORTED.items():
-        if body.get(name) is not None and body[name] not in allowed:
-            raise UsageError(f"지원하지 않는 항목이다. 빼고 보낸다. {name}: {str(body[name])[:40]}")
+    known = SETTINGS | HARMLESS | (CHAT_ONLY if chat else TEXT_ONLY)
+    for name, value in body.items():
+        if name not in known and value is not None and value not in NEUTRAL.get(name, ()):
+            raise UsageError(f"지원하지 않는 항목이다. 빼고 보낸다. {str(name)[:40]}: {str(value)[:40]}")
     echo, stream = (_flag(body, name) for name in ("echo", "stream"))
-    echo = echo and not chat
     read_only = echo and _max_tokens(body) == 0
     top = _chat_top(body) if chat else _count(body, "logprobs")
     if stream and (echo or top is not None):

@@ -97,7 +97,7 @@ def bounded_sampling(seed: int | None = None, **values: object) -> Sampling:
             kind = "정수" if whole else "수"
             raise UsageError(f"{name}의 값은 {low}에서 {high}까지의 {kind}다. 받은 값: {str(value)[:40]}")
         numbers[name] = int(value) if whole else float(value)
-    if seed is not None and not (is_number(seed) and 0 <= seed < 2**53):
+    if seed is not None and not (is_number(seed) and 0 <= seed < 2**53 and seed == int(seed)):
         raise UsageError("seed는 0 이상 2^53 미만의 정수다")
     return Sampling(**numbers, seed=None if seed is None else int(seed))
 
