@@ -204,6 +204,28 @@ def test_two_models_stand_side_by_side(page):
     expect(page.locator("#chat-other")).to_be_hidden()
 
 
+def test_a_thumb_beside_another_answer_makes_a_pair(page, tmp_path):
+    page.evaluate("localStorage.removeItem('polyglot-ko-lite-talks')")
+    page.locator("#other input").click()
+    page.get_by_role("option", name="기반 모델").click()
+    ask(page, "비교해 보자")
+    left, right = said(page, "bot"), said(page, "bot", chat="chat-other")
+    pairs = []
+    for label, told in (("나쁜 답", "옆의 답이 더 낫다고"), ("좋은 답", "이 답이 더 낫다고")):
+        press(page, "bot", label)
+        expect(page.locator("#talk-status textarea")).to_have_value(re.compile(told))
+        page.get_by_role("tab", name="내 기록").click()
+        with page.expect_download() as download:
+            page.locator("#history-pairs").click()
+        (row,) = map(json.loads, Path(download.value.path()).read_text(encoding="utf-8").splitlines())
+        pairs.append([row[name][0]["content"].split() for name in ("prompt", "chosen", "rejected")])
+        page.get_by_role("tab", name="대화", exact=True).click()
+    asked = ["비교해", "보자"]
+    assert pairs == [[asked, right.split(), left.split()], [asked, left.split(), right.split()]]
+    page.locator("#other input").click()
+    page.get_by_role("option", name="비교하지 않기").click()
+
+
 def test_empty_question_and_bad_seed_get_a_notice_beside_the_button(page):
     question(page).press("Enter")
     notice = page.locator("#talk-status")

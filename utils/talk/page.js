@@ -86,11 +86,18 @@ window.lite = (() => {
     });
     return { messages: row };
   };
-  const pairsOf = (talk) => talk.said.flatMap((said, place) => (said.draft && said.good ? [{
-    prompt: messages(talk, talk.said.slice(0, place)),
-    chosen: [{ role: "assistant", content: said.text }],
-    rejected: [{ role: "assistant", content: said.draft }],
-  }] : []));
+  // 두 답 가운데 나은 것과 못한 것: 고쳐 쓴 답과 처음의 답, 또는 나란히 비교하며 엄지를 누른 두 답
+  const ranked = ({ text, draft, other, good }) =>
+    draft ? (good ? [text, draft] : []) : good ? [text, other] : good === false ? [other, text] : [];
+  const pairsOf = (talk) => talk.said.flatMap((said, place) => {
+    const [better, worse] = ranked(said);
+    if (!better?.trim() || !worse?.trim() || better.trim() === worse.trim()) return [];
+    return [{
+      prompt: messages(talk, talk.said.slice(0, place)),
+      chosen: [{ role: "assistant", content: better }],
+      rejected: [{ role: "assistant", content: worse }],
+    }];
+  });
   const save = (name, text, type) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type }));
@@ -179,7 +186,7 @@ window.lite = (() => {
     },
     exportPairs() {
       saveLines("polyglot-ko-lite-pairs.jsonl", read().flatMap(pairsOf),
-        "고쳐 쓴 답이 아직 없어요. 대화 탭에서 답 아래의 연필을 눌러 더 나은 답을 적어 주세요.");
+        "두 답을 비교한 표시가 아직 없어요. 대화 탭에서 연필을 눌러 더 나은 답을 적거나, 두 모델을 나란히 비교하며 엄지를 눌러 주세요.");
     },
     exportAll() {
       save("polyglot-ko-lite-talks.json", JSON.stringify(read(), null, 2), "application/json");

@@ -19,6 +19,8 @@ EMPTY = "질문을 적어 주세요"
 BUSY = "지금은 바빠요. 기다리는 질문이 많으니 잠시 뒤에 다시 보내 주세요"
 GOOD, BAD = "좋은 답으로 남겼어요", "나쁜 답으로 남겼어요"
 MARKED = ". '내 기록'에서 학습 데이터로 내려받을 수 있어요"
+BETTER, WORSE = (f"{side} 답이 더 낫다고 남겼어요. '내 기록'에서 선호 쌍으로 내려받을 수 있어요"
+                 for side in ("이", "옆의"))
 SILENT = "모델이 한 글자도 답하지 않았어요. 다시 보내거나 다르게 물어보세요"
 LONG = "질문이 너무 길어요. 줄여서 다시 보내 주세요"
 LIVE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}  # 모든 이벤트의 설정
@@ -159,7 +161,8 @@ def mark(value, index: object, liked: object) -> tuple:
         return gr.skip(), gr.skip(), gr.skip()
     said = talk.said[index]
     said.good = liked if isinstance(liked, bool) else None
-    told = {True: GOOD + MARKED, False: BAD, None: "표시를 지웠어요"}[said.good]
+    better, worse = (BETTER, WORSE) if said.other else (GOOD + MARKED, BAD)
+    told = {True: better, False: worse, None: "표시를 지웠어요"}[said.good]
     return talk.to_json(), gr.update(feedback_value=talk.marks()), told
 
 
