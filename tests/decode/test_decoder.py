@@ -281,5 +281,7 @@ def test_short_of_memory_says_the_number(tokenizer):
     decoder._engine._free_bytes = lambda: 20.5 * decoder._engine._token_bytes  # 20토큰이 들어가는 메모리
     answer = list(decoder.stream(prompts(1)[0], Sampling(**GREEDY, max_new_tokens=50)))
     assert len(answer) == 4 and "4토큰" in decoder.notice and "20토큰" in decoder.notice
+    replies = decoder.answer_many([prompts(1)[0], [7]], Sampling(**GREEDY, max_new_tokens=12))
+    assert [len(reply.ids) for reply in replies] == [4, 12] and "4토큰" in decoder.notice
     with pytest.raises(UsageError, match="20토큰"):
         decoder.stream(prompts(1, 30)[0], Sampling(**GREEDY))

@@ -30,6 +30,7 @@ def test_the_score_asked_for_at_training_is_that_of_the_saved_adapter(tiny_neox,
                        "--output_dir", str(run), "--num_train_epochs", "3", "--batch_size", "4", "--cutoff_len", "128",
                        "--learning_rate", "0.02", "--eval_task", str(kobest))
     scores = record.read_run(run)["scorecard"]
+    assert f"시험의 문항 {2 * N_ITEMS}개를 두 모델이 푼다" in said
     assert [(score["name"], score["items"]) for score in scores] == [("copa", N_ITEMS), ("sentineg", N_ITEMS)]
     assert any(score["right"]["base"] != score["right"]["tuned"] for score in scores)
 

@@ -149,7 +149,11 @@ class Decoder:
         Raises:
             UsageError: 빈 질문이나 너무 긴 질문이나 모델이 모르는 토큰이 있다.
         """
-        limits = [self._limit(question, settings) for question in questions]
+        limits, notices = [], []
+        for question in questions:
+            limits.append(self._limit(question, settings))
+            notices.append(self.notice)
+        self.notice = next(filter(None, notices), "")
         answers = self._engine.answer_rows(questions, settings, limits, tuple(self.end_ids), until) if questions else []
         replies = []
         for answer, limit in zip(answers, limits, strict=True):

@@ -166,6 +166,8 @@ class Answerer:
         """설정과 모델(`tuned`)이 같은 답들을 한꺼번에 만든다. 줄을 서지 않으므로 페이지 없이 쓴다."""
         self._decoder.use_adapter(answers[0].tuned)
         replies = self._decoder.answer_many([answer.input_ids for answer in answers], answers[0].settings)
+        if self._decoder.notice:
+            self._say(self._decoder.notice)
         for answer, reply in zip(answers, replies, strict=True):
             stream, opening = self._spelling(answer)
             text = "".join(stream.push(token) for token in reply.ids) + stream.flush()

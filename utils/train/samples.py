@@ -81,7 +81,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
     try:
         with vram.shortage():
             samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.parts.held_out))
-            samples.scores = measure_exams(inputs, model)
+            samples.scores = measure_exams(inputs, model, say)
             fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
         return STOPPED
@@ -92,7 +92,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
     return None
 
 
-def measure_exams(inputs: Inputs, model) -> list[Score]:
+def measure_exams(inputs: Inputs, model, say: Callable[[str], None]) -> list[Score]:
     """`eval_task`에 적은 시험의 성적. 어댑터를 켠 것과 끈 것을 같은 문항으로 잰다."""
     if not inputs.exams:
         return []
@@ -103,8 +103,11 @@ def measure_exams(inputs: Inputs, model) -> list[Score]:
 
     model.eval()
     context = reads(model.config.get_text_config(decoder=True)) or inputs.documents.cutoff_len or SHORTEST_CONTEXT
-    return scorecard.measure(ask, [each.name for each in MODELS], inputs.exams, inputs.encoder, inputs.end_id, context,
-                             lambda line: None)
+    say(f"\n시험의 문항 {sum(len(exam.items) for exam in inputs.exams):,}개를 두 모델이 푼다")
+    passed: list[str] = []
+    with telling(say, lambda: f"  시험 {len(passed)}/{len(inputs.exams)}개를 보았다"):
+        return scorecard.measure(ask, [each.name for each in MODELS], inputs.exams, inputs.encoder, inputs.end_id,
+                                 context, passed.append)
 
 
 def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, seconds: float,
@@ -125,12 +128,16 @@ def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, se
     say(f"\n{what} {len(asked)}개에 답해 본다(길어야 {seconds:.0f}초). Ctrl+C를 누르면 답만 그만두고, 어댑터와 기록은 "
         "그대로 남는다")
     finished: list[Asked] = []
+    shortened: set[str] = set()  # 메모리가 모자라 짧게 답했으면 그 말
     with telling(say, lambda: f"  답 {len(finished)}/{total}개, 길어야 {until - time.perf_counter():.0f}초 남았다"):
         for name, group in groups:
             answer(decoder, inputs, group, name, until)
             finished += group
+            shortened.add(decoder.notice)
             if name == "tuned":
                 samples.rows.extend(one.sample for one in group if name in one.sample)
+    for notice in sorted(shortened - {""}):
+        say(notice)
 
 
 @contextlib.contextmanager
