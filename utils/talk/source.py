@@ -223,7 +223,10 @@ def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say:
         say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
     elif info:
         warn_of_tokens(info, prompter, tokenizer, say)
-    say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
+    why = "" if info or prompt_template else " (저장된 것이 없어 기본값)"
+    if why and getattr(tokenizer, "chat_template", None):
+        why = f" (저장된 것이 없어 기본값. 모델의 대화 템플릿으로 물으려면 --prompt_template {CHAT})"
+    say(f"템플릿: {prompter.name}{why}")
     return prompter
 
 
