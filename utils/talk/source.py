@@ -1,10 +1,8 @@
 """대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from utils.chat_settings import CHAT
 from utils.console import detail
@@ -12,14 +10,11 @@ from utils.data.encoder import head_ids
 from utils.decode.decoder import Decoder
 from utils.decode.precision import choose_precision, require_room
 from utils.errors import UsageError
-from utils.model import diskmap, loader, lora, shards, vram
+from utils.model import loader, vram
 from utils.model.adapter import (
-    ADAPTER_FOLDER,
     PromptInfo,
     can_turn_off,
     find_adapter,
-    has_adapter,
-    has_merged,
     load_adapter,
     read_adapter_config,
     read_prompt_info,
@@ -27,13 +22,11 @@ from utils.model.adapter import (
 )
 from utils.model.folder import (
     ADAPTER_WEIGHTS,
-    TensorEntry,
     find_trained_base,
     model_digest,
-    open_model_folder,
     read_safetensors_header,
 )
-from utils.model.loader import Device, load_base
+from utils.model.merged import has_adapter, has_merged, load_merged_4bit
 from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.paths import BASE_DEMO, find_input, shown
 from utils.prompter import make_prompter
@@ -41,8 +34,6 @@ from utils.seals import read_manifest
 from utils.talk.answerer import Answerer
 from utils.talk.line import Line
 from utils.talk.models import BASE, Choice, Models, unique_names
-
-UNMERGED_BYTES = 2**25  # 갱신을 빼는 조각 하나의 fp32. 작으면 GPU를 부르는 일이, 크면 메모리가 는다
 
 
 @dataclass(frozen=True)
@@ -238,40 +229,3 @@ def warn_of_tokens(info: PromptInfo, prompter, tokenizer, say: Callable[[str], N
     head = tuple(head_ids(tokenizer))  # 대화 템플릿은 글머리를 스스로 적는다
     if prompter.name != CHAT and info.head_ids != head:
         say(f"주의: 배울 때 글머리에 붙인 토큰은 {list(info.head_ids)}인데 지금은 {list(head)}이다. 다시 가르친다")
-
-
-def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):
-    """합친 모델을 NF4로 올리고 어댑터를 얹은 PeftModel.
-
-    합친 가중치를 그대로 양자화하면 작은 갱신이 NF4의 눈금 사이로 사라진다. 합친 것에서 갱신을 빼면 원래 가중치가
-    16비트 반올림 안에서 되돌아오고, 그 NF4 코드는 학습할 때의 것과 거의 모두 같다.
-
-    Raises:
-        UsageError: 폴더가 온전하지 않거나 어댑터가 맞지 않는다.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    folder = Path(folder)
-    adapter = folder / ADAPTER_FOLDER
-    updates = lora.read_updates(adapter, lora.read_config(adapter))
-    disk = diskmap.read(open_model_folder(folder))
-    model = load_base(folder, device, "4bit", cache_dir)
-    for name, update in updates.items():
-        module = model.get_submodule(name)
-        if isinstance(module, Linear4bit):
-            entry, update = disk.entries[f"{name}.weight"], replace(update, transposed=name in disk.transposed)
-            weight = unmerged(entry, update, device)
-            weight = weight.T.contiguous() if update.transposed else weight  # bitsandbytes는 [out, in]으로 둔다
-            module.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4",
-                                       module=module).to(device.device)
-    return load_adapter(model, adapter)
-
-
-def unmerged(entry: TensorEntry, update: lora.Update, device: Device) -> torch.Tensor:
-    """합친 가중치에서 갱신을 뺀 것 [entry.shape]. 조각마다 장치에서 fp32로 빼고 장치의 dtype으로 반올림한다."""
-    update = replace(update, a=update.a.to(device.device), b=update.b.to(device.device))
-    weight = torch.empty(entry.shape, dtype=device.dtype, device=device.device)
-    for start, stop in shards.row_spans(entry.shape, UNMERGED_BYTES):
-        merged = shards.read_rows(entry, start, stop).to(device.device).float()
-        weight[start:stop] = merged - update.rows(start, stop)
-    return weight

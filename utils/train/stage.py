@@ -12,7 +12,7 @@ from utils.data.blocks import Split
 from utils.data.exams import Exam, load_exams
 from utils.data.rows import require_data
 from utils.errors import UsageError
-from utils.model import adapter, loader, targets, vram
+from utils.model import adapter, loader, merged, targets, vram
 from utils.model.loader import require_base
 from utils.model.tokenizer import end_token_ids
 from utils.paths import find_input, located
@@ -73,7 +73,7 @@ def require_whole_merge(settings: Settings) -> None:
     Raises:
         UsageError: 앞서 배운 것이 지워진다.
     """
-    if adapter.merged_onto(hub.folder(settings.base_model, settings.cache_dir)) == "quantized":
+    if merged.merged_onto(hub.folder(settings.base_model, settings.cache_dir)) == "quantized":
         raise UsageError(f"--merge_onto quantized로 합친 모델이라 4비트로 다시 줄이면 앞서 배운 것이 거의 지워진다: "
                          f"{settings.base_model}. 새 폴더에 --merge_onto original로 다시 합쳐 그것을 --base_model로 "
                          "적는다")
