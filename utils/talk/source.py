@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.chat_settings import CHAT
 from utils.console import detail
@@ -152,19 +153,7 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     tokenizers = [find_tokenizer(source, cache_dir, say) for source in sources]
     prompters = [choose_prompter(source, prompt_template, tokenizer, say)
                  for source, tokenizer in zip(sources, tokenizers, strict=True)]
-    adapters = [source.adapter for source in sources if source.adapter]
-    can_compare = bool(adapters) and all(map(can_turn_off, adapters))
-    if adapters and not can_compare:
-        say("주의: 꺼도 기반 모델이 되지 않는 어댑터라 기반 모델과 비교하지 않는다(bias 따위가 남는다)")
-    if precision.quantize == "4bit" and not adapters and has_adapter(base_model):
-        model = load_merged_4bit(base_model, device, cache_dir)
-        can_compare = True
-        say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
-    else:
-        model = loader.load_base(base_model, device, precision.quantize, cache_dir)
-        for source, name in zip(sources, _peft_names(sources), strict=True):
-            if source.adapter:
-                model = load_adapter(model, source.adapter, name)
+    model, can_compare = load_tuned(sources, device, precision.quantize, cache_dir, say)
     line = Line(say)
     answerers = []
     for source, tokenizer, prompter, name in zip(sources, tokenizers, prompters, _peft_names(sources), strict=True):
@@ -176,6 +165,31 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
         answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
     say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
     return answerers
+
+
+class Tuned(NamedTuple):
+    """어댑터를 얹은 모델과, 어댑터를 끄면 기반 모델이 되어 비교할 수 있는지."""
+
+    model: object
+    can_compare: bool
+
+
+def load_tuned(sources: Sequence[Source], device: loader.Device, quantize: str | None, cache_dir: str | None,
+               say: Callable[[str], None]) -> Tuned:
+    """기반 모델을 한 번 올리고 어댑터를 모두 얹는다. 합친 모델의 4비트는 합치기 전으로 되돌려 어댑터를 얹는다."""
+    base_model, adapters = sources[0].base_model, [source.adapter for source in sources if source.adapter]
+    if quantize == "4bit" and not adapters and has_adapter(base_model):
+        model = load_merged_4bit(base_model, device, cache_dir)
+        say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
+        return Tuned(model, True)
+    can_compare = bool(adapters) and all(map(can_turn_off, adapters))
+    if adapters and not can_compare:
+        say("주의: 꺼도 기반 모델이 되지 않는 어댑터라 기반 모델과 비교하지 않는다(bias 따위가 남는다)")
+    model = loader.load_base(base_model, device, quantize, cache_dir)
+    for source, name in zip(sources, _peft_names(sources), strict=True):
+        if source.adapter:
+            model = load_adapter(model, source.adapter, name)
+    return Tuned(model, can_compare)
 
 
 def find_tokenizer(source: Source, cache_dir: str | None, say: Callable[[str], None]):
