@@ -138,7 +138,7 @@ def say_plan(settings) -> None:
     from utils.train import defaults, stage
 
     try:
-        inputs = stage.prepare(settings, lambda line: None)
+        inputs = stage.prepare(settings, lambda line: line.startswith("주의") and console.say(line))
         stage.plan(defaults.fill(settings, inputs.config, inputs.documents.pairs), inputs, console.say)
     except UsageError as error:
         console.say(f"계획: 이대로는 시작할 수 없다. {error}")

@@ -99,7 +99,7 @@ def test_names_on_disk_need_not_be_those_in_memory(tmp_path, kind, prefix):
     assert set(open_model_folder(tmp_path / "merged").tensors) == set(open_model_folder(base).tensors)
     if kind == "bloom":
         return
-    from utils.talk.source import load_merged_4bit
+    from utils.model.merged import load_merged_4bit
 
     four_bit = load_merged_4bit(tmp_path / "merged", loader.choose_device())
     with torch.no_grad():

@@ -16,12 +16,11 @@ from utils.errors import UsageError
 from utils.files import staged
 from utils.merge import proof, writer
 from utils.merge.job import open_job
-from utils.model import nf4, shards
+from utils.model import merged, nf4, shards
 from utils.model.folder import open_model_folder
 from utils.model.loader import choose_device
 from utils.model.tokenizer import end_token_ids
 from utils.seals import damage, read_manifest
-from utils.talk import source
 
 merge = load_script("merge-lora.py").merge
 
@@ -272,14 +271,14 @@ def test_four_bit_serving_keeps_what_was_learned(trained, tmp_path, onto):
 
     device = choose_device()
     before = loss(load_base(trained / "polyglot-ko-tiny", device, "4bit"))
-    model = source.load_merged_4bit(tmp_path / "merged", device)
+    model = merged.load_merged_4bit(tmp_path / "merged", device)
     tuned = loss(model)
     from peft import PeftModel
 
     trained_loss = loss(PeftModel.from_pretrained(load_base(trained / "polyglot-ko-tiny", device, "4bit"),
                                                   trained / "one"))
     assert (before - tuned) / (before - trained_loss) > 0.95
-    assert source.has_adapter(tmp_path / "merged") and not source.has_adapter(trained / "one")
+    assert merged.has_adapter(tmp_path / "merged") and not merged.has_adapter(trained / "one")
 
 
 def written(trained, tmp_path, name: str = "one"):

@@ -119,7 +119,11 @@ class TestTemplate:
     def test_base_without_template_says_so(self, tiny_neox, capsys):
         source = find_source(str(tiny_neox), None, print)
         choose_prompter(source, None, load_tokenizer(tiny_neox), print)
-        assert "저장된 것이 없어" in capsys.readouterr().out
+        assert "저장된 것이 없어 기본값)" in capsys.readouterr().out
+        tokenizer = load_tokenizer(tiny_neox)
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        choose_prompter(source, None, tokenizer, print)
+        assert "--prompt_template chat" in capsys.readouterr().out
 
     def test_adapter_names_its_base(self, talk_run, base):
         assert find_source(None, str(talk_run), print).base_model == base

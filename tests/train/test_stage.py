@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import conftest
 import pytest
@@ -11,7 +12,7 @@ from conftest import ROOT, load_script, run_script, train_settings
 from utils.console import one_line
 from utils.model import adapter
 from utils.model.targets import choose_targets, linear_names
-from utils.prompter import EXAMPLES
+from utils.prompter import EXAMPLES, Prompter
 from utils.train import defaults, results, stage
 from utils.train.records import Recipe, Schedule
 
@@ -92,6 +93,17 @@ def test_a_relative_base_is_recorded_as_a_path_that_any_folder_finds(lab, tiny_n
     done = lab.train(tmp_path / "run", base_model=os.path.relpath(tiny_neox, ROOT))
     assert done.code == 0 and "Warning" not in done.text, done.text
     assert adapter.read_adapter_config(tmp_path / "run")["base_model_name_or_path"] == str(tiny_neox)
+
+
+@pytest.mark.parametrize("learned", ["default", "instruction-output"])
+def test_another_template_than_the_base_has_learned_is_told(learned, tiny_neox, tiny_data, tmp_path):
+    """합친 모델을 더 가르칠 때 템플릿을 빠뜨리면, 앞서 배운 꼴과 다른 글을 말없이 배운다."""
+    base, lines = shutil.copytree(tiny_neox, tmp_path / "merged"), []
+    adapter.write_prompt_info(base, adapter.PromptInfo(Prompter(learned).template, "<|endoftext|>", 2, 64))
+    stage.prepare(train_settings(base_model=str(base), data_path=str(tiny_data), cache_dir=str(tmp_path / "cache"),
+                                 cutoff_len=64), lines.append)
+    told = [line for line in lines if "--prompt_template instruction-output" in line]
+    assert len(told) == (learned != "default")
 
 
 def test_run_says_how_many_answers_stopped_by_themselves():

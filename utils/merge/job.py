@@ -10,9 +10,10 @@ import torch
 
 from utils.errors import UsageError
 from utils.model import diskmap, lora, nf4, shards
-from utils.model.adapter import find_adapter, has_merged, read_prompt_info, tokenizer_folder
+from utils.model.adapter import find_adapter, read_prompt_info, tokenizer_folder
 from utils.model.folder import ModelFolder, TensorEntry, find_trained_base, model_digest, open_model_folder
 from utils.model.loader import receive_base
+from utils.model.merged import has_merged
 from utils.paths import find_input
 from utils.seals import read_manifest
 

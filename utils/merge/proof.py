@@ -24,7 +24,7 @@ from utils.prompter import make_prompter
 from utils.record import RUN_FILE
 
 N_PROMPTS = 8  # 검산에 쓰는 행의 수
-CONTEXT = 512  # 검산이 읽는 토큰의 수. 행들이 나누어 가진다
+CONTEXT = 384  # 검산이 읽는 토큰의 수. 행들이 나누어 가진다(행 여덟이면 48토큰씩)
 LOGIT_BYTES = 32 * 2**20  # 모델 하나의 logits에 쓰는 바이트
 LEAST_COMPARED = 64  # 어휘가 커서 logits가 이 바이트를 넘어도 비교하는 토큰의 수
 ROWS = 16  # 한 번에 비교하는 토큰의 수. fp64로 펼친 사본이 [16, vocab]에 머문다

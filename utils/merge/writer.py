@@ -13,8 +13,9 @@ from utils.errors import UsageError
 from utils.files import file_sha256, read_json
 from utils.merge.job import Job
 from utils.model import lora, nf4, shards
-from utils.model.adapter import ADAPTER_FOLDER, MERGE_REPORT, PROMPT_FILE, read_prompt_info
+from utils.model.adapter import PROMPT_FILE, read_prompt_info
 from utils.model.folder import ADAPTER_FILES, TensorEntry, model_digest, text_config
+from utils.model.merged import ADAPTER_FOLDER, MERGE_REPORT
 from utils.model.shards import Planned
 from utils.model.tokenizer import end_token_id, end_token_ids, load_tokenizer
 from utils.paths import portable

@@ -1,6 +1,5 @@
 """어댑터 폴더 하나: 찾고, 읽고, 모델에 얹고, 스스로를 설명하는 prompt.json을 쓴다."""
 
-import filecmp
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from utils.paths import looks_like_hub_id
 from utils.seals import MANIFEST, damage
 
 PROMPT_FILE = "prompt.json"
-ADAPTER_FOLDER = "adapter"
-MERGE_REPORT = "merge-report.json"
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # 기반 가중치를 건드리지 않는 시작(init_lora_weights)
 _UNREPEATABLE = ("pissa_niter", "corda", "lora_ga", "loftq")  # 얹을 때 난수나 데이터로 기반 가중치를 다시 나누는 시작
 
@@ -179,24 +176,6 @@ def find_adapter(peft_root: str | Path) -> Path:
     if (root / ADAPTER_CONFIG).is_file():
         raise UsageError(f"어댑터에 가중치({ADAPTER_WEIGHTS})가 없다: {root}")
     raise UsageError(f"어댑터가 없다: {root}. finetune-lora.py의 --output_dir를 적는다{_nearby(root)}")
-
-
-def has_adapter(folder: str | Path) -> bool:
-    """합칠 때 어댑터를 함께 담아 둔 폴더인지."""
-    return (Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS).is_file()
-
-
-def merged_onto(folder: str | Path) -> str | None:
-    """어느 가중치에 합친 폴더인지(original, quantized). 이 도구가 합친 폴더가 아니면 None이다."""
-    file = Path(folder) / MERGE_REPORT
-    report = read_json(file, "") if file.is_file() else None
-    return report.get("merge_onto") if isinstance(report, dict) else None
-
-
-def has_merged(folder: str | Path, adapter: Path) -> bool:
-    """이 어댑터를 이미 합친 폴더인지. 담아 둔 어댑터의 바이트를 비교한다."""
-    return has_adapter(folder) and filecmp.cmp(
-        Path(folder) / ADAPTER_FOLDER / ADAPTER_WEIGHTS, adapter / ADAPTER_WEIGHTS, shallow=False)
 
 
 def tokenizer_folder(adapter: Path, base: str | Path) -> Path:

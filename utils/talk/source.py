@@ -1,10 +1,9 @@
 """대화할 모델: 기반 모델, 그 위의 어댑터들, 템플릿, 가중치의 비트 수를 찾아 올린다."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from utils.chat_settings import CHAT
 from utils.console import detail
@@ -12,14 +11,11 @@ from utils.data.encoder import head_ids
 from utils.decode.decoder import Decoder
 from utils.decode.precision import choose_precision, require_room
 from utils.errors import UsageError
-from utils.model import diskmap, loader, lora, shards, vram
+from utils.model import loader, vram
 from utils.model.adapter import (
-    ADAPTER_FOLDER,
     PromptInfo,
     can_turn_off,
     find_adapter,
-    has_adapter,
-    has_merged,
     load_adapter,
     read_adapter_config,
     read_prompt_info,
@@ -27,13 +23,11 @@ from utils.model.adapter import (
 )
 from utils.model.folder import (
     ADAPTER_WEIGHTS,
-    TensorEntry,
     find_trained_base,
     model_digest,
-    open_model_folder,
     read_safetensors_header,
 )
-from utils.model.loader import Device, load_base
+from utils.model.merged import has_adapter, has_merged, load_merged_4bit
 from utils.model.tokenizer import answer_end_id, end_token_ids, load_tokenizer
 from utils.paths import BASE_DEMO, find_input, shown
 from utils.prompter import make_prompter
@@ -41,8 +35,6 @@ from utils.seals import read_manifest
 from utils.talk.answerer import Answerer
 from utils.talk.line import Line
 from utils.talk.models import BASE, Choice, Models, unique_names
-
-UNMERGED_BYTES = 2**25  # 갱신을 빼는 조각 하나의 fp32. 작으면 GPU를 부르는 일이, 크면 메모리가 는다
 
 
 @dataclass(frozen=True)
@@ -161,19 +153,7 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
     tokenizers = [find_tokenizer(source, cache_dir, say) for source in sources]
     prompters = [choose_prompter(source, prompt_template, tokenizer, say)
                  for source, tokenizer in zip(sources, tokenizers, strict=True)]
-    adapters = [source.adapter for source in sources if source.adapter]
-    can_compare = bool(adapters) and all(map(can_turn_off, adapters))
-    if adapters and not can_compare:
-        say("주의: 꺼도 기반 모델이 되지 않는 어댑터라 기반 모델과 비교하지 않는다(bias 따위가 남는다)")
-    if precision.quantize == "4bit" and not adapters and has_adapter(base_model):
-        model = load_merged_4bit(base_model, device, cache_dir)
-        can_compare = True
-        say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
-    else:
-        model = loader.load_base(base_model, device, precision.quantize, cache_dir)
-        for source, name in zip(sources, _peft_names(sources), strict=True):
-            if source.adapter:
-                model = load_adapter(model, source.adapter, name)
+    model, can_compare = load_tuned(sources, device, precision.quantize, cache_dir, say)
     line = Line(say)
     answerers = []
     for source, tokenizer, prompter, name in zip(sources, tokenizers, prompters, _peft_names(sources), strict=True):
@@ -185,6 +165,31 @@ def load_answerers(sources: Sequence[Source], cache_dir: str | None, load_4bit: 
         answerers.append(Answerer(decoder, tokenizer, prompter, end_id, say, can_compare, line))
     say(f"대화 길이: 질문과 답을 합쳐 {min(each.context for each in answerers):,}토큰까지 메모리에 들어간다")
     return answerers
+
+
+class Tuned(NamedTuple):
+    """어댑터를 얹은 모델과, 어댑터를 끄면 기반 모델이 되어 비교할 수 있는지."""
+
+    model: object
+    can_compare: bool
+
+
+def load_tuned(sources: Sequence[Source], device: loader.Device, quantize: str | None, cache_dir: str | None,
+               say: Callable[[str], None]) -> Tuned:
+    """기반 모델을 한 번 올리고 어댑터를 모두 얹는다. 합친 모델의 4비트는 합치기 전으로 되돌려 어댑터를 얹는다."""
+    base_model, adapters = sources[0].base_model, [source.adapter for source in sources if source.adapter]
+    if quantize == "4bit" and not adapters and has_adapter(base_model):
+        model = load_merged_4bit(base_model, device, cache_dir)
+        say("병합 모델의 4비트: 병합 전의 가중치를 4비트로 줄이고 어댑터를 얹어, 배운 것이 반올림에 묻히지 않는다")
+        return Tuned(model, True)
+    can_compare = bool(adapters) and all(map(can_turn_off, adapters))
+    if adapters and not can_compare:
+        say("주의: 꺼도 기반 모델이 되지 않는 어댑터라 기반 모델과 비교하지 않는다(bias 따위가 남는다)")
+    model = loader.load_base(base_model, device, quantize, cache_dir)
+    for source, name in zip(sources, _peft_names(sources), strict=True):
+        if source.adapter:
+            model = load_adapter(model, source.adapter, name)
+    return Tuned(model, can_compare)
 
 
 def find_tokenizer(source: Source, cache_dir: str | None, say: Callable[[str], None]):
@@ -223,7 +228,10 @@ def choose_prompter(source: Source, prompt_template: str | None, tokenizer, say:
         say(f"주의: 모델이 배운 템플릿은 '{info.template.get('name')}'이다. '{prompter.name}'을 쓰면 답이 나빠진다")
     elif info:
         warn_of_tokens(info, prompter, tokenizer, say)
-    say(f"템플릿: {prompter.name}{'' if info or prompt_template else ' (저장된 것이 없어 기본값)'}")
+    why = "" if info or prompt_template else " (저장된 것이 없어 기본값)"
+    if why and getattr(tokenizer, "chat_template", None):
+        why = f" (저장된 것이 없어 기본값. 모델의 대화 템플릿으로 물으려면 --prompt_template {CHAT})"
+    say(f"템플릿: {prompter.name}{why}")
     return prompter
 
 
@@ -235,40 +243,3 @@ def warn_of_tokens(info: PromptInfo, prompter, tokenizer, say: Callable[[str], N
     head = tuple(head_ids(tokenizer))  # 대화 템플릿은 글머리를 스스로 적는다
     if prompter.name != CHAT and info.head_ids != head:
         say(f"주의: 배울 때 글머리에 붙인 토큰은 {list(info.head_ids)}인데 지금은 {list(head)}이다. 다시 가르친다")
-
-
-def load_merged_4bit(folder: str | Path, device: Device, cache_dir: str | None = None):
-    """합친 모델을 NF4로 올리고 어댑터를 얹은 PeftModel.
-
-    합친 가중치를 그대로 양자화하면 작은 갱신이 NF4의 눈금 사이로 사라진다. 합친 것에서 갱신을 빼면 원래 가중치가
-    16비트 반올림 안에서 되돌아오고, 그 NF4 코드는 학습할 때의 것과 거의 모두 같다.
-
-    Raises:
-        UsageError: 폴더가 온전하지 않거나 어댑터가 맞지 않는다.
-    """
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    folder = Path(folder)
-    adapter = folder / ADAPTER_FOLDER
-    updates = lora.read_updates(adapter, lora.read_config(adapter))
-    disk = diskmap.read(open_model_folder(folder))
-    model = load_base(folder, device, "4bit", cache_dir)
-    for name, update in updates.items():
-        module = model.get_submodule(name)
-        if isinstance(module, Linear4bit):
-            entry, update = disk.entries[f"{name}.weight"], replace(update, transposed=name in disk.transposed)
-            weight = unmerged(entry, update, device)
-            weight = weight.T.contiguous() if update.transposed else weight  # bitsandbytes는 [out, in]으로 둔다
-            module.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4",
-                                       module=module).to(device.device)
-    return load_adapter(model, adapter)
-
-
-def unmerged(entry: TensorEntry, update: lora.Update, device: Device) -> torch.Tensor:
-    """합친 가중치에서 갱신을 뺀 것 [entry.shape]. 조각마다 장치에서 fp32로 빼고 장치의 dtype으로 반올림한다."""
-    update = replace(update, a=update.a.to(device.device), b=update.b.to(device.device))
-    weight = torch.empty(entry.shape, dtype=device.dtype, device=device.device)
-    for start, stop in shards.row_spans(entry.shape, UNMERGED_BYTES):
-        merged = shards.read_rows(entry, start, stop).to(device.device).float()
-        weight[start:stop] = merged - update.rows(start, stop)
-    return weight

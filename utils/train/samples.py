@@ -170,7 +170,8 @@ def answer(decoder: Decoder, inputs: Inputs, group: list[Asked], name: str, unti
 
 def questions_to_ask(settings: Settings, inputs: Inputs) -> list[Asked]:
     """사용자의 질문 `MAX_SAMPLES`개까지. 함께 든 데이터면 페이지의 예시 질문도 앞에 둔다."""
-    return [*(example_questions(inputs) if Path(settings.data_path) == DATA_DEMO else ()), *user_questions(inputs)]
+    is_shipped = Path(settings.data_path).resolve() == DATA_DEMO
+    return [*(example_questions(inputs) if is_shipped else ()), *user_questions(inputs)]
 
 
 def user_questions(inputs: Inputs) -> list[Asked]:

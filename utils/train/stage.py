@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from utils import hub
+from utils.chat_settings import DATE
 from utils.data import blocks, dataset
 from utils.data.blocks import Split
 from utils.data.exams import Exam, load_exams
 from utils.data.rows import require_data
 from utils.errors import UsageError
-from utils.model import adapter, loader, targets, vram
+from utils.model import adapter, loader, merged, targets, vram
 from utils.model.loader import require_base
 from utils.model.tokenizer import end_token_ids
 from utils.paths import find_input, located
@@ -37,6 +38,7 @@ def prepare(settings: Settings, say: Callable[[str], None]) -> Inputs:
     say(device.line())
 
     read = corpus.read(settings)
+    warn_of_template(settings, read.prompter, say)
     exams = open_exams(settings, read.prompter)
     parts = corpus.split(settings, read.documents, say)
     lengths, longest = lengths_to_fit(read.documents, parts)
@@ -71,10 +73,19 @@ def require_whole_merge(settings: Settings) -> None:
     Raises:
         UsageError: 앞서 배운 것이 지워진다.
     """
-    if adapter.merged_onto(hub.folder(settings.base_model, settings.cache_dir)) == "quantized":
+    if merged.merged_onto(hub.folder(settings.base_model, settings.cache_dir)) == "quantized":
         raise UsageError(f"--merge_onto quantized로 합친 모델이라 4비트로 다시 줄이면 앞서 배운 것이 거의 지워진다: "
                          f"{settings.base_model}. 새 폴더에 --merge_onto original로 다시 합쳐 그것을 --base_model로 "
                          "적는다")
+
+
+def warn_of_template(settings: Settings, prompter, say: Callable[[str], None]) -> None:
+    """합친 모델을 다른 템플릿으로 더 배우면 알린다. 날짜만 다른 것은 같은 템플릿이다."""
+    info = adapter.read_prompt_info(hub.folder(settings.base_model, settings.cache_dir))
+    if info and {**info.template, DATE: None} != {**prompter.template, DATE: None}:
+        learned = info.template.get("name")
+        say(f"주의: 기반 모델이 배운 템플릿({learned})이 아니라 다른 템플릿({prompter.name})으로 배운다. 앞서 배운 "
+            f"답이 나빠진다. 이어 배우려면 적는다: --prompt_template {learned}")
 
 
 def check_block_fits(cutoff_len: int, config: dict) -> None:
