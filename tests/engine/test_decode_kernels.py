@@ -200,8 +200,8 @@ def test_the_cache_grows_by_pages():
     free = next(free for free in range(0, 10**8, 1000) if cache.fits(free) == 7 * PAGE)  # 다섯 쪽을 더 담을 수 있다
     assert [cache.lines_that_fit([tokens] * 16, free) for tokens in (9, PAGE, PAGE + 1, 6 * PAGE)] == [5, 5, 2, 0]
     qwen = Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, True, 132, 232_448)
-    assert 4 * qwen.pages.size < 200e6 and qwen.can_answer_together
-    assert not Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, False, 40, 65_536).can_answer_together  # 7.5 세대
+    assert 4 * qwen.pages.size < 200e6 and qwen.lines.fits
+    assert not Plan(big("qwen3", **QWEN3), 151_669, 8, NF4, True, False, 40, 65_536).lines.fits  # 7.5 세대
 
 
 @needs_compiler

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.decode_plan import LINES, NF4, SOURCES, WIDE, Plan, odd_size
+from utils.engine.decode_plan import NF4, SOURCES, WIDE, Plan, odd_size
 from utils.engine.decode_rows import DecodeRows
 from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe
+from utils.engine.lines_plan import LINES
 from utils.engine.prefill import CAPTURED, Prefill
 from utils.engine.weights import Weights, shape_dtype, why_not_weights
 from utils.model import vram
@@ -114,7 +115,7 @@ class FastDecode:
         answers: list[list[int]] = [[] for _ in questions]
         context, most = self._weights.family.context, max(limits)
         together = [index for index, question in enumerate(questions) if len(question) + most <= context]
-        while together and self._step.plan.can_answer_together and time.perf_counter() <= until:
+        while together and self._step.plan.lines.fits and time.perf_counter() <= until:
             lengths = [len(questions[index]) + most for index in together[:LINES]]
             count = max(1, self._step.cache.lines_that_fit(lengths, self._free_bytes()))
             group, together = together[:count], together[count:]

@@ -11,11 +11,10 @@ import torch
 from utils.engine.cuda import CompileError
 from utils.engine.family import ACTIVATION_CODES, Family
 from utils.engine.kv_cache import PAGE, PageLayout
+from utils.engine.lines_plan import ROWS, WARPS, LinesPlan
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_read.cu", "decode_prefill.cu", "decode_rows.cu")
-ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
-WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
 THREADS = WARPS * 32
 PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
@@ -30,9 +29,6 @@ ALONE = 256          # 볼 위치가 이만큼까지면 나누지 않는다. 나
 ATTEND_SOON = 512    # 볼 위치가 이만큼까지면 q, k, v를 곱한 블록이 이어서 attention을 센다. PAGE 이하다
 ATTEND_TILES = 3, 6  # attention을 이어서, 따로 세는 데 드는 시간. 행렬의 묶음(tile) 몇 개를 곱하는 시간인지
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
-LINE_SPLITS = 16     # 함께 답할 때의 것. 줄과 머리가 이미 SM을 채우면 덜 나눈다
-LINES = 16           # 함께 답하는 질문의 수
-LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
 WIDE, NF4, INT8 = range(3)
 TABLE_ROW = 128        # NF4의 표 한 줄(바이트)
@@ -70,10 +66,7 @@ class Plan:
             하나씩이라 둘이 같다.
         attend_soon: 볼 위치가 이만큼까지면 project가 attention까지 센다. 0이면 늘 따로 센다.
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
-        can_answer_together: 여러 질문에 함께 답하는 커널이 이 GPU의 공유 메모리에 들어가는지.
-        lines_qkv, lines_mlp, lines_out, lines_down, lines_head: 그 커널들의 블록 수.
-        out_cuts, down_cuts: 그때 잔차에 더하는 선형층의 칸을 나누어 맡는 블록의 수.
-        lines_splits: 그때 머리 하나의 위치를 나누어 맡는 블록의 수.
+        lines: 여러 질문에 함께 답하는 커널의 `LinesPlan`.
         can_read_many, many_shared: 토큰이 많을 때의 `read_many`가 이 GPU의 공유 메모리에 들어가는지, 그 크기(바이트).
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
 
@@ -132,30 +125,13 @@ class Plan:
         if self.attend_soon:
             self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
         self.head = self._grid(ceil(vocab / ROWS), norm, 1)
-        # 함께 답할 때: 묶음 하나의 합의 자리는 줄의 수만큼 크다. 짝수라서 gate와 up이 함께 든다
-        line_scratch_at = down_at + 3 * rank * LINES * 4
-        line_sums_at = line_scratch_at + WARPS * LINES * 8 + WARPS * 8 * READ_UNIT * 2
-        line_slot = SLOT * LINES + ROWS * (1 + rank) * 4  # 합의 자리와, 그 행들의 bias와 LoRA의 B
-        line_slots = min(8, (shared_limit - SPACE_AT - line_sums_at) // line_slot // 2 * 2)
-        self.can_answer_together = line_slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
-        line_slots = max(2, line_slots)
-        self.lines_shared = SPACE_AT + line_sums_at + line_slots * line_slot
-        line_heads = LINES * family.heads // self.queries
-        self.lines_splits = max(1, min(LINE_SPLITS, 2 * multiprocessors // line_heads))
-        most = multiprocessors
-        self.lines_head = min(most, ceil(vocab / ROWS))
-        inputs = [[q_dim, ff]] * 2 if family.parallel else [[q_dim], [ff]]
-        self.out_cuts, self.down_cuts = (_cuts(hidden // ROWS, widths, most) for widths in inputs)
-        self.lines_out, self.lines_down = (min(most // cuts, hidden // ROWS) * cuts
-                                           for cuts in (self.out_cuts, self.down_cuts))
-        self.lines_qkv, self.lines_mlp = min(most, qkv_tiles), min(most, mlp_tiles)
-        if family.parallel:  # 두 선형층이 블록을 묶음의 수대로 나눈다
-            self.lines_qkv = min(max(1, round(most * qkv_tiles / (qkv_tiles + mlp_tiles * pair))), most - 1)
-            self.lines_mlp = most - self.lines_qkv
+        self.lines = LinesPlan(family, vocab, rank, family.heads // self.queries, down_at, SPACE_AT, multiprocessors,
+                               shared_limit)
         self._read_inputs_at = SPACE_AT + table + 1024  # 표와 8비트 코드표의 다음
         self._read_stages = 4 if shared_limit >= WIDE_TABLE else 2
         row_bytes = {WIDE: READ_UNIT * 2, NF4: READ_UNIT // 2, INT8: READ_UNIT}[weight]
-        self.many_shared = self._read_inputs_at + self._read_stages * (
+        self._many_stages, self._many_units = (3, 2) if shared_limit >= WIDE_TABLE else (2, 1)
+        self.many_shared = self._read_inputs_at + self._many_stages * self._many_units * (
             MANY_TOKENS * READ_UNIT * 2 + MANY_ROWS * (row_bytes + 4))
         self.can_read_many = self.many_shared <= shared_limit
         self.in_scale = 1 / 64 if family.gated else 1.0  # gate * up이 fp16의 범위를 넘지 않게 한다
@@ -165,16 +141,12 @@ class Plan:
             "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
             "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
             "VOCAB": vocab, "RANK": rank, "LORA_DOWN": lora_down, "SLOT_BYTES": SLOT,
-            "DOWN_AT": down_at, "SUMS_AT": sums_at, "LINE_SCRATCH_AT": line_scratch_at, "LINE_SUMS_AT": line_sums_at,
-            "LINE_ENDS_AT": line_sums_at + line_slots * SLOT * LINES,
+            "DOWN_AT": down_at, "SUMS_AT": sums_at,
             "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
             "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
             # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
             "PIECES_AHEAD": ahead,
             "OUT_AHEAD": ahead if not family.parallel else 2 if hidden // ROWS > self.contract_out.blocks else 1,
-            "LINES": LINES, "LINE_SLOTS": line_slots,
-            "OUT_CUTS": self.out_cuts, "DOWN_CUTS": self.down_cuts,
-            "LINE_REGISTERS": LINE_REGISTERS,
             "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
             "TABLE_STEP": table_step, "SPACE_AT": SPACE_AT,
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
@@ -188,13 +160,15 @@ class Plan:
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
             "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
             "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT,
-            "MANY_ROWS": MANY_ROWS, "MANY_TOKENS": MANY_TOKENS, "READ_STAGES": self._read_stages,
+            "MANY_ROWS": MANY_ROWS, "MANY_TOKENS": MANY_TOKENS,
+            "MANY_STAGES": self._many_stages, "MANY_UNITS": self._many_units, "READ_STAGES": self._read_stages,
             "READ_INPUTS_AT": self._read_inputs_at, "READ_CODES_AT": SPACE_AT + table,
             **{name: f"{value:.9e}f" for name, value in (
                 ("EPS", family.eps), ("IN_SCALE", self.in_scale), ("ATTENTION_SCALE", family.attention_scale),
                 ("LOGIT_CAP", family.logit_cap),
                 ("LOGIT_SCALE", family.logit_scale), ("RESIDUAL_SCALE", family.residual_scale),
-                ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))}}
+                ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))},
+            **self.lines.defines}
 
     def read_grid(self, rows: int) -> tuple[int, int, int]:
         """질문을 읽는 행렬 곱의 (행을 나누어 맡는 블록의 수, 행을 나누어 맡는 워프의 수, 공유 메모리).
@@ -221,7 +195,7 @@ class Plan:
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}
         if name.endswith("_lines"):
-            return self.lines_shared if self.can_answer_together else 0
+            return self.lines.shared if self.lines.fits else 0
         return max((grid.shared for grid in grids.get(name, ())), default=self.choose_shared if name == "choose" else 0)
 
     def _grid(self, units: int, extra: int, slots_per_unit: int) -> Grid:
@@ -256,20 +230,6 @@ class Plan:
     def _attend_space(self, head_dim: int) -> int:
         """project의 블록이 attention을 셀 때의 공유 메모리(바이트). decode_attention.cu의 `AttendSpace`다."""
         return (WARPS + 4) * head_dim * 4 + WARPS * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
-
-
-def _cuts(tiles: int, widths: list[int], blocks: int) -> int:
-    """함께 답할 때 잔차에 더하는 선형층의 칸을 몇 블록이 나누어 맡을지. widths: 함께 곱하는 행렬들의 칸의 수.
-
-    워프가 지나는 단위(64칸 x 행 16개)의 수와, 블록이 읽는 활성값의 양이 함께 적어지게 고른다.
-    """
-    units = [width // READ_UNIT for width in widths]
-
-    def cost(cuts: int) -> float:
-        steps = ceil(tiles / (blocks // cuts)) * sum(ceil(unit / cuts / WARPS) for unit in units)
-        return 5 * steps + sum(units) / cuts
-
-    return min((cuts for cuts in range(1, 9) if cuts <= blocks and all(unit % cuts == 0 for unit in units)), key=cost)
 
 
 def _lora_tile(rank: int) -> int:

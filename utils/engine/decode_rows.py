@@ -2,9 +2,10 @@
 
 import torch
 
-from utils.engine.decode_plan import ATTENDERS, CHOOSERS, LINES, THREADS
+from utils.engine.decode_plan import ATTENDERS, CHOOSERS, THREADS
 from utils.engine.decode_step import DecodeStep, lora_of_act, norm_argument
 from utils.engine.kv_cache import KvCache
+from utils.engine.lines_plan import LINES
 from utils.engine.norms import Norm
 
 
@@ -25,12 +26,12 @@ class DecodeRows:
         self._qkv = torch.zeros(LINES, family.qkv_width, device=device)
         self._attended = torch.zeros(LINES, 2, family.q_width, dtype=dtype, device=device)
         self._act = torch.zeros(2, LINES, family.ff, dtype=dtype, device=device)
-        self._shares = torch.zeros(step.plan.lines_mlp * max(1, self._weights.rank) * LINES, device=device)
-        self._partial = torch.zeros(LINES, family.heads, step.plan.lines_splits, family.head_dim + 2, device=device)
+        self._shares = torch.zeros(step.plan.lines.mlp * max(1, self._weights.rank) * LINES, device=device)
+        self._partial = torch.zeros(LINES, family.heads, step.plan.lines.splits, family.head_dim + 2, device=device)
         self._done = torch.zeros(LINES, family.heads, dtype=torch.int32, device=device)
         plan = step.plan
-        self._parts = torch.zeros(max(plan.out_cuts, plan.down_cuts), LINES, family.hidden, device=device)
-        self._parts_done = torch.zeros(max(plan.lines_out, plan.lines_down), dtype=torch.int32, device=device)
+        self._parts = torch.zeros(max(plan.lines.out_cuts, plan.lines.down_cuts), LINES, family.hidden, device=device)
+        self._parts_done = torch.zeros(max(plan.lines.out, plan.lines.down), dtype=torch.int32, device=device)
         self.logits = torch.zeros(LINES, -(-len(step.logits) // 4) * 4, device=device)[:, : len(step.logits)]
         self.state = torch.zeros(LINES, 6, dtype=torch.int32, device=device)
         self._answer = torch.zeros(LINES, family.context, dtype=torch.int32, device=device)
@@ -38,6 +39,9 @@ class DecodeRows:
         if device.type == "cuda":
             self.told = self.told.pin_memory()
         self._table = torch.zeros(LINES, len(step.cache.table), dtype=torch.int64, device=device)
+        # attention이 볼 K, V가 L2의 절반에 들어갈 때만 미리 당긴다
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        self._most_prefetched = l2 // 2 // (LINES * 2 * family.kv_heads * family.head_dim)
         self._caches = [KvCache(family, self._weights.rotary, device, row) for row in self._table]
 
     def begin(self, prefill, questions: list[list[int]], answer: int, choices: list[list[int]]) -> None:
@@ -84,33 +88,35 @@ class DecodeRows:
             lora = lora_of_act(layer.down.adapter, self._shares)
             project = (norm1, linear["qkv"], norm2, linear["mlp"], lora, code, adapter)
             contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora,
-                        plan.lines_mlp, self._parts, self._parts_done)
-            both = plan.lines_mlp if family.parallel else 0
-            self._matrix("project_lines", plan.lines_qkv + both, self.x, *project, plan.lines_qkv, self._qkv, self._act,
-                         overlap=overlap and index > 0)
-            kernels["attend"]((family.heads // plan.queries, plan.lines_splits, LINES), (ATTENDERS,), self._qkv,
+                        plan.lines.mlp, self._parts, self._parts_done)
+            both = plan.lines.mlp if family.parallel else 0
+            seen = (self._step.attention_argument(index), self._table, self.state, self._most_prefetched)
+            self._matrix("project_lines", plan.lines.qkv + both, self.x, *project, plan.lines.qkv, self._qkv, self._act,
+                         *seen, overlap=overlap and index > 0)
+            kernels["attend"]((family.heads // plan.queries, plan.lines.splits, LINES), (ATTENDERS,), self._qkv,
                               self._step.attention_argument(index), self._table, self.state, self._partial, self._done,
                               self._attended, overlap=overlap)
             if family.parallel:
-                self._matrix("contract_lines", plan.lines_out, *contract, overlap=overlap)
+                self._matrix("contract_lines", plan.lines.out, *contract, overlap=overlap)
                 continue
-            self._matrix("contract_attention_lines", plan.lines_out, *contract, overlap=overlap)
+            self._matrix("contract_attention_lines", plan.lines.out, *contract, overlap=overlap)
             self._post(layer.post1, overlap)
-            self._matrix("project_lines", plan.lines_mlp, self.x, *project, 0, self._qkv, self._act, overlap=overlap)
-            self._matrix("contract_mlp_lines", plan.lines_down, *contract, overlap=overlap)
+            self._matrix("project_lines", plan.lines.mlp, self.x, *project, 0, self._qkv, self._act, *seen,
+                         overlap=overlap)
+            self._matrix("contract_mlp_lines", plan.lines.down, *contract, overlap=overlap)
             self._post(layer.post2, overlap)
         self.choose(overlap)
 
     def choose(self, overlap: bool) -> None:
         """줄마다 `x`의 로짓을 얻고 다음 토큰을 고른다."""
-        self._matrix("head_lines", self._plan.lines_head, self.x, norm_argument(self._weights.final_norm),
+        self._matrix("head_lines", self._plan.lines.head, self.x, norm_argument(self._weights.final_norm),
                      self._step.head_argument, self.logits, overlap=overlap)
         self._kernels["choose"]((LINES,), (CHOOSERS,), self.logits, self.state, self._step.settings, self._answer,
                                 self.told, self._weights.embedding, self.x, shared=self._plan.choose_shared,
                                 overlap=overlap)
 
     def _matrix(self, name: str, blocks: int, *args, overlap: bool) -> None:
-        self._kernels[name]((blocks,), (THREADS,), *args, shared=self._plan.lines_shared, overlap=overlap)
+        self._kernels[name]((blocks,), (THREADS,), *args, shared=self._plan.lines.shared, overlap=overlap)
 
     def _post(self, norm: Norm | None, overlap: bool) -> None:
         """출력에 norm을 거는 구조에서 출력 y를 잔차에 더한다."""

@@ -399,10 +399,10 @@ template <class T, class S, class Where> struct LineProduct {
         find_next(0);
         piece.load(matrix, at);
     }
-    // 맡은 묶음 모두를 L2로 당긴다. 앞 커널을 기다리는 동안 DRAM이 쉬지 않는다.
-    __device__ __forceinline__ void prefetch_all() const {
+    // 맡은 묶음을 most개까지 L2로 당긴다. 앞 커널을 기다리는 동안 DRAM이 쉬지 않는다.
+    __device__ __forceinline__ void prefetch_tiles(int most = LINE_SLOTS) const {
         enum { BYTES = S::SEGMENTS * T::STEP_BYTES, TAKES = (BYTES + 127) / 128, SCALE_BYTES = BYTES / 32 * T::SCALED };
-        for (int i = threadIdx.x; i < count * T::HEIGHT * TAKES; i += THREADS) {
+        for (int i = threadIdx.x; i < min(count, most) * T::HEIGHT * TAKES; i += THREADS) {
             int now = first + i / TAKES / T::HEIGHT;
             const Matrix matrix = find(Where::part(now));
             size_t at = ((size_t)Where::tile(now) * T::HEIGHT + i / TAKES % T::HEIGHT) * T::ROW_BYTES + skip;
@@ -490,7 +490,7 @@ template <class S, int K> struct LineLora {
     __device__ __forceinline__ void prime(const Matrix* matrix, int part_begin, int part_end) {
         a = matrix, begin = part_begin * LORA_TILES, end = part_end * LORA_TILES;
         product.begin(a, begin, min(LINE_SLOTS, end - begin));
-        product.prefetch_all();
+        product.prefetch_tiles();
     }
     template <class Input> __device__ __forceinline__ void run(const Input& input, typename S::Held& b, float adapter,
                                                                const LineSpace& space) {
@@ -560,13 +560,22 @@ __device__ __forceinline__ void give_lines(const LoraOfAct& lora, const float* a
             #pragma unroll
             for (int k = 1; k < MOST; k++) weight[k - 1] = weight[k];
             #pragma unroll
-            for (int line = 0; line < LINES; line++)
-                sum[line] += now * act[i / ROWS * stride + cell(i % ROWS, line)];
+            for (int line = 0; line < LINES; line += 2) {
+                float2 pair = *(const float2*)(act + i / ROWS * stride + cell(i % ROWS, line));
+                sum[line] += now * pair.x, sum[line + 1] += now * pair.y;
+            }
         }
         float* target = lora.partial + ((size_t)block * RANK + r) * LINES;
         float whole = gather<16>(sum) * lora.scale;
         if (lane % 2 == 0) target[lane / 2] = again ? target[lane / 2] + whole : whole;
     }
+}
+
+// 그 A의 제 칸을 L2로 당긴다.
+__device__ __forceinline__ void prefetch_give(const LoraOfAct& lora, int first, int rows) {
+    int takes = (rows + 31) / 32;
+    for (int i = threadIdx.x; i < RANK * takes; i += THREADS)
+        prefetch(lora.a + (size_t)(i / takes) * FF + first + min(i % takes * 32, rows - 1));
 }
 
 // 블록들의 몫을 차례로 더해 d [RANK][LINES]를 얻는다. 읽기(load)와 모으기(take)를 나누어 그 사이의 일과 겹친다.
@@ -610,11 +619,30 @@ struct LineTaker {
     }
 };
 
+// 줄마다의 지난 K, V를 L2로 당긴다. 곱하는 동안 DRAM이 쉬고, attention이 곧 읽는다. 볼 위치가 most개를 넘으면 L2에 다 담기지 않을
+// 수 있어 당기지 않는다.
+__device__ __forceinline__ void prefetch_lines(const Attention& attention, u8* const* pages, const int* state, int most) {
+    int line = blockIdx.x % LINES, share = blockIdx.x / LINES, shares = gridDim.x / LINES, position = state[line * 6];
+    int oldest = attention.window && position >= attention.window ? position + 1 - attention.window : 0, seen = position - oldest;
+    if (share >= shares || seen > most) return;
+    for (int i = share * THREADS + threadIdx.x; i < seen * KV_HEADS; i += shares * THREADS) {
+        int head = i / seen;
+        Page page(pages + line * PAGES, oldest + i % seen);
+        #pragma unroll
+        for (int kind = 0; kind < 2; kind++) {
+            for (int at = 0; at < HEAD_DIM; at += 128) prefetch(page.values(kind, attention.layer, head) + at);
+            if (page.slot % 16 == 0 || i % seen == 0) prefetch(page.scales(kind, attention.layer, head));
+        }
+    }
+}
+
 // 잔차를 읽어 norm하고 선형층 하나(또는 나란한 여럿)를 곱한다. `project_job`과 같은 것을 모든 줄에 한다.
-template <bool MLP>
+//   prefetch_rest: 이 커널의 것을 다 당긴 다음에 당길 것.
+template <bool MLP, class Prefetch>
 __device__ __forceinline__ void project_lines_job(const float* x, const Norm& norm, const Linear& linear,
                                                   const LoraOfAct& next_lora, const float* code, float adapter,
-                                                  int block, int blocks, float* out, u16* act) {
+                                                  int block, int blocks, float* out, u16* act,
+                                                  const Prefetch& prefetch_rest) {
     enum { PAIR = MLP && GATED ? 2 : 1, PARTS = MLP ? PAIR : QKV_PARTS, AT_ONCE = LINE_SLOTS / PAIR,
            UNITS = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
     typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
@@ -640,7 +668,9 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
     if (adapted) lora.prime(&linear.lora_a, MLP ? 0 : Where::part(first), MLP ? PARTS : Where::part(last - 1) + 1);
     LineProduct<T, S, Where> product;
     product.begin(linear.part, first * PAIR, count * PAIR);
-    product.prefetch_all();
+    product.prefetch_tiles();
+    if (gives) prefetch_give(next_lora, first * ROWS, (last - first) * ROWS);
+    prefetch_rest();
     space.fill();
 // 2. 잔차를 읽어 norm한다. LoRA의 아래쪽 곱도 여기서 센다
     wait_for_previous_kernel();
@@ -698,15 +728,20 @@ __device__ __forceinline__ void project_lines_job(const float* x, const Norm& no
 }
 
 // qkv 또는 MLP의 앞쪽, 병렬 잔차면 둘 다. 앞의 qkv_blocks개 블록이 qkv를 맡는다.
+//   attention, pages, state, most: `prefetch_lines`의 것. qkv를 맡은 커널만 한다.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) project_lines(
     const float* x, Norm norm1, Linear qkv, Norm norm2, Linear mlp, LoraOfAct down_lora, const float* code,
-    const float* adapter, int qkv_blocks, float* out, u16* act) {
+    const float* adapter, int qkv_blocks, float* out, u16* act, Attention attention, u8* const* pages, const int* state,
+    int most) {
     let_next_kernel_start();
+    auto prefetch_rest = [&] {
+        if (qkv_blocks) prefetch_lines(attention, pages, state, most);
+    };
     if ((int)blockIdx.x < qkv_blocks)
-        project_lines_job<false>(x, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, out, act);
+        project_lines_job<false>(x, norm1, qkv, down_lora, code, *adapter, blockIdx.x, qkv_blocks, out, act, prefetch_rest);
     else
         project_lines_job<true>(x, norm2, mlp, down_lora, code, *adapter, blockIdx.x - qkv_blocks,
-                                gridDim.x - qkv_blocks, out, act);
+                                gridDim.x - qkv_blocks, out, act, prefetch_rest);
 }
 
 // 잔차에 더하는 선형층. `contract_job`과 같은 것을 모든 줄에 한다. 병렬 잔차면 두 선형층을 함께 한다.
@@ -745,8 +780,8 @@ __device__ __forceinline__ void contract_lines_job(float* x, float* y, const u16
     LineLora<OutShare, QDIM> lora;
     lora.product.skip = cut * (QDIM * 2 / CUTS);
     if (out_adapted) lora.prime(&out.lora_a, 0, 1);
-    if (OUT) out_product.begin(out.part, first, count), out_product.prefetch_all();
-    if (DOWN) down_product.begin(down.part, first, count), down_product.prefetch_all();
+    if (OUT) out_product.begin(out.part, first, count), out_product.prefetch_tiles();
+    if (DOWN) down_product.begin(down.part, first, count), down_product.prefetch_tiles();
     space.fill();
     wait_for_previous_kernel();
     // attended는 줄마다 위와 아래가 이어져 있고, act는 모든 줄의 위 다음에 모든 줄의 아래가 있다
@@ -855,7 +890,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float*
     let_next_kernel_start();
     int first = LINE_TILES(UNITS), last = (int)((u64)UNITS * (blockIdx.x + 1) / gridDim.x);
     LineProduct<T, S, OneMatrix> product;
+    // 넓은 행렬이라 다 당기면 L2를 넘는다. 입력을 기다리고 합을 마무리하는 동안 읽을 만큼만 당긴다
     product.begin(linear.part, first, min(LINE_SLOTS, last - first));
+    product.prefetch_tiles(2);
     LineSpace space;
     NormedInput<S, HIDDEN, BF16, true> input = {x, norm, 1.f, space.scratch, space.stage};
     input.prime();
@@ -867,7 +904,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) head_lines(const float*
         // 출력 행렬은 늘 16비트라 NF4의 표와 절댓값의 코드가 필요 없다
         product.run(input, b, 0, space.partial);
         __syncthreads();
-        if (begin + count < last) product.begin(linear.part, begin + count, min(LINE_SLOTS, last - begin - count));
+        if (begin + count < last) {
+            product.begin(linear.part, begin + count, min(LINE_SLOTS, last - begin - count));
+            product.prefetch_tiles(2);
+        }
         for (int e = threadIdx.x; e < count * CELLS / 2; e += THREADS) {
             int inside = e % ROWS, line = e / ROWS % (LINES / 2) * 2, unit = e / (CELLS / 2), row = (begin + unit) * ROWS + inside;
             if (row >= VOCAB) continue;  // 16의 배수까지 채운 행은 적지 않는다
