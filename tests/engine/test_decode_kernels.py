@@ -7,8 +7,9 @@ from families import add_lora, build, exact, quantize
 
 from utils.engine.cuda import CompileError, compile_to_cubin
 from utils.engine.decode_engine import kernel_source, why_not
-from utils.engine.decode_plan import INT8, NF4, WIDE, Plan
+from utils.engine.decode_plan import Plan
 from utils.engine.decode_rows import DecodeRows
+from utils.engine.decode_space import INT8, NF4, WIDE
 from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe, rotary_frequencies
 from utils.engine.kernel_cache import remembered
@@ -138,7 +139,7 @@ def test_questions_are_read_within_the_shared_memory(multiprocessors, limit):
     family = big("gpt_neox", **POLYGLOT)
     plan = Plan(family, 30_000, 8, NF4, False, False, multiprocessors, limit)
     for rows in (family.qkv_width, family.ff, family.hidden):
-        blocks, row_warps, shared = plan.read_grid(rows)
+        blocks, row_warps, shared = plan.reads.grid(rows)
         assert row_warps in (2, 4, 8) and blocks * row_warps * 16 >= rows
         assert shared <= plan.shared("read_linear") <= limit
 
@@ -270,7 +271,7 @@ def test_many_tokens_have_the_same_bits(name, kind, tmp_path):
     model = build(name, torch.bfloat16, num_hidden_layers=1)
     model = model if kind == "wide" else quantize(model, kind)
     step, prefill = prepare(add_lora(model), tmp_path)
-    assert step.plan.can_read_many
+    assert step.plan.reads.fits_many
     questions = [[(index * 7 + length) % 299 for index in range(length)] for length in (100, 31, 128, 5)]
     step.cache.grow(128)
     rows = DecodeRows(step)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from utils.engine.cuda import load_kernels
-from utils.engine.decode_plan import NF4, SOURCES, WIDE, Plan, odd_size
+from utils.engine.decode_plan import SOURCES, Plan, odd_size
 from utils.engine.decode_rows import DecodeRows
+from utils.engine.decode_space import NF4, WIDE
 from utils.engine.decode_step import DecodeStep, kernel_names
 from utils.engine.families import describe
 from utils.engine.lines_plan import LINES

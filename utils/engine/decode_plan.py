@@ -9,19 +9,17 @@ from math import ceil
 import torch
 
 from utils.engine.cuda import CompileError
+from utils.engine.decode_space import INT8, NF4, SLOT, SPACE_AT, WIDE, Space, lora_rows, lora_tile
 from utils.engine.family import ACTIVATION_CODES, Family
 from utils.engine.kv_cache import PAGE, PageLayout
 from utils.engine.lines_plan import ROWS, WARPS, LinesPlan
+from utils.engine.read_plan import ReadPlan
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
            "decode_sample.cu", "decode_read.cu", "decode_prefill.cu", "decode_rows.cu")
 THREADS = WARPS * 32
 PIECES_AHEAD = 4, 2  # 워프가 앞서 읽는 가중치 조각의 수: 병렬 잔차, 차례로 읽는 구조. H100에서 잰 것이다
 CHOOSERS = 1024      # 뽑는 커널의 스레드 수
-READERS = 256        # 질문을 읽는 행렬 곱의 스레드 수
-READ_TOKENS = 64     # 그 블록 하나가 맡는 토큰의 수
-READ_UNIT = 64       # 그 워프가 한 번에 지나는 칸의 수
-MANY_ROWS = MANY_TOKENS = 128  # 토큰이 많을 때 블록 하나가 맡는 행과 토큰의 수
 SPLIT_THREADS = 128  # 읽은 q, k, v를 머리별로 나누는 커널의 스레드 수
 ATTENDERS = 256      # attention 커널의 스레드 수
 CHUNK = 128          # 위치를 블록끼리 나누는 단위
@@ -30,12 +28,9 @@ ATTEND_SOON = 512    # 볼 위치가 이만큼까지면 q, k, v를 곱한 블록
 ATTEND_TILES = 3, 6  # attention을 이어서, 따로 세는 데 드는 시간. 행렬의 묶음(tile) 몇 개를 곱하는 시간인지
 SPLITS = 32          # 머리 하나의 위치를 나누어 맡는 블록의 최대 수
 MOST_QUERIES = 4     # attention 블록 하나가 맡는 q 머리의 최대 수
-WIDE, NF4, INT8 = range(3)
-TABLE_ROW = 128        # NF4의 표 한 줄(바이트)
-WIDE_TABLE = 160_000   # 블록의 공유 메모리(바이트)가 이만큼이면 줄의 간격을 두 배로 한다
-SPACE_AT = 2048        # 커널이 쓰기 시작하는 공유 메모리의 주소. 앞은 드라이버(1,024바이트)와 컴파일러의 것이다
-SLOT = ROWS * WARPS * 4  # 묶음 하나의 합의 자리(바이트)
-SCRATCH = 2 * WARPS * 8  # norm이 쓰는 자리(바이트)
+VALUE_BITS = 16, 4, 8  # WIDE, NF4, INT8의 값 하나의 비트 수
+ROOMY = 160_000      # 블록의 공유 메모리(바이트)가 이만큼이면 NF4의 표의 간격과 앞서 읽는 조각을 늘린다
+SCRATCH = 2 * WARPS * 8  # norm이 쓰는 공유 메모리(바이트)
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Plan:
         attend_soon: 볼 위치가 이만큼까지면 project가 attention까지 센다. 0이면 늘 따로 센다.
         qkv_blocks, mlp_blocks: project에서 qkv와 MLP를 맡는 블록의 수.
         lines: 여러 질문에 함께 답하는 커널의 `LinesPlan`.
-        can_read_many, many_shared: 토큰이 많을 때의 `read_many`가 이 GPU의 공유 메모리에 들어가는지, 그 크기(바이트).
+        reads: 질문을 읽는 커널의 `ReadPlan`.
         lora_rows: LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지).
 
     Raises:
@@ -76,121 +71,88 @@ class Plan:
 
     def __init__(self, family: Family, vocab: int, rank: int, weight: int, double_quant: bool, bf16: bool,
                  multiprocessors: int, shared_limit: int):
+        roomy = shared_limit >= ROOMY
         self.multiprocessors, self._limit = multiprocessors, shared_limit
-        hidden, ff = family.hidden, family.ff
-        q_dim, kv_dim = family.heads * family.head_dim, family.kv_heads * family.head_dim
-        table_step = TABLE_ROW * (2 if shared_limit >= WIDE_TABLE else 1)
-        table = 256 * table_step if weight == NF4 else 0
-        copies = 2 if weight == WIDE else 1
-        pair = 2 if family.gated else 1
-        qkv_parts = 1 if family.interleaved else 3
-        # 공유 메모리의 자리: NF4의 표, 8비트 코드표(1,024바이트), LoRA의 d 셋, 합들. 커널은 이 자리를 -D로 받는다
-        down_at, lora_down = table + 1024, ceil(rank / 4) * 4
-        sums_at = down_at + 3 * lora_down * 4
-
-        def space(lora_parts: int, rest: int) -> int:
-            """묶음의 자리를 뺀 공유 메모리."""
-            return SPACE_AT + sums_at + lora_parts * self.lora_rows // lora_tile * SLOT + rest
-
-        lora_tile = _lora_tile(rank)
+        self._space = Space.of(weight, rank, roomy)
         self.queries = max(q for q in range(1, MOST_QUERIES + 1) if family.heads // family.kv_heads % q == 0)
         self.pages = PageLayout.of(family)
+        self.lora_rows = lora_rows(rank)
         attending = self._attend_space(family.head_dim)
         head_tiles = family.head_dim // ROWS * (3 if family.interleaved else 1)
         self._head_tiles = head_tiles if attending <= shared_limit else 0
-        self.lora_rows = lora_rows(rank)
-        norm = SCRATCH + max(hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
-        qkv_tiles, mlp_tiles = (q_dim + 2 * kv_dim) // ROWS, ff // ROWS
-        if family.parallel:
-            extra = space(max(qkv_parts, pair), norm)
-            self.qkv_blocks, grid = self._shared_grid(qkv_tiles, mlp_tiles, pair, extra)
-            self.project_qkv = self.project_mlp = grid
-            self.mlp_blocks = grid.blocks - self.qkv_blocks
-            grid = self._grid(hidden // ROWS, space(1, (ff + q_dim) * 2 * copies), 2)
-            self.contract_out = self.contract_down = grid
-        else:
-            extra = space(qkv_parts, norm)
-            grid = self._grid(qkv_tiles, extra, 1)
-            whole = max((n for n in range(1, grid.blocks + 1) if self._whole_heads(qkv_tiles, n)), default=grid.blocks)
-            if qkv_tiles // whole + ATTEND_TILES[0] < grid.slots + ATTEND_TILES[1]:
-                grid = Grid(whole, ceil(qkv_tiles / whole), extra + ceil(qkv_tiles / whole) * SLOT)
-            self.project_qkv = grid
-            self.project_mlp = self._grid(mlp_tiles, space(pair, norm), pair)
-            self.qkv_blocks, self.mlp_blocks = self.project_qkv.blocks, self.project_mlp.blocks
-            self.contract_out = self._grid(hidden // ROWS, space(1, q_dim * 2 * copies), 1)
-            self.contract_down = self._grid(hidden // ROWS, space(0, ff * 2 * copies), 1)
+        self._norm = SCRATCH + max(family.hidden, THREADS) * 4  # 다 쓴 입력의 자리에 블록이 만든 act를 둔다
+        copies = 2 if weight == WIDE else 1
+        (self._lay_parallel if family.parallel else self._lay_in_turn)(family, copies)
         # 이어서 세는 블록은 다른 블록을 기다리므로 모든 블록이 함께 돌아야 한다
         resident = self.project_qkv.blocks <= multiprocessors
-        self.attend_soon = ATTEND_SOON if resident and self._whole_heads(qkv_tiles, self.qkv_blocks) else 0
+        follows = resident and self._whole_heads(family.qkv_width // ROWS, self.qkv_blocks)
+        self.attend_soon = ATTEND_SOON if follows else 0
         if self.attend_soon:
             self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
-        self.head = self._grid(ceil(vocab / ROWS), norm, 1)
-        self.lines = LinesPlan(family, vocab, rank, family.heads // self.queries, down_at, SPACE_AT, multiprocessors,
-                               shared_limit)
-        self._read_inputs_at = SPACE_AT + table + 1024  # 표와 8비트 코드표의 다음
-        self._read_stages = 4 if shared_limit >= WIDE_TABLE else 2
-        row_bytes = {WIDE: READ_UNIT * 2, NF4: READ_UNIT // 2, INT8: READ_UNIT}[weight]
-        self._many_stages, self._many_units = (3, 2) if shared_limit >= WIDE_TABLE else (2, 1)
-        self.many_shared = self._read_inputs_at + self._many_stages * self._many_units * (
-            MANY_TOKENS * READ_UNIT * 2 + MANY_ROWS * (row_bytes + 4))
-        self.can_read_many = self.many_shared <= shared_limit
+        self.head = self._grid(ceil(vocab / ROWS), self._norm, 1)
+        self.lines = LinesPlan(family, vocab, rank, family.heads // self.queries, self._space.down_at, SPACE_AT,
+                               multiprocessors, shared_limit)
+        self.reads = ReadPlan(VALUE_BITS[weight], SPACE_AT + self._space.table, multiprocessors, shared_limit, roomy)
         self.in_scale = 1 / 64 if family.gated else 1.0  # gate * up이 fp16의 범위를 넘지 않게 한다
-        ahead = PIECES_AHEAD[0 if family.parallel else 1]
         self.choose_shared = 2 * ceil(vocab / 32) * 4
         self.defines = {
-            "HIDDEN": hidden, "FF": ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads, "HEAD_DIM": family.head_dim,
-            "QDIM": q_dim, "KVDIM": kv_dim, "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
-            "VOCAB": vocab, "RANK": rank, "LORA_DOWN": lora_down, "SLOT_BYTES": SLOT,
-            "DOWN_AT": down_at, "SUMS_AT": sums_at,
-            "LORA_TILE": lora_tile, "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
-            "MLP_ROWS": ceil(mlp_tiles / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
-            # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
-            "PIECES_AHEAD": ahead,
-            "OUT_AHEAD": ahead if not family.parallel else 2 if hidden // ROWS > self.contract_out.blocks else 1,
-            "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": table,
-            "TABLE_STEP": table_step, "SPACE_AT": SPACE_AT,
+            **_family_defines(family), **self._kernel_defines(family, vocab, rank, weight),
             "DOUBLE_QUANT": int(double_quant), "BF16": int(bf16),
             "ACT_BF16": int(bf16 and weight == WIDE),  # NF4와 int8은 활성값도 fp16으로 센다. bf16보다 정밀하다
-            "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
-            "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": qkv_parts,
-            "GATED": int(family.gated), "ACTIVATION": ACTIVATION_CODES[family.activation],
-            "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
+            "EMBEDDING_SCALE": _real(family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)),
+            **self.lines.defines, **self.reads.defines}
+
+    def _lay_parallel(self, family: Family, copies: int) -> None:
+        """병렬 잔차: qkv와 MLP의 앞쪽을 한 커널이, 둘의 뒤쪽을 한 커널이 곱한다.
+
+        Args:
+            copies: 활성값 하나의 16비트 사본의 수.
+        """
+        extra = self._space.before_slots(max(_qkv_parts(family), _pair(family)), self._norm)
+        self.qkv_blocks, grid = self._shared_grid(family.qkv_width // ROWS, family.ff // ROWS, _pair(family), extra)
+        self.project_qkv = self.project_mlp = grid
+        self.mlp_blocks = grid.blocks - self.qkv_blocks
+        extra = self._space.before_slots(1, (family.ff + family.q_width) * 2 * copies)
+        self.contract_out = self.contract_down = self._grid(family.hidden // ROWS, extra, 2)
+
+    def _lay_in_turn(self, family: Family, copies: int) -> None:
+        """차례로 읽는 구조: 커널 넷이 하나씩 곱한다."""
+        qkv_tiles, before = family.qkv_width // ROWS, self._space.before_slots
+        extra = before(_qkv_parts(family), self._norm)
+        grid = self._grid(qkv_tiles, extra, 1)
+        whole = max((n for n in range(1, grid.blocks + 1) if self._whole_heads(qkv_tiles, n)), default=grid.blocks)
+        if qkv_tiles // whole + ATTEND_TILES[0] < grid.slots + ATTEND_TILES[1]:
+            grid = Grid(whole, ceil(qkv_tiles / whole), extra + ceil(qkv_tiles / whole) * SLOT)
+        self.project_qkv = grid
+        self.project_mlp = self._grid(family.ff // ROWS, before(_pair(family), self._norm), _pair(family))
+        self.qkv_blocks, self.mlp_blocks = self.project_qkv.blocks, self.project_mlp.blocks
+        self.contract_out = self._grid(family.hidden // ROWS, before(1, family.q_width * 2 * copies), 1)
+        self.contract_down = self._grid(family.hidden // ROWS, before(0, family.ff * 2 * copies), 1)
+
+    def _kernel_defines(self, family: Family, vocab: int, rank: int, weight: int) -> dict:
+        """커널의 모양과 공유 메모리의 자리."""
+        space, ahead = self._space, PIECES_AHEAD[0 if family.parallel else 1]
+        return {
+            "VOCAB": vocab, "RANK": rank, "LORA_DOWN": space.lora_down, "SLOT_BYTES": SLOT,
+            "DOWN_AT": space.down_at, "SUMS_AT": space.sums_at,
+            "LORA_TILE": lora_tile(rank), "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
+            "MLP_ROWS": ceil(family.ff // ROWS / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
+            # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
+            "PIECES_AHEAD": ahead,
+            "OUT_AHEAD": ahead if not family.parallel else 2 if family.hidden // ROWS > self.contract_out.blocks else 1,
+            "WIDE_WEIGHT": WIDE, "NF4_WEIGHT": NF4, "INT8_WEIGHT": INT8, "WEIGHT": weight, "TABLE_BYTES": space.table,
+            "TABLE_STEP": space.table_step, "SPACE_AT": SPACE_AT,
             "ROWS": ROWS, "WARPS": WARPS, "THREADS": THREADS, "CHOOSERS": CHOOSERS, "SPLIT_THREADS": SPLIT_THREADS,
             "ATTENDERS": ATTENDERS, "CHUNK": CHUNK, "ALONE": ALONE, "SPLITS": SPLITS, "HEADS_PER_BLOCK": self.queries,
             "PAGE": PAGE, "PAGES": ceil(family.context / PAGE), "GROUP": self.pages.group,
-            "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns,
-            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT,
-            "MANY_ROWS": MANY_ROWS, "MANY_TOKENS": MANY_TOKENS,
-            "MANY_STAGES": self._many_stages, "MANY_UNITS": self._many_units, "READ_STAGES": self._read_stages,
-            "READ_INPUTS_AT": self._read_inputs_at, "READ_CODES_AT": SPACE_AT + table,
-            **{name: f"{value:.9e}f" for name, value in (
-                ("EPS", family.eps), ("IN_SCALE", self.in_scale), ("ATTENTION_SCALE", family.attention_scale),
-                ("LOGIT_CAP", family.logit_cap),
-                ("LOGIT_SCALE", family.logit_scale), ("RESIDUAL_SCALE", family.residual_scale),
-                ("EMBEDDING_SCALE", family.scale_of_embedding(torch.bfloat16 if bf16 else torch.float16)))},
-            **self.lines.defines}
-
-    def read_grid(self, rows: int) -> tuple[int, int, int]:
-        """질문을 읽는 행렬 곱의 (행을 나누어 맡는 블록의 수, 행을 나누어 맡는 워프의 수, 공유 메모리).
-
-        남는 워프는 칸을 나누어 맡는다. 토큰의 수와 상관없이 정해지므로 함께 읽어도 더하는 차례가 같다.
-        """
-        tiles = ceil(rows / ROWS)
-        row_warps = 4 if 2 * tiles >= 5 * self.multiprocessors else 2
-        while (shared := self._read_shared(row_warps)) > self._limit:
-            row_warps *= 2
-        return ceil(tiles / row_warps), row_warps, shared
-
-    def _read_shared(self, row_warps: int) -> int:
-        shares = READERS // 32 // row_warps
-        return self._read_inputs_at + self._read_stages * shares * READ_TOKENS * READ_UNIT * 2
+            "PAGE_SCALES": self.pages.scales, "PAGE_TURNS": self.pages.turns, "IN_SCALE": _real(self.in_scale)}
 
     def shared(self, name: str) -> int:
         """커널이 쓰는 동적 공유 메모리의 최댓값(바이트)."""
         if name == "read_linear":
-            return min(self._read_shared(2), self._limit)
+            return self.reads.most_shared
         if name == "read_many":
-            return self.many_shared if self.can_read_many else 0
+            return self.reads.many_shared if self.reads.fits_many else 0
         grids = {"project": (self.project_qkv, self.project_mlp), "contract": (self.contract_out,),
                  "contract_attention": (self.contract_out,), "contract_mlp": (self.contract_down,),
                  "head": (self.head,)}
@@ -232,14 +194,34 @@ class Plan:
         return (WARPS + 4) * head_dim * 4 + WARPS * 8 + 2 * head_dim + 4 * head_dim // self.pages.group + 16
 
 
-def _lora_tile(rank: int) -> int:
-    """LoRA의 A에서 함께 곱하는 행의 수."""
-    return 8 if rank <= 8 else ROWS
+def _family_defines(family: Family) -> dict:
+    """구조의 크기와 스위치."""
+    return {
+        "HIDDEN": family.hidden, "FF": family.ff, "HEADS": family.heads, "KV_HEADS": family.kv_heads,
+        "HEAD_DIM": family.head_dim, "QDIM": family.q_width, "KVDIM": family.kv_heads * family.head_dim,
+        "ROTARY": family.rotary, "LAYERS": family.layers, "CONTEXT": family.context,
+        "RMS": int(family.rms), "PRE_NORM": int(family.pre_norm), "POST_NORM": int(family.post_norm),
+        "PARALLEL": int(family.parallel), "INTERLEAVED": int(family.interleaved), "QKV_PARTS": _qkv_parts(family),
+        "GATED": int(family.gated), "ACTIVATION": ACTIVATION_CODES[family.activation],
+        "GELU_TANH": ACTIVATION_CODES["gelu_tanh"], "SILU": ACTIVATION_CODES["silu"],
+        "EPS": _real(family.eps), "ATTENTION_SCALE": _real(family.attention_scale),
+        "LOGIT_CAP": _real(family.logit_cap), "LOGIT_SCALE": _real(family.logit_scale),
+        "RESIDUAL_SCALE": _real(family.residual_scale)}
 
 
-def lora_rows(rank: int) -> int:
-    """LoRA의 A에서 나란한 행렬 하나가 차지하는 행(0으로 채운 것까지)."""
-    return ceil(rank / _lora_tile(rank)) * _lora_tile(rank)
+def _real(value: float) -> str:
+    """C++의 float 상수."""
+    return f"{value:.9e}f"
+
+
+def _qkv_parts(family: Family) -> int:
+    """q, k, v를 만드는 행렬의 수."""
+    return 1 if family.interleaved else 3
+
+
+def _pair(family: Family) -> int:
+    """MLP의 앞쪽에서 나란히 곱하는 행렬의 수(gate와 up)."""
+    return 2 if family.gated else 1
 
 
 def odd_size(family: Family) -> str | None:

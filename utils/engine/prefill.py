@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from utils.engine.decode_plan import MANY_ROWS, MANY_TOKENS, READ_TOKENS, READERS, ROWS, SPLIT_THREADS, THREADS
+from utils.engine.decode_plan import SPLIT_THREADS, THREADS
 from utils.engine.decode_step import DecodeStep, MatrixArgument
+from utils.engine.lines_plan import ROWS
 from utils.engine.norms import Norm
+from utils.engine.read_plan import MANY_ROWS, MANY_TOKENS, READ_TOKENS, READERS
 from utils.engine.weights import Adapter, Layer
 
 CAPTURED = 32, 64, 96, 128  # 한 조각으로 끝나는 짧은 질문의 길이. 질문은 이 가운데 하나로 채운다
@@ -234,11 +236,11 @@ class Prefill:
         linear, argument = getattr(self._weights.layers[index], name), step.linear_arguments(index)[name]
         first, second = ([part.shape[0] for part in linear.parts] + [0])[:2]
         z = self._lora_down(x, linear.adapter)
-        blocks, row_warps, shared = step.plan.read_grid(linear.rows)
+        blocks, row_warps, shared = step.plan.reads.grid(linear.rows)
         out = torch.empty(tokens, linear.rows, dtype=self._weights.dtype, device=x.device)
         name, grid, split = "read_linear", (blocks, -(-tokens // READ_TOKENS)), row_warps
-        if tokens >= MANY and step.plan.can_read_many:
-            name, shared = "read_many", step.plan.many_shared
+        if tokens >= MANY and step.plan.reads.fits_many:
+            name, shared = "read_many", step.plan.reads.many_shared
             grid = -(-linear.rows // MANY_ROWS), -(-tokens // MANY_TOKENS)
             split = (READERS // 32 // row_warps).bit_length() - 1
         self._kernels[name](grid, (READERS,), x, argument, first, second, linear.rows, columns, tokens, split,
