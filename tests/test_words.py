@@ -8,7 +8,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD_WORDS = ("까닭", "견주", "견준", "견줄", "견줘", "그릇", "준비 운동", "깔린", "깔려", "깔면", "깔았", "깐다",
-             "빈 곳", "빗금", "열쇠", "라이센스")
+             "빈 곳", "빗금", "열쇠", "라이센스", "허가서", "쌍점", "벌점", "쓰레기 수집")
 
 
 def readable_files():

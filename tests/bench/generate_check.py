@@ -78,7 +78,7 @@ def check_greedy(model, decoder: Decoder, questions: list[list[int]], truth) -> 
 
 
 def draw(step, logits: torch.Tensor, answer: list[int], settings: Sampling, times: int) -> torch.Tensor:
-    """뽑는 커널로 씨앗을 바꾸어 times번 뽑은 토큰 [times]. 블록 하나가 한 번을 뽑으므로 LINES번씩 함께 뽑는다.
+    """뽑는 커널로 시드를 바꾸어 times번 뽑은 토큰 [times]. 블록 하나가 한 번을 뽑으므로 LINES번씩 함께 뽑는다.
 
     Args:
         step: `DecodeStep`.

@@ -1,4 +1,4 @@
-"""Decoder의 약속: `generate`와 같은 답, 답에만 걸리는 벌점, 길이의 한계, 한 토큰 안의 멈춤."""
+"""Decoder의 약속: `generate`와 같은 답, 답에만 걸리는 페널티, 길이의 한계, 한 토큰 안의 멈춤."""
 
 import threading
 
@@ -168,7 +168,7 @@ def test_penalties_touch_the_answer_only():
 
 
 def test_penalties_equal_generate_on_an_empty_question(tokenizer):
-    """질문이 벌점에 들어가지 않으므로, `generate`의 벌점과 같아지는 것은 질문이 답의 첫 토큰 하나일 때다."""
+    """질문이 페널티에 들어가지 않으므로, `generate`의 페널티와 같아지는 것은 질문이 답의 첫 토큰 하나일 때다."""
     model = neox()
     decoder = Decoder(model, tokenizer, (10_000,))
     settings = Sampling(**GREEDY, max_new_tokens=50, repetition_penalty=1.3, no_repeat_ngram_size=3)

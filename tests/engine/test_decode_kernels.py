@@ -214,7 +214,7 @@ def test_long_questions_and_pages(tmp_path):
 
 @needs_compiler
 def test_adapter_switch_and_sampling_on_the_cpu(tmp_path):
-    """어댑터를 끈 로짓은 기반 모델의 것이고, 같은 씨앗은 같은 토큰을 뽑는다."""
+    """어댑터를 끈 로짓은 기반 모델의 것이고, 같은 시드는 같은 토큰을 뽑는다."""
     base = build("granite", torch.bfloat16)
     ids = list(range(5, 30))
     plain = follow(*prepare(base, tmp_path), ids, 20)

@@ -214,7 +214,7 @@ class FastDecode:
 
 
 def _choice(settings: Sampling) -> list[int]:
-    """고르는 커널의 정수 설정: [top_k, n-gram의 크기, 씨앗의 아래와 위 32비트]."""
+    """고르는 커널의 정수 설정: [top_k, n-gram의 크기, 시드의 아래와 위 32비트]."""
     seed = settings.seed_number()
     halves = [half - 2**32 if half >= 2**31 else half for half in (seed & 0xFFFFFFFF, seed >> 32)]
     return [settings.top_k, settings.no_repeat_ngram_size, *halves]

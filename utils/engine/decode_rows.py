@@ -50,7 +50,7 @@ class DecodeRows:
         Args:
             prefill: `Prefill`.
             answer: 줄마다 만들 수 있어야 하는 토큰의 수.
-            choices: 줄마다의 [top_k, n-gram의 크기, 씨앗 둘].
+            choices: 줄마다의 [top_k, n-gram의 크기, 시드 둘].
         """
         self.release()  # 앞의 답이 도중에 끊겼을 수 있다
         for cache, question in zip(self._caches, questions, strict=False):

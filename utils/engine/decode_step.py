@@ -74,8 +74,8 @@ class DecodeStep:
 
     Attributes:
         x: 잔차 fp32 [hidden]. 시작할 때 마지막 질문 토큰의 잔차를 넣는다.
-        state: int32 [6]: 위치, 답의 길이, top_k, n-gram의 크기, 씨앗 둘.
-        settings: fp32 [3]: 온도, top_p, 벌점.
+        state: int32 [6]: 위치, 답의 길이, top_k, n-gram의 크기, 시드 둘.
+        settings: fp32 [3]: 온도, top_p, 페널티.
         told: 고른 토큰 int32 [문맥]. 핀 고정된 CPU 메모리라서 GPU를 기다리지 않고 읽는다.
         adapter_on: fp32 [1]. 0이면 어댑터를 더하지 않는다.
     """

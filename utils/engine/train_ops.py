@@ -24,7 +24,7 @@ def drop_threshold(probability: float) -> tuple[int, float]:
 
 
 def drop_scale(keys: torch.Tensor, tokens: int, width: int, site: int, probability: float) -> torch.Tensor:
-    """dropout이 곱하는 수 [tokens, width]. 블록의 씨앗 `keys` [rows, 2], 선형층의 번호, 자리로만 정해진다.
+    """dropout이 곱하는 수 [tokens, width]. 블록의 시드 `keys` [rows, 2], 선형층의 번호, 자리로만 정해진다.
 
     난수를 저장하지 않고 자리에서 다시 만들므로 backward와 재계산이 forward와 같은 값을 버린다. murmur3의 마무리 섞기와
     곱하기를 거친 32비트 수 하나가 이웃한 두 값의 16비트 난수가 된다.

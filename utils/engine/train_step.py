@@ -23,7 +23,7 @@ class TrainStep(Forward):
         """gradient를 LoRA의 `.grad`에 더하고 `factor * 손실`(`objective.objective`)을 돌려준다.
 
         Args:
-            batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 씨앗),
+            batch: input_ids, labels, position_ids(int64 [rows, block]), keys(int32 [rows, 2], dropout의 시드),
                 factor(fp32 스칼라). 선호 쌍이면 reference와 beta도 있다.
             single: 블록마다 첫 문서만 배운다(`options`).
         """

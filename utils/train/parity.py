@@ -167,7 +167,7 @@ def measure(step: Step, model: nn.Module, truth: Truth, device: torch.device) ->
     """
     with nudged(model), without_dropout(model):
         block = {**truth.block, **device_keys(device)}
-        # 씨앗이 없으면 손으로 쓴 길도 dropout을 걸지 않고, 참값은 합의 gradient이므로 아무것도 곱하지 않는다
+        # 시드가 없으면 손으로 쓴 길도 dropout을 걸지 않고, 참값은 합의 gradient이므로 아무것도 곱하지 않는다
         short = {**truth.short, "keys": None, "factor": torch.ones((), device=device)}
         loss = float(step.evaluate(block))
         short_loss = float(step.train(short).flatten()[0])
@@ -209,7 +209,7 @@ def check_isolation(step: Step | RunningStep, vocab: int, rows: int, block: int,
         step: `evaluate`가 있는 micro-step(`Step`이나 `RunningStep`).
         vocab: 입력 embedding의 행 수.
         rows, block: 만들 글의 모양 [rows, block].
-        extra: batch에 더할 것(dropout의 씨앗).
+        extra: batch에 더할 것(dropout의 시드).
 
     Raises:
         UsageError: 문서가 서로를 본다. 조용히 틀린 학습이 되므로 시작하지 않는다.
@@ -276,5 +276,5 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def device_keys(device: torch.device) -> dict[str, torch.Tensor]:
-    """블록 하나의 dropout 씨앗: keys [1, 2] int32."""
+    """블록 하나의 dropout 시드: keys [1, 2] int32."""
     return {"keys": torch.tensor([SEED], dtype=torch.int32, device=device)}

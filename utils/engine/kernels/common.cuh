@@ -97,17 +97,17 @@ __device__ __forceinline__ u32 mix(u32 h) {
     return h ^ (h >> 16);
 }
 
-// LoRA 하나의 입력에 거는 dropout. 난수는 (블록의 씨앗, 선형층의 번호 site, 블록 안의 자리)로만 정해지므로 저장하지
+// LoRA 하나의 입력에 거는 dropout. 난수는 (블록의 시드, 선형층의 번호 site, 블록 안의 자리)로만 정해지므로 저장하지
 // 않아도 backward와 재계산이 같은 값을 버린다. 파이썬의 `drop_scale`과 비트까지 같다.
 struct Dropout {
-    const int* keys;   // [rows, 2] 블록마다의 씨앗. null이면 버리지 않는다
+    const int* keys;   // [rows, 2] 블록마다의 시드. null이면 버리지 않는다
     int block_len;     // 블록의 토큰 수
     int site;
     int threshold;     // 16비트 난수가 이보다 작으면 버린다
     float keep_scale;  // 남는 값에 곱하는 수
 };
 
-// 한 행의 씨앗 둘.
+// 한 행의 시드 둘.
 __device__ __forceinline__ uint2 drop_seed(const Dropout& drop, int row) {
     if (drop.keys == nullptr || drop.threshold == 0) return uint2{0, 0};
     const int* key = drop.keys + 2 * (row / drop.block_len);

@@ -1,6 +1,6 @@
-// 다음 토큰을 GPU에서 고른다: 벌점, 온도, top-k, top-p, 뽑기. 블록 하나가 어휘 전체를 다룬다.
+// 다음 토큰을 GPU에서 고른다: 페널티, 온도, top-k, top-p, 뽑기. 블록 하나가 어휘 전체를 다룬다.
 // 어휘가 작으면(HELD <= 40, 4만 토큰) 로짓을 레지스터에 쥐고, 크면 로짓이 있던 메모리(L2)에서 돌 때마다 다시 읽는다.
-// state: [0] 위치 [1] 답의 길이 [2] top_k [3] n-gram의 크기 [4], [5] 씨앗. settings: 온도, top_p, 벌점.
+// state: [0] 위치 [1] 답의 길이 [2] top_k [3] n-gram의 크기 [4], [5] 시드. settings: 온도, top_p, 페널티.
 
 #define NEVER __uint_as_float(0xff800000u)  // -inf
 #define MOST_K 256
@@ -31,7 +31,7 @@ struct Values {
 #define FOR_EACH _Pragma("unroll 8") for (int j = 0; j < HELD; j++)
 #endif
 
-// 세는 이(counter)로 만드는 난수: Philox 4x32-10 (Salmon 외, 2011). 같은 씨앗의 같은 순번은 늘 같은 수다.
+// 세는 이(counter)로 만드는 난수: Philox 4x32-10 (Salmon 외, 2011). 같은 시드의 같은 순번은 늘 같은 수다.
 __device__ __forceinline__ u32 philox(u32 counter, u32 key0, u32 key1) {
 // 네 워드 가운데 하나만 쓴다
     u32 c0 = counter, c1 = 0, c2 = 0, c3 = 0;
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     wait_for_previous_kernel();
     __syncthreads();
 
-// 벌점을 매기며 가장 큰 로짓을 찾는다
+// 페널티를 매기며 가장 큰 로짓을 찾는다
     Values value;
     value.memory = logits;
     bool marked = penalty != 1.f || size > 0;
@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS, 1) choose(
     auto rank = [&](int i, float v) {
         if (v > most) most = v, place = i;
     };
-// i번째 로짓에 벌점을 매긴다. punished, never: used와 banned에서 i의 비트가 든 워드
+// i번째 로짓에 페널티를 매긴다. punished, never: used와 banned에서 i의 비트가 든 워드
     auto punish = [&](int i, float v, u32 punished, u32 never) {
         if (punished >> i % 32 & 1) v = v < 0.f ? v * penalty : v / penalty;
         return never >> i % 32 & 1 ? NEVER : v;
