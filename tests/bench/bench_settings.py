@@ -14,8 +14,10 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +32,12 @@ from settings_questions import TARGETS, Question, Results, best, key_of, questio
 LEFT_SECONDS = 30  # 시간이 다 된 다음 하던 것을 마치게 두는 시간
 
 
+def end_with_parent() -> None:
+    """부모가 죽임을 당하면 함께 끝낸다. 남으면 카드를 쥐고 있는다."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def work(pipe, options: dict) -> None:
     """일꾼 하나: 설정을 받아 결과를 돌려준다. None을 받으면 끝낸다."""
     import gc
@@ -40,6 +48,7 @@ def work(pipe, options: dict) -> None:
 
     from utils.errors import UsageError
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     disable_progress_bar()
     lab = Lab(**options)
