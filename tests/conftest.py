@@ -189,7 +189,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """지금까지 읽은 모듈은 끝까지 쓴다. 쓰레기 수집이 그것을 되풀이해 훑지 않게 한다."""
+    """지금까지 읽은 모듈은 끝까지 쓴다. garbage collection이 그것을 되풀이해 훑지 않게 한다."""
     gc.collect()
     gc.freeze()
 
