@@ -137,6 +137,11 @@ class Plan:
             "DOWN_AT": space.down_at, "SUMS_AT": space.sums_at,
             "LORA_TILE": lora_tile(rank), "LORA_ROWS": self.lora_rows, "MLP_BLOCKS": self.mlp_blocks,
             "MLP_ROWS": ceil(family.ff // ROWS / self.mlp_blocks) * ROWS,  # 블록 하나가 만드는 act의 최대 행
+            # 블록 하나의 묶음의 최대 수
+            "QKV_TILES": ceil(family.qkv_width // ROWS / self.qkv_blocks),
+            "MLP_TILES": ceil(family.ff // ROWS / self.mlp_blocks) * _pair(family),
+            "OUT_TILES": ceil(family.hidden // ROWS / self.contract_out.blocks),
+            "DOWN_TILES": ceil(family.hidden // ROWS / self.contract_down.blocks), "HEAD_TILES": self.head.slots,
             # 병렬 잔차면 두 선형층이 레지스터를 나누어 쓴다. 묶음이 하나면 다음 것을 미리 읽을 일이 없다
             "PIECES_AHEAD": ahead,
             "OUT_AHEAD": ahead if not family.parallel else 2 if family.hidden // ROWS > self.contract_out.blocks else 1,

@@ -223,13 +223,15 @@ struct Attend {
             atomicAdd(ready, tiles);
         }
         if (head < 0) return;
-        if (threadIdx.x == 0) {
-            wait_until(ready, HeadGroup::TILES);
-            if (atomicAdd(taken, 1) == PER_KV - 1) *ready = *taken = 0;
-        }
-        __syncthreads();
+        auto wait = [&] {
+            if (threadIdx.x == 0) {
+                wait_until(ready, HeadGroup::TILES);
+                if (atomicAdd(taken, 1) == PER_KV - 1) *ready = *taken = 0;
+            }
+            __syncthreads();
+        };
         attend_job<THREADS, 1, false>(*(AttendSpace<THREADS, 1>*)shared, qkv, attention, pages, first_page, position, head,
-                                      0, 1, false, 0, 0, out);
+                                      0, 1, false, 0, 0, out, wait);
     }
 };
 
@@ -243,7 +245,7 @@ __device__ __forceinline__ void project_job(const Residual& from, const Norm& no
            TILES = MLP ? FF / ROWS : (QDIM + 2 * KVDIM) / ROWS };
     typedef typename Choose<PARTS == 2, GateAndUp, OneMatrix>::Type OneOrTwo;
     typedef typename Choose<PARTS == 3, QkvMatrices, OneOrTwo>::Type Where;
-    typedef Product<Piece<HIDDEN>, HIDDEN, PIECES_AHEAD, Where> Main;
+    typedef Product<Piece<HIDDEN>, HIDDEN, MLP ? MLP_TILES : QKV_TILES, PIECES_AHEAD, Where> Main;
 // 1. 기다리기 전: 가중치, LoRA의 A와 B, bias, norm의 weight를 미리 읽는다. 앞 커널과 상관이 없는 것들이다. 여기서 쓸 작은 것은
 // 가중치보다 먼저 읽기 시작한다. 나중에 읽으면 앞서 청한 가중치가 다 온 다음에야 온다
     int first = TILES * block / blocks, tiles = TILES * (block + 1) / blocks - first;
@@ -362,8 +364,8 @@ template <bool OUT, bool DOWN>
 __device__ __forceinline__ void contract_job(float* x, float* y, const u16* attended, const u16* act, const float* code,
                                              float adapter, const Linear& out, const Linear& down,
                                              const LoraOfAct& down_lora, int slots) {
-    typedef Product<Piece<QDIM>, QDIM, OUT_AHEAD> Out;
-    typedef Product<Piece<FF>, FF, PIECES_AHEAD> Down;
+    typedef Product<Piece<QDIM>, QDIM, OUT_TILES, OUT_AHEAD> Out;
+    typedef Product<Piece<FF>, FF, DOWN_TILES, PIECES_AHEAD> Down;
     enum { LOW = WEIGHT == WIDE_WEIGHT, COPIES = LOW ? 2 : 1 };
     int first = HIDDEN / ROWS * blockIdx.x / gridDim.x, tiles = HIDDEN / ROWS * (blockIdx.x + 1) / gridDim.x - first;
 // 1. 기다리기 전: 두 선형층의 가중치와 행의 마무리에 쓸 것을 미리 읽는다
@@ -439,7 +441,7 @@ CONTRACT(contract_mlp, false, true)
 // logits[:VOCAB] = W norm(x) * LOGIT_SCALE, 한계가 있으면 tanh로 누른다. weight의 행은 16의 배수까지 있다.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) head(Residual from, Norm norm, Linear linear, float* logits,
                                                               int slots) {
-    typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, 4> Main;
+    typedef Product<WidePiece<BF16, HIDDEN>, HIDDEN, HEAD_TILES, 4> Main;
     enum { TILES = (VOCAB + ROWS - 1) / ROWS };
     let_next_kernel_start();
 // 어휘가 크면 블록이 SM보다 많다. 출력 행렬은 16비트라 NF4의 표가 필요 없다

@@ -159,10 +159,11 @@ __device__ __forceinline__ void prefetch_cache(const Attention& attention, u8* b
 //   qkv: fp32 [QDIM + 2 KVDIM], pages: [PAGES], first_page: 그 첫 쪽. 토막이 하나면 모든 위치가 여기에 있다.
 //   out: 16비트 [위, 아래][QDIM]
 //   partial: [HEADS][splits][HEAD_DIM + 2](합, 최댓값, 지수의 합), done: [HEADS]는 늘 0으로 되돌려 놓는다
-template <int N, int Q, bool SPLIT>
+//   wait: q, k, v가 다 적히기를 기다린다. 지난 위치의 K와 V는 그와 상관이 없으므로 먼저 읽기 시작한다.
+template <int N, int Q, bool SPLIT, class Wait>
 __device__ __forceinline__ void attend_job(AttendSpace<N, Q>& space, const float* qkv, const Attention& attention,
                                            u8* const* pages, u8* first_page, int position, int first_head, int split,
-                                           int splits, bool lines, float* partial, int* done, u16* out) {
+                                           int splits, bool lines, float* partial, int* done, u16* out, const Wait& wait) {
     enum { LANES = HEAD_DIM / LANE, SPAN = LANES <= 2 ? 2 : LANES <= 4 ? 4 : LANES <= 8 ? 8 : 16,
            AT_ONCE = N / SPAN, STEPS = SPLIT ? 4 : 1, KEY = Q, WARPS_HERE = N / 32,
            PER_LANE = (HEAD_DIM + 31) / 32 };
@@ -195,13 +196,13 @@ __device__ __forceinline__ void attend_job(AttendSpace<N, Q>& space, const float
             next.value_scale[s] = __ldcg(page.scales(1, layer, kv) + part * LANE / GROUP);
         }
     };
-    load(begin);  // 지난 위치의 K와 V는 앞의 커널과 상관이 없으므로 먼저 읽는다
+    load(begin);
     Page here = page_of(position);
     float2 turn[PER_LANE];
     #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
         turn[i] = turn_of(attention.turn < 0 ? 0 : here.turns(attention.turn), lane + i * 32);
-    if (SPLIT) wait_for_previous_kernel();
+    wait();
 
 // q, k, v 머리를 워프가 하나씩 옮기며 norm하고 돌린다. 새 토큰의 위치를 맡은 블록만 k와 v를 쓴다
     bool is_last = end == position + 1;
@@ -377,5 +378,5 @@ extern "C" __global__ void __launch_bounds__(ATTENDERS) attend(
     attend_job<ATTENDERS, HEADS_PER_BLOCK, true>(space, qkv + line * (QDIM + 2 * KVDIM), attention, pages + line * PAGES, 0,
                                 state[line * 6], blockIdx.x * HEADS_PER_BLOCK, blockIdx.y, gridDim.y, gridDim.z > 1,
                                 partial + line * HEADS * gridDim.y * (HEAD_DIM + 2), done + line * HEADS,
-                                out + line * 2 * QDIM);
+                                out + line * 2 * QDIM, [] { wait_for_previous_kernel(); });
 }

@@ -218,17 +218,26 @@ struct GateAndUp {
     __device__ __forceinline__ static int tile(int tile) { return tile >> 1; }
 };
 
-// 조각의 수와 워프의 수의 최대공약수.
-__device__ constexpr int split_across(int segments, int warps = WARPS) {
-    return segments % warps == 0 ? warps : split_across(segments, warps / 2);
+// 조각 segments개로 된 묶음 하나를 워프 across개가 나누어 맡을 때, 묶음 tiles개인 블록에서 워프 하나가 지나는 조각의 수.
+__device__ constexpr int share_of(int segments, int tiles, int across) {
+    return (tiles + WARPS / across - 1) / (WARPS / across) * ((segments + across - 1) / across);
+}
+// 그것이 가장 적은 across. 같으면 큰 것이다.
+__device__ constexpr int split_across(int segments, int tiles) {
+    int best = 1;
+    for (int across = 2; across <= WARPS && across <= segments; across++)
+        if (share_of(segments, tiles, across) <= share_of(segments, tiles, best)) best = across;
+    return best;
 }
 
 // 블록이 맡은 묶음들과 활성값의 곱. 워프 ACROSS개가 한 묶음의 칸을 나누어 맡고, 워프마다의 합을
 // partial[묶음][ACROSS][16]에 적는다. 도는 동안 블록의 동기화가 없어 읽기가 끊기지 않는다.
-//   T: 가중치의 꼴, K: 칸의 수, AHEAD: 미리 읽는 조각의 수, Where: 묶음이 든 행렬을 찾는 법.
-template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
-    enum { SEGMENTS = K / T::STEP, ACROSS = split_across(SEGMENTS), PER = SEGMENTS / ACROSS, GROUPS = WARPS / ACROSS,
-           STATIC = AHEAD % PER == 0, HELD = STATIC && PER * T::QUADS <= 8, FLOATS = ACROSS * ROWS };
+// 조각이 ACROSS로 나누어떨어지지 않으면(EVEN이 아니면) 끝의 워프가 적게 맡고, 남는 워프는 쉰다.
+//   T: 가중치의 꼴, K: 칸의 수, TILES: 블록의 묶음의 최대 수, AHEAD: 미리 읽는 조각의 수, Where: 묶음이 든 행렬을 찾는 법.
+template <class T, int K, int TILES, int AHEAD, class Where = OneMatrix> struct Product {
+    enum { SEGMENTS = K / T::STEP, ACROSS = split_across(SEGMENTS, TILES), PER = (SEGMENTS + ACROSS - 1) / ACROSS,
+           GROUPS = WARPS / ACROSS, EVEN = SEGMENTS % ACROSS == 0, STATIC = EVEN && AHEAD % PER == 0,
+           HELD = STATIC && PER * T::QUADS <= 8, FLOATS = ACROSS * ROWS };
     T pieces[AHEAD];
     const Matrix* parts;
     Matrix matrix;
@@ -237,9 +246,15 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
 
     __device__ __forceinline__ Product(const Matrix* parts, int first_tile, int tiles) : parts(parts), next(0) {
         int group = (threadIdx.x >> 5) / ACROSS;
-        count = tiles > group ? ((tiles - group - 1) / GROUPS + 1) * PER : 0;
+        bool works = WARPS % ACROSS == 0 || group < GROUPS;
+        count = works && tiles > group ? ((tiles - group - 1) / GROUPS + 1) * per() : 0;
         tile = first_tile + group;
         find();
+    }
+
+    // 이 워프가 묶음마다 맡는 조각의 수.
+    __device__ __forceinline__ static int per() {
+        return EVEN ? PER : max(0, min((int)PER, SEGMENTS - (int)(threadIdx.x >> 5) % ACROSS * PER));
     }
 
     // 지금 묶음의 행렬과, 이 레인이 읽을 자리(바이트).
@@ -255,7 +270,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
     __device__ __forceinline__ void load(int d) {
         pieces[d].load(matrix, at);
         at += T::STEP_BYTES;
-        bool wrap = STATIC ? d % PER == PER - 1 : ++next == PER;
+        bool wrap = STATIC ? d % PER == PER - 1 : ++next == per();
 // 묶음 하나를 다 읽으면 이 워프의 다음 묶음으로 간다
         if (wrap) tile += GROUPS, next = 0, find();
     }
@@ -282,7 +297,7 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
                 if (!HELD) T::input(in, first + (STATIC ? d % PER : step), held[0]);
                 pieces[d].add(in, held[HELD ? d % PER : 0], upper, lower);
                 if (base + d + AHEAD < count) load(d);
-                if (STATIC ? d % PER != PER - 1 : ++step != PER) continue;
+                if (STATIC ? d % PER != PER - 1 : ++step != per()) continue;
                 step = 0;
 // 레인 4g의 열 0, 1(위와 아래 절반)과 레인 4g + 1의 열 2, 3을 더하면 행 g의 합이다
                 upper += __shfl_xor_sync(~0u, upper, 1);
@@ -307,8 +322,8 @@ template <class T, int K, int AHEAD, class Where = OneMatrix> struct Product {
 // 기다리는 것보다 빠르다: A는 작고(r 8, 칸 2,048이면 32 KB) 앞 커널과 상관이 없어 기다리는 동안 미리 읽는다.
 // A의 행은 part마다 LORA_TILE(8 또는 16)의 배수로 채워져 있다. 입력이 아주 넓은 MLP의 뒤쪽 행렬만은 다르게 센다
 // (decode.cu의 `LoraOfAct`).
-template <int K> using LoraDown = Product<WidePiece<ACT_BF16, K, LORA_TILE == 8>, K, 2>;
 #define LORA_TILES (LORA_ROWS / LORA_TILE)  // part 하나의 묶음 수
+template <int K> using LoraDown = Product<WidePiece<ACT_BF16, K, LORA_TILE == 8>, K, LORA_TILES, 2>;
 
 // part 하나의 d [RANK]를 공유 메모리에 모은다. partial은 그 part의 첫 묶음의 자리다. 앞뒤로 동기화해야 한다.
 template <int K> __device__ __forceinline__ void gather_lora(const float* partial, float adapter, float* down) {
