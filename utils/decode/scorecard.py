@@ -29,6 +29,7 @@ class Score:
         right: 모델의 이름(`record.MODELS`) -> 맞힌 문항의 수. 어댑터가 없으면 "base"뿐이다.
         seconds: 모델들을 재는 데 걸린 시간.
         cut: 모델이 읽는 길이보다 길어 앞을 자른 문항의 수.
+        source: `Exam.source`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Score:
     right: dict[str, int]
     seconds: float
     cut: int = 0
+    source: str = ""
 
     def share(self, model: str) -> float:
         """맞힌 비율. 0에서 1."""
@@ -78,10 +80,10 @@ def measure(ask: Ask, names: Sequence[str], exams: Sequence[Exam], encoder: Enco
         right = {name: count_right(exam.items, each) for name, each in values.items()}
         seconds = time.perf_counter() - began
         found = [Score(exam.name, exam.title, len(exam.items),
-                       {name: each.plain for name, each in right.items()}, seconds, n_cut)]
+                       {name: each.plain for name, each in right.items()}, seconds, n_cut, exam.source)]
         if exam.by_length:
             found.append(Score(f"{exam.name}_norm", f"{exam.title}(글자 수로 나눔)", len(exam.items),
-                               {name: each.by_length for name, each in right.items()}, seconds, n_cut))
+                               {name: each.by_length for name, each in right.items()}, seconds, n_cut, exam.source))
         for score in found:
             say(score.line())
         scores += found
