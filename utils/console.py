@@ -1,14 +1,18 @@
 """콘솔에 쓰는 글: 한 줄 알림, UTF-8, 라이브러리의 소음."""
 
+import contextlib
 import logging
 import os
 import shlex
 import subprocess
 import sys
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 
 from utils.process import is_first_process
 
+SAY_EVERY = 5.0  # 오래 걸리는 계산을 하는 동안 이만큼(초)마다 어디까지 했는지 말한다
 _details = False
 
 
@@ -16,6 +20,24 @@ def say(text: str = "") -> None:
     """한 줄을 출력한다. 여러 프로세스로 실행하면 rank 0만 말한다."""
     if is_first_process():
         print(printable(text), flush=True)
+
+
+@contextlib.contextmanager
+def telling(say: Callable[[str], None], line: Callable[[], str]) -> Iterator[None]:
+    """`with` 안에 있는 동안 `SAY_EVERY`초마다 `line()`을 말한다. 오래 걸리는 계산이 멈춘 듯 보이지 않는다."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(SAY_EVERY):
+            say(line())
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def printable(text: str) -> str:

@@ -107,8 +107,8 @@ class Lab:
         exam = self.exam(task, inputs)
         measured: list[likelihood.Likelihood] = []
 
-        def ask(name: str, pairs: list) -> list[likelihood.Likelihood]:
-            measured[:] = likelihood.measure(model, pairs)
+        def ask(name: str, pairs: list, told) -> list[likelihood.Likelihood]:
+            measured[:] = likelihood.measure(model, pairs, told=told)
             return measured
 
         model.eval()

@@ -206,7 +206,10 @@ def test_one_file_of_kobest_is_that_exam(tmp_path):
     write_tsv(tmp_path / "any.tsv", [{"Text": "좋다", "Label": "1"}])
     hub = write_rows(tmp_path / "any.jsonl", {"sentence": "좋다", "label": 1})
     mine = write_rows(tmp_path / "mine.jsonl", {"instruction": "?", "output": "가"})
-    assert load_exams(str(tmp_path / "any.tsv"), None) == load_exams(hub, None)
+    (tsv,), (jsonl,), (own,) = (load_exams(str(file), None if "any" in str(file) else Prompter())
+                                for file in (tmp_path / "any.tsv", hub, mine))
+    assert tsv.items == jsonl.items and (tsv.name, tsv.source, jsonl.source) == ("sentineg", "any.tsv", "any.jsonl")
+    assert own.name == "mine.jsonl"  # 이름이 copa.jsonl이어도 KoBEST COPA의 성적을 덮어쓰지 않는다
     assert is_kobest(hub) and is_kobest(str(tmp_path)) and is_kobest("kobest") and not is_kobest(mine)
 
 

@@ -79,6 +79,14 @@ def test_a_batch_that_does_not_fit_is_halved_after_its_memory_is_freed(model, pa
     assert [one.total for one in halved] == pytest.approx([one.total for one in whole], abs=1e-3)
 
 
+def test_tells_how_many_were_measured(model, pairs, monkeypatch):
+    """오래 걸리는 시험이 얼마나 되었는지 말할 수 있게, forward마다 잰 글의 수를 알린다."""
+    monkeypatch.setattr(likelihood, "ROW_TOKENS", 64)
+    told = []
+    likelihood.measure(model, pairs, told=told.append)
+    assert len(told) > 1 and sum(told) == len(pairs)
+
+
 def test_greedy_says_whether_decoding_would_write_it(model, pairs):
     written = []
     for context, _ in pairs[:6]:

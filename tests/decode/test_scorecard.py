@@ -56,7 +56,7 @@ def exams(tmp_path_factory) -> list:
 
 
 def asker(models: dict):
-    return lambda name, pairs: likelihood.measure(models[name], pairs)
+    return lambda name, pairs, told: likelihood.measure(models[name], pairs, told=told)
 
 
 def totals(model, tokenizer, item: Item, prompter, text: str) -> list[float]:

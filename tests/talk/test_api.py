@@ -128,9 +128,12 @@ def test_values_out_of_bounds(client, extra):
 def test_what_changes_no_answer_is_taken(client):
     """아무것도 바라지 않는 값과, 답을 바꾸지 않는 항목은 있어도 된다. OpenAI의 클라이언트들이 늘 함께 보낸다."""
     plain = ask(client, temperature=0, max_tokens=3).choices[0].message.content
-    extra = {"n": 1, "user": "나", "metadata": {"a": "b"}, "presence_penalty": 0, "tools": [], "logit_bias": None,
-             "response_format": {"type": "text"}, "store": False}
-    assert ask(client, temperature=0, max_tokens=3, **extra).choices[0].message.content == plain
+    extra = {"n": 1, "user": "나", "metadata": {"a": "b"}, "presence_penalty": 0.0, "frequency_penalty": 0, "tools": [],
+             "logit_bias": {}, "response_format": {"type": "text"}, "store": False, "service_tier": "auto", "seed": 1,
+             "parallel_tool_calls": True, "reasoning_effort": "low", "top_logprobs": None, "logprobs": False,
+             "max_completion_tokens": 3, "tool_choice": "auto", "modalities": ["text"], "top_p": 1}
+    nothing = dict.fromkeys(("stop", "functions", "prediction", "audio", "web_search_options", "stream_options"))
+    assert ask(client, temperature=0, **extra, extra_body=nothing).choices[0].message.content == plain
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": ""}], [{"role": "tool", "content": "x"}],

@@ -140,3 +140,7 @@ def test_scorecard_compares_both_models_and_stays_in_the_run(answerer, talk_run,
     assert shown[:2] == ["mine.jsonl", "30"] and shown[2].startswith(f"{score.share('base'):.1%}")
     scorecards.measure(answerer, str(file), run_dir, True, None, said.append)  # 다시 재면 바뀐다
     assert len(record.read_run(run_dir)["scorecard"]) == 1
+    part = tmp_path / "SentiNeg-dev.jsonl"
+    part.write_text(json.dumps({"sentence": "좋다", "label": 1}, ensure_ascii=False), encoding="utf-8")
+    scorecards.measure(answerer, str(part), run_dir, True, None, said.append)
+    assert scorecards.table(record.read_run(run_dir))[1][0] == "KoBEST SentiNeg · SentiNeg-dev.jsonl"

@@ -41,12 +41,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Exam:
-    """시험 하나. `by_length`면 로그 가능도를 보기의 글자 수로 나눈 점수도 낸다."""
+    """시험 하나.
+
+    Attributes:
+        by_length: 로그 가능도를 보기의 글자 수로 나눈 점수도 낸다.
+        source: KoBEST면 문항이 든 파일이나 hub의 이름. dev와 test의 성적을 가려 읽게 기록에 남긴다.
+    """
 
     name: str
     title: str
     items: list[Item]
     by_length: bool = False
+    source: str = ""
 
 
 def is_kobest(name: str) -> bool:
@@ -75,7 +81,7 @@ def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
         raise UsageError(f"시험이 없다: {name}. kobest, KoBEST의 파일이 든 폴더, 내 행의 파일 가운데 하나를 적는다")
     if (task := find_task(path)) is not None:
         return [make_exam(task, read_task(path, task), prompter, path)]
-    return [Exam(path.stem, path.name, _own_items(name, prompter))]
+    return [Exam(path.name, path.name, _own_items(name, prompter))]
 
 
 def make_exam(task: Task, rows: Iterable[dict], prompter, source: str | Path) -> Exam:
@@ -94,7 +100,7 @@ def make_exam(task: Task, rows: Iterable[dict], prompter, source: str | Path) ->
             items.append(Item(read.options, read.answer, text=read.text))
         else:
             items.append(_choice([Turn("user", read.text)], read.options, read.answer, number, source, prompter))
-    return Exam(task.name, f"KoBEST {task.title}", items, task.by_length)
+    return Exam(task.name, f"KoBEST {task.title}", items, task.by_length, Path(source).name)
 
 
 def _choice(before: list[Turn], options: tuple[str, ...], answer: int, number: int, source: str | Path,

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -175,11 +175,16 @@ class Decoder:
             raise UsageError(f"글이 너무 길다: {len(ids)}토큰. 이 모델은 {self.context}토큰까지 읽는다. 글을 줄인다")
         return self.likelihoods([(ids[:1], ids[1:])], top)[0]
 
-    def likelihoods(self, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
-        """문맥마다 이어지는 글의 로그 가능도. 마지막 `use_adapter`가 고른 모델의 forward로 잰다."""
+    def likelihoods(self, pairs: Sequence[Pair], top: int = 1,
+                    told: Callable[[int], None] = lambda count: None) -> list[Likelihood]:
+        """문맥마다 이어지는 글의 로그 가능도. 마지막 `use_adapter`가 고른 모델의 forward로 잰다.
+
+        Args:
+            told: forward마다 잰 글의 수를 받는다.
+        """
         if hasattr(self._model, "disable_adapter_layers"):  # 커널의 엔진은 모델의 층을 끄지 않는다
             self._model.enable_adapter_layers() if self._adapter_on else self._model.disable_adapter_layers()
-        return measure(self._model, pairs, max(1, top))
+        return measure(self._model, pairs, max(1, top), told)
 
     def _limit(self, input_ids: list[int], settings: Sampling) -> int:
         """답의 최대 토큰 수. 메모리가 모자라면 줄이고 `notice`에 적는다."""

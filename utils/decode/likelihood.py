@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,8 @@ class Likelihood:
 
 
 @torch.inference_mode()
-def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
+def measure(model, pairs: Sequence[Pair], top: int = 1,
+            told: Callable[[int], None] = lambda count: None) -> list[Likelihood]:
     """문맥마다 이어지는 글의 로그 가능도를, 길이가 비슷한 것끼리 묶은 forward로 잰다.
 
     짧은 줄은 오른쪽을 채운다. causal 모델의 앞 토큰은 뒤의 토큰을 보지 않으므로 mask가 없어도 값이 같다.
@@ -49,6 +50,7 @@ def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
     Args:
         pairs: (문맥, 이어지는 글)의 토큰들.
         top: 자리마다 함께 돌려줄 그럴듯한 토큰의 수. 1 이상.
+        told: forward마다 그 묶음에서 잰 글의 수를 받는다.
 
     Returns:
         `pairs`의 차례대로의 값.
@@ -61,6 +63,7 @@ def measure(model, pairs: Sequence[Pair], top: int = 1) -> list[Likelihood]:
     for batch in _batches([(index, *pairs[index]) for index in order], vocab, edge):
         for (index, _, _), value in zip(batch, _measure_batch(model, batch, top), strict=True):
             results[index] = value
+        told(len(batch))
     return [results[index] for index in range(len(pairs))]
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from utils.console import telling
 from utils.data.encoder import Encoder
 from utils.data.exams import Exam, Item
 from utils.decode.likelihood import Likelihood, Pair
 from utils.record import MODELS
 
-Ask = Callable[[str, list[Pair]], list[Likelihood]]
+Ask = Callable[[str, list[Pair], Callable[[int], None]], list[Likelihood]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Score:
         right: 모델의 이름(`record.MODELS`) -> 맞힌 문항의 수. 어댑터가 없으면 "base"뿐이다.
         seconds: 모델들을 재는 데 걸린 시간.
         cut: 모델이 읽는 길이보다 길어 앞을 자른 문항의 수.
+        source: `Exam.source`.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Score:
     right: dict[str, int]
     seconds: float
     cut: int = 0
+    source: str = ""
 
     def share(self, model: str) -> float:
         """맞힌 비율. 0에서 1."""
@@ -62,7 +65,7 @@ def measure(ask: Ask, names: Sequence[str], exams: Sequence[Exam], encoder: Enco
     """시험마다 모델들의 점수. 모델들은 같은 문항에 답하고, 한 시험이 끝날 때마다 `say`로 한 줄을 알린다.
 
     Args:
-        ask: (모델의 이름, 문맥과 보기의 토큰들)을 받아 로그 가능도를 주는 것.
+        ask: (모델의 이름, 문맥과 보기의 토큰들, 잴 때마다 잰 수를 받을 것)을 받아 로그 가능도를 주는 것.
         names: 잴 모델의 이름(`record.MODELS`)들.
         context: 모델이 읽을 수 있는 토큰의 수. 이보다 긴 문항은 앞을 자른다.
     """
@@ -73,17 +76,26 @@ def measure(ask: Ask, names: Sequence[str], exams: Sequence[Exam], encoder: Enco
         pairs = [[fitted(pair, context) for pair in options] for options in whole]
         n_cut = sum(before != after for before, after in zip(whole, pairs, strict=True))
         together = [pair for options in pairs for pair in options]
-        right = {name: count_right(exam.items, ask(name, together)) for name in names}
+        values = _ask_models(ask, names, together, exam.title, say)
+        right = {name: count_right(exam.items, each) for name, each in values.items()}
         seconds = time.perf_counter() - began
         found = [Score(exam.name, exam.title, len(exam.items),
-                       {name: each.plain for name, each in right.items()}, seconds, n_cut)]
+                       {name: each.plain for name, each in right.items()}, seconds, n_cut, exam.source)]
         if exam.by_length:
             found.append(Score(f"{exam.name}_norm", f"{exam.title}(글자 수로 나눔)", len(exam.items),
-                               {name: each.by_length for name, each in right.items()}, seconds, n_cut))
+                               {name: each.by_length for name, each in right.items()}, seconds, n_cut, exam.source))
         for score in found:
             say(score.line())
         scores += found
     return scores
+
+
+def _ask_models(ask: Ask, names: Sequence[str], pairs: list[Pair], title: str,
+                say: Callable[[str], None]) -> dict[str, list[Likelihood]]:
+    """모델마다의 값. 오래 걸리면 얼마나 쟀는지 때때로 말한다."""
+    done: list[int] = []
+    with telling(say, lambda: f"  {title} 보기 {sum(done):,}/{len(names) * len(pairs):,}개를 쟀다"):
+        return {name: ask(name, pairs, done.append) for name in names}
 
 
 def encode(item: Item, encoder: Encoder, end_id: int) -> list[Pair]:

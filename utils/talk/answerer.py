@@ -130,10 +130,15 @@ class Answerer:
         require_known_ids(ids, self._decoder.n_rows, self.tokenizer, "토큰 번호")
         return self._fitting(ids)
 
-    def likelihoods(self, name: str, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """문맥마다 이어지는 글의 로그 가능도. `name`이 "base"면 어댑터를 끈다. 줄을 서지 않으므로 페이지 없이 쓴다."""
+    def likelihoods(self, name: str, pairs: Sequence[Pair],
+                    told: Callable[[int], None] = lambda count: None) -> list[Likelihood]:
+        """문맥마다 이어지는 글의 로그 가능도. `name`이 "base"면 어댑터를 끈다. 줄을 서지 않으므로 페이지 없이 쓴다.
+
+        Args:
+            told: forward마다 잰 글의 수를 받는다.
+        """
         self._decoder.use_adapter(name != "base")
-        return self._decoder.likelihoods(pairs)
+        return self._decoder.likelihoods(pairs, told=told)
 
     def pieces(self, answer: Answer) -> Iterator[str]:
         """답을 만들며 완성된 음절을 내놓는다. 답 앞의 공백과 빈 생각은 뺀다. 한 번에 하나만 불러야 한다."""

@@ -14,8 +14,9 @@ MAX_TOP = 20
 SETTINGS = {"model", "stream", "stream_options", "stop", "seed", "logprobs", "max_tokens", *BOUNDS} - {"max_new_tokens"}
 CHAT_ONLY, TEXT_ONLY = {"messages", "top_logprobs", "max_completion_tokens"}, {"prompt", "echo"}
 # 답을 바꾸지 않는 항목. 받고 쓰지 않는다
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
-            "cache_prompt", "request_id", "priority"}
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+            "prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity", "cache_prompt",
+            "request_id", "session_id", "chat_id", "priority"}
 # 하지 못하는 일 -> 적어도 되는 값. 여기에도 없는 항목은 OpenAI처럼 거절한다. 말없이 다른 답을 하지 않으려는 것이다
 NEUTRAL = {"n": (1,), "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "logit_bias": ({},),
            "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},),

@@ -52,7 +52,8 @@ def table(run: dict) -> list[list[str]]:
     for score in run.get("scorecard", ()):
         shares = [f"{score['accuracy'][model.name]:.1%} ±{score['standard_error'][model.name]:.1%}"
                   if model.name in score["accuracy"] else "-" for model in MODELS]
-        rows.append([score["title"], f"{score['items']:,}", *shares])
+        title = " · ".join(filter(None, (score["title"], score.get("source"))))
+        rows.append([title, f"{score['items']:,}", *shares])
     if "exact" in run:
         exact = run["exact"]
         rows.append(["검증 질문에 정답과 똑같이", f"{exact['rows']:,}",

@@ -56,8 +56,6 @@ def write(settings: Settings, inputs: Inputs, plan: Plan, result: Result, say: C
         say(line)
     if samples.exact is not None:
         say(samples.exact.line())
-    for score in samples.scores:
-        say(score.line())
 
 
 def sample_lines(samples: list[dict]) -> list[str]:

@@ -1,15 +1,15 @@
 """학습한 모델의 시험 답: 사용자의 검증 질문에 기반 모델과 학습한 모델이 답한다."""
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from utils.console import telling
 from utils.data.questions import plain_question, read_question, readable
 from utils.decode import likelihood, scorecard
 from utils.decode.decoder import Decoder, reads
@@ -31,7 +31,6 @@ N_COMPARED = 5  # 두 모델이 함께 답하는 질문의 수. 나머지에는 
 MAX_SAMPLES = 64
 GROUP = 16  # 한꺼번에 답하는 질문의 수
 SHORTEST_CONTEXT = 1024  # 설정에 길이의 한계가 없는 모델에서 시험의 문항을 자르는 길이
-SAY_EVERY = 5.0  # 답하는 동안 이만큼(초)마다 어디까지 했는지 말한다
 EXAMPLE, HELD_OUT, TRAINED = "예시 질문", "검증 질문", "학습에 쓴 질문"
 STOPPED = "Ctrl+C로 멈추었다"
 
@@ -97,17 +96,15 @@ def measure_exams(inputs: Inputs, model, say: Callable[[str], None]) -> list[Sco
     if not inputs.exams:
         return []
 
-    def ask(name: str, pairs: list[Pair]) -> list[Likelihood]:
+    def ask(name: str, pairs: list[Pair], told: Callable[[int], None]) -> list[Likelihood]:
         with model.disable_adapter() if name == "base" else contextlib.nullcontext():
-            return likelihood.measure(model, pairs)
+            return likelihood.measure(model, pairs, told=told)
 
     model.eval()
     context = reads(model.config.get_text_config(decoder=True)) or inputs.documents.cutoff_len or SHORTEST_CONTEXT
     say(f"\n시험의 문항 {sum(len(exam.items) for exam in inputs.exams):,}개를 두 모델이 푼다")
-    passed: list[str] = []
-    with telling(say, lambda: f"  시험 {len(passed)}/{len(inputs.exams)}개를 보았다"):
-        return scorecard.measure(ask, [each.name for each in MODELS], inputs.exams, inputs.encoder, inputs.end_id,
-                                 context, passed.append)
+    return scorecard.measure(ask, [each.name for each in MODELS], inputs.exams, inputs.encoder, inputs.end_id, context,
+                             say)
 
 
 def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, seconds: float,
@@ -138,24 +135,6 @@ def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, se
                 samples.rows.extend(one.sample for one in group if name in one.sample)
     for notice in sorted(shortened - {""}):
         say(notice)
-
-
-@contextlib.contextmanager
-def telling(say: Callable[[str], None], line: Callable[[], str]) -> Iterator[None]:
-    """`with` 안에 있는 동안 `SAY_EVERY`초마다 `line()`을 말한다. 여럿이 함께 답하는 동안에도 멈춘 듯 보이지 않는다."""
-    ended = threading.Event()
-
-    def tell() -> None:
-        while not ended.wait(SAY_EVERY):
-            say(line())
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def answer(decoder: Decoder, inputs: Inputs, group: list[Asked], name: str, until: float) -> None:
