@@ -92,7 +92,7 @@ def write_samples(output_dir: str | Path, samples: Sequence[dict]) -> Path:
     """
     parts = ["# 질문과 답\n\n검증 질문은 학습에 쓰지 않은 행의 질문이고, 모범 답은 데이터에 적힌 답이다.\n"]
     if not samples:
-        parts.append("아직 답이 없다. 답을 만들다가 멈추었거나, 데이터에 질문이 없다.\n")
+        parts.append("아직 답이 없다. 답하다가 멈추었거나, 시간 안에 답을 끝내지 못했거나, 데이터에 질문이 없다.\n")
     for number, sample in enumerate(samples, 1):
         parts.append(f"## {number}. {sample.get('kind', '질문')}\n\n{_quoted(sample['question'])}\n")
         for key, title in (("reference", "모범 답"), *((model.name, model.title) for model in MODELS)):

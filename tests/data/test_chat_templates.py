@@ -24,10 +24,11 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endofturn|>", "<|star
            "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[|system|]", "[|user|]", "[|assistant|]",
            "[|endofturn|]", "[INST]", "[/INST]"]
 ENDS = {"chatml": ["<|im_end|>"], "chatml_marks": ["<|im_end|>"], "qwen2.5": ["<|im_end|>"], "qwen3": ["<|im_end|>"],
-        "llama3": ["<|eot_id|>"], "kanana": ["<|eot_id|>"], "gemma2": ["<end_of_turn>"], "gemma3": ["<end_of_turn>"],
+        "llama3": ["<|eot_id|>"], "llama3.2": ["<|eot_id|>"], "kanana": ["<|eot_id|>"],
+        "gemma2": ["<end_of_turn>"], "gemma3": ["<end_of_turn>"],
         "exaone3.5": ["[|endofturn|]"], "exaone4": ["[|endofturn|]"],
         "hyperclovax": ["<|im_end|>", "<|endofturn|>"], "mistral": ["</s>"], "mistral_first": ["</s>"]}
-WITH_BOS = ("llama3", "kanana", "gemma2", "gemma3", "mistral", "mistral_first")
+WITH_BOS = ("llama3", "llama3.2", "kanana", "gemma2", "gemma3", "mistral", "mistral_first")
 WITHOUT_SYSTEM = ("gemma2", "mistral")  # 거절하거나, 답이 있으면 system을 말없이 버린다
 # 앞의 답이 다음 차례에서 다른 글이 된다: 생각을 지우거나 끝 토큰이 달라진다
 REWRITES = ("qwen3", "hyperclovax")

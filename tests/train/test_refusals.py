@@ -196,40 +196,57 @@ def test_no_row_left_is_refused(capsys, tiny_neox, tmp_path):
 
 
 class Failing:
-    """질문의 묶음 몇 개에 답한 뒤에 죽는 decoder."""
+    """질문의 묶음 몇 개에 답한 뒤에 죽거나, 오류가 없으면 시간이 다 되는 decoder."""
 
     context = 256
+    notice = ""
 
-    def __init__(self, error: BaseException, after: int):
-        self.error, self.left = error, after
+    def __init__(self, after: int, error: BaseException | None = None):
+        self.left, self.error = after, error
 
     def use_adapter(self, on: bool) -> None:
         pass
 
     def answer_many(self, questions, settings, until):
         self.left -= 1
-        if self.left < 0:
+        if self.left < 0 and self.error is not None:
             raise self.error
-        return [Reply([5], "stop") for _ in questions]
+        return [Reply([5], "cancelled" if self.left < 0 else "stop") for _ in questions]
+
+
+def sample_inputs(folder, monkeypatch, decoder: Failing) -> tuple[SimpleNamespace, list[int]]:
+    """짧은 질문 아홉 개와, 시험의 답이 쓸 decoder와, 그 decoder를 만든 길이들."""
+    tokenizer, made = build_tokenizer(folder), []
+    monkeypatch.setattr(samples, "Decoder", lambda *args, longest: made.append(longest) or decoder)
+    monkeypatch.setattr(samples.exact, "measure", lambda *given: None)
+    return SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
+                           encoder=dataset.Encoder(tokenizer, 2), documents=documents([10] * 9, [5] * 9, 16),
+                           parts=Split(np.arange(0), np.arange(9)), exams=[]), made
 
 
 @pytest.mark.parametrize("error, named", [(torch.OutOfMemoryError("CUDA out of memory"), "메모리가 모자란다"),
                                           (RuntimeError("커널\n둘째 줄"), "RuntimeError: 커널"),
                                           (KeyboardInterrupt(), "Ctrl+C")])
 def test_a_failing_sample_costs_one_line(error, named, tmp_path, monkeypatch):
-    tokenizer = build_tokenizer(tmp_path)
-    made, answers, said = [], samples.Samples(), []
-    monkeypatch.setattr(samples, "Decoder", lambda *args, longest: made.append(longest) or Failing(error, after=2))
-    inputs = SimpleNamespace(tokenizer=tokenizer, end_ids=(2,), prompter=make_prompter("default", tokenizer),
-                             encoder=dataset.Encoder(tokenizer, 2), documents=documents([10] * 9, [5] * 9, 16),
-                             parts=Split(np.arange(0), np.arange(9)), exams=[])
-    monkeypatch.setattr(samples.exact, "measure", lambda *given: None)
+    inputs, made = sample_inputs(tmp_path, monkeypatch, Failing(2, error))
+    answers, said = samples.Samples(), []
     problem = samples.answer_samples(SimpleNamespace(data_path="faq.csv"), inputs, None, answers, 60, said.append)
     assert named in problem and "\n" not in problem
     assert len(answers.rows) == samples.N_COMPARED and all({"tuned", "base"} <= set(row) for row in answers.rows)
     assert record.write_samples(tmp_path, answers.rows).is_file()
     assert 256 < made[0] < 1024
     assert "검증 질문 9개" in said[0] and "Ctrl+C" in said[0]
+
+
+@pytest.mark.parametrize("groups, answered", [(0, 0), (2, samples.N_COMPARED), (3, 9)])
+def test_samples_that_ran_out_of_time_are_told(groups, answered, tmp_path, monkeypatch):
+    """느린 CPU에서 답을 하나도 끝내지 못하고도 아무 말이 없었다."""
+    inputs, _ = sample_inputs(tmp_path, monkeypatch, Failing(groups))
+    answers, said = samples.Samples(), []
+    assert samples.answer_samples(SimpleNamespace(data_path="faq.csv"), inputs, None, answers, 60, said.append) is None
+    assert len(answers.rows) == answered
+    told = f"60초가 다 되어 학습한 모델이 검증 질문 9개 가운데 {answered}개에만 답했다"
+    assert said[1:] == ([told] if answered < 9 else [])
 
 
 def test_samples_do_not_size_the_cache_by_the_context(tmp_path):

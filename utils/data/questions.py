@@ -44,7 +44,9 @@ def readable(tokenizer, ids: Sequence[int]) -> str:
 
 
 def without_special(tokenizer, text: str) -> str:
-    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+    """`readable`이 빼는 것과 같은 특수 토큰을 글에서 뺀 것. Gemma의 `<start_of_turn>`처럼 이름 없는 것도 있다."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in sorted(special, key=len, reverse=True):
         text = text.replace(token, "")
     return text
 

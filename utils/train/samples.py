@@ -109,7 +109,7 @@ def measure_exams(inputs: Inputs, model, say: Callable[[str], None]) -> list[Sco
 
 def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, seconds: float,
                  say: Callable[[str], None]) -> None:
-    """앞의 질문들에는 두 모델이, 나머지에는 학습한 모델만 여럿씩 함께 답한다. 시간이 다 되면 다 만든 답만 담는다."""
+    """앞의 질문들에는 두 모델이, 나머지에는 학습한 모델만 여럿씩 함께 답한다. 시간이 다 되면 만든 것만 담고 말한다."""
     if not asked:
         return
     until = time.perf_counter() + seconds
@@ -135,6 +135,9 @@ def fill_samples(asked: list[Asked], inputs: Inputs, model, samples: Samples, se
                 samples.rows.extend(one.sample for one in group if name in one.sample)
     for notice in sorted(shortened - {""}):
         say(notice)
+    answered = sum("tuned" in one.sample for one in asked)
+    if answered < len(asked):
+        say(f"{seconds:.0f}초가 다 되어 학습한 모델이 {what} {len(asked)}개 가운데 {answered}개에만 답했다")
 
 
 def answer(decoder: Decoder, inputs: Inputs, group: list[Asked], name: str, until: float) -> None:
