@@ -29,15 +29,14 @@ class ReadPlan:
         self._multiprocessors, self._limit = multiprocessors, shared_limit
         self._inputs_at = codes_at + CODES
         self._stages = 4 if roomy else 2
-        many_stages, many_units = (3, 2) if roomy else (2, 1)
         # 조각 하나: 활성값 16비트 [MANY_TOKENS, READ_UNIT], 가중치 [MANY_ROWS, READ_UNIT]과 그 배율 fp32 [MANY_ROWS]
         piece = MANY_TOKENS * READ_UNIT * 2 + MANY_ROWS * (READ_UNIT * value_bits // 8 + 4)
-        self.many_shared = self._inputs_at + many_stages * many_units * piece
+        self.many_shared = self._inputs_at + self._stages * piece
         self.fits_many = self.many_shared <= shared_limit
         self.defines = {
             "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT, "READ_STAGES": self._stages,
             "READ_INPUTS_AT": self._inputs_at, "READ_CODES_AT": codes_at, "MANY_ROWS": MANY_ROWS,
-            "MANY_TOKENS": MANY_TOKENS, "MANY_STAGES": many_stages, "MANY_UNITS": many_units}
+            "MANY_TOKENS": MANY_TOKENS}
 
     def grid(self, rows: int) -> tuple[int, int, int]:
         """(행을 나누어 맡는 블록의 수, 행을 나누어 맡는 워프의 수, 공유 메모리).

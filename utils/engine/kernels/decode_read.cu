@@ -305,12 +305,11 @@ struct ReadPlace {
 // `read_linear`와 같은 것을 토큰이 많을 때 한다. 블록 하나가 행 MANY_ROWS개 x 토큰 MANY_TOKENS개, 워프 하나가 행 32개 x 토큰 64개를
 // 맡아, 푼 가중치와 공유 메모리에서 읽은 활성값을 두 배씩 쓴다. 가중치도 공유 메모리로 베껴 둔다. 더하는 차례는 read_linear와
 // 같다: 칸을 2^share_shift개로 나누어 차례로 세고, 그 합들을 차례로 더한다. 그래서 비트까지 같다.
-// 동기화는 단위 MANY_UNITS개마다 한 번이다: 그 안에서는 다음 단위의 가중치를 꺼내는 것과 앞 단위의 곱이 겹친다.
 struct ManySpace {  // 단위 하나의 자리: 활성값 | 가중치 | 절댓값
     enum { WEIGHTS = MANY_TOKENS * READ_UNIT * 2, SCALES = WEIGHTS + MANY_ROWS * ReadPiece::BYTES,
-           UNIT = SCALES + MANY_ROWS * 4, UNITS = MANY_STAGES * MANY_UNITS };
+           UNIT = SCALES + MANY_ROWS * 4 };
 
-    __device__ __forceinline__ static char* unit(char* inputs, int unit) { return inputs + unit % UNITS * UNIT; }
+    __device__ __forceinline__ static char* unit(char* inputs, int unit) { return inputs + unit % READ_STAGES * UNIT; }
 };
 
 extern "C" __global__ void __launch_bounds__(READERS, 1) read_many(const u16* x, Linear linear, int rows0, int rows1,
@@ -329,44 +328,37 @@ extern "C" __global__ void __launch_bounds__(READERS, 1) read_many(const u16* x,
         ReadPlace place(min(first_row + own_row + k * ROW_STEP, rows - 1), rows0, rows1);
         row_sources[k] = place.matrix(linear).weight + (size_t)place.row * units * T::BYTES + row_chunk * 16;
     }
-    auto copy = [&](int base) {
+    auto copy = [&](int unit) {
+        char* place = ManySpace::unit(inputs, unit);
         #pragma unroll
-        for (int d = 0; d < MANY_UNITS; d++) {
-            int unit = base + d;
-            if (unit >= units) break;
-            char* place = ManySpace::unit(inputs, unit);
-            #pragma unroll
-            for (int k = 0; k < TOKEN_COPIES; k++)
-                copy_async(place + chunk_place(own + k * TOKEN_STEP, chunk),
-                           x + (size_t)min(first + own + k * TOKEN_STEP, tokens - 1) * columns + chunk * 8 + unit * READ_UNIT);
-            #pragma unroll
-            for (int k = 0; k < ROW_COPIES; k++) {
-                int row = own_row + k * ROW_STEP;
-                copy_async(place + ManySpace::WEIGHTS + row * T::BYTES + (T::SWAPPED ? row_chunk ^ row & 1 : row_chunk) * 16,
-                           row_sources[k] + (size_t)unit * T::BYTES);
-            }
+        for (int k = 0; k < TOKEN_COPIES && unit < units; k++)
+            copy_async(place + chunk_place(own + k * TOKEN_STEP, chunk),
+                       x + (size_t)min(first + own + k * TOKEN_STEP, tokens - 1) * columns + chunk * 8 + unit * READ_UNIT);
+        #pragma unroll
+        for (int k = 0; k < ROW_COPIES && unit < units; k++) {
+            int row = own_row + k * ROW_STEP;
+            copy_async(place + ManySpace::WEIGHTS + row * T::BYTES + (T::SWAPPED ? row_chunk ^ row & 1 : row_chunk) * 16,
+                       row_sources[k] + (size_t)unit * T::BYTES);
         }
         end_of_copies();
     };
     #pragma unroll 1
-    for (int stage = 0; stage < MANY_STAGES - 1; stage++) copy(stage * MANY_UNITS);
+    for (int unit = 0; unit < READ_STAGES - 1; unit++) copy(unit);
     if (WEIGHT == NF4_WEIGHT) build_table<READERS>((u32*)space_begin());
     if (DOUBLE_QUANT) ((float*)(space_begin() + TABLE_BYTES))[tid] = __ldg(code + tid);
     __syncthreads();
 #if WEIGHT == NF4_WEIGHT
-// 절댓값은 스레드 하나가 (행, 단위) 하나의 것을 앞서 풀어 둔다
+// 절댓값은 스레드 하나가 행 하나의 것을 한 단위 앞서 풀어 둔다
     ReadPlace mine(min(first_row + tid % MANY_ROWS, rows - 1), rows0, rows1);
     Matrix scaled = mine.matrix(linear);
-    int scale_unit = tid / MANY_ROWS;
-    auto load_scale = [&](int base) {
-        return Nf4Read::load_scale(scaled, ((size_t)mine.row * units + min(base + scale_unit, units - 1)) * T::BYTES);
+    auto load_scale = [&](int unit) {
+        return Nf4Read::load_scale(scaled, ((size_t)mine.row * units + min(unit, units - 1)) * T::BYTES);
     };
     float2 next = load_scale(0);
-    auto store_scale = [&](int base) {
-        if (scale_unit < MANY_UNITS)
-            ((float*)(ManySpace::unit(inputs, base + scale_unit) + ManySpace::SCALES))[tid % MANY_ROWS] =
-                Nf4Read::decode(next, scaled.offset);
-        next = load_scale(base + MANY_UNITS);
+    auto store_scale = [&](int unit) {
+        if (tid < MANY_ROWS)
+            ((float*)(ManySpace::unit(inputs, unit) + ManySpace::SCALES))[tid] = Nf4Read::decode(next, scaled.offset);
+        next = load_scale(unit + 1);
     };
     store_scale(0);
 #endif
@@ -374,57 +366,52 @@ extern "C" __global__ void __launch_bounds__(READERS, 1) read_many(const u16* x,
     float total[2][SETS8][4] = {}, acc[2][SETS8][4] = {};
     int share = 1;  // 지금 세는 것의 끝을 찾는 번호
     #pragma unroll 1
-    for (int base = 0; base < units; base += MANY_UNITS) {
-        wait_for_copies<MANY_STAGES - 2>();
+    for (int unit = 0; unit < units; unit++) {
+        wait_for_copies<READ_STAGES - 2>();
         __syncthreads();
-        copy(base + (MANY_STAGES - 1) * MANY_UNITS);
+        copy(unit + READ_STAGES - 1);
 #if WEIGHT == NF4_WEIGHT
-        store_scale(base + MANY_UNITS);
+        store_scale(unit + 1);
 #endif
+        const char* place = ManySpace::unit(inputs, unit);
+        T piece[2];
         #pragma unroll
-        for (int d = 0; d < MANY_UNITS; d++) {
-            int unit = base + d;
-            if (unit >= units) break;
-            const char* place = ManySpace::unit(inputs, unit);
-            T piece[2];
+        for (int r = 0; r < 2; r++) piece[r].take(place + ManySpace::WEIGHTS, own_rows + r * ROWS + g);
+        float c[2][SETS8][4] = {};
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            u32 a[2][2][4];
             #pragma unroll
-            for (int r = 0; r < 2; r++) piece[r].take(place + ManySpace::WEIGHTS, own_rows + r * ROWS + g);
-            float c[2][SETS8][4] = {};
+            for (int r = 0; r < 2; r++) piece[r].pairs(h * 2, a[r][0]), piece[r].pairs(h * 2 + 1, a[r][1]);
             #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 a[2][2][4];
+            for (int j = 0; j < SETS8; j++) {
+                uint4 b = *(const uint4*)(place + chunk_place(own_tokens + j * 8 + g, t * 2 + h));
                 #pragma unroll
-                for (int r = 0; r < 2; r++) piece[r].pairs(h * 2, a[r][0]), piece[r].pairs(h * 2 + 1, a[r][1]);
+                for (int r = 0; r < 2; r++) mma<ACT_BF16>(c[r][j], a[r][0][0], a[r][0][1], a[r][0][2], a[r][0][3], b.x, b.y);
                 #pragma unroll
-                for (int j = 0; j < SETS8; j++) {
-                    uint4 b = *(const uint4*)(place + chunk_place(own_tokens + j * 8 + g, t * 2 + h));
-                    #pragma unroll
-                    for (int r = 0; r < 2; r++) mma<ACT_BF16>(c[r][j], a[r][0][0], a[r][0][1], a[r][0][2], a[r][0][3], b.x, b.y);
-                    #pragma unroll
-                    for (int r = 0; r < 2; r++) mma<ACT_BF16>(c[r][j], a[r][1][0], a[r][1][1], a[r][1][2], a[r][1][3], b.z, b.w);
-                }
+                for (int r = 0; r < 2; r++) mma<ACT_BF16>(c[r][j], a[r][1][0], a[r][1][1], a[r][1][2], a[r][1][3], b.z, b.w);
             }
-            #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float above = 1.f, below = 1.f;
-#if WEIGHT == NF4_WEIGHT
-                const float* scales = (const float*)(place + ManySpace::SCALES) + own_rows + r * ROWS + g;
-                above = scales[0], below = scales[8];
-#endif
-                #pragma unroll
-                for (int j = 0; j < SETS8; j++)
-                    acc[r][j][0] += c[r][j][0] * above, acc[r][j][1] += c[r][j][1] * above,
-                        acc[r][j][2] += c[r][j][2] * below, acc[r][j][3] += c[r][j][3] * below;
-            }
-            if (unit + 1 < units * share >> share_shift) continue;
-// 나누어 맡은 한 쪽이 끝났다
-            #pragma unroll
-            for (int i = 0; i < READ_TOKENS; i++) {
-                float &one = acc[i * 2 / READ_TOKENS][i / 4 % SETS8][i % 4], &sum = total[i * 2 / READ_TOKENS][i / 4 % SETS8][i % 4];
-                sum = share > 1 ? sum + one : one, one = 0.f;
-            }
-            share++;
         }
+        #pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float above = 1.f, below = 1.f;
+#if WEIGHT == NF4_WEIGHT
+            const float* scales = (const float*)(place + ManySpace::SCALES) + own_rows + r * ROWS + g;
+            above = scales[0], below = scales[8];
+#endif
+            #pragma unroll
+            for (int j = 0; j < SETS8; j++)
+                acc[r][j][0] += c[r][j][0] * above, acc[r][j][1] += c[r][j][1] * above,
+                    acc[r][j][2] += c[r][j][2] * below, acc[r][j][3] += c[r][j][3] * below;
+        }
+        if (unit + 1 < units * share >> share_shift) continue;
+// 나누어 맡은 한 쪽이 끝났다
+        #pragma unroll
+        for (int i = 0; i < READ_TOKENS; i++) {
+            float &one = acc[i * 2 / READ_TOKENS][i / 4 % SETS8][i % 4], &sum = total[i * 2 / READ_TOKENS][i / 4 % SETS8][i % 4];
+            sum = share > 1 ? sum + one : one, one = 0.f;
+        }
+        share++;
     }
     #pragma unroll
     for (int r = 0; r < 2; r++) {
