@@ -118,9 +118,9 @@ def test_flags_and_files_named_in_the_text_exist(document):
         assert "://" in target or (document.parent / target).exists(), target
 
 
-SHAPE_NAMES = {"Qwen3-1.7B": "qwen3-1.7b", "Qwen3-4B": "qwen3-4b", "Llama 1.5B": "llama-1.5b",
-               "Llama 2.1B": "llama-2.1b", "EXAONE 4 1.2B": "exaone4-1.2b", "Gemma 3 1B": "gemma3-1b",
-               "Gemma 3 270M": "gemma3-270m"}
+SHAPE_NAMES = {"Qwen3-0.6B": "qwen3-0.6b", "Qwen3-1.7B": "qwen3-1.7b", "Qwen3-4B": "qwen3-4b",
+               "Llama 1.5B": "llama-1.5b", "Llama 2.1B": "llama-2.1b", "EXAONE 4 1.2B": "exaone4-1.2b",
+               "Gemma 3 1B": "gemma3-1b", "Gemma 3 270M": "gemma3-270m"}
 
 
 def test_memory_the_readme_measured_is_what_the_planner_says():
@@ -147,7 +147,7 @@ def test_memory_the_readme_measured_is_what_the_planner_says():
 
 
 def test_the_table_of_a_laptop_is_what_the_planner_says():
-    """빈 VRAM이 5.2 GB일 때 잰 것이 예측과 8% 안에서 같다. 앞선 버전에서 잰 것(별표)은 예측이 그보다 크지 않다."""
+    """빈 VRAM이 5.2 GB일 때 잰 것이 예측과 4% 안에서 같다. 앞선 버전에서 잰 것(별표)은 예측이 그보다 크지 않다."""
     from modern import SHAPES
 
     from utils.engine.families import describe
@@ -157,14 +157,14 @@ def test_the_table_of_a_laptop_is_what_the_planner_says():
     name, speed, vram = r"([^|(]*) \((`query_key_value`|모든 선형층)\)", r"[\d,]+", r"([\d.]+)(\*?) \([\d.]+\)"
     rows = re.findall(rf"^\| {name} \| {speed} \| {vram} \| (\d+) \|",
                       (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert len(rows) == 7
+    assert len(rows) == 10
     for name, where, measured, star, recompute in rows:
         config = SHAPES[SHAPE_NAMES.get(name, name)]
         targets = tuple(describe(config).linears()) if where == "모든 선형층" else ("query_key_value",)
         parts = predict(Workload(config, targets, 8, 1024, 6), 1, int(recompute))
         predicted, measured = MemoryPlan(1, int(recompute), parts, 5.2e9).reserved / 1e9, float(measured)
-        assert predicted < measured * 1.08, (name, where)
-        assert star or predicted > measured * 0.92, (name, where)
+        assert predicted < measured * 1.04, (name, where)
+        assert star or predicted > measured * 0.96, (name, where)
         assert measured + CONTEXT / 1e9 < 5.2, (name, where)
 
 
