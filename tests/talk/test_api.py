@@ -136,6 +136,12 @@ def test_what_changes_no_answer_is_taken(client):
     assert ask(client, temperature=0, **extra, extra_body=nothing).choices[0].message.content == plain
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_length_out_of_bounds_is_named_as_it_was_asked(client, name):
+    with pytest.raises(openai.BadRequestError, match=f"{name}의 값은 1에서 2048까지의 정수다. 받은 값: 4096"):
+        ask(client, **{name: 4096})
+
+
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": ""}], [{"role": "tool", "content": "x"}],
                                       [{"role": "user", "content": "가" * 9000}], ["x"],
                                       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]])
