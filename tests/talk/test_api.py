@@ -11,6 +11,7 @@ from serving import PORT, serving
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from utils.decode.textstream import TextStream
 from utils.sampling import Sampling
 from utils.talk import api
 from utils.talk.answerer import Answer
@@ -88,6 +89,10 @@ def test_a_whole_talk_reaches_the_model_as_training_builds_it(tiny_neox):
     stop = text[len(text) // 2 :][:2]
     cut = near.chat.completions.create(**settings, stop=stop)
     assert cut.choices[0].message.content == text[: text.index(stop)] and cut.choices[0].finish_reason == "stop"
+    stream, shown = TextStream(answerer.tokenizer), ""
+    grown = [shown := shown + stream.push(token) for token in direct.ids]
+    needed = next(count for count, each in enumerate(grown, 1) if stop in each.lstrip())
+    assert cut.usage.completion_tokens == needed < len(direct.ids)
 
 
 def test_same_seed_same_answer(client):
