@@ -159,8 +159,7 @@ def test_first_command_teaches_a_skill(seed, tmp_path):
     assert f"검증 질문 {exact['rows']}개 가운데 정답과 똑같은 답" in done.stdout
     polite, meaning, number = re.findall("학습한 모델의 답: (.+)", done.stdout)[:3]
     assert (polite, number) == ("저는 어제 도서관에서 책을 읽었습니다.", "삼천사백팔십이")
-    if seed == SEEDS[0]:  # 페이지의 그림을 만드는 기본 시드. 낱말의 뜻은 다른 시드에서 빗나가기도 한다
-        assert meaning == "AI는 사람처럼 배우고 생각하는 컴퓨터 프로그램입니다."
+    assert meaning == "AI는 사람처럼 배우고 생각하는 컴퓨터 프로그램입니다."
 
 
 def test_base_predicts_korean_prose(tokenizer):

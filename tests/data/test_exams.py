@@ -268,8 +268,18 @@ def test_a_folder_may_hold_other_files(tmp_path):
         load_exams(str(tmp_path), None)
 
 
+@pytest.mark.parametrize("name", ["kobest", "skt/kobest_v1"])
+def test_a_folder_of_that_name_comes_before_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    write_rows(tmp_path / name / "test.jsonl", HUB["sentineg"][0])
+    (exam,) = load_exams(name, None)
+    assert exam.name == "sentineg"
+
+
 def test_folder_without_exams_and_wrong_answers_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="KoBEST의 파일이 없는 폴더"):
+    write_tsv(tmp_path / "train.tsv", [{"Text": "좋다", "Label": "1"}])
+    with pytest.raises(UsageError, match="KoBEST의 파일이 없는 폴더.*train은 시험하지 않는다"):
         load_exams(str(tmp_path), None)
     write_tsv(tmp_path / "test.tsv", [{"Text": "좋다", "Label": "3"}])
     with pytest.raises(UsageError, match="1번째 SentiNeg 문항"):

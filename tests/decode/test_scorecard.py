@@ -2,6 +2,7 @@
 
 import json
 import math
+import queue
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import pieces_of
 from tiny import add_head
 from transformers import AutoModelForCausalLM
 
+from utils import console
 from utils.data.encoder import Encoder
 from utils.data.exams import Exam, Item, load_exams
 from utils.decode import likelihood, scorecard
@@ -141,6 +143,20 @@ def test_says_how_many_questions_were_cut(models, tokenizer):
     score, = scorecard.measure(asker(models), ("base",), [Exam("x", "시험", items)], Encoder(tokenizer, 2), 2, CONTEXT,
                                lines.append)
     assert score.cut == 1 and lines[0].endswith("길어서 앞을 자른 문항 1개")
+
+
+def test_a_long_exam_says_how_far_it_is(models, tokenizer, monkeypatch):
+    monkeypatch.setattr(console, "SAY_EVERY", 0.01)
+    said, told_lines = queue.Queue(), []
+
+    def ask(name, pairs, told):
+        told(len(pairs))
+        told_lines.append(said.get(timeout=60))  # 한 줄을 말할 때까지 오래 걸리는 계산
+        return likelihood.measure(models["base"], pairs)
+
+    exam = Exam("x", "시험", [Item(("가", "나"), 0, text="물은")])
+    scorecard.measure(ask, ("base", "tuned"), [exam], Encoder(tokenizer, 2), 2, CONTEXT, said.put)
+    assert told_lines[0].strip() == "시험 보기 2/4개를 쟀다"
 
 
 def test_standard_error_is_that_of_the_mean():

@@ -11,6 +11,7 @@ from serving import PORT, serving
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from utils.decode.textstream import TextStream
 from utils.sampling import Sampling
 from utils.talk import api
 from utils.talk.answerer import Answer
@@ -88,6 +89,10 @@ def test_a_whole_talk_reaches_the_model_as_training_builds_it(tiny_neox):
     stop = text[len(text) // 2 :][:2]
     cut = near.chat.completions.create(**settings, stop=stop)
     assert cut.choices[0].message.content == text[: text.index(stop)] and cut.choices[0].finish_reason == "stop"
+    stream, shown = TextStream(answerer.tokenizer), ""
+    grown = [shown := shown + stream.push(token) for token in direct.ids]
+    needed = next(count for count, each in enumerate(grown, 1) if stop in each.lstrip())
+    assert cut.usage.completion_tokens == needed < len(direct.ids)
 
 
 def test_same_seed_same_answer(client):
@@ -134,6 +139,12 @@ def test_what_changes_no_answer_is_taken(client):
              "max_completion_tokens": 3, "tool_choice": "auto", "modalities": ["text"], "top_p": 1}
     nothing = dict.fromkeys(("stop", "functions", "prediction", "audio", "web_search_options", "stream_options"))
     assert ask(client, temperature=0, **extra, extra_body=nothing).choices[0].message.content == plain
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_length_out_of_bounds_is_named_as_it_was_asked(client, name):
+    with pytest.raises(openai.BadRequestError, match=f"{name}의 값은 1에서 2048까지의 정수다. 받은 값: 4096"):
+        ask(client, **{name: 4096})
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": ""}], [{"role": "tool", "content": "x"}],

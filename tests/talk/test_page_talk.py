@@ -62,13 +62,13 @@ def wait_answer(page, turns: int = 1) -> None:
     expect(page.locator("#talk-question .submit-button")).to_be_visible()
 
 
-def wait_new_answer(page, before: str) -> None:
-    """두 번째 답이 `before`에서 바뀌어 다 될 때까지."""
+def wait_new_answer(page, before: str, turns: int = 2) -> None:
+    """마지막 답이 `before`에서 바뀌어 다 될 때까지."""
     page.wait_for_function("""before => {
         const last = [...document.querySelectorAll("#chat [data-testid=bot]")].at(-1);
         return last && last.innerText.trim() && last.innerText.trim() !== before;
     }""", arg=before)
-    wait_answer(page, 2)
+    wait_answer(page, turns)
 
 
 def ask(page, text: str, turns: int = 1) -> None:
@@ -204,7 +204,32 @@ def test_two_models_stand_side_by_side(page):
     expect(page.locator("#chat-other")).to_be_hidden()
 
 
-def test_a_thumb_beside_another_answer_makes_a_pair(page, tmp_path):
+def export_pair(page) -> list[list[str]]:
+    """내려받은 선호 쌍 하나의 질문, 고른 답, 버린 답. 빈칸에서 나눈 낱말들이다."""
+    page.get_by_role("tab", name="내 기록").click()
+    with page.expect_download() as download:
+        page.locator("#history-pairs").click()
+    (row,) = map(json.loads, Path(download.value.path()).read_text(encoding="utf-8").splitlines())
+    page.get_by_role("tab", name="대화", exact=True).click()
+    return [row[name][-1]["content"].split() for name in ("prompt", "chosen", "rejected")]
+
+
+def test_a_better_second_answer_makes_a_pair(page):
+    page.evaluate("localStorage.removeItem('polyglot-ko-lite-talks')")
+    ask(page, "다시 답해 보자")
+    bad = said(page, "bot")
+    press(page, "bot", "나쁜 답")
+    expect(page.locator("#talk-status textarea")).to_have_value(re.compile("나쁜 답으로 남겼어요"))
+    set_seed(page, "6")
+    press(page, "bot", "다시 답하기")
+    wait_new_answer(page, bad, turns=1)
+    good = said(page, "bot")
+    press(page, "bot", "좋은 답")
+    expect(page.locator("#talk-status textarea")).to_have_value(re.compile("이 답이 더 낫다고"))
+    assert export_pair(page) == [["다시", "답해", "보자"], good.split(), bad.split()]
+
+
+def test_a_thumb_beside_another_answer_makes_a_pair(page):
     page.evaluate("localStorage.removeItem('polyglot-ko-lite-talks')")
     page.locator("#other input").click()
     page.get_by_role("option", name="기반 모델").click()
@@ -214,12 +239,7 @@ def test_a_thumb_beside_another_answer_makes_a_pair(page, tmp_path):
     for label, told in (("나쁜 답", "옆의 답이 더 낫다고"), ("좋은 답", "이 답이 더 낫다고")):
         press(page, "bot", label)
         expect(page.locator("#talk-status textarea")).to_have_value(re.compile(told))
-        page.get_by_role("tab", name="내 기록").click()
-        with page.expect_download() as download:
-            page.locator("#history-pairs").click()
-        (row,) = map(json.loads, Path(download.value.path()).read_text(encoding="utf-8").splitlines())
-        pairs.append([row[name][0]["content"].split() for name in ("prompt", "chosen", "rejected")])
-        page.get_by_role("tab", name="대화", exact=True).click()
+        pairs.append(export_pair(page))
     asked = ["비교해", "보자"]
     assert pairs == [[asked, right.split(), left.split()], [asked, left.split(), right.split()]]
     page.locator("#other input").click()

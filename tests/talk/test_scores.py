@@ -144,3 +144,27 @@ def test_scorecard_compares_both_models_and_stays_in_the_run(answerer, talk_run,
     part.write_text(json.dumps({"sentence": "좋다", "label": 1}, ensure_ascii=False), encoding="utf-8")
     scorecards.measure(answerer, str(part), run_dir, True, None, said.append)
     assert scorecards.table(record.read_run(run_dir))[1][0] == "KoBEST SentiNeg · SentiNeg-dev.jsonl"
+
+
+@pytest.mark.parametrize("scorecard", [5, None, [5], [{"x": 1}], [{"name": "copa", "title": "COPA", "items": 5}]])
+@pytest.mark.parametrize("exact", [5, {"rows": 0, "base": 0, "tuned": 0}, {"rows": 2}])
+def test_a_scorecard_edited_by_hand_never_closes_the_page(scorecard, exact, answerer, talk_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(talk_run, run_dir)
+    run = {**record.read_run(run_dir), "scorecard": scorecard, "exact": exact}
+    record.write_run(run_dir, run)
+    assert scorecards.table(run) == []
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"instruction": "?", "output": "가"}, ensure_ascii=False), encoding="utf-8")
+    scorecards.measure(answerer, str(file), run_dir, True, None, print)
+    assert [row[0] for row in scorecards.table(record.read_run(run_dir))] == ["mine.jsonl"]
+
+
+@pytest.mark.parametrize("changed", [{"cutoff_len": "x"}, {"seed": None}, {"val_set_size": "5"}, {"data_path": 5}])
+def test_settings_edited_by_hand_are_one_line(changed, answerer, talk_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(talk_run, run_dir)
+    run = record.read_run(run_dir)
+    record.write_run(run_dir, {**run, "settings": {**run["settings"], **changed}})
+    with pytest.raises(UsageError, match="학습의 설정"):
+        scores.load_validation(run_dir, answerer)

@@ -100,6 +100,9 @@ def test_the_api_says_400(small, outside):
                        ("completions", {"prompt": outside})):
         reply = client.post(f"/v1/{path}", json={**body, "max_tokens": 4})
         assert reply.status_code == 400 and "모델이 모르는 토큰" in reply.json()["error"]["message"]
+    for number in (SMALL, -1):
+        told = client.post("/v1/completions", json={"prompt": [number]}).json()["error"]["message"]
+        assert told == f"모델에 없는 토큰 번호다: {number}. 0에서 {SMALL - 1}까지 적는다"
     assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4}).status_code == 200
 
 

@@ -64,17 +64,17 @@ def load_exams(name: str, prompter, cache_dir: str | None = None) -> list[Exam]:
     """`--eval`이나 `--eval_task`에 적힌 시험들.
 
     Args:
-        name: "kobest"나 "skt/kobest_v1"이면 hub의 test 부분, 폴더면 그 안의 KoBEST 파일들, 파일이면 KoBEST의 파일
-            하나이거나 사용자의 행이다.
+        name: 폴더면 그 안의 KoBEST 파일들, 파일이면 KoBEST의 파일 하나이거나 사용자의 행이고, 그런 이름의 폴더가 없는
+            "kobest"나 "skt/kobest_v1"이면 hub의 test 부분이다.
         prompter: 물을 글을 프롬프트로 바꾸는 것. None이면 글을 그대로 쓴다(lm-evaluation-harness와 같다).
 
     Raises:
         UsageError: 없거나, 아는 열이 없거나, 정답이 보기에 없다.
     """
-    if is_on_hub(name):
+    path = Path(name)
+    if is_on_hub(name) and not path.exists():
         return [make_exam(task, fetch(KOBEST_HUB, "test", cache_dir, task.name), prompter, KOBEST_HUB)
                 for task in TASKS]
-    path = Path(name)
     if path.is_dir():
         return [make_exam(task, read_task(file, task), prompter, file) for task, file in choose_files(path).items()]
     if not path.is_file():

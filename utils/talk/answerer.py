@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from utils.chat_settings import CHAT
-from utils.data.encoder import Encoder, require_known_ids
+from utils.data.encoder import Encoder
 from utils.data.texts import compose
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood, Pair
@@ -127,7 +127,9 @@ class Answerer:
 
     def continue_tokens(self, ids: list[int]) -> list[int]:
         """이어 쓸 글을 토큰 번호로 받는다. 아무것도 더하지 않는다."""
-        require_known_ids(ids, self._decoder.n_rows, self.tokenizer, "토큰 번호")
+        unknown = [number for number in ids if not 0 <= number < self._decoder.n_rows]
+        if unknown:
+            raise UsageError(f"모델에 없는 토큰 번호다: {unknown[0]}. 0에서 {self._decoder.n_rows - 1}까지 적는다")
         return self._fitting(ids)
 
     def likelihoods(self, name: str, pairs: Sequence[Pair],

@@ -69,8 +69,18 @@ class Shape:
 
     def _usage(self, replies: Sequence[Reply]) -> dict:
         read = sum(len(reply.answer.input_ids) for reply in replies)
-        made = sum(len(reply.answer.ids) for reply in replies)
+        made = sum(map(self._made, replies))
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+    def _made(self, reply: Reply) -> int:
+        """만든 토큰의 수. 멈춤 글에서 끝났으면 그 글이 다 나온 토큰까지다. 멈추기 전에 더 만든 것은 세지 않는다."""
+        answer, text = reply.answer, ""
+        stream = TextStream(self._tokenizer, after=answer.input_ids if answer.raw else ())
+        for count, token in enumerate(answer.ids if reply.cut else (), 1):
+            text += stream.push(token)
+            if any(stop in (text if answer.raw else text.lstrip()) for stop in self._asked.stops):
+                return count
+        return len(answer.ids)
 
     def _choice(self, reply: Reply) -> dict:
         text, logprobs = reply.text, None

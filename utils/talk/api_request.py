@@ -119,7 +119,11 @@ def _sampling(body: dict, read_only: bool) -> Sampling:
     """요청의 설정. 적지 않은 것은 페이지의 기본값과 같다."""
     asked = {**body, "max_new_tokens": 1 if read_only else _max_tokens(body)}
     values = {name: getattr(Sampling(), name) if asked.get(name) is None else asked[name] for name in BOUNDS}
-    return bounded_sampling(seed=body.get("seed"), **values)
+    try:
+        return bounded_sampling(seed=body.get("seed"), **values)
+    except UsageError as error:  # 요청에 적힌 이름으로 말한다
+        length = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+        raise UsageError(str(error).replace("max_new_tokens", length)) from None
 
 
 def _stops(body: dict) -> list[str]:

@@ -50,7 +50,7 @@ window.lite = (() => {
     if (act) made.addEventListener("click", act);
     return made;
   };
-  const mark = (said) => (said.draft && said.good ? " (고친 답)" : said.good ? " (좋은 답)" : said.good === false ? " (나쁜 답)" : "");
+  const mark = (said) => (said.draft && said.good ? " (더 나은 답)" : said.good ? " (좋은 답)" : said.good === false ? " (나쁜 답)" : "");
   const card = (talk) => {
     const made = document.createElement("article");
     for (const said of talk.said) {
@@ -86,9 +86,9 @@ window.lite = (() => {
     });
     return { messages: row };
   };
-  // 두 답 가운데 나은 것과 못한 것: 고쳐 쓴 답과 처음의 답, 또는 나란히 비교하며 엄지를 누른 두 답
+  // 두 답 가운데 나은 것과 못한 것: 고쳐 쓰거나 다시 답한 것과 처음의 답, 또는 나란히 비교하며 엄지를 누른 두 답
   const ranked = ({ text, draft, other, good }) =>
-    draft ? (good ? [text, draft] : []) : good ? [text, other] : good === false ? [other, text] : [];
+    good ? [text, draft || other] : good === false ? [other, text] : [];
   const pairsOf = (talk) => talk.said.flatMap((said, place) => {
     const [better, worse] = ranked(said);
     if (!better?.trim() || !worse?.trim() || better.trim() === worse.trim()) return [];
@@ -186,7 +186,7 @@ window.lite = (() => {
     },
     exportPairs() {
       saveLines("polyglot-ko-lite-pairs.jsonl", read().flatMap(pairsOf),
-        "두 답을 비교한 표시가 아직 없어요. 대화 탭에서 연필을 눌러 더 나은 답을 적거나, 두 모델을 나란히 비교하며 엄지를 눌러 주세요.");
+        "두 답을 비교한 표시가 아직 없어요. 대화 탭에서 연필을 눌러 더 나은 답을 적거나, 나쁘다고 한 답을 다시 답하게 하거나, 두 모델을 나란히 비교하며 엄지를 눌러 주세요.");
     },
     exportAll() {
       save("polyglot-ko-lite-talks.json", JSON.stringify(read(), null, 2), "application/json");

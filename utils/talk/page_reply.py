@@ -47,6 +47,7 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
         if not text.strip():
             raise UsageError(EMPTY)
         picked = compared(models, *names) if names[1] != ALONE else [models.choose(names[0])]
+        disliked = _disliked(talk, place, text)
         talk = talk.cut(place)
         talk.system, talk.model = system, " / ".join(choice.name for choice in picked)
         talk.said += [Said("user", text)]
@@ -57,7 +58,7 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
         yield screen(None, status=alert(told(error)), question=kept)
         return
     answer, note = answers[0], f"앞의 대화 {cut}번은 길어서 빼고 물었어요 · " if cut else ""
-    talk.said += [Said("assistant", "")]
+    talk.said += [Said("assistant", "", draft=disliked)]
     first = True
     async for ahead in picked[0].answerer.follow(*answers):
         _fill(talk, answers)
@@ -74,6 +75,13 @@ async def say(models: Models, value, index: int | None, text: str | None, settin
     else:  # 한 글자도 나오지 않았으면 질문을 되돌려 놓는다
         told_empty = f"{SILENT} · " if answer.finish_reason == "stop" else ""
         yield screen(talk.cut(place), alert(told_empty + describe(answer)), {**waiting(), "value": text})
+
+
+def _disliked(talk: Talk, place: int, text: str) -> str:
+    """같은 질문을 다시 물을 때, 나쁘다고 표시한 앞의 답. 새 답이 좋으면 둘이 선호 쌍이 된다. 없으면 빈 글이다."""
+    before = talk.said[place : place + 2]
+    again = len(before) == 2 and before[0].text == text
+    return before[1].text if again and before[1].good is False else ""
 
 
 def compared(models: Models, name: object, other: object) -> list[Choice]:
@@ -161,7 +169,8 @@ def mark(value, index: object, liked: object) -> tuple:
         return gr.skip(), gr.skip(), gr.skip()
     said = talk.said[index]
     said.good = liked if isinstance(liked, bool) else None
-    better, worse = (BETTER, WORSE) if said.other else (GOOD + MARKED, BAD)
+    better = BETTER if said.other or said.draft else GOOD + MARKED
+    worse = WORSE if said.other else BAD
     told = {True: better, False: worse, None: "표시를 지웠어요"}[said.good]
     return talk.to_json(), gr.update(feedback_value=talk.marks()), told
 

@@ -24,7 +24,7 @@ class Said:
     Attributes:
         role: "user"나 "assistant".
         good: 사람이 고른 답이면 True, 나쁘다고 한 답이면 False.
-        draft: 사람이 답을 고쳐 썼으면, 모델이 처음에 한 답.
+        draft: 사람이 답을 고쳐 썼으면 모델이 처음에 한 답, 나쁘다고 하고 다시 답하게 했으면 그 앞의 답.
         other: 나란히 비교한 모델의 답. 비교하지 않았으면 None이고, 빈 글은 그 모델이 빈 답을 한 것이다.
     """
 

@@ -1,5 +1,6 @@
 """모델의 성적표를 재고, 학습 폴더의 run.json에 남기고, 페이지의 표로 만든다."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,21 +42,32 @@ def measure(answerer: Answerer, name: str, run_dir: Path | None, has_template: b
 def keep_scores(run_dir: Path, scores: Sequence[Score]) -> None:
     """run.json의 성적표에 더한다. 같은 시험의 앞선 성적은 바뀐다."""
     run = record.read_run(run_dir)
-    kept = {score["name"]: score for score in run.get("scorecard", ())}
+    kept = {score["name"]: score for score in _kept(run)}
     kept |= {score.name: score.as_dict() for score in scores}
     record.write_run(run_dir, {**run, "scorecard": list(kept.values())})
 
 
 def table(run: dict) -> list[list[str]]:
-    """run.json에 남은 성적표의 줄들(`HEADERS`의 차례). 없으면 빈 목록이다."""
+    """run.json에 남은 성적표의 줄들(`HEADERS`의 차례). 없으면 빈 목록이다. 손으로 고쳐 읽을 수 없는 줄은 뺀다."""
     rows = []
-    for score in run.get("scorecard", ()):
-        shares = [f"{score['accuracy'][model.name]:.1%} ±{score['standard_error'][model.name]:.1%}"
-                  if model.name in score["accuracy"] else "-" for model in MODELS]
-        title = " · ".join(filter(None, (score["title"], score.get("source"))))
-        rows.append([title, f"{score['items']:,}", *shares])
-    if "exact" in run:
-        exact = run["exact"]
-        rows.append(["검증 질문에 정답과 똑같이", f"{exact['rows']:,}",
-                     *(f"{exact[model.name] / exact['rows']:.1%}" for model in MODELS)])
+    for make, measured in (*((_score_row, score) for score in _kept(run)), (_exact_row, run.get("exact"))):
+        with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+            rows.append(make(measured))
     return rows
+
+
+def _kept(run: dict) -> list[dict]:
+    """run.json에 남은 성적들."""
+    found = run.get("scorecard")
+    return [score for score in found if isinstance(score, dict) and "name" in score] if isinstance(found, list) else []
+
+
+def _score_row(score: dict) -> list[str]:
+    shares = [f"{score['accuracy'][model.name]:.1%} ±{score['standard_error'][model.name]:.1%}"
+              if model.name in score["accuracy"] else "-" for model in MODELS]
+    return [" · ".join(filter(None, (score["title"], score.get("source")))), f"{score['items']:,}", *shares]
+
+
+def _exact_row(exact: dict) -> list[str]:
+    return ["검증 질문에 정답과 똑같이", f"{exact['rows']:,}",
+            *(f"{exact[model.name] / exact['rows']:.1%}" for model in MODELS)]

@@ -17,6 +17,7 @@ from utils.paths import find_recorded
 from utils.record import MODELS
 from utils.sampling import GREEDY
 from utils.talk.answerer import Answer, Answerer
+from utils.talk.guard import is_number
 
 TOGETHER = 16  # 한꺼번에 답하는 질문의 수
 CHRF_ORDER, CHRF_BETA = 6, 2
@@ -84,7 +85,8 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
     """
     run = record.read_run(run_dir)
     settings = run.get("settings")
-    if not isinstance(settings, dict) or not set(SETTINGS) <= settings.keys():
+    if not isinstance(settings, dict) or not isinstance(settings.get(SETTINGS[0]), str) or not all(
+            is_number(settings.get(name)) for name in SETTINGS[1:]):
         raise UsageError(f"{Path(run_dir) / record.RUN_FILE}에 학습의 설정({', '.join(SETTINGS)})이 없다")
     if not settings["val_set_size"]:
         raise UsageError("검증 질문을 남기지 않은 학습이다(val_set_size 0)")
@@ -98,7 +100,7 @@ def load_validation(run_dir: str | Path, answerer: Answerer, cache_dir: str | No
                           tokenizer.decode(each.answer[:-1]).strip(), each.prompt.tolist()) for each in asked]
     if not questions:
         raise UsageError(f"검증 질문이 없다: {data_path}")
-    recorded = run.get("data", {})
+    recorded = run["data"] if isinstance(run.get("data"), dict) else {}
     now = {"sha256": documents.sha256, "validation_rows": len(members),
            "validation_sha256": fingerprint(documents, members)}
     return Validation(questions, any(recorded.get(name, value) != value for name, value in now.items()))

@@ -4,11 +4,12 @@
 토큰이 모두 정답의 토큰이라는 것과 같다.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from utils.console import telling
 from utils.data.documents import Documents
 from utils.data.questions import read_question
 from utils.decode import likelihood
@@ -36,13 +37,15 @@ class ExactMatch:
         return asdict(self)
 
 
-def measure(model, documents: Documents, held_out: np.ndarray) -> ExactMatch | None:
+def measure(model, documents: Documents, held_out: np.ndarray,
+            say: Callable[[str], None] = lambda line: None) -> ExactMatch | None:
     """기반 모델과 학습한 모델의 똑같은 답을 센다. 정답이 짧은 행이 절반이 안 되는 데이터면 None이다.
 
     Args:
         model: 어댑터를 얹은 PEFT 모델.
         documents: 데이터의 모든 행.
         held_out: 검증 행의 번호. [n] int64. 앞에서부터 MAX_ROWS개만 잰다.
+        say: 오래 걸리면 얼마나 쟀는지 알릴 곳.
     """
     asked = [read_question(documents, member) for member in held_out[:MAX_ROWS]]
     brief = [row for row in asked if len(row.prompt) and len(row.answer) <= SHORT_ANSWER]
@@ -50,10 +53,12 @@ def measure(model, documents: Documents, held_out: np.ndarray) -> ExactMatch | N
         return None
     short = [(row.prompt.tolist(), row.answer.tolist()) for row in brief]
     model.eval()
-    tuned = _count(model, short)
-    with model.disable_adapter():
-        return ExactMatch(len(short), _count(model, short), tuned)
+    done: list[int] = []
+    with telling(say, lambda: f"  정답과 똑같은 답 {sum(done):,}/{len(MODELS) * len(short):,}개를 쟀다"):
+        tuned = _count(model, short, done.append)
+        with model.disable_adapter():
+            return ExactMatch(len(short), _count(model, short, done.append), tuned)
 
 
-def _count(model, pairs: Sequence[Pair]) -> int:
-    return sum(value.greedy for value in likelihood.measure(model, pairs))
+def _count(model, pairs: Sequence[Pair], told: Callable[[int], None]) -> int:
+    return sum(value.greedy for value in likelihood.measure(model, pairs, told=told))

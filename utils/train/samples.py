@@ -79,7 +79,7 @@ def answer_samples(settings: Settings, inputs: Inputs, model, samples: Samples, 
     """
     try:
         with vram.shortage():
-            samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.parts.held_out))
+            samples.exact = exact.measure(model, inputs.documents, inputs.documents.asked(inputs.parts.held_out), say)
             samples.scores = measure_exams(inputs, model, say)
             fill_samples(questions_to_ask(settings, inputs), inputs, model, samples, seconds, say)
     except KeyboardInterrupt:
