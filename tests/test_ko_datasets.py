@@ -146,6 +146,16 @@ def test_skill_rows_are_what_the_generator_writes(skills, demo, tmp_path):
     assert len(skills) >= 4000 and all(list(row) == ["instruction", "output"] for row in skills)
 
 
+def test_the_data_card_counts_the_rows_there_are(skills, demo):
+    """행을 더하고 데이터 카드의 표를 그대로 둔 적이 있다."""
+    card = (DATA_DEMO.parent / "README.md").read_text(encoding="utf-8").split("\n## ")
+    card = next(part for part in card if part.startswith("데이터 카드: polyglot-ko-skills"))
+    counts = [int(count.replace(",", "")) for count in re.findall(r"^\|[^|]+\| ([\d,]+) \|", card, re.MULTILINE)]
+    assert sum(counts) == len(skills) and f"묻고 답하는 {len(skills):,}행" in card
+    asked = sum(row["instruction"].startswith(demo["demo_rows"].EXAMPLE_WORD) for row in skills)
+    assert f"AI는 {asked}가지로" in card
+
+
 def test_skill_questions_are_unique_and_clean(skills):
     asked = [row["instruction"].partition(": ")[2] or row["instruction"] for row in skills]
     assert len(set(asked)) == len(asked)
