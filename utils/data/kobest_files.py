@@ -63,8 +63,8 @@ def choose_files(folder: Path) -> dict[Task, Path]:
         if task is not None and (task.name not in found or rank < found[task.name][0]):
             found[task.name] = rank, task, file
     if not found:
-        raise UsageError(f"KoBEST의 파일이 없는 폴더다(학습용 train은 시험하지 않는다): {folder}. .tsv, .jsonl, .parquet이 든 "
-                         f"폴더를 적는다.{unread}")
+        raise UsageError(f"KoBEST의 파일이 없는 폴더다(학습용 train은 시험하지 않는다): {folder}. .tsv, .jsonl, "
+                         f".parquet이 든 폴더를 적는다.{unread}")
     return {found[task.name][1]: found[task.name][2] for task in TASKS if task.name in found}
 
 
