@@ -159,7 +159,7 @@ def test_folder_loads_in_transformers_and_is_the_trained_model(trained, tmp_path
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == 2
     assert json.loads((tmp_path / "merged/config.json").read_text(encoding="utf-8"))["eos_token_id"] == 2
     report = json.loads((tmp_path / "merged/merge-report.json").read_text(encoding="utf-8"))
-    assert report["proof"]["top1"] == 1 and report["proof"]["kl"] < 1e-6 and report["proof"]["retained"] > 0.99
+    assert report["proof"]["top1"] == 1 and report["proof"]["kl"] < 1e-6 and report["proof"]["retained"] > 0.98
     assert not (tmp_path / "merged/adapter_config.json").exists()
 
 

@@ -26,7 +26,7 @@ from utils.paths import DATA_DEMO, ROOT
 from utils.talk import page_start
 from utils.talk.opened import Opened
 from utils.talk.order import Order, base_models, data_files, free_name
-from utils.talk.runs import PROCESS_FILE, Runs
+from utils.talk.runs import PROCESS_FILE, Runs, _find_process
 from utils.talk.source import find_source
 
 GOOD = {"data_path": "rows.json", "base_model": "resources/tiny", "name": "배움", "epochs": 40, "template": "default"}
@@ -63,6 +63,16 @@ def wait(runs, name: str, until, seconds: float = 240):
             return progress
         assert time.monotonic() < end, f"{progress.line}\n{progress.log.lines}"
         time.sleep(0.1)
+
+
+def test_a_process_that_has_only_just_begun_is_found(monkeypatch):
+    """exec이 막 끝난 프로세스의 명령줄은 잠깐 비어 있다. 그동안 다른 페이지가 도는 학습을 보지 못했다."""
+    this = psutil.Process()
+    record = {"pid": this.pid, "created": this.create_time()}
+    assert _find_process(record) is None, "남의 프로세스다"
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: [])
+    assert _find_process(record) == this
+    assert _find_process({**record, "created": this.create_time() - 60}) is None, "번호를 물려받은 다른 프로세스다"
 
 
 def test_a_run_is_checked_started_stopped_resumed_and_finished(runs, lab):

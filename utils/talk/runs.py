@@ -240,7 +240,8 @@ def _find_process(record: dict) -> psutil.Process | None:
     """기록에 적힌 프로세스. 끝났거나, 그 번호를 다른 프로세스가 쓰면 None이다."""
     with contextlib.suppress(KeyError, TypeError, ValueError, psutil.Error):
         process = psutil.Process(record["pid"])
-        ours = any(word.endswith(SCRIPT) for word in process.cmdline())
+        words = process.cmdline()  # exec이 막 끝난 프로세스의 것은 아직 비어 있다
+        ours = not words or any(word.endswith(SCRIPT) for word in words)
         same = ours and abs(process.create_time() - record["created"]) < 1
         if same and process.status() != psutil.STATUS_ZOMBIE:
             return process
