@@ -129,9 +129,7 @@ def print_answers(models, ask: str, input: str) -> None:
     """질문 하나에 콘솔에서 답한다. 어댑터가 여럿이면 차례로 답한다."""
     from utils.sampling import Sampling
     from utils.talk.answerer import Answer, describe
-    from utils.talk.guard import check_text
 
-    check_text(ask=ask, input=input)
     for choice in models.tuned:
         answer = Answer(choice.answerer.ask(ask, input), Sampling())
         console.say(f"\n[{choice.name}]" if len(models.tuned) > 1 else "")

@@ -10,6 +10,7 @@ from conftest import load_answerer
 from serving import PORT, serving
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from tiny import build_neox
 
 from utils.decode.textstream import TextStream
 from utils.sampling import Sampling
@@ -139,6 +140,17 @@ def test_what_changes_no_answer_is_taken(client):
              "max_completion_tokens": 3, "tool_choice": "auto", "modalities": ["text"], "top_p": 1}
     nothing = dict.fromkeys(("stop", "functions", "prediction", "audio", "web_search_options", "stream_options"))
     assert ask(client, temperature=0, **extra, extra_body=nothing).choices[0].message.content == plain
+
+
+@pytest.mark.parametrize("path, body", [("chat/completions", {"messages": [{"role": "user", "content": "가 " * 5000}]}),
+                                        ("completions", {"prompt": "가 " * 5000})])
+def test_only_the_context_bounds_a_question(path, body, tmp_path):
+    """글자 수가 아니라 모델이 읽는 토큰의 수가 한계다. 본문의 크기는 문지기가 막는다."""
+    base = build_neox(tmp_path / "long", context=16_384)
+    answerer = load_answerer(find_source(str(base), None, print), None, None, False, "default", print)
+    client = TestClient(Starlette(routes=api.routes(Models([Choice("long", answerer)]), None)))
+    reply = client.post(f"/v1/{path}", json={**body, "max_tokens": 1})
+    assert reply.status_code == 200 and reply.json()["usage"]["prompt_tokens"] > 5000
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])

@@ -6,7 +6,7 @@ from utils.data.talks import BadTurns, read_turns
 from utils.errors import UsageError
 from utils.sampling import Sampling
 from utils.talk.answerer import Answer, Answerer
-from utils.talk.guard import BOUNDS, MAX_CHARS, bounded_sampling
+from utils.talk.guard import BOUNDS, bounded_sampling
 
 MAX_STOPS = 8
 MAX_PROMPTS = 64
@@ -144,7 +144,6 @@ def _chat_ids(body: dict, answerer: Answerer) -> list[int]:
         raise UsageError(f"messages{error}") from None
     if turns[-1].role != "user":
         raise UsageError("messages의 마지막은 user의 질문이어야 한다")
-    _require_short("messages", sum(len(turn.text) for turn in turns))
     return answerer.ask_talk(turns)
 
 
@@ -163,16 +162,8 @@ def _prompts(body: dict) -> list[str | list[int]]:
         raise UsageError("prompt에는 글이나 토큰 번호의 목록을, 여럿이면 그것들의 목록을 적는다")
     if len(prompts) > MAX_PROMPTS:
         raise UsageError(f"prompt가 {len(prompts)}개다. 한 번에 {MAX_PROMPTS}개까지 보낸다")
-    for each in prompts:
-        if isinstance(each, str):
-            _require_short("prompt", len(each))
     return prompts
 
 
 def _is_tokens(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-
-def _require_short(name: str, n_chars: int) -> None:
-    if n_chars > MAX_CHARS:
-        raise UsageError(f"글이 너무 길다({name}): {n_chars:,}글자. {MAX_CHARS:,}글자까지 받는다")
