@@ -278,6 +278,9 @@ def test_too_long_and_empty_questions_are_refused_before_the_line(make_answerer)
         answerer.ask("가나다 " * 3000)
     with pytest.raises(UsageError, match="비어"):
         answerer.ask("  \n")
+    for texts in (("a\udcffb",), ("가?", "\ud800")):  # UTF-8이 아닌 콘솔에서 적은 글
+        with pytest.raises(UsageError, match="surrogate"):
+            answerer.ask(*texts)
 
 
 def test_placeholder_is_filled_letter_by_letter(make_answerer):

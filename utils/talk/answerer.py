@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from utils.chat_settings import CHAT
 from utils.data.encoder import Encoder
-from utils.data.texts import compose
+from utils.data.texts import SURROGATE, compose
 from utils.decode.decoder import Decoder, Stats
 from utils.decode.likelihood import Likelihood, Pair
 from utils.decode.textstream import Opening, TextStream
@@ -108,6 +108,8 @@ class Answerer:
             raise UsageError("대화의 마지막은 user의 질문이어야 한다")
         if not turns[-1].text.strip():
             raise UsageError("질문이 비어 있다. 질문을 적는다")
+        if any(SURROGATE.search(turn.text + turn.input) for turn in turns):
+            raise UsageError("질문에 글자가 될 수 없는 값(짝 없는 surrogate)이 들어 있다. UTF-8로 적는다")
         with self._encoding:
             return self._fitting(self.encoder.encode_asked(self.prompter.talk(turns)[0]))
 
