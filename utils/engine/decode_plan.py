@@ -9,10 +9,10 @@ from math import ceil
 import torch
 
 from utils.engine.cuda import CompileError
-from utils.engine.decode_space import INT8, NF4, SLOT, SPACE_AT, WIDE, Space, lora_rows, lora_tile
+from utils.engine.decode_space import INT8, NF4, ROWS, SLOT, SPACE_AT, WARPS, WIDE, Space, lora_rows, lora_tile
 from utils.engine.family import ACTIVATION_CODES, Family
 from utils.engine.kv_cache import PAGE, PageLayout
-from utils.engine.lines_plan import ROWS, WARPS, LinesPlan
+from utils.engine.lines_plan import LinesPlan
 from utils.engine.read_plan import ReadPlan
 
 SOURCES = ("device.cuh", "decode_common.cu", "decode_product.cu", "decode_attention.cu", "decode.cu",
@@ -90,7 +90,7 @@ class Plan:
         if self.attend_soon:
             self.project_qkv = replace(self.project_qkv, shared=max(self.project_qkv.shared, attending))
         self.head = self._grid(ceil(vocab / ROWS), self._norm, 1)
-        self.lines = LinesPlan(family, vocab, rank, family.heads // self.queries, self._space.down_at, SPACE_AT,
+        self.lines = LinesPlan(family, vocab, rank, family.heads // self.queries, self._space.down_at,
                                multiprocessors, shared_limit)
         self.reads = ReadPlan(VALUE_BITS[weight], SPACE_AT + self._space.table, multiprocessors, shared_limit, roomy)
         self.in_scale = 1 / 64 if family.gated else 1.0  # gate * up이 fp16의 범위를 넘지 않게 한다

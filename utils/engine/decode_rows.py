@@ -90,19 +90,18 @@ class DecodeRows:
             contract = (self.x, self._y, self._attended, self._act, code, adapter, linear["out"], linear["down"], lora,
                         plan.lines.mlp, self._parts, self._parts_done)
             both = plan.lines.mlp if family.parallel else 0
-            seen = (self._step.attention_argument(index), self._table, self.state, self._most_prefetched)
+            attention = (self._step.attention_argument(index), self._table, self.state)
             self._matrix("project_lines", plan.lines.qkv + both, self.x, *project, plan.lines.qkv, self._qkv, self._act,
-                         *seen, overlap=overlap and index > 0)
+                         *attention, self._most_prefetched, overlap=overlap and index > 0)
             kernels["attend"]((family.heads // plan.queries, plan.lines.splits, LINES), (ATTENDERS,), self._qkv,
-                              self._step.attention_argument(index), self._table, self.state, self._partial, self._done,
-                              self._attended, overlap=overlap)
+                              *attention, self._partial, self._done, self._attended, overlap=overlap)
             if family.parallel:
                 self._matrix("contract_lines", plan.lines.out, *contract, overlap=overlap)
                 continue
             self._matrix("contract_attention_lines", plan.lines.out, *contract, overlap=overlap)
             self._post(layer.post1, overlap)
-            self._matrix("project_lines", plan.lines.mlp, self.x, *project, 0, self._qkv, self._act, *seen,
-                         overlap=overlap)
+            self._matrix("project_lines", plan.lines.mlp, self.x, *project, 0, self._qkv, self._act, *attention,
+                         self._most_prefetched, overlap=overlap)
             self._matrix("contract_mlp_lines", plan.lines.down, *contract, overlap=overlap)
             self._post(layer.post2, overlap)
         self.choose(overlap)

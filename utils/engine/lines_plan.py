@@ -2,11 +2,9 @@
 
 from math import ceil
 
+from utils.engine.decode_space import ROWS, SLOT, SPACE_AT, UNIT, WARPS
 from utils.engine.family import Family
 
-ROWS = 16            # 텐서 코어 하나의 높이. 행렬의 행을 이만큼씩 묶는다
-WARPS = 16           # H100에서 잰 것: 8이면 블록 둘이 SM 하나에 함께 오르지만 더 느리다(1.3b에서 974 대 1,216 토큰/초)
-UNIT = 64            # 워프가 한 번에 지나는 칸의 수
 LINES = 16           # 함께 답하는 질문의 수
 LINE_SPLITS = 16     # 머리 하나의 위치를 나누어 맡는 블록의 최대 수. 줄과 머리가 이미 SM을 채우면 덜 나눈다
 LINE_REGISTERS = 32  # MLP의 뒤쪽 행렬을 함께 곱할 때 활성값을 쥐는 레지스터의 수
@@ -19,7 +17,7 @@ class LinesPlan:
 
     Args:
         heads: attention 커널의 블록이 줄 하나에서 나누어 맡는 머리의 묶음의 수.
-        begin: 공유 메모리에서 LoRA의 d가 시작하는 자리(바이트). space: 그 앞에 드라이버의 것까지 든 바이트.
+        begin: 공유 메모리에서 LoRA의 d가 시작하는 자리(바이트).
         multiprocessors, shared_limit: `Plan`의 것.
 
     Attributes:
@@ -31,17 +29,17 @@ class LinesPlan:
         defines: 커널의 `-D` 상수.
     """
 
-    def __init__(self, family: Family, vocab: int, rank: int, heads: int, begin: int, space: int, multiprocessors: int,
+    def __init__(self, family: Family, vocab: int, rank: int, heads: int, begin: int, multiprocessors: int,
                  shared_limit: int):
         most, pair = multiprocessors, 2 if family.gated else 1
         scratch_at = begin + 3 * rank * LINES * 4
         sums_at = scratch_at + WARPS * LINES * 8 + WARPS * 8 * UNIT * 2
         # 묶음 하나의 합의 자리와, 그 행들의 bias와 LoRA의 B. 짝수라서 gate와 up이 함께 든다
-        slot = ROWS * WARPS * LINES * 4 + ROWS * (1 + rank) * 4
-        slots = min(MOST_SLOTS, (shared_limit - space - sums_at) // slot // 2 * 2)
+        slot = SLOT * LINES + ROWS * (1 + rank) * 4
+        slots = min(MOST_SLOTS, (shared_limit - SPACE_AT - sums_at) // slot // 2 * 2)
         self.fits = slots > 0  # 공유 메모리가 64 KB인 GPU에는 들어가지 않는다
         slots = max(2, slots)
-        self.shared = space + sums_at + slots * slot
+        self.shared = SPACE_AT + sums_at + slots * slot
         self.splits = max(1, min(LINE_SPLITS, 2 * most // (LINES * heads)))
         qkv_tiles, mlp_tiles, out_tiles = family.qkv_width // ROWS, family.ff // ROWS, family.hidden // ROWS
         self.qkv, self.mlp, self.head = (min(most, tiles) for tiles in (qkv_tiles, mlp_tiles, ceil(vocab / ROWS)))
@@ -54,7 +52,7 @@ class LinesPlan:
         self.out, self.down = (min(most // cuts, out_tiles) * cuts for cuts in (self.out_cuts, self.down_cuts))
         self.defines = {
             "LINES": LINES, "LINE_SLOTS": slots, "LINE_REGISTERS": LINE_REGISTERS, "LINE_SCRATCH_AT": scratch_at,
-            "LINE_SUMS_AT": sums_at, "LINE_ENDS_AT": sums_at + slots * ROWS * WARPS * LINES * 4,
+            "LINE_SUMS_AT": sums_at, "LINE_ENDS_AT": sums_at + slots * SLOT * LINES,
             "OUT_CUTS": self.out_cuts, "DOWN_CUTS": self.down_cuts}
 
 

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from utils.engine.decode_plan import SPLIT_THREADS, THREADS
+from utils.engine.decode_space import ROWS
 from utils.engine.decode_step import DecodeStep, MatrixArgument
-from utils.engine.lines_plan import ROWS
 from utils.engine.norms import Norm
 from utils.engine.read_plan import MANY_ROWS, MANY_TOKENS, READ_TOKENS, READERS
 from utils.engine.weights import Adapter, Layer

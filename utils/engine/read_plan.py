@@ -2,13 +2,11 @@
 
 from math import ceil
 
-from utils.engine.lines_plan import ROWS
+from utils.engine.decode_space import CODES, ROWS, UNIT
 
 READERS = 256        # 스레드 수
 READ_TOKENS = 64     # 블록 하나가 맡는 토큰의 수
-READ_UNIT = 64       # 워프가 한 번에 지나는 칸의 수
 MANY_ROWS = MANY_TOKENS = 128  # 토큰이 많을 때 블록 하나가 맡는 행과 토큰의 수
-CODES = 1024         # 8비트 코드표(바이트)
 
 
 class ReadPlan:
@@ -29,12 +27,12 @@ class ReadPlan:
         self._multiprocessors, self._limit = multiprocessors, shared_limit
         self._inputs_at = codes_at + CODES
         self._stages = 4 if roomy else 2
-        # 조각 하나: 활성값 16비트 [MANY_TOKENS, READ_UNIT], 가중치 [MANY_ROWS, READ_UNIT]과 그 배율 fp32 [MANY_ROWS]
-        piece = MANY_TOKENS * READ_UNIT * 2 + MANY_ROWS * (READ_UNIT * value_bits // 8 + 4)
+        # 조각 하나: 활성값 16비트 [MANY_TOKENS, UNIT], 가중치 [MANY_ROWS, UNIT]과 그 배율 fp32 [MANY_ROWS]
+        piece = MANY_TOKENS * UNIT * 2 + MANY_ROWS * (UNIT * value_bits // 8 + 4)
         self.many_shared = self._inputs_at + self._stages * piece
         self.fits_many = self.many_shared <= shared_limit
         self.defines = {
-            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": READ_UNIT, "READ_STAGES": self._stages,
+            "READERS": READERS, "READ_TOKENS": READ_TOKENS, "READ_UNIT": UNIT, "READ_STAGES": self._stages,
             "READ_INPUTS_AT": self._inputs_at, "READ_CODES_AT": codes_at, "MANY_ROWS": MANY_ROWS,
             "MANY_TOKENS": MANY_TOKENS}
 
@@ -56,4 +54,4 @@ class ReadPlan:
 
     def _shared(self, row_warps: int) -> int:
         shares = READERS // 32 // row_warps
-        return self._inputs_at + self._stages * shares * READ_TOKENS * READ_UNIT * 2
+        return self._inputs_at + self._stages * shares * READ_TOKENS * UNIT * 2

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.engine.decode_space import INT8, NF4, WIDE, lora_rows
+from utils.engine.decode_space import INT8, NF4, ROWS, WIDE, lora_rows
 from utils.engine.families import NF4_BLOCK, LayerModules, layer_modules, rotary_frequencies
 from utils.engine.family import Family
-from utils.engine.lines_plan import ROWS
 from utils.engine.norms import Norm, read_norm
 from utils.model.adapter import base_of
 

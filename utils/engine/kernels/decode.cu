@@ -177,7 +177,7 @@ struct LoraOfActTaker {
     }
 };
 
-// 커널의 공유 메모리. 자리와 크기는 decode_plan.py가 세어 -D로 준다.
+// 커널의 공유 메모리. 자리는 decode_space.py가, 크기는 decode_plan.py가 세어 -D로 준다.
 //   표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK를 4의 배수로] | LoRA의 합의 자리 [lora_tiles][WARPS][ROWS]
 //   | 합의 자리 [slots][WARPS][ROWS] | 나머지
 struct Space {

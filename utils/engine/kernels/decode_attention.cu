@@ -1,7 +1,7 @@
 // 토큰 하나의 attention: q/k norm, rotary, int8 KV cache, softmax. 질문을 읽는 커널과 함께 쓰는 것도 여기에 있다.
 //
 // KV cache는 PAGE개의 위치마다 메모리 한 쪽(page)이다. 대화가 길어지면 쪽을 더할 뿐 옮기지 않으므로 graph를 다시
-// 캡처하지 않는다. 쪽 하나에는 모든 층의 것이 있다(decode_plan.py의 `PageLayout`이 자리를 정한다):
+// 캡처하지 않는다. 쪽 하나에는 모든 층의 것이 있다(kv_cache.py의 `PageLayout`이 자리를 정한다):
 //   값    int8  [K, V][층][KV 머리][PAGE][HEAD_DIM]
 //   배율  fp16  [K, V][층][KV 머리][PAGE][HEAD_DIM / GROUP]     값 = int8 * 배율
 //   회전  float2 [rotary의 종류][PAGE][ROTARY / 2]              위치마다의 (cos, sin)

@@ -453,7 +453,7 @@ template <class T, class S, class Where> struct LineProduct {
 };
 
 // 공유 메모리: 표 TABLE_BYTES | 8비트 코드표 256 | LoRA의 d [3][RANK][LINES] | norm의 [LINES][WARPS] float2 | 입력을 옮기는
-// [WARPS][8][64] 16비트 | 합의 자리 [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. 자리는 decode_plan.py가 센다.
+// [WARPS][8][64] 16비트 | 합의 자리 [LINE_SLOTS][WARPS][CELLS] | 행의 마무리 [LINE_SLOTS * ROWS][1 + RANK]. 자리는 lines_plan.py가 센다.
 struct LineSpace {
     float* codes;
     float* down;
